@@ -1,0 +1,1 @@
+"""Certificates and keys: parsing, checking, issuing."""

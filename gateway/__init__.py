@@ -1,0 +1,1 @@
+"""Gateway API objects to routes, load-balancer entries and status; pure functions over objects."""

@@ -1,0 +1,80 @@
+"""What the request exchange needs of a connection, whichever protocol it speaks.
+
+An exchange is one request: a `ServerStream` toward the client, and for every attempt a
+`ClientStream` toward an endpoint. HTTP/1.1 and HTTP/2 drivers implement both; the exchange and the
+upstream pools know nothing else of them. Flow control: `read` takes bytes off the peer's window
+only as they are wanted, `write` waits while the peer does not take more.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from l7proxy.message import Headers, RequestHead, ResponseHead
+
+
+class StreamReset(Exception):
+    """The peer (or the connection under the stream) went away in mid-message.
+
+    `unprocessed`: the peer is known not to have acted on the request (GOAWAY with a lower last
+    stream id, REFUSED_STREAM, a connection that failed before a byte was written), so that any
+    request may be repeated elsewhere (RFC 9113 §8.7).
+    `reused`: the stream was not the first on its connection and no byte of a response had come: the
+    peer may have closed an idle connection just then (RFC 9110 §9.2.2 tells what may be repeated).
+    """
+
+    def __init__(self, why: str, *, unprocessed: bool = False, reused: bool = False) -> None:
+        super().__init__(why)
+        self.unprocessed = unprocessed
+        self.reused = reused
+
+
+class Reader(Protocol):
+    """The incoming half of a message."""
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, b"" at its end. StreamReset if it will not come whole;
+        ProtocolError if the peer broke its framing."""
+
+    @property
+    def trailers(self) -> Headers:
+        """Valid after `read` has returned b""."""
+
+
+class Writer(Protocol):
+    """The outgoing half of a message."""
+
+    async def write(self, data: bytes) -> None:
+        """Send body bytes; returns when more may follow. StreamReset if the peer is gone."""
+
+    async def finish(self, trailers: Headers) -> None:
+        """The body is complete. A body shorter than its Content-Length is a bug of the caller's."""
+
+    def abort(self, why: str) -> None:
+        """Give up the message so that the peer cannot take it for whole: RST_STREAM, or the
+        connection is closed. Idempotent; harmless after the end."""
+
+
+class ServerStream(Reader, Writer, Protocol):
+    """One request of a client and the answer to it."""
+
+    head: RequestHead
+
+    def inform(self, head: ResponseHead) -> None:
+        """Send a 1xx response, 100 (Continue) included; HTTP/1.0 clients are spared it."""
+
+    async def respond(self, head: ResponseHead) -> None:
+        """Send the final response head. The codec adds framing, Date and Connection fields and
+        leaves out what HEAD, 204 and 304 must not have. After a 101 `read` and `write` carry the
+        tunnel's bytes, and b"" from `read` is the peer's end of it."""
+
+
+class ClientStream(Reader, Writer, Protocol):
+    """One request to an endpoint and the answer from it."""
+
+    async def request(self, head: RequestHead) -> None:
+        """Send the request head. With `expect_continue` the Expect field goes along."""
+
+    async def response(self) -> ResponseHead:
+        """The next response head: 1xx ones as they come, then the final one. A 101 only where the
+        request asked for an upgrade; then `read` and `write` carry the tunnel's bytes."""

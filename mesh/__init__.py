@@ -1,0 +1,1 @@
+"""Weft's floor (`mesh.model`) and roof (agent, command line); see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""The node's control plane: wires source, derivation, workers and status together."""
