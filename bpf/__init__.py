@@ -1,1 +1,1 @@
-"""The eBPF data path. Empty until steering is built; load-balancer entries are computed for it already."""
+"""The eBPF data path. Empty until steering is built; its load-balancer entries are derived now."""

@@ -1,1 +1,1 @@
-"""The per-node HTTP proxy; knows its configuration (`mesh.model.nodeconfig`) and nothing of Kubernetes."""
+"""The per-node HTTP proxy: knows its NodeConfig sections and nothing of Kubernetes."""

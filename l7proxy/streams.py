@@ -8,7 +8,9 @@ only as they are wanted, `write` waits while the peer does not take more.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from l7proxy.message import Headers, RequestHead, ResponseHead
 
@@ -78,3 +80,43 @@ class ClientStream(Reader, Writer, Protocol):
     async def response(self) -> ResponseHead:
         """The next response head: 1xx ones as they come, then the final one. A 101 only where the
         request asked for an upgrade; then `read` and `write` carry the tunnel's bytes."""
+
+
+class ClientConnection(Protocol):
+    """An established connection to an endpoint, kept in a pool."""
+
+    @property
+    def capacity(self) -> int:
+        """How many streams may be opened now: 0 or 1 for HTTP/1.1; for HTTP/2 up to the peer's
+        SETTINGS_MAX_CONCURRENT_STREAMS; 0 for good once the connection is closing."""
+
+    @property
+    def closed(self) -> bool:
+        """No stream will ever be opened on it again; streams in flight may still finish."""
+
+    @property
+    def active(self) -> int:
+        """Streams in flight."""
+
+    def open(self) -> ClientStream:
+        """A new stream; only while `capacity` > 0. The stream frees its place when both halves of
+        the message ended or it was aborted."""
+
+    def close(self) -> None:
+        """Close once the streams in flight have ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """What is known of a client's connection. Addresses are (address, port), IPv4-mapped IPv6
+    addresses as IPv4."""
+
+    peer: tuple[str, int]
+    local: tuple[str, int]
+    tls: bool = False
+    sni: str | None = None
+    tls_version: str | None = None
+
+
+# Serves one request to its end; never raises (CancelledError aside).
+Handler: TypeAlias = Callable[[ServerStream, ConnectionInfo], Awaitable[None]]

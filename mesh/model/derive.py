@@ -46,9 +46,13 @@ class Change(NamedTuple):
 
 
 class View:
-    """What a rule may read. Every read is remembered as a dependency of the value being computed."""
+    """What a rule may read. Every read is remembered as a dependency of the computed value."""
 
-    def __init__(self, tables: Mapping[str, Mapping[Key, Any]], indexes: Mapping[str, Mapping[Key, set[Key]]]):
+    def __init__(
+        self,
+        tables: Mapping[str, Mapping[Key, Any]],
+        indexes: Mapping[str, Mapping[Key, set[Key]]],
+    ) -> None:
         self._tables = tables
         self._indexes = indexes
         self._readable: AbstractSet[str] = frozenset()
@@ -93,7 +97,7 @@ class Derivation:
         self._keyed_by: dict[str, list[str]] = {}
         for rule in self._rules:
             if rule.name in readable or rule.keys not in readable:
-                raise ValueError(f"rule {rule.name!r}: a second table of that name, or keys not before it")
+                raise ValueError(f"rule {rule.name!r}: name taken, or keys not before it")
             self.tables[rule.name] = {}
             self._readable[rule.name] = frozenset(readable)
             self._keyed_by.setdefault(rule.keys, []).append(rule.name)

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import immutables
 import msgspec
 
-# A section's key is "<kind>/<identifier>"; the constructors below are the only place that spells it.
+# A section's key is "<kind>/<identifier>"; only the constructors below spell it.
 SectionKey: TypeAlias = str
 
 
@@ -101,8 +101,6 @@ class CertificateSection(msgspec.Struct, frozen=True, tag="certificate"):
     def __repr__(self) -> str:
         return "CertificateSection(…)"
 
-    __rich_repr__ = None
-
 
 # --- filters ------------------------------------------------------------------------------------
 
@@ -129,7 +127,7 @@ class PathModifier(_Part, frozen=True):
 
 
 class Redirect(msgspec.Struct, frozen=True, omit_defaults=True, tag="redirect"):
-    """HTTPRequestRedirectFilter; None means "as in the request" by the rules of the specification."""
+    """HTTPRequestRedirectFilter; None: as in the request, by the rules of the specification."""
 
     scheme: Literal["http", "https"] | None = None
     hostname: str | None = None
@@ -193,7 +191,7 @@ class RouteMatch(_Part, frozen=True):
 
 
 class WeightedBackend(_Part, frozen=True):
-    """A backendRef. `cluster` None: the reference does not resolve; its share of requests gets 500."""
+    """A backendRef. `cluster` None: it does not resolve, and its share of requests gets 500."""
 
     cluster: SectionKey | None
     weight: int = 1
@@ -348,12 +346,7 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True, tag="settings"):
 
 
 Section: TypeAlias = (
-    PortSection
-    | CertificateSection
-    | RouteSection
-    | ClusterSection
-    | LoadBalancerEntry
-    | Settings
+    PortSection | CertificateSection | RouteSection | ClusterSection | LoadBalancerEntry | Settings
 )
 
 # Which sections a destination is sent.
@@ -362,7 +355,8 @@ BPF_SECTIONS = (LoadBalancerEntry,)
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
-    """The step from version `base` to `version`. `base` None: a whole value, everything else goes."""
+    """The step from version `base` to `version`. `base` None: a whole value; what else was there
+    goes."""
 
     base: int | None
     version: int

@@ -1,0 +1,122 @@
+"""Messages between supervisor, agent and workers, and their framing.
+
+Control sockets (supervisor to each child) are SOCK_SEQPACKET: one message a packet, file
+descriptors beside it. Config channels (agent to each worker, handed out by the supervisor as a
+socket pair) are streams of frames: 4 bytes of length, big endian, then msgpack. This module knows
+shapes and bytes, no sockets' life.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import msgspec
+
+from mesh.model.nodeconfig import Ack, Delta
+
+MAX_FRAME = 256 * 1024 * 1024
+MAX_PACKET = 1024 * 1024
+
+
+class PortAddress(msgspec.Struct, frozen=True, array_like=True):
+    """An address to bind ("::" and "0.0.0.0" are wildcards) and a TCP port."""
+
+    address: str
+    port: int
+
+
+class Want(msgspec.Struct, frozen=True, tag="want"):
+    """Agent to supervisor: these and no other ports shall be bound."""
+
+    ports: tuple[PortAddress, ...]
+
+
+class Bound(msgspec.Struct, frozen=True, tag="bound"):
+    """Supervisor to agent, the answer to every Want: ports that are bound, and why others are not.
+    Sent again when that changes."""
+
+    bound: tuple[PortAddress, ...]
+    failed: tuple[tuple[PortAddress, str], ...] = ()
+
+
+class Worker(msgspec.Struct, frozen=True, tag="worker"):
+    """Supervisor to agent, with the agent's end of a config channel: worker `id` is there. When it
+    goes, the channel ends."""
+
+    id: int
+    pid: int
+
+
+class Channel(msgspec.Struct, frozen=True, tag="channel"):
+    """Supervisor to worker, with the worker's end of a config channel; replaces the one before."""
+
+
+class Listen(msgspec.Struct, frozen=True, tag="listen"):
+    """Supervisor to worker, with a listening socket: accept on it while the configuration has this
+    port and until Unlisten."""
+
+    port: PortAddress
+
+
+class Unlisten(msgspec.Struct, frozen=True, tag="unlisten"):
+    port: PortAddress
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Supervisor to worker: accept nothing new, finish what there is, exit by `deadline_s`."""
+
+    deadline_s: float
+
+
+Control: TypeAlias = Want | Bound | Worker | Channel | Listen | Unlisten | Drain
+
+_encoder = msgspec.msgpack.Encoder()
+_control = msgspec.msgpack.Decoder(Control)
+_frame = msgspec.msgpack.Decoder(Delta | Ack)
+
+
+def encode_frame(message: Delta | Ack) -> bytes:
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+class FrameReader:
+    """Cuts a config channel's bytes into messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def receive(self, data: bytes) -> Iterator[Delta | Ack]:
+        """Take bytes; yield the messages that are complete. ValueError: not this protocol."""
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "big")
+            if size > MAX_FRAME:
+                raise ValueError(f"config channel: a frame of {size} bytes")
+            if len(self._buffer) < 4 + size:
+                return
+            body = bytes(memoryview(self._buffer)[4 : 4 + size])
+            del self._buffer[: 4 + size]
+            yield _frame.decode(body)
+
+
+def send_control(sock: socket.socket, message: Control, fds: tuple[int, ...] = ()) -> None:
+    """Send one message with its descriptors. The socket's own errors come through."""
+    packet = _encoder.encode(message)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([packet], rights)
+
+
+def receive_control(sock: socket.socket) -> tuple[Control, list[int]] | None:
+    """Receive one message and the descriptors that came with it (the caller owns them); None when
+    the other side is gone. BlockingIOError as usual on a non-blocking socket."""
+    try:
+        packet, fds, _flags, _address = socket.recv_fds(sock, MAX_PACKET, 4)
+    except ConnectionResetError:
+        return None
+    if not packet:
+        return None
+    return _control.decode(packet), list(fds)
