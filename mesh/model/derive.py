@@ -5,7 +5,8 @@ A `Rule` computes one value per key and reads other facts only through the `View
 view remembers what was read. When facts change, exactly the values that read them are computed
 again, in the order of the rules; a value that comes out equal stops there. So work is in proportion
 to the change, and the functions stay pure: the same facts give the same tables in whatever order
-they arrived (a test compares with computing everything from nothing).
+they arrived (a test compares with computing everything from nothing). Where a function raises, its
+value is absent and the error is kept in `Derivation.failures`: one bad input affects only itself.
 
 This module knows nothing of Gateway API. It must not do I/O or read a clock.
 """
@@ -107,6 +108,8 @@ class Derivation:
         self._reads: dict[_Cell, set[_Cell]] = {}
         self._readers: dict[_Cell, set[_Cell]] = {}
         self._dirty: dict[str, set[Key]] = {rule.name: set() for rule in self._rules}
+        # Defects: (table, key) whose function raised at its last computation, and what.
+        self.failures: dict[_Cell, Exception] = {}
 
     def apply(self, changes: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[Key, Change]]:
         """Put (or, with None, remove) input entries; compute what follows.
@@ -126,6 +129,7 @@ class Derivation:
 
     def _compute(self, rule: Rule, key: Key) -> Any:
         cell = (rule.name, key)
+        self.failures.pop(cell, None)
         for read in self._reads.pop(cell, ()):
             readers = self._readers[read]
             readers.discard(cell)
@@ -135,7 +139,11 @@ class Derivation:
         if key not in source:
             return None
         reads = self._view._observe(self._readable[rule.name])
-        value = rule.compute(self._view, key)
+        try:
+            value = rule.compute(self._view, key)
+        except Exception as error:
+            self.failures[cell] = error
+            value = None
         self._reads[cell] = reads
         for read in reads:
             self._readers.setdefault(read, set()).add(cell)
