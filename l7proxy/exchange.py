@@ -1,0 +1,207 @@
+"""One request from its head to the end of its response: listener, route, filters, attempts, relay.
+
+Order, as the specification has it: listener by host (421 where it is not the connection's), route,
+CORS and redirects, the rule's filters, a backend by weight with its filters, then attempts until
+one answers. What goes wrong is answered here, with a reason that is counted and logged; nothing
+here knows which HTTP version either side speaks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from l7proxy import cors, filters, forwarding, session
+from l7proxy.accesslog import AccessLog
+from l7proxy.attempt import Attempt, Failure
+from l7proxy.message import Framing, ProtocolError, RequestHead, ResponseHead
+from l7proxy.mirror import Mirrors
+from l7proxy.record import Record
+from l7proxy.request_body import ClientGone, RequestBody
+from l7proxy.routing import (
+    CompiledBackend,
+    CompiledRule,
+    PortIndex,
+    RouteIndex,
+    RouteMatchResult,
+    pick_backend,
+)
+from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
+from l7proxy.upstream import Clusters, UpstreamError
+from mesh.model.nodeconfig import CertificateSection, PortSection, Retry, SectionKey, Settings
+
+_log = logging.getLogger("weft.exchange")
+
+# How often a request is sent again although no route asks for it: where that is safe.
+_SAFE_REPEATS = 2
+_BACKOFF_CAP_S = 10.0
+
+
+@dataclass(slots=True)
+class Port:
+    """A configured port; replaced in place when its section changes."""
+
+    section: PortSection
+    index: PortIndex
+
+
+class Exchanges:
+    """What every exchange of a worker shares."""
+
+    def __init__(
+        self, routes: RouteIndex, clusters: Clusters, settings: Settings, log: AccessLog
+    ) -> None:
+        self.version = 0
+        self.routes = routes
+        self.clusters = clusters
+        self.settings = settings
+        self.certificates: Mapping[SectionKey, CertificateSection] = {}
+        self.log = log
+        self.mirrors = Mirrors(clusters)
+
+    async def serve(self, port: Port, stream: ServerStream, info: ConnectionInfo) -> None:
+        """The `Handler` of a port's connections."""
+        exchange = _Exchange(self, port.section, stream, info)
+        try:
+            await exchange.run(port.index)
+        finally:
+            exchange.record.close(self.log)
+
+
+class _Reply(Exception):
+    """The proxy answers itself."""
+
+    def __init__(self, status: int, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.reason = reason
+        self.detail = detail
+
+
+class _Exchange:
+    def __init__(
+        self, shared: Exchanges, port: PortSection, stream: ServerStream, info: ConnectionInfo
+    ) -> None:
+        self._shared = shared
+        self._port = port
+        self._stream = stream
+        self._info = info
+        self._loop = asyncio.get_running_loop()
+        self._body = RequestBody(stream)
+        self._responded = False
+        self._deadline: float | None = None
+        client = forwarding.apply(stream.head, info, shared.settings)
+        self.record = Record(stream.head, client, port.gateway)
+
+    async def run(self, index: PortIndex) -> None:
+        try:
+            await self._run(index)
+        except _Reply as reply:
+            await self._reply(reply.status, reply.reason, reply.detail)
+        except ProtocolError as error:  # of the client's body
+            await self._reply(error.status, error.reason, error.detail)
+        except TimeoutError:
+            await self._reply(504, "request_timeout", "the route's request timeout has passed")
+        except ClientGone as error:
+            self.record.broke_off("client_gone", str(error))
+            self._stream.abort(str(error))
+        except asyncio.CancelledError:
+            self.record.broke_off("client_gone", "the connection ended")
+            self._stream.abort("the connection ended")
+            raise
+        except Exception:
+            _log.exception("request %s failed", self.record.request_id)
+            await self._reply(500, "internal", "a fault of the proxy's; its log has it")
+        finally:
+            self._body.abandon()
+            self.record.bytes_in = self._body.received
+
+    async def _reply(self, status: int, reason: str, detail: str) -> None:
+        self.record.replied(status, reason, detail, whole=not self._responded)
+        if self._responded:
+            self._stream.abort(detail)
+            return
+        text = f"{detail}\n".encode()
+        head = ResponseHead(status, [(b"content-type", b"text/plain; charset=utf-8")], len(text))
+        if status == 503:
+            head.headers.append((b"retry-after", b"1"))
+        try:
+            await self._send(head, text)
+        except ClientGone as error:
+            self.record.broke_off("client_gone", str(error))
+
+    async def _send(self, head: ResponseHead, body: bytes) -> None:
+        """Answer from here."""
+        self.record.status = head.status
+        self._responded = True
+        try:
+            await self._stream.respond(head)
+            if body and self._stream.head.method != b"HEAD":
+                await self._stream.write(body)
+                self.record.bytes_out += len(body)
+            await self._stream.finish([])
+        except StreamReset as error:
+            raise ClientGone(str(error)) from error
+
+    # --- routing --------------------------------------------------------------------------------
+
+    def _route(self, index: PortIndex) -> RouteMatchResult:
+        head = self._stream.head
+        if self._info.tls and index.misdirected(self._info.sni, head.host):
+            raise _Reply(421, "misdirected", "this connection is not for that host")
+        listener = index.select(head.host, self._info.sni)
+        if listener is None:
+            raise _Reply(404, "no_listener", "no listener for this host")
+        self.record.listener = listener.id
+        match = self._shared.routes.match(listener.id, head)
+        if match is None:
+            raise _Reply(404, "no_route", "no route matches")
+        self.record.matched(match)
+        return match
+
+    async def _run(self, index: PortIndex) -> None:
+        match = self._route(index)
+        rule, head = match.rule, self._stream.head
+        if rule.error_status is not None:
+            raise _Reply(
+                rule.error_status, "rule_broken", "the route's rule is not whole; see its status"
+            )
+        if rule.cors is not None and (answer := cors.preflight(rule.cors, head)) is not None:
+            await self._send(answer, b"")
+            return
+        if rule.redirect is not None:
+            location = filters.redirect(rule.redirect, head, self._port, match)
+            await self._send(self._finished_head(location, rule, None), b"")
+            return
+        timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
+        if timeout is None:
+            await self._forward(match)
+        else:
+            self._deadline = self._loop.time() + timeout
+            async with asyncio.timeout_at(self._deadline) as scope:
+                self._scope = scope
+                await self._forward(match)
+
+    async def _forward(self, match: RouteMatchResult) -> None:
+        rule = match.rule
+        head = filters.request(rule.filters, self._stream.head, match)
+        backend, prefer = self._choose(rule)
+        if backend is None or backend.cluster is None:
+            raise _Reply(500, "no_backend", "the route has no valid backend for this request")
+        if backend.redirect is not None:
+            location = filters.redirect(backend.redirect, self._stream.head, self._port, match)
+            await self._send(self._finished_head(location, rule, backend), b"")
+            return
+        head = filters.request(backend.filters, head, match)
+        self.record.backend = backend.cluster
+        for mirror in (*rule.mirrors, *backend.mirrors):
+            if filters.sampled(mirror, random.random):
+                copy = dataclasses.replace(head, headers=list(head.headers))
+                self._shared.mirrors.send(mirror.cluster, copy, self._body)
+        attempt, response = await self._attempts(head, rule, backend.cluster, prefer)
+        await self._relay(attempt, response, rule, backend)

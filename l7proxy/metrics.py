@@ -1,0 +1,63 @@
+"""The worker's Prometheus metrics.
+
+Kept by prometheus_client in memory-mapped files (PROMETHEUS_MULTIPROC_DIR, set before this module
+is imported), one a process: they outlive the worker, so counters of all workers, dead ones too, add
+up exactly. The admin port reads them; the worker serves nothing itself.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_ROUTE = ("gateway", "route", "rule", "backend")
+
+REQUESTS = Counter(
+    "weft_http_requests_total",
+    "Requests answered, by route, backend and status code",
+    (*_ROUTE, "code"),
+)
+DURATION = Histogram(
+    "weft_http_request_duration_seconds",
+    "From the request's head to the end of its response",
+    _ROUTE,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+LOCAL_REPLIES = Counter(
+    "weft_http_local_replies_total",
+    "Requests the proxy answered itself because something was wrong, by reason",
+    ("reason",),
+)
+REFUSED = Counter(
+    "weft_downstream_refused_total",
+    "Connections and messages of clients cut off by a limit or a protocol rule, by reason",
+    ("reason",),
+)
+CONNECTIONS = Gauge(
+    "weft_downstream_connections",
+    "Open connections of clients",
+    multiprocess_mode="livesum",
+)
+UPSTREAM_FAILURES = Counter(
+    "weft_upstream_failures_total",
+    "Attempts that failed, by backend and reason",
+    ("backend", "reason"),
+)
+RETRIES = Counter(
+    "weft_upstream_retries_total", "Requests sent again to another endpoint", ("backend",)
+)
+MIRRORED = Counter(
+    "weft_mirrored_requests_total",
+    "Requests also sent to a mirror, by backend and outcome",
+    ("backend", "outcome"),
+)
+CONFIG_VERSION = Gauge(
+    "weft_worker_config_version",
+    "Version of the configuration this worker has in force",
+    multiprocess_mode="livemin",
+)
+CONFIG_REFUSED = Gauge(
+    "weft_worker_config_refused_sections",
+    "Sections of the configuration this worker has refused",
+    multiprocess_mode="livemax",
+)
+LOG_LOST = Counter("weft_access_log_lost_total", "Access log lines lost to a slow reader")

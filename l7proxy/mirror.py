@@ -1,0 +1,74 @@
+"""Copies of requests for mirrors (HTTPRequestMirrorFilter): sent beside the request, answers
+ignored. Mirrors are bounded in number, time and memory, and never delay the request."""
+
+from __future__ import annotations
+
+import asyncio
+
+from l7proxy import metrics
+from l7proxy.message import Framing, ProtocolError, RequestHead
+from l7proxy.request_body import MirrorFeed, RequestBody
+from l7proxy.streams import ClientStream, StreamReset
+from l7proxy.tasks import spawn
+from l7proxy.upstream import Clusters, UpstreamError
+from mesh.model.nodeconfig import SectionKey
+
+_MAX_RUNNING = 1024
+_DEADLINE_S = 30.0
+
+
+class Mirrors:
+    """The mirrored requests of a worker."""
+
+    def __init__(self, clusters: Clusters) -> None:
+        self._clusters = clusters
+        self._running = 0
+
+    def send(self, cluster: SectionKey, head: RequestHead, body: RequestBody) -> None:
+        """Mirror a request whose body has not been read yet; `head` is the mirror's own copy."""
+        if self._running >= _MAX_RUNNING:
+            metrics.MIRRORED.labels(cluster, "overflow").inc()
+            return
+        head.expect_continue = False
+        head.upgrade = None
+        feed = body.feed() if head.body is not Framing.NONE else None
+        self._running += 1
+        spawn(self._run(cluster, head, feed), name=f"mirror to {cluster}")
+
+    async def _run(self, key: SectionKey, head: RequestHead, feed: MirrorFeed | None) -> None:
+        outcome = "failed"
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                outcome = await self._exchange(key, head, feed)
+        except (StreamReset, ProtocolError, UpstreamError, TimeoutError):
+            pass
+        finally:
+            self._running -= 1
+            metrics.MIRRORED.labels(key, outcome).inc()
+
+    async def _exchange(self, key: SectionKey, head: RequestHead, feed: MirrorFeed | None) -> str:
+        cluster = self._clusters.get(key)
+        if cluster is None:
+            return "no_endpoints"
+        lease = await cluster.acquire()
+        try:
+            await lease.stream.request(head)
+            if feed is not None and not await _send_body(lease.stream, feed):
+                return "cut_off"
+            while (await lease.stream.response()).status < 200:
+                pass
+            while await lease.stream.read():
+                pass
+            return "sent"
+        finally:
+            lease.stream.abort("mirror")
+            lease.release()
+
+
+async def _send_body(stream: ClientStream, feed: MirrorFeed) -> bool:
+    while chunk := await feed.get():
+        await stream.write(chunk)
+    if chunk is None:
+        return False
+    await stream.finish(feed.trailers)
+    return True

@@ -1,0 +1,122 @@
+"""A request's body on its way: read once from the client, sent to each attempt and to mirrors.
+
+The first bytes are kept so that an attempt can be repeated; past the bound they are let go and the
+request cannot be repeated any more. Mirrors get copies through bounded queues: one that does not
+keep up is cut off and never slows the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from l7proxy.message import Headers
+from l7proxy.streams import ServerStream, StreamReset
+
+_KEEP_BYTES = 64 * 1024
+_MIRROR_BYTES = 256 * 1024
+
+
+class ClientGone(Exception):
+    """The client went away in mid-message; there is nobody to answer."""
+
+
+class MirrorFeed:
+    """The copy of a body for one mirror: chunks, then b""; None in place of a chunk when cut off."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes | None] = deque()
+        self._size = 0
+        self._more = asyncio.Event()
+        self.trailers: Headers = []
+
+    def put(self, chunk: bytes | None) -> None:
+        if self._chunks and self._chunks[-1] is None:
+            return
+        self._size += len(chunk or b"")
+        self._chunks.append(chunk if self._size <= _MIRROR_BYTES else None)
+        self._more.set()
+
+    async def get(self) -> bytes | None:
+        while not self._chunks:
+            self._more.clear()
+            await self._more.wait()
+        chunk = self._chunks[0]
+        if chunk is not None:
+            self._chunks.popleft()
+            self._size -= len(chunk)
+        return chunk
+
+
+class RequestBody:
+    """Reads a stream's body on behalf of one attempt at a time."""
+
+    def __init__(self, stream: ServerStream) -> None:
+        self._stream = stream
+        self._kept: list[bytes] = []
+        self._kept_size = 0
+        self._whole = False
+        self._feeds: list[MirrorFeed] = []
+        self.repeatable = True
+        self.received = 0
+
+    def feed(self) -> MirrorFeed:
+        """A copy of the body for a mirror; only before the first attempt."""
+        feed = MirrorFeed()
+        self._feeds.append(feed)
+        return feed
+
+    def attempt(self) -> BodyAttempt:
+        """The body from its first byte. Only while `repeatable`, and not beside another attempt."""
+        return BodyAttempt(self)
+
+    @property
+    def trailers(self) -> Headers:
+        return self._stream.trailers
+
+    async def _more(self) -> bytes:
+        """The next bytes from the client, b"" at the end; kept and copied as they pass."""
+        if self._whole:
+            return b""
+        try:
+            chunk = await self._stream.read()
+        except StreamReset as error:
+            raise ClientGone(str(error)) from error
+        self.received += len(chunk)
+        if chunk and self.repeatable:
+            self._kept_size += len(chunk)
+            if self._kept_size > _KEEP_BYTES:
+                self.repeatable = False
+                self._kept.clear()
+            else:
+                self._kept.append(chunk)
+        self._whole = not chunk
+        for feed in self._feeds:
+            feed.trailers = self._stream.trailers if not chunk else []
+            feed.put(chunk)
+        return chunk
+
+    def abandon(self) -> None:
+        """No more will be read: mirrors that still wait are cut off."""
+        if not self._whole:
+            for feed in self._feeds:
+                feed.put(None)
+
+
+class BodyAttempt:
+    """One pass over a body: what was kept, then what still comes."""
+
+    def __init__(self, body: RequestBody) -> None:
+        self._body = body
+        self._position = 0
+
+    async def read(self) -> bytes:
+        kept = self._body._kept
+        if self._position < len(kept):
+            chunk = kept[self._position]
+            self._position += 1
+            return chunk
+        chunk = await self._body._more()
+        if chunk:
+            self._position += 1
+        return chunk

@@ -1,0 +1,177 @@
+"""A proxy worker: one process, one event loop, no root.
+
+Takes listening sockets and config channels from the supervisor over its control socket, applies
+deltas, acknowledges them, serves, drains. It gives up root once everything is imported; what it
+then needs comes through descriptors. When the supervisor is gone it goes too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import encodings.idna  # noqa: F401  (looked up lazily by name, which fails without root)
+import gc
+import logging
+import os
+import pwd
+import signal
+import socket
+import sys
+
+import uvloop
+
+from l7proxy import metrics
+from l7proxy.accesslog import AccessLog
+from l7proxy.proxy import Proxy
+from l7proxy.tasks import spawn
+from mesh.model.channel import (
+    Channel,
+    Drain,
+    FrameReader,
+    Listen,
+    PortAddress,
+    Unlisten,
+    encode_frame,
+    receive_control,
+)
+from mesh.model.nodeconfig import Ack, Delta
+
+_log = logging.getLogger("weft.worker")
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+def drop_root(user: str) -> None:
+    """Become `user` for good: no groups, no capabilities, no way back (prctl(2), setresuid(2))."""
+    account = pwd.getpwnam(user)
+    os.setgroups([])
+    os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
+    os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+class ConfigChannel(asyncio.Protocol):
+    """The worker's end of a config channel: deltas in, acknowledgements out."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        transport = self._transport
+        assert transport is not None
+        try:
+            for message in self._reader.receive(data):
+                if isinstance(message, Delta):
+                    refused = self._proxy.apply(message)
+                    metrics.CONFIG_VERSION.set(message.version)
+                    metrics.CONFIG_REFUSED.set(len(refused))
+                    transport.write(encode_frame(Ack(message.version, refused)))
+        except ValueError as error:
+            # The agent then sees the channel end, and the supervisor makes a new one.
+            _log.error("config channel closed: %s", error)
+            transport.abort()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class Worker:
+    """The process: control socket, config channel, proxy."""
+
+    def __init__(self, control: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self._control = control
+        self._loop = loop
+        self._log = AccessLog(loop)
+        self._proxy = Proxy(loop, self._log)
+        self._channel: ConfigChannel | None = None
+        self._done = asyncio.Event()
+        control.setblocking(False)
+        loop.add_reader(control.fileno(), self._control_ready)
+        loop.add_signal_handler(signal.SIGTERM, self._start_drain, None)
+
+    async def run(self) -> None:
+        await self._done.wait()
+        self._log.close()
+
+    def _control_ready(self) -> None:
+        while not self._done.is_set():
+            try:
+                received = receive_control(self._control)
+            except BlockingIOError:
+                return
+            if received is None:
+                _log.warning("the supervisor is gone")
+                self._start_drain(None)
+                return
+            message, fds = received
+            match message:
+                case Channel():
+                    spawn(self._take_channel(socket.socket(fileno=fds[0])), name="config channel")
+                case Listen(port):
+                    spawn(self._listen(port, socket.socket(fileno=fds[0])), name="listen")
+                case Unlisten(port):
+                    self._proxy.unlisten((port.address, port.port))
+                case Drain(deadline_s):
+                    self._start_drain(deadline_s)
+                    return
+                case _:
+                    _log.error("control message %s is not for a worker", type(message).__name__)
+
+    async def _take_channel(self, sock: socket.socket) -> None:
+        before, self._channel = self._channel, ConfigChannel(self._proxy)
+        channel = self._channel
+        if before is not None:
+            before.close()
+        sock.setblocking(False)
+        await self._loop.create_connection(lambda: channel, sock=sock)
+
+    async def _listen(self, port: PortAddress, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        await self._proxy.listen((port.address, port.port), sock)
+
+    def _start_drain(self, deadline_s: float | None) -> None:
+        self._loop.remove_reader(self._control.fileno())
+        spawn(self._drain(deadline_s), name="drain")
+
+    async def _drain(self, deadline_s: float | None) -> None:
+        if left := await self._proxy.drain(deadline_s):
+            _log.warning("drain deadline reached: %d connections cut off", left)
+        self._done.set()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="l7proxy.worker", description=__doc__)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--id", type=int, required=True)
+    parser.add_argument("--user", default="nobody", help="whom to become when started as root")
+    args = parser.parse_args()
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"worker {args.id}: %(message)s"
+    )
+    # Ctrl-C reaches the whole foreground group; the supervisor decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.geteuid() == 0:
+        drop_root(args.user)
+    gc.freeze()  # what is imported stays: the collector need not look at it again
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(socket.socket(fileno=args.control_fd)))
+    sys.stderr.flush()
+    # A thread that still writes the log to a stuck reader must not keep the process.
+    os._exit(0)
+
+
+async def _serve(control: socket.socket) -> None:
+    await Worker(control, asyncio.get_running_loop()).run()
+
+
+if __name__ == "__main__":
+    main()
