@@ -1,0 +1,182 @@
+"""Reads plain data (dicts, lists, strings) into models and finds all that breaks the schema.
+
+msgspec does the work; where it refuses, the data is walked once more along the type, which finds
+every violation instead of the first, and leaves out nulls as the API server does: a null in a field
+is an absent field. Knows types, no kinds and no rules.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from mesh.model.errors import FieldError, InvalidObject
+from mesh.model.meta import Model
+
+M = TypeVar("M", bound=Model)
+_ABSENT = object()
+_QUOTE = 100
+
+
+def read(raw: Any, model: type[M], quote: bool = True) -> M:
+    """`raw` as `model`. InvalidObject lists every violation of the schema. With `quote` False no
+    error shows a value that was found."""
+    try:
+        return msgspec.convert(raw, model)
+    except msgspec.ValidationError:
+        reader = _Reader(quote)
+        clean = reader.value(model, raw, "")
+        if reader.errors:
+            raise InvalidObject(tuple(reader.errors)) from None
+        return msgspec.convert(clean, model)
+
+
+def found(value: Any) -> str:
+    """A value as it stands in an error, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _QUOTE else f"{text[:_QUOTE]}…"
+
+
+@cache
+def hints(model: type[Model]) -> dict[str, Any]:
+    """The types of a model's attributes, constraints included."""
+    return get_type_hints(model, include_extras=True)
+
+
+@cache
+def wire_names(model: type[Model]) -> dict[str, str]:
+    """Attribute names by the names that stand in manifests."""
+    return dict(zip(model.__struct_encode_fields__, model.__struct_fields__, strict=True))
+
+
+@cache
+def required(model: type[Model]) -> frozenset[str]:
+    """The manifests' names of fields without a default."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(model) if field.required)
+
+
+def unwrap(hint: Any) -> tuple[Any, tuple[Meta, ...]]:
+    """The type without `Annotated` and `| None`, and all constraints on it."""
+    metas: tuple[Meta, ...] = ()
+    while True:
+        origin = get_origin(hint)
+        if origin is Annotated:
+            metas += tuple(meta for meta in hint.__metadata__ if isinstance(meta, Meta))
+            hint = hint.__origin__
+        elif origin in (Union, types.UnionType):
+            some = [arg for arg in get_args(hint) if arg is not type(None)]
+            if len(some) > 1:
+                return hint, metas
+            hint = some[0]
+        else:
+            return hint, metas
+
+
+class _Reader:
+    """One walk over data that msgspec refused; `value` gives it back without nulls."""
+
+    def __init__(self, quote: bool) -> None:
+        self.errors: list[FieldError] = []
+        self._quote = quote
+
+    def value(self, hint: Any, raw: Any, path: str) -> Any:
+        bare, metas = unwrap(hint)
+        if isinstance(bare, type) and issubclass(bare, Model):
+            return self._struct(bare, raw, path)
+        origin = get_origin(bare)
+        if origin is tuple:
+            return self._list(get_args(bare)[0], metas, raw, path)
+        if origin is dict:
+            return self._map(get_args(bare)[1], metas, raw, path)
+        try:
+            msgspec.convert(raw, hint)
+        except msgspec.ValidationError as error:
+            self._refuse(path, _keyword(bare, metas, str(error)), raw)
+        return raw
+
+    def _struct(self, model: type[Model], raw: Any, path: str) -> Any:
+        if not isinstance(raw, Mapping):
+            self._refuse(path, "type: object", raw)
+            return raw
+        clean: dict[str, Any] = {}
+        attributes = wire_names(model)
+        for name, value in raw.items():
+            where = f"{path}.{name}" if path else str(name)
+            attribute = attributes.get(name)
+            if attribute is None:
+                self.errors.append(
+                    FieldError(
+                        where,
+                        "unknown field",
+                        f"{name!r} is not a field here; known are {', '.join(sorted(attributes))}",
+                    )
+                )
+            elif value is not None:
+                clean[name] = self.value(hints(model)[attribute], value, where)
+        for name in sorted(required(model) - clean.keys()):
+            where = f"{path}.{name}" if path else name
+            self.errors.append(FieldError(where, "required", "is missing; add it"))
+        return clean
+
+    def _list(self, item: Any, metas: tuple[Meta, ...], raw: Any, path: str) -> Any:
+        if not isinstance(raw, (list, tuple)):
+            self._refuse(path, "type: array", raw)
+            return raw
+        self._length(metas, len(raw), "Items", path)
+        return [self.value(item, value, f"{path}[{index}]") for index, value in enumerate(raw)]
+
+    def _map(self, item: Any, metas: tuple[Meta, ...], raw: Any, path: str) -> Any:
+        if not isinstance(raw, Mapping):
+            self._refuse(path, "type: object", raw)
+            return raw
+        self._length(metas, len(raw), "Properties", path)
+        for key in raw:
+            if not isinstance(key, str):
+                self._refuse(path, "keys must be strings", key)
+        return {key: self.value(item, value, f"{path}[{key}]") for key, value in raw.items()}
+
+    def _length(self, metas: tuple[Meta, ...], length: int, what: str, path: str) -> None:
+        for meta in metas:
+            if meta.min_length is not None and length < meta.min_length:
+                rule = f"min{what}: {meta.min_length}"
+                self.errors.append(FieldError(path, rule, f"has {length}; add some"))
+            if meta.max_length is not None and length > meta.max_length:
+                rule = f"max{what}: {meta.max_length}"
+                self.errors.append(FieldError(path, rule, f"has {length}; take some away"))
+
+    def _refuse(self, path: str, rule: str, raw: Any) -> None:
+        if self._quote:
+            message = f"found {found(raw)}" if raw is not _ABSENT else "is missing"
+            if not isinstance(raw, str) and rule == "type: string":
+                message += f", which YAML reads as {type(raw).__name__}; put it in quotes"
+        else:
+            message = f"found a value of type {type(raw).__name__} that is not allowed"
+        self.errors.append(FieldError(path, rule, message))
+
+
+_TYPES = {str: "string", bool: "boolean", int: "integer", bytes: "base64 text"}
+
+
+def _keyword(bare: Any, metas: tuple[Meta, ...], error: str) -> str:
+    """The schema keyword that msgspec's refusal of a single value is about, in the CRDs' words."""
+    for meta in metas:
+        for sign, word, bound in (
+            ("length >=", "minLength", meta.min_length),
+            ("length <=", "maxLength", meta.max_length),
+            (">=", "minimum", meta.ge),
+            ("<=", "maximum", meta.le),
+            ("matching regex", "pattern", meta.pattern),
+        ):
+            if bound is not None and sign in error:
+                return f"{word}: {bound}".replace(r"\Z", "$")
+    if get_args(bare) and "Invalid enum value" in error:
+        return f"must be one of {', '.join(map(str, get_args(bare)))}"
+    if get_args(bare):
+        names = {_TYPES.get(type(arg), _TYPES.get(arg, str(arg))) for arg in get_args(bare)}
+        return f"type: {' or '.join(sorted(names))}"
+    return f"type: {_TYPES.get(bare, str(bare))}"
