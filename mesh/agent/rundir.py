@@ -1,0 +1,95 @@
+"""The run directory: lock, sockets, metrics files. One gateway lives in one run directory.
+
+Knows paths and who owns them. Must stay light: the supervisor and every command import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pwd
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+class RunDirError(Exception):
+    """The run directory cannot be used; why and what to do, in a line."""
+
+
+def default_run_dir() -> Path:
+    """/run/weft for root; else weft in the user's runtime directory (or one in /tmp)."""
+    if os.geteuid() == 0:
+        return Path("/run/weft")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base, "weft") if base else Path(f"/tmp/weft-{os.geteuid()}")
+
+
+class RunDir:
+    """Paths in a run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.lock_file = self.path / "supervisor.lock"
+        self.api_socket = self.path / "agent.sock"
+        self.metrics = self.path / "metrics"
+
+    def holder(self) -> dict[str, Any] | None:
+        """What the running supervisor wrote into its lock file; None: none runs here."""
+        try:
+            with open(self.lock_file) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    with contextlib.suppress(ValueError):
+                        content = json.load(file)
+                        if isinstance(content, dict):
+                            return content
+                    return {}
+        except OSError:
+            pass
+        return None
+
+    def lock(self, about: dict[str, Any]) -> int:
+        """Create the directory and hold its lock for the life of this process; the descriptor.
+
+        RunDirError: somebody else holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            if self.path.stat().st_uid not in (os.geteuid(), 0):
+                raise RunDirError(f"{self.path} belongs to another user: choose another --run-dir")
+            fd = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunDirError(
+                f"cannot use {self.path} as run directory: {error.strerror}: choose another one "
+                "with --run-dir, or run as root"
+            ) from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = (self.holder() or {}).get("pid", "unknown")
+            os.close(fd)
+            raise RunDirError(
+                f"a gateway already runs in {self.path} (pid {pid}): stop it (kill {pid}), or "
+                "choose another --run-dir"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.write(fd, json.dumps({"pid": os.getpid(), **about}).encode())
+        return fd
+
+    def fresh_metrics(self, user: str) -> None:
+        """An empty metrics directory that `user` (whom the workers become) may write."""
+        shutil.rmtree(self.metrics, ignore_errors=True)
+        self.metrics.mkdir(mode=0o700)
+        if os.geteuid() == 0:
+            account = pwd.getpwnam(user)
+            os.chown(self.metrics, account.pw_uid, account.pw_gid)
+
+    def forget_worker(self, pid: int) -> None:
+        """Remove a dead process's gauges of the present; its counters stay (prometheus_client's
+        multiprocess mode keeps a file for each kind and process)."""
+        for file in self.metrics.glob(f"gauge_live*_{pid}.db"):
+            file.unlink(missing_ok=True)

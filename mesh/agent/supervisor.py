@@ -1,0 +1,258 @@
+"""The supervisor: holds the listening sockets, starts agent and workers, starts them again.
+
+It outlives them all, so it does little and imports little: ports are bound as the agent wants them
+and stay bound while no agent is there; a pair of sockets connects agent and worker whenever either
+is new. It knows nothing of configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from l7proxy.tasks import spawn
+from mesh.agent import ports
+from mesh.agent.child import Child
+from mesh.agent.rundir import RunDir, RunDirError, default_run_dir
+from mesh.model.channel import (
+    Bound,
+    Channel,
+    Control,
+    Drain,
+    Listen,
+    PortAddress,
+    Unlisten,
+    Want,
+    Worker,
+)
+
+_log = logging.getLogger("weft.supervisor")
+
+# Ports that could not be bound are tried again after this long, then twice that, ...
+_RETRY_S = 1.0
+_MAX_RETRY_S = 30.0
+# How long the agent may take to end, and workers beyond the deadline they were given.
+_GRACE_S = 2.0
+_WORKER_USER = "nobody"
+
+
+class Supervisor:
+    """The process."""
+
+    def __init__(self, args: argparse.Namespace, agent_arguments: list[str]) -> None:
+        self._args = args
+        self._run_dir = RunDir(args.run_dir)
+        self._sockets: dict[PortAddress, socket.socket] = {}
+        self._failed: dict[PortAddress, str] = {}
+        self._retry: asyncio.TimerHandle | None = None
+        self._retry_s = _RETRY_S
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        agent = [sys.executable, "-m", args.agent_module]
+        about = [f"--run-dir={self._run_dir.path}", f"--workers={args.workers}", *agent_arguments]
+        self._agent = Child(
+            "agent",
+            lambda fd: [*agent, f"--control-fd={fd}", *about],
+            started=self._agent_started,
+            ended=lambda pid: None,
+            message=self._from_agent,
+        )
+        self._workers = {number: self._worker(number) for number in range(args.workers)}
+
+    def _worker(self, number: int) -> Child:
+        command = [sys.executable, "-m", self._args.worker_module, f"--id={number}"]
+        return Child(
+            f"worker {number}",
+            lambda fd: [*command, f"--control-fd={fd}", f"--user={_WORKER_USER}"],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._run_dir.metrics)},
+            started=lambda: self._worker_started(number),
+            ended=self._run_dir.forget_worker,
+            message=lambda message, fds: _discard(fds),
+        )
+
+    async def run(self) -> int:
+        """Until a signal; the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._run_dir.fresh_metrics(_WORKER_USER)
+        self._agent.start()
+        for worker in self._workers.values():
+            worker.start()
+        await self._stop.wait()
+        return await self._shut_down()
+
+    def _signalled(self) -> None:
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    # --- children --------------------------------------------------------------------------------
+
+    def _agent_started(self) -> None:
+        for number in self._workers:
+            self._connect(number)
+
+    def _worker_started(self, number: int) -> None:
+        for port, sock in self._sockets.items():
+            self._workers[number].send(Listen(port), (sock.fileno(),))
+        self._connect(number)
+
+    def _connect(self, number: int) -> None:
+        """A new config channel between the agent and a worker, if both are there."""
+        worker = self._workers[number]
+        if self._agent.pid is None or worker.pid is None:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs:
+            self._agent.send(Worker(number, worker.pid), (ours.fileno(),))
+            worker.send(Channel(), (theirs.fileno(),))
+
+    def _from_agent(self, message: Control, fds: list[int]) -> None:
+        _discard(fds)
+        match message:
+            case Want(wanted):
+                self._want(wanted)
+            case Worker(number, pid):
+                # The agent has lost its channel to a worker that is still there.
+                if number in self._workers and self._workers[number].pid == pid:
+                    self._connect(number)
+            case _:
+                _log.error("control message %s is not for a supervisor", type(message).__name__)
+
+    # --- ports -----------------------------------------------------------------------------------
+
+    def _want(self, wanted: tuple[PortAddress, ...]) -> None:
+        for port in [port for port in self._sockets if port not in wanted]:
+            self._sockets.pop(port).close()
+            for worker in self._workers.values():
+                worker.send(Unlisten(port))
+            _log.info("no longer listening on %s port %d", port.address, port.port)
+        self._failed = {port: why for port, why in self._failed.items() if port in wanted}
+        for port in wanted:
+            if port not in self._sockets:
+                self._bind(port)
+        self._retry_s = _RETRY_S
+        self._tell_bound()
+
+    def _bind(self, port: PortAddress) -> None:
+        try:
+            sock = self._sockets[port] = ports.bind(port)
+        except ports.BindError as error:
+            if self._failed.get(port) != str(error):
+                _log.error("not listening on %s port %d: %s", port.address, port.port, error)
+            self._failed[port] = str(error)
+            return
+        self._failed.pop(port, None)
+        _log.info("listening on %s port %d", port.address, port.port)
+        for worker in self._workers.values():
+            worker.send(Listen(port), (sock.fileno(),))
+
+    def _tell_bound(self) -> None:
+        self._agent.send(Bound(tuple(self._sockets), tuple(self._failed.items())))
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if self._failed:
+            loop = asyncio.get_running_loop()
+            self._retry = loop.call_later(self._retry_s, self._bind_again)
+            self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
+
+    def _bind_again(self) -> None:
+        self._retry = None
+        for port in tuple(self._failed):
+            self._bind(port)
+        self._tell_bound()
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    async def _shut_down(self) -> int:
+        """Drain the workers, then end the agent. A second signal ends everything at once."""
+        deadline = float(self._args.drain_timeout)
+        _log.info(
+            "draining connections for up to %g s; a second signal ends them at once", deadline
+        )
+        if self._retry is not None:
+            self._retry.cancel()
+        for child in (*self._workers.values(), self._agent):
+            child.stop()
+        for worker in self._workers.values():
+            worker.send(Drain(deadline))
+        for sock in self._sockets.values():
+            sock.close()
+        drained = await self._gone(*self._workers.values(), within=deadline + _GRACE_S)
+        self._agent.kill(signal.SIGTERM)
+        await self._gone(self._agent, within=_GRACE_S)
+        for child in (*self._workers.values(), self._agent):
+            child.kill(signal.SIGKILL)
+            await child.gone.wait()
+        _log.info("ended")
+        return 0 if drained else 1
+
+    async def _gone(self, *children: Child, within: float) -> bool:
+        """Whether all of them ended in time and before a second signal."""
+
+        async def all_gone() -> None:
+            for child in children:
+                await child.gone.wait()
+
+        ends = spawn(all_gone(), name="children end")
+        hurry = spawn(_wait(self._stop_now), name="second signal")
+        await asyncio.wait({ends, hurry}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if ends.done():
+            return True
+        ends.cancel()
+        return False
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+def _discard(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The supervisor's own options; whatever else is given goes to the agent."""
+    result = argparse.ArgumentParser(prog="weft up", add_help=False, allow_abbrev=False)
+    result.add_argument("--run-dir", type=Path, default=default_run_dir())
+    result.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    result.add_argument("--drain-timeout", type=float, default=30.0)
+    # Tests put other programs in their places.
+    result.add_argument("--agent-module", default="mesh.agent.agent")
+    result.add_argument("--worker-module", default="l7proxy.worker")
+    return result
+
+
+def main() -> int:
+    args, agent_arguments = parser().parse_known_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
+    run_dir = RunDir(args.run_dir)
+    about = {"started": time.time(), "workers": args.workers, "agent": agent_arguments}
+    try:
+        lock = run_dir.lock(about)
+    except RunDirError as error:
+        print(f"weft: {error}", file=sys.stderr)
+        return 1
+    with contextlib.closing(os.fdopen(lock)):
+        return asyncio.run(_run(args, agent_arguments))
+
+
+async def _run(args: argparse.Namespace, agent_arguments: list[str]) -> int:
+    return await Supervisor(args, agent_arguments).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
