@@ -1,0 +1,39 @@
+# `make run` and `make test` are all a newcomer needs; both set up what is missing first.
+.PHONY: help run test acceptance check bench clean setup setup-dev
+
+help:
+	@echo "make run         the ingress gateway on examples/storefront, until Ctrl-C"
+	@echo "make test        all checks and tests"
+	@echo "make acceptance  the Gateway API cases of ../shared against the running gateway"
+	@echo "make check       formatting, lint, types, import layers"
+	@echo "make bench       how long route changes take, and how much memory routes need"
+	@echo "make clean       remove what was built, .venv included"
+
+setup:
+	@scripts/setup.sh run
+
+setup-dev:
+	@scripts/setup.sh dev
+
+run: setup
+	@exec .venv/bin/python examples/storefront/run.py
+
+check: setup-dev
+	@echo "check: ruff" && .venv/bin/ruff check -q .
+	@.venv/bin/ruff format -q --check . || { echo "format with: .venv/bin/ruff format" >&2; exit 1; }
+	@echo "check: mypy --strict" && .venv/bin/mypy
+	@echo "check: import layers" && .venv/bin/lint-imports --no-logo >build/lint-imports.txt 2>&1 || { cat build/lint-imports.txt >&2; exit 1; }
+
+test: check
+	@.venv/bin/pytest --cov --cov-report=term:skip-covered --durations=5
+
+acceptance: setup-dev
+	@.venv/bin/python -m tests.acceptance
+
+bench: setup-dev
+	@.venv/bin/python -m tests.bench_routes
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache .coverage examples/storefront/manifests/secret.generated.yaml
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,81 @@
+#!/bin/sh
+# Sets up what is missing: Debian packages, .venv, the project and its dependencies in it.
+# Usage: scripts/setup.sh run|dev      ("dev" adds the tools that `make test` needs)
+# Does nothing that is already done; a stamp in .venv remembers the installed pyproject.toml.
+set -eu
+cd "$(dirname "$0")/.."
+
+what=${1:-run}
+python=/usr/bin/python3
+venv=.venv
+stamp=$venv/.stamp-$what
+
+say() { printf '%s\n' "setup: $*"; }
+fail() {
+    printf '%s\n' "setup: $1" >&2
+    shift
+    for line in "$@"; do printf '%s\n' "       $line" >&2; done
+    exit 1
+}
+
+installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install ok installed'; }
+
+# --- Debian packages -----------------------------------------------------------------------------
+# python3-venv: to make .venv. python3-bpfcc: bcc exists for Debian's own Python only, which is why
+# .venv is made from /usr/bin/python3 and sees the system's packages.
+if command -v dpkg-query >/dev/null 2>&1; then
+    missing=""
+    for package in python3-venv python3-bpfcc; do
+        installed "$package" || missing="$missing $package"
+    done
+    if [ -n "$missing" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+        say "installing Debian packages:$missing (a minute or so)"
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get update -qq || say "apt-get update failed; trying with the package lists there are"
+        # shellcheck disable=SC2086  # a list of names
+        apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
+            fail "apt-get could not install$missing" \
+                "Look at the messages above; then run: apt-get install$missing"
+    elif [ -n "$missing" ]; then
+        case "$missing" in
+        *python3-venv*)
+            fail "missing Debian packages:$missing" \
+                "They are installed as root: sudo apt-get update && sudo apt-get install$missing" \
+                "Then run make again." ;;
+        *)
+            say "note: python3-bpfcc is not installed; the ingress gateway does without it."
+            say "      To install it: sudo apt-get install python3-bpfcc" ;;
+        esac
+    fi
+else
+    say "note: this is not Debian; python3 (3.11 or newer) with venv has to be there already."
+fi
+
+[ -x "$python" ] || fail "there is no $python" "Install it: apt-get install python3 python3-venv"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$python is $("$python" --version), Weft needs 3.11 or newer (Debian 12 has it)"
+
+# --- .venv ---------------------------------------------------------------------------------------
+if [ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml; then
+    exit 0
+fi
+if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    say "making $venv from $python"
+    "$python" -m venv --system-site-packages "$venv" ||
+        fail "could not make $venv" "Remove it (rm -r $venv) and run make again."
+fi
+
+case $what in
+run) target=. ;;
+dev) target='.[dev]' ;;
+*) fail "unknown set-up \"$what\": run or dev" ;;
+esac
+say "installing the project and its dependencies into $venv (a minute or two the first time)"
+# Doubly quiet: errors only. A network that is away shows as an error after pip's own retries.
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check -e "$target" ||
+    fail "pip could not install the dependencies of pyproject.toml" \
+        "If there is no network: give pip a directory of wheels (PIP_FIND_LINKS=DIR PIP_NO_INDEX=1)."
+cp pyproject.toml "$stamp"
+# What tests need, running needs too.
+[ "$what" != dev ] || cp pyproject.toml "$venv/.stamp-run"
+say "done"
