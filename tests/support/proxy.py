@@ -1,0 +1,332 @@
+"""A real worker process under a test's control, real backends, a client that speaks raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mesh.model.channel import (
+    Channel,
+    Drain,
+    FrameReader,
+    Listen,
+    PortAddress,
+    Unlisten,
+    encode_frame,
+    send_control,
+)
+from mesh.model.nodeconfig import (
+    Ack,
+    Attachment,
+    ClusterSection,
+    Endpoint,
+    Listener,
+    NodeConfig,
+    PortSection,
+    RouteMatch,
+    RouteRule,
+    RouteSection,
+    Section,
+    SectionKey,
+    WeightedBackend,
+    cluster_key,
+    port_key,
+    route_key,
+)
+
+LISTENER = "Gateway/default/gw/http"
+
+
+class WorkerProcess:
+    """`l7proxy.worker` with its supervisor and agent played by the test."""
+
+    def __init__(self) -> None:
+        self.config = NodeConfig.empty()
+        self._reader = FrameReader()
+
+    async def start(self, *arguments: str) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control = ours
+        self.metrics_dir = tempfile.mkdtemp(prefix="weft-metrics-")
+        Path(self.metrics_dir).chmod(0o777)
+        # Sanitised output goes to a file: a pipe nobody reads would be a test of its own.
+        self.log = tempfile.TemporaryFile()
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "l7proxy.worker",
+            "--control-fd",
+            str(theirs.fileno()),
+            "--id",
+            "0",
+            *arguments,
+            pass_fds=(theirs.fileno(),),
+            stdout=self.log,
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": self.metrics_dir},
+        )
+        theirs.close()
+        await self.connect()
+
+    async def connect(self) -> None:
+        """Hand the worker a new config channel, and it the whole configuration."""
+        ours, theirs = socket.socketpair()
+        send_control(self.control, Channel(), (theirs.fileno(),))
+        theirs.close()
+        self._channel_in, self._channel_out = await asyncio.open_connection(sock=ours)
+        self._reader = FrameReader()
+        if self.config.version:
+            self._channel_out.write(encode_frame(self.config.whole()))
+            await self.ack()
+
+    async def ack(self) -> Ack:
+        """The next acknowledgement."""
+        while True:
+            data = await self._channel_in.read(65536)
+            if not data:
+                raise ConnectionError("the worker closed the config channel")
+            for message in self._reader.receive(data):
+                assert isinstance(message, Ack)
+                return message
+
+    async def apply(
+        self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...] = ()
+    ) -> dict[SectionKey, str]:
+        """Send one delta; returns what the worker refuses then."""
+        self.config, delta = self.config.change(dict(put), remove)
+        self._channel_out.write(encode_frame(delta))
+        ack = await self.ack()
+        assert ack.version == self.config.version
+        return ack.refused
+
+    def listen(self, address: str = "127.0.0.1") -> int:
+        """Bind a free port and hand it over; returns the port."""
+        sock = socket.create_server((address, 0), backlog=1024)
+        port: int = sock.getsockname()[1]
+        send_control(self.control, Listen(PortAddress(address, port)), (sock.fileno(),))
+        sock.close()
+        return port
+
+    def unlisten(self, port: int, address: str = "127.0.0.1") -> None:
+        send_control(self.control, Unlisten(PortAddress(address, port)))
+
+    def drain(self, deadline_s: float) -> None:
+        send_control(self.control, Drain(deadline_s))
+
+    def access_log(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode()
+
+    async def stop(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        self.control.close()
+        self._channel_out.close()
+        self.log.close()
+
+
+@asynccontextmanager
+async def worker(*arguments: str) -> AsyncIterator[WorkerProcess]:
+    process = WorkerProcess()
+    await process.start(*arguments)
+    try:
+        yield process
+    finally:
+        await process.stop()
+
+
+# --- configurations -----------------------------------------------------------------------------
+
+
+def http_port(port: int, *listeners: Listener, address: str = "127.0.0.1") -> dict[str, Section]:
+    section = PortSection(
+        address=address,
+        port=port,
+        protocol="HTTP",
+        gateway="default/gw",
+        listeners=listeners or (Listener(LISTENER),),
+    )
+    return {port_key(address, port): section}
+
+
+def cluster(name: str, *ports: int, **rest: object) -> dict[str, Section]:
+    section = ClusterSection(
+        endpoints=tuple(Endpoint("127.0.0.1", port, f"{name}-{port}") for port in ports),
+        **rest,  # type: ignore[arg-type]
+    )
+    return {cluster_key("Service", "default", name, 80): section}
+
+
+def route(name: str, *rules: RouteRule, hostnames: tuple[str, ...] = ("*",)) -> dict[str, Section]:
+    section = RouteSection(
+        kind="HTTPRoute",
+        namespace="default",
+        name=name,
+        created="",
+        attachments=(Attachment(LISTENER, hostnames),),
+        rules=rules,
+    )
+    return {route_key("HTTPRoute", "default", name): section}
+
+
+def to(name: str, weight: int = 1, **rest: object) -> WeightedBackend:
+    key = cluster_key("Service", "default", name, 80)
+    return WeightedBackend(key, weight, **rest)  # type: ignore[arg-type]
+
+
+def rule(*backends: WeightedBackend, **rest: object) -> RouteRule:
+    rest.setdefault("matches", (RouteMatch(),))
+    return RouteRule(backends=backends, **rest)  # type: ignore[arg-type]
+
+
+# --- raw HTTP/1.1 -------------------------------------------------------------------------------
+
+
+@dataclass
+class Message:
+    """A message as it stood on the wire."""
+
+    start: str
+    headers: list[tuple[str, str]]
+    body: bytes = b""
+
+    def header(self, name: str) -> str | None:
+        return next((v for k, v in self.headers if k.lower() == name.lower()), None)
+
+    @property
+    def status(self) -> int:
+        return int(self.start.split()[1])
+
+
+async def read_message(reader: asyncio.StreamReader, *, head_only: bool = False) -> Message | None:
+    """A message off the wire; None at the end of the stream before one."""
+    try:
+        block = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError as error:
+        if error.partial:
+            raise
+        return None
+    start, *lines = block[:-4].decode("latin-1").split("\r\n")
+    headers = [tuple(re.split(r":\s*", line, maxsplit=1)) for line in lines]
+    message = Message(start, headers)  # type: ignore[arg-type]
+    if head_only:
+        return message
+    if "chunked" in (message.header("transfer-encoding") or ""):
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            message.body += await reader.readexactly(size)
+            await reader.readexactly(2)
+        while (await reader.readuntil(b"\r\n")) != b"\r\n":
+            pass
+    elif length := message.header("content-length"):
+        message.body = await reader.readexactly(int(length))
+    elif start.startswith("HTTP/") and message.status >= 200 and message.status not in (204, 304):
+        message.body = await reader.read()
+    return message
+
+
+@asynccontextmanager
+async def connection(
+    port: int, address: str = "127.0.0.1", **rest: object
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection(address, port, **rest)  # type: ignore[arg-type]
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        try:
+            await writer.wait_closed()
+        except (ConnectionError, OSError):
+            pass
+
+
+async def fetch(port: int, request: str | bytes = "GET / HTTP/1.1\r\nHost: a\r\n\r\n") -> Message:
+    """One request on a connection of its own."""
+    async with connection(port) as (reader, writer):
+        writer.write(request.encode() if isinstance(request, str) else request)
+        message = await read_message(reader, head_only=request[:4] in ("HEAD", b"HEAD"))
+        assert message is not None, "the proxy closed without an answer"
+        return message
+
+
+def get(path: str = "/", host: str = "a", *headers: str) -> str:
+    lines = "".join(f"{header}\r\n" for header in headers)
+    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{lines}\r\n"
+
+
+@dataclass
+class Backend:
+    """A real HTTP/1.1 server that remembers what reached it."""
+
+    port: int = 0
+    requests: list[Message] = field(default_factory=list)
+    connections: int = 0
+    arrived: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def wait_for(self, count: int) -> None:
+        async with self.arrived:
+            await self.arrived.wait_for(lambda: len(self.requests) >= count)
+
+
+Answer = Callable[[Message], bytes | Awaitable[bytes]]
+
+
+def ok(body: bytes = b"ok", *headers: str, status: str = "200 OK") -> bytes:
+    lines = "".join(f"{header}\r\n" for header in headers).encode()
+    return b"HTTP/1.1 %s\r\n%scontent-length: %d\r\n\r\n%s" % (
+        status.encode(),
+        lines,
+        len(body),
+        body,
+    )
+
+
+@asynccontextmanager
+async def backend(
+    answer: Answer = lambda request: ok(request.start.encode()), *, port: int = 0
+) -> AsyncIterator[Backend]:
+    """Serve; an answer of b"" closes the connection without one. Bytes are sent as they are, and
+    `connection: close` in them closes after it."""
+    state = Backend()
+    handlers: set[asyncio.Task[None]] = set()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        handlers.add(task)
+        state.connections += 1
+        try:
+            while (request := await read_message(reader)) is not None:
+                async with state.arrived:
+                    state.requests.append(request)
+                    state.arrived.notify_all()
+                reply = answer(request)
+                data = reply if isinstance(reply, bytes) else await reply
+                if not data:
+                    break
+                writer.write(data)
+                await writer.drain()
+                if b"connection: close" in data.lower():
+                    break
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            handlers.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", port)
+    state.port = server.sockets[0].getsockname()[1]
+    try:
+        yield state
+    finally:
+        server.close()
+        for task in tuple(handlers):
+            task.cancel()
+        await asyncio.gather(*handlers, return_exceptions=True)
