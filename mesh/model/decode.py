@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
+from mesh.model import rules_core, rules_filters, rules_gateway, rules_routes
 from mesh.model.backendtlspolicy import BackendTLSPolicy
 from mesh.model.core import ConfigMap, EndpointSlice, Namespace, Secret, Service
 from mesh.model.errors import FieldError, InvalidObject, UnsupportedKind
@@ -25,6 +26,8 @@ from mesh.model.listenerset import ListenerSet
 from mesh.model.meta import Model, ObjectKey
 from mesh.model.referencegrant import ReferenceGrant
 from mesh.model.references import GROUP
+from mesh.model.rules import Rules
+from mesh.model.rules_core import LABEL, LABEL_1035, SUBDOMAIN, NameForm, metadata_errors
 from mesh.model.schema import read
 
 __all__ = [
@@ -37,7 +40,13 @@ __all__ = [
     "decode",
     "encode",
     "key_of",
+    "update_errors",
 ]
+
+RULES = Rules(
+    rules_core.CHECKS + rules_gateway.CHECKS + rules_routes.CHECKS + rules_filters.CHECKS,
+    rules_gateway.TRANSITIONS,
+)
 
 Object: TypeAlias = (
     Namespace
@@ -65,14 +74,15 @@ class KindInfo(NamedTuple):
     versions: tuple[str, ...]
     plural: str
     short: tuple[str, ...] = ()
+    name_form: NameForm = SUBDOMAIN
 
 
 # By API group ("" is core) and kind.
 KINDS: dict[tuple[str, str], KindInfo] = {
     (group, info.kind): info
     for group, info in (
-        ("", KindInfo(Namespace, "Namespace", False, ("v1",), "namespaces", ("ns",))),
-        ("", KindInfo(Service, "Service", True, ("v1",), "services", ("svc",))),
+        ("", KindInfo(Namespace, "Namespace", False, ("v1",), "namespaces", ("ns",), LABEL)),
+        ("", KindInfo(Service, "Service", True, ("v1",), "services", ("svc",), LABEL_1035)),
         ("", KindInfo(Secret, "Secret", True, ("v1",), "secrets")),
         ("", KindInfo(ConfigMap, "ConfigMap", True, ("v1",), "configmaps", ("cm",))),
         (
@@ -125,7 +135,17 @@ def decode(raw: Mapping[str, Any]) -> Object:
         raw = {**raw, "metadata": {**metadata, "namespace": "default"}}
     if info.model is Secret:
         raw = _secret_data(raw)
-    return read(raw, info.model, quote=info.model is not Secret)
+    obj = read(raw, info.model, quote=info.model is not Secret)
+    errors = metadata_errors(obj.metadata, info.name_form, info.namespaced) + RULES.errors(obj)
+    if errors:
+        raise InvalidObject(tuple(errors))
+    return obj
+
+
+def update_errors(old: Object, new: Object) -> tuple[FieldError, ...]:
+    """What forbids `new` to take the place of `old`, an object of the same kind and key: changes
+    of fields that may not change. Empty: nothing."""
+    return tuple(RULES.update_errors(old, new))
 
 
 def key_of(obj: Object) -> ObjectKey:
