@@ -64,7 +64,7 @@ class View:
         self._note(table, key)
         return self._tables[table].get(key)
 
-    def bucket(self, index: str, key: Key) -> AbstractSet[Key]:
+    def bucket(self, index: str, key: Key) -> AbstractSet[Any]:
         """The keys in a bucket of an index. Iterate sorted where the order could matter."""
         self._note(index, key)
         return self._indexes[index].get(key, _NOTHING)

@@ -1,0 +1,79 @@
+"""Which addresses a Gateway listens on: its own wishes (spec.addresses), the pool, or the host's.
+
+Allocation is a function of the set of requests alone: the same Gateways get the same addresses in
+whatever order they came, and a younger Gateway never moves an older one. Knows no listeners.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from mesh.model.meta import ObjectKey
+
+
+class Request(NamedTuple):
+    """What a Gateway asks for. `wanted`: one entry per address, "" is "assign one"; sorts by age,
+    then name, the order in which requests are served."""
+
+    created: str
+    key: ObjectKey
+    wanted: tuple[str, ...]
+
+
+class Pool:
+    """The addresses that may be given to Gateways: CIDRs and single addresses, in order."""
+
+    def __init__(self, ranges: Iterable[str]) -> None:
+        """ValueError: not an address or CIDR."""
+        self._networks = tuple(ipaddress.ip_network(text, strict=False) for text in ranges)
+        self.size = sum(_usable(network) for network in self._networks)
+
+    def __contains__(self, address: str) -> bool:
+        ip = ipaddress.ip_address(address)
+        return any(ip.version == n.version and ip in n for n in self._networks)
+
+    def probe(self, seed: str) -> Iterator[str]:
+        """Every address of the pool once, from a place that `seed` determines."""
+        if not self.size:
+            return
+        start = int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "big")
+        for step in range(self.size):
+            yield self._at((start + step) % self.size)
+
+    def _at(self, position: int) -> str:
+        for network in self._networks:
+            usable = _usable(network)
+            if position < usable:
+                # Network and broadcast addresses are left out where a network has them.
+                return str(network[position + (1 if usable < network.num_addresses else 0)])
+            position -= usable
+        raise IndexError(position)
+
+
+def _usable(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> int:
+    plain = network.version == 6 or network.prefixlen >= 31
+    return network.num_addresses - (0 if plain else 2)
+
+
+def allocate(pool: Pool, requests: Iterable[Request]) -> dict[ObjectKey, tuple[str | None, ...]]:
+    """The address for each entry of each request: the one it names, or one from the pool that no
+    request names and no older request got; None where the pool has none left."""
+    ordered = sorted(requests)
+    taken = {address for request in ordered for address in request.wanted if address}
+    given: dict[ObjectKey, tuple[str | None, ...]] = {}
+    for request in ordered:
+        addresses: list[str | None] = []
+        for number, address in enumerate(request.wanted):
+            if address:
+                addresses.append(address)
+                continue
+            seed = f"{request.key.namespace}/{request.key.name}#{number}"
+            free = next((a for a in pool.probe(seed) if a not in taken), None)
+            if free is not None:
+                taken.add(free)
+            addresses.append(free)
+        given[request.key] = tuple(addresses)
+    return given

@@ -1,0 +1,75 @@
+"""GatewayClasses and Gateways that are ours, and whether they may be served at all.
+
+Other controllers' classes and their Gateways have no entry here, and so cost nothing further on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gateway.conditions import Problem
+from mesh.model.derive import View
+from mesh.model.gateway import Gateway
+from mesh.model.gatewayclass import GatewayClass
+from mesh.model.meta import ObjectKey
+
+
+class Ours(NamedTuple):
+    """A Gateway of one of our classes. `problem`: why it is not accepted."""
+
+    gateway: Gateway
+    problem: Problem | None
+
+
+class OurClass(NamedTuple):
+    problem: Problem | None
+
+
+def classes(controller_name: str) -> Callable[[View, ObjectKey], OurClass | None]:
+    def compute(view: View, key: ObjectKey) -> OurClass | None:
+        gateway_class: GatewayClass = view.get("GatewayClass", key)
+        if gateway_class.spec.controller_name != controller_name:
+            return None
+        reference = gateway_class.spec.parameters_ref
+        if reference is None:
+            return OurClass(None)
+        return OurClass(_parameters("spec.parametersRef", reference.kind, reference.name))
+
+    return compute
+
+
+def gateways(view: View, key: ObjectKey) -> Ours | None:
+    gateway: Gateway = view.get("Gateway", key)
+    name = gateway.spec.gateway_class_name
+    our_class: OurClass | None = view.get("classes", ObjectKey("", name))
+    if our_class is None:
+        return None
+    return Ours(gateway, _problem(gateway, our_class))
+
+
+def _problem(gateway: Gateway, our_class: OurClass) -> Problem | None:
+    spec = gateway.spec
+    if our_class.problem:
+        return Problem(
+            "Pending", f"GatewayClass {spec.gateway_class_name} is not accepted; see its status"
+        )
+    infrastructure = spec.infrastructure
+    if infrastructure is not None and infrastructure.parameters_ref is not None:
+        reference = infrastructure.parameters_ref
+        return _parameters("spec.infrastructure.parametersRef", reference.kind, reference.name)
+    for number, address in enumerate(spec.addresses):
+        if address.type != "IPAddress":
+            return Problem(
+                "UnsupportedAddress",
+                f"spec.addresses[{number}].type {address.type} is not supported; use IPAddress",
+            )
+    return None
+
+
+def _parameters(field: str, kind: str, name: str) -> Problem:
+    return Problem(
+        "InvalidParameters",
+        f"{field}: {kind} {name} cannot be used, this implementation takes no parameters;"
+        " remove the field",
+    )

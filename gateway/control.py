@@ -1,0 +1,222 @@
+"""The control plane of a node's gateways: objects and the data plane's answers in, NodeConfig
+sections and statuses out.
+
+Pure but for its own memory: no I/O, no clock. The tables, what they are keyed by and in which order
+they follow from each other stand in `_rules`; each is computed by the module of its concern, and
+only where something it read has changed (mesh.model.derive).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gateway import (
+    attachment,
+    backend_tls,
+    backends,
+    classes,
+    entries,
+    listeners,
+    places,
+    routes,
+    states,
+    status,
+    tls_refs,
+)
+from gateway.addresses import Pool
+from gateway.keys import ROUTE_KINDS, PortKey, RouteKey
+from mesh.model.derive import Change, Derivation, Index, Rule
+from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import (
+    SETTINGS_KEY,
+    Section,
+    SectionKey,
+    Settings,
+    certificate_key,
+    entry_key,
+    port_key,
+    route_key,
+)
+
+KINDS = (
+    "Namespace",
+    "Service",
+    "EndpointSlice",
+    "Secret",
+    "ConfigMap",
+    "GatewayClass",
+    "Gateway",
+    "ListenerSet",
+    "ReferenceGrant",
+    "BackendTLSPolicy",
+)
+
+
+class Options(msgspec.Struct, frozen=True):
+    """`addresses`: the pool, CIDRs and addresses; empty: no pool, and Gateways that name no address
+    listen on `bind_address` and say `advertise` in status.addresses."""
+
+    controller_name: str = "weft.dev/gateway-controller"
+    addresses: tuple[str, ...] = ()
+    bind_address: str = "0.0.0.0"
+    advertise: tuple[str, ...] = ()
+    settings: Settings = Settings()
+
+
+class Outcome(NamedTuple):
+    """What follows from a change. `statuses`: None where an object has none any more; their
+    conditions have no times yet (gateway.status.with_transition_times). `ports`: all that are
+    wanted now. `failures`: defects of ours, by table and key; what they concern is absent."""
+
+    put: dict[SectionKey, Section]
+    remove: tuple[SectionKey, ...]
+    statuses: dict[tuple[str, ObjectKey], msgspec.Struct | None]
+    ports: frozenset[PortKey]
+    failures: Mapping[tuple[str, Any], Exception] = {}
+
+
+class ControlPlane:
+    def __init__(self, options: Options) -> None:
+        """ValueError: the pool is not made of addresses and CIDRs."""
+        self._options = options
+        self._derivation = Derivation(
+            (*KINDS, "Route", "refusals", "binds"), _rules(options), _indexes(options)
+        )
+        self._started = False
+
+    def apply(
+        self,
+        changes: Mapping[str, Mapping[ObjectKey, Any]],
+        *,
+        refusals: Mapping[SectionKey, str | None] = {},
+        binds: Mapping[PortKey, str | None] = {},
+    ) -> Outcome:
+        """Take changed objects (None: gone) by kind, sections that the data plane refused (None: no
+        longer), and ports ("": bound, text: why not, None: not known). Kinds that are not modelled
+        here are ignored."""
+        inputs: dict[str, Mapping[Any, Any]] = {
+            kind: objects for kind, objects in changes.items() if kind in KINDS
+        }
+        inputs["Route"] = {
+            RouteKey(kind, *key): route
+            for kind in ROUTE_KINDS
+            for key, route in changes.get(kind, {}).items()
+        }
+        inputs["refusals"], inputs["binds"] = refusals, binds
+        changed = self._derivation.apply(inputs)
+        put: dict[SectionKey, Section] = {}
+        remove: list[SectionKey] = []
+        if not self._started:
+            self._started = True
+            put[SETTINGS_KEY] = self._options.settings
+        for table, section_key in _SECTIONS.items():
+            for key, change in changed.get(table, {}).items():
+                if change.new is None:
+                    remove.append(section_key(key))
+                else:
+                    put[section_key(key)] = change.new
+        # The same key may go in one table and come in another.
+        gone = tuple(key for key in remove if key not in put)
+        return Outcome(
+            put,
+            gone,
+            _statuses(changed),
+            frozenset(self._derivation.tables["ports"]),  # type: ignore[arg-type]
+            dict(self._derivation.failures),
+        )
+
+
+def _statuses(
+    changed: Mapping[str, Mapping[Any, Change]],
+) -> dict[tuple[str, ObjectKey], msgspec.Struct | None]:
+    result: dict[tuple[str, ObjectKey], msgspec.Struct | None] = {}
+    for table, kind in _STATUSES.items():
+        for key, change in changed.get(table, {}).items():
+            result[kind, key] = change.new
+    for key, change in changed.get("route_status", {}).items():
+        result[key.kind, ObjectKey(key.namespace, key.name)] = change.new
+    return result
+
+
+# The tables whose entries are sections, and those that are statuses.
+_SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
+    "ports": lambda key: port_key(*key),
+    "certificates": lambda key: certificate_key(*key),
+    "sections": lambda key: route_key(*key),
+    "clusters": lambda key: key.section,
+    "service_entries": lambda key: entry_key(*key),
+    "gateway_entries": lambda key: entry_key(key[0], key[1], "TCP"),
+}
+_STATUSES = {
+    "class_status": "GatewayClass",
+    "gateway_status": "Gateway",
+    "listener_set_status": "ListenerSet",
+    "policy_status": "BackendTLSPolicy",
+}
+
+
+def _rules(options: Options) -> tuple[Rule, ...]:
+    name = options.controller_name
+    pool = Pool(options.addresses)
+    place = places.places(pool, options.bind_address, options.advertise)
+    return (
+        # What is ours, and who listens to what.
+        Rule("classes", "GatewayClass", classes.classes(name)),
+        Rule("gateways", "Gateway", classes.gateways),
+        Rule("set_parents", "ListenerSet", listeners.set_parents),
+        Rule("merged", "gateways", listeners.merged),
+        Rule("gateway_doors", "gateways", listeners.gateway_doors),
+        Rule("set_doors", "set_parents", listeners.set_doors),
+        # Addresses and ports.
+        Rule("requests", "gateways", places.requests),
+        Rule("allocation", "requested", places.allocation(pool)),
+        Rule("places", "gateways", place),
+        Rule("claims", "gateways", places.claims),
+        Rule("owners", "claimants", places.owners),
+        # TLS material.
+        Rule("secret_refs", "gateways", tls_refs.secret_refs),
+        Rule("keypairs", "wanted_secrets", tls_refs.keypairs),
+        Rule("certificates", "keypairs", tls_refs.certificates),
+        Rule("gateway_tls", "gateways", tls_refs.gateway_tls),
+        # Listeners and the ports they are served on.
+        Rule("states", "gateways", states.states),
+        Rule("ports", "owners", states.ports),
+        # Routes.
+        Rule("policies", "BackendTLSPolicy", backend_tls.policies),
+        Rule("parents", "Route", attachment.parents),
+        Rule("translations", "parents", routes.translate),
+        Rule("routes", "parents", attachment.routes),
+        Rule("sections", "routes", attachment.sections),
+        Rule("clusters", "cluster_users", backends.cluster),
+        Rule("service_gateways", "used_from", lambda view, pair: True),
+        # Load-balancer entries.
+        Rule("service_entries", "service_frontends", entries.service_entry),
+        Rule("gateway_entries", "gateway_frontends", entries.gateway_entry),
+        # Statuses.
+        Rule("class_status", "classes", status.class_status),
+        Rule("gateway_status", "gateways", status.gateway_status),
+        Rule("listener_set_status", "set_parents", status.listener_set_status),
+        Rule("route_status", "parents", attachment.route_status(name)),
+        Rule("policy_status", "policies", backend_tls.policy_status(name)),
+    )
+
+
+def _indexes(options: Options) -> tuple[Index, ...]:
+    return (
+        Index("grants_in", "ReferenceGrant", lambda key, grant: (key.namespace,)),
+        Index("slices_of", "EndpointSlice", backends.slice_service),
+        Index("policies_on", "BackendTLSPolicy", backend_tls.targets),
+        Index("service_frontends", "Service", entries.service_frontends),
+        Index("sets_of", "set_parents", listeners.set_gateway),
+        Index("requested", "requests", lambda key, request: ("",)),
+        Index("claimants", "claims", lambda key, claims: claims),
+        Index("wanted_secrets", "secret_refs", tls_refs.wanted_secrets),
+        Index("gateway_frontends", "ports", entries.gateway_frontends(options.advertise)),
+        Index("routes_on", "routes", attachment.route_listeners),
+        Index("cluster_users", "routes", attachment.route_clusters),
+        Index("used_from", "routes", attachment.service_gateways),
+        Index("gateways_of_service", "service_gateways", lambda pair, _: (pair[0],)),
+    )

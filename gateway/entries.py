@@ -1,0 +1,85 @@
+"""LoadBalancerEntries: a Service's ClusterIP ports to its ready endpoints, and a Gateway's address
+and port to the proxy that listens there."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
+
+from gateway.backends import endpoints
+from gateway.keys import PortKey
+from mesh.model.core import Service
+from mesh.model.derive import View
+from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, PortSection
+
+Frontend: TypeAlias = tuple[str, int, Literal["TCP", "UDP"]]
+
+
+def service_frontends(key: ObjectKey, service: Service) -> Iterator[Frontend]:
+    """The frontends of a Service (for an index): each cluster IP with each port."""
+    if service.spec.type == "ExternalName":
+        return
+    addresses = service.spec.cluster_ips or (service.spec.cluster_ip,)
+    for address in addresses:
+        if address and address != "None":
+            for port in service.spec.ports:
+                if port.protocol != "SCTP":
+                    yield address, port.port, port.protocol
+
+
+def service_entry(view: View, frontend: Frontend) -> LoadBalancerEntry:
+    """Where two Services claim one address and port, the older has it, then the first by name."""
+    address, number, protocol = frontend
+    services = [(view.get("Service", k), k) for k in view.bucket("service_frontends", frontend)]
+    service, key = min(services, key=lambda s: (s[0].metadata.creation_timestamp or "", s[1]))
+    port = next(p for p in service.spec.ports if (p.port, p.protocol) == (number, protocol))
+    version = ipaddress.ip_address(address).version
+    return LoadBalancerEntry(
+        address=address,
+        port=number,
+        protocol=protocol,
+        backends=tuple(
+            EntryBackend(endpoint.address, endpoint.port)
+            for endpoint in endpoints(view, key, port)
+            if ipaddress.ip_address(endpoint.address).version == version
+        ),
+        source=f"Service/{key}",
+    )
+
+
+def gateway_frontends(
+    advertise: tuple[str, ...],
+) -> Callable[[PortKey, PortSection], Iterator[PortKey]]:
+    """The addresses under which a port is reached (for an index): a wildcard's are `advertise`."""
+    reached = tuple(filter(_is_address, advertise))
+
+    def frontends(port: PortKey, section: PortSection) -> Iterator[PortKey]:
+        address, number = port
+        if ipaddress.ip_address(address).is_unspecified:
+            yield from ((one, number) for one in reached)
+        else:
+            yield port
+
+    return frontends
+
+
+def gateway_entry(view: View, frontend: PortKey) -> LoadBalancerEntry:
+    address, number = frontend
+    section: PortSection = view.get("ports", min(view.bucket("gateway_frontends", frontend)))
+    return LoadBalancerEntry(
+        address=address,
+        port=number,
+        protocol="TCP",
+        backends=(EntryBackend(address, number),),
+        source=f"Gateway/{section.gateway}",
+    )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

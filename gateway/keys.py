@@ -1,0 +1,57 @@
+"""How things are named between the tables of the derivation."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias
+
+from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import SectionKey, cluster_key
+
+PortKey: TypeAlias = tuple[str, int]  # address, port
+
+
+RouteKind: TypeAlias = Literal["HTTPRoute", "GRPCRoute"]
+ROUTE_KINDS: tuple[RouteKind, ...] = ("HTTPRoute", "GRPCRoute")
+
+
+class RouteKey(NamedTuple):
+    kind: RouteKind
+    namespace: str
+    name: str
+
+
+class ParentKey(NamedTuple):
+    """A Gateway or ListenerSet, as the parent of routes and the owner of listeners."""
+
+    kind: Literal["Gateway", "ListenerSet"]
+    namespace: str
+    name: str
+
+    @property
+    def object(self) -> ObjectKey:
+        return ObjectKey(self.namespace, self.name)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
+
+    def listener(self, name: str) -> str:
+        """The id of one of its listeners (nodeconfig.Listener.id)."""
+        return f"{self.kind}/{self.namespace}/{self.name}/{name}"
+
+
+class ClusterRef(NamedTuple):
+    """A Service port that routes send to. `grpc`: from a GRPCRoute, so HTTP/2 is a given."""
+
+    namespace: str
+    name: str
+    port: int
+    grpc: bool
+
+    @property
+    def service(self) -> ObjectKey:
+        return ObjectKey(self.namespace, self.name)
+
+    @property
+    def section(self) -> SectionKey:
+        kind = "Service-grpc" if self.grpc else "Service"
+        return cluster_key(kind, self.namespace, self.name, self.port)

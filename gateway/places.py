@@ -1,0 +1,128 @@
+"""Where a Gateway listens: the addresses it has, the ports it claims on them, and who owns a port.
+
+Two Gateways may want the same address and port (there is no pool, or both name the address): the
+older has it, by creation time, then name. Allocation itself is in gateway.addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from gateway.addresses import Pool, Request, allocate
+from gateway.classes import Ours
+from gateway.conditions import Problem
+from gateway.keys import PortKey
+from gateway.listeners import Merged
+from mesh.model.derive import View
+from mesh.model.gateway import GatewayStatusAddress
+from mesh.model.meta import ObjectKey
+
+
+class Places(NamedTuple):
+    """`bind`: addresses to listen on; `requested`: those of them that spec.addresses names;
+    `status`: what status.addresses says; `problem`: why there are not all that are asked for."""
+
+    bind: tuple[str, ...]
+    requested: frozenset[str]
+    status: tuple[GatewayStatusAddress, ...]
+    problem: Problem | None
+
+
+def requests(view: View, key: ObjectKey) -> Request | None:
+    ours: Ours = view.get("gateways", key)
+    if ours.problem is not None:
+        return None
+    wanted = tuple(address.value or "" for address in ours.gateway.spec.addresses) or ("",)
+    return Request(ours.gateway.metadata.creation_timestamp or "", key, wanted)
+
+
+def allocation(pool: Pool) -> Callable[[View, str], dict[ObjectKey, tuple[str | None, ...]]]:
+    def compute(view: View, bucket: str) -> dict[ObjectKey, tuple[str | None, ...]]:
+        return allocate(pool, [view.get("requests", k) for k in view.bucket("requested", bucket)])
+
+    return compute
+
+
+def places(
+    pool: Pool, bind_address: str, advertise: tuple[str, ...]
+) -> Callable[[View, ObjectKey], Places | None]:
+    def compute(view: View, key: ObjectKey) -> Places | None:
+        request: Request | None = view.get("requests", key)
+        if request is None:
+            return None
+        given: Mapping[ObjectKey, tuple[str | None, ...]] = view.get("allocation", "")
+        bind: dict[str, None] = {}
+        shown: dict[str, None] = {}
+        problem: Problem | None = None
+        for address in given[key]:
+            if address is not None and (unusable := _unusable(pool, address)):
+                problem = problem or Problem("AddressNotUsable", unusable)
+            elif address is not None:
+                bind[address] = shown[address] = None
+            elif not pool.size:
+                bind[bind_address] = None
+                shown.update(dict.fromkeys(advertise))
+            else:
+                problem = problem or Problem(
+                    "AddressNotAssigned",
+                    f"the address pool has no address left (it has {pool.size}); enlarge it, or"
+                    " name an address in spec.addresses",
+                )
+        return Places(
+            tuple(bind),
+            frozenset(filter(None, request.wanted)),
+            tuple(_status_address(address) for address in shown),
+            problem,
+        )
+
+    return compute
+
+
+def _unusable(pool: Pool, address: str) -> str | None:
+    """Why an address that a Gateway names is out of the question on any host."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return f"spec.addresses: {address!r} is not an IP address"
+    if address not in pool and (ip.is_unspecified or ip.is_multicast):
+        return f"spec.addresses: {address} is not an address of one host"
+    return None
+
+
+def _status_address(address: str) -> GatewayStatusAddress:
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:
+        return GatewayStatusAddress(type="Hostname", value=address)
+    return GatewayStatusAddress(type="IPAddress", value=address)
+
+
+def claims(view: View, key: ObjectKey) -> frozenset[PortKey] | None:
+    """The ports a Gateway wants to listen on."""
+    place: Places | None = view.get("places", key)
+    if place is None:
+        return None
+    listeners: tuple[Merged, ...] = view.get("merged", key)
+    ports = {one.spec.port for one in listeners if one.problem is None and one.conflict is None}
+    return frozenset((address, port) for address in place.bind for port in ports)
+
+
+def owners(view: View, port: PortKey) -> ObjectKey:
+    """The Gateway that has a port: the oldest of those that claim it."""
+    claims: list[Request] = [view.get("requests", key) for key in view.bucket("claimants", port)]
+    return min(claims).key
+
+
+def taken(view: View, key: ObjectKey, port: PortKey) -> Problem | None:
+    """Why a Gateway's listener cannot have a port that it claims."""
+    owner: ObjectKey = view.get("owners", port)
+    if owner == key:
+        return None
+    address, number = port
+    return Problem(
+        "PortUnavailable",
+        f"port {number} on {address} belongs to Gateway {owner}, which is older; use another port,"
+        " or give Gateways addresses of their own with an address pool",
+    )
