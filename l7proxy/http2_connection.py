@@ -1,0 +1,515 @@
+"""What both ends of HTTP/2 share: the transport, h2 behind its guard, streams and their windows.
+
+Bytes are taken off a peer's windows only when `read` takes them, and `write` waits for the peer's
+windows and for the transport. What a stream means, request or response, is known by `http2_server`
+and `http2_client` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import ClassVar, Generic, TypeVar, cast
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    DataReceived,
+    Event,
+    InformationalResponseReceived,
+    PingAckReceived,
+    RemoteSettingsChanged,
+    RequestReceived,
+    ResponseReceived,
+    TrailersReceived,
+    WindowUpdated,
+)
+from h2.events import StreamReset as ResetReceived
+from h2.exceptions import DenialOfServiceError
+from h2.exceptions import ProtocolError as H2ProtocolError
+from h2.settings import SettingCodes
+from h2.settings import Settings as H2Settings
+from hyperframe.frame import GoAwayFrame, SettingsFrame
+
+from l7proxy import http2_frames as frames
+from l7proxy.http2_fields import FieldDecoder, outgoing, trailers_of
+from l7proxy.message import Headers, ProtocolError
+from l7proxy.streams import StreamReset
+from mesh.model.nodeconfig import Settings
+
+# Receive windows: what one stream may leave unread in our memory, and all of a connection. Eight
+# streams must stall before others wait for them, and those end by their own timers.
+STREAM_WINDOW = 128 * 1024
+CONNECTION_WINDOW = 8 * STREAM_WINDOW
+# A peer gets body_timeout_s to take each piece of this size.
+_PIECE = 16 * 1024
+_FLUSH_BYTES = 64 * 1024
+# What may wait in the transport beyond its own limits: answers to frames of a peer that sends and
+# does not read (CVE-2019-9512 and its kin).
+_MAX_BACKLOG = 1024 * 1024
+# How long a closed connection discards what still comes, so that GOAWAY is not lost to a RST.
+_LINGER_S = 1.0
+# Our side of the HPACK encoder's table, however much the peer offers.
+_MAX_ENCODER_TABLE = 4096
+
+
+class _H2(H2Connection):
+    """h2 that remembers fewer closed streams: they cost memory while a connection lives."""
+
+    MAX_CLOSED_STREAMS = 1024
+
+
+class Http2Stream:
+    """Both halves of a stream. `id` is 0 until its HEADERS are sent."""
+
+    def __init__(self, connection: Http2Connection[Http2Stream], stream_id: int) -> None:
+        self.id = stream_id
+        self.trailers: Headers = []
+        self.ended = False  # by the peer's END_STREAM
+        self.finished = False  # by ours
+        self.reset = False  # by either side's RST_STREAM, or the connection is gone
+        self._connection = connection
+        self._expected: int | None = None  # bytes that a Content-Length still promises
+        self._buffer = bytearray()
+        self._read_failure: Exception | None = None
+        self._write_failure: Exception | None = None
+        self._readable = asyncio.Event()
+        self._writable = asyncio.Event()
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def read(self) -> bytes:
+        while True:
+            if self._read_failure is not None:
+                raise self._read_failure
+            if self._buffer:
+                data = bytes(self._buffer)
+                self._buffer.clear()
+                self._connection.acknowledge(self.id, len(data))
+                return data
+            if self.ended:
+                return b""
+            self._readable.clear()
+            await self._wait_readable()
+
+    async def _wait_readable(self) -> None:
+        await self._readable.wait()
+
+    def on_data(self, data: bytes, padding: int, *, ended: bool) -> None:
+        """DATA came; h2 has already checked it against the windows."""
+        if self._expected is not None:
+            self._expected -= len(data)
+            if self._expected < 0 or (ended and self._expected):
+                self.malformed("content_length_mismatch", "the body is not of its Content-Length")
+        if self._read_failure is None:
+            self._buffer += data
+        else:
+            padding += len(data)
+        if padding:
+            self._connection.acknowledge(self.id, padding)
+        self.ended = self.ended or ended
+        self._readable.set()
+
+    def on_trailers(self, fields: Headers, settings: Settings) -> None:
+        self.ended = True
+        try:
+            self.trailers = trailers_of(fields, settings, self.malformed_status)
+        except ProtocolError as error:
+            self.malformed(error.reason, error.detail)
+        if self._expected:
+            self.malformed("content_length_mismatch", "the body is shorter than its Content-Length")
+        self._readable.set()
+
+    malformed_status: ClassVar[int]
+
+    def malformed(self, reason: str, detail: str) -> None:
+        """What the peer sends on this stream cannot be used; what was not read of it is dropped."""
+        self.fail_reading(ProtocolError(self.malformed_status, reason, detail))
+
+    def fail_reading(self, error: Exception) -> None:
+        if self._read_failure is None:
+            self._read_failure = error
+        self.drop()
+        self._readable.set()
+
+    def drop(self) -> None:
+        """Give the window of unread bytes back to the other streams."""
+        if self._buffer:
+            self._connection.acknowledge(self.id, len(self._buffer))
+            self._buffer.clear()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing goes either way any more."""
+        self.reset = True
+        if not self.ended:
+            self.fail_reading(error)
+        self.fail_writing(error)
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def fail_writing(self, error: Exception) -> None:
+        if self._write_failure is None:
+            self._write_failure = error
+        self._writable.set()
+
+    async def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            piece = piece[self._send(piece) :]
+            if piece:
+                await self._send_slowly(piece)
+
+    async def _send_slowly(self, piece: memoryview) -> None:
+        seconds = self._connection.settings.body_timeout_s
+        try:
+            async with asyncio.timeout(seconds):
+                while piece:
+                    await self._writable.wait()
+                    piece = piece[self._send(piece) :]
+        except TimeoutError:
+            why = f"the peer did not take {_PIECE} bytes within {seconds:g} s"
+            self._connection.refused("h2_write_timeout")
+            self.abort(why)
+            raise StreamReset(why) from None
+
+    def _send(self, piece: memoryview) -> int:
+        """Send what may be sent now; returns how much. Clears `_writable` if that is not all."""
+        if self._write_failure is not None:
+            raise self._write_failure
+        sent = self._connection.send_data(self.id, piece)
+        if sent < len(piece):
+            self._writable.clear()
+        return sent
+
+    async def room(self) -> None:
+        """Wait while the transport is full; StreamReset if it stays so."""
+        if not self._connection.paused:
+            return
+        self._writable.clear()
+        try:
+            async with asyncio.timeout(self._connection.settings.body_timeout_s):
+                while self._connection.paused and self._write_failure is None:
+                    self._writable.clear()
+                    await self._writable.wait()
+        except TimeoutError:
+            self._connection.refused("h2_write_timeout")
+            self.abort("the peer does not read")
+        if self._write_failure is not None:
+            raise self._write_failure
+
+    def wake(self) -> None:
+        self._writable.set()
+
+    async def finish(self, trailers: Headers) -> None:
+        if self.finished:
+            return
+        if self._write_failure is not None:
+            raise self._write_failure
+        self.finished = True
+        self._connection.end_stream(self.id, outgoing(trailers))
+
+    def abort(self, why: str) -> None:
+        self.give_up(why, ErrorCodes.INTERNAL_ERROR)
+
+    def give_up(self, why: str, code: ErrorCodes) -> None:
+        """RST_STREAM, unless both halves have ended. Idempotent."""
+        if self.id and not self.reset and not (self.ended and self.finished):
+            self._connection.reset_stream(self.id, code)
+        self.fail(StreamReset(why))
+        self.drop()
+
+
+S = TypeVar("S", bound=Http2Stream, covariant=True)
+
+
+class Http2Connection(asyncio.Protocol, Generic[S]):
+    """One connection. Subclasses say what requests, responses and ends of streams mean."""
+
+    client_side: ClassVar[bool]
+    guard_scale: ClassVar[float] = 1.0
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.streams: dict[int, S] = {}
+        self.paused = False
+        self.closing = False  # GOAWAY was sent for good, or the transport is gone
+        self._loop = asyncio.get_running_loop()
+        self._guard = frames.FloodGuard(self._loop.time(), scale=self.guard_scale)
+        self._scanner = frames.FrameScanner(
+            preface=not self.client_side, max_head_bytes=settings.max_head_bytes
+        )
+        self._h2 = _H2(
+            H2Configuration(
+                client_side=self.client_side,
+                header_encoding=False,
+                validate_outbound_headers=False,
+                normalize_outbound_headers=False,
+                validate_inbound_headers=False,
+                normalize_inbound_headers=False,
+            )
+        )
+        self._decoder = FieldDecoder(
+            settings.max_head_bytes * frames.HARD_HEAD_FACTOR, responses=self.client_side
+        )
+        self._h2.decoder = self._decoder
+        if not self.client_side:
+            self._h2.receive_data(frames.PREFACE)  # the scanner takes the real one
+        self._unflushed = 0
+        self._flush_planned = False
+        self._goaway_queued = False  # by h2, which met an error
+        self._linger: asyncio.TimerHandle | None = None
+
+    # --- what subclasses say --------------------------------------------------------------------
+
+    def refused(self, reason: str) -> None:
+        """Count something that was cut off."""
+
+    def on_head(self, stream_id: int, *, ended: bool) -> None:
+        """A HEADERS block that is not trailers came; its fields are the decoder's."""
+        raise NotImplementedError
+
+    def on_reset(self, stream: Http2Stream, code: int, *, by_peer: bool) -> None:
+        raise NotImplementedError
+
+    def on_goaway(self, last_stream_id: int, code: int) -> None:
+        raise NotImplementedError
+
+    def on_stream_over(self, stream: Http2Stream) -> None:
+        """Our half or the peer's has ended."""
+
+    def on_progress(self) -> None:
+        """A batch of bytes was dealt with."""
+
+    def on_ping_ack(self) -> None:
+        """The peer answered our PING."""
+
+    def on_settings(self) -> None:
+        """The peer's SETTINGS are in force."""
+
+    def on_lost(self) -> None:
+        """The transport is gone, or soon is: all streams fail."""
+        raise NotImplementedError
+
+    # --- transport ------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        values = {
+            SettingCodes.ENABLE_PUSH: 0,
+            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+            SettingCodes.MAX_HEADER_LIST_SIZE: self.settings.max_head_bytes,
+        }
+        # This limit is told, but h2 does not hold a client to it: one that has not yet seen it
+        # deserves REFUSED_STREAM, not the end of its connection.
+        unlimited = {SettingCodes.MAX_CONCURRENT_STREAMS: 2**31 - 1}
+        self._h2.local_settings = H2Settings(self.client_side, values | unlimited)
+        if not self.client_side:
+            values[SettingCodes.MAX_CONCURRENT_STREAMS] = self.settings.h2_max_concurrent_streams
+        preface = frames.PREFACE if self.client_side else b""
+        self._transport.write(
+            preface
+            + SettingsFrame(
+                0, settings={int(key): value for key, value in values.items()}
+            ).serialize()
+        )
+        self._h2.increment_flow_control_window(CONNECTION_WINDOW - 65535)
+        self._flush()
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        try:
+            for frame in self._scanner.feed(data):
+                self._receive(frame)
+                if self.closing:
+                    return
+        except frames.Violation as violation:
+            self.fail(violation)
+            return
+        self._flush()
+        self.on_progress()
+
+    def _receive(self, frame: frames.Frame) -> None:
+        self._guard.frame(frame, self._loop.time(), open_stream=frame.stream_id in self.streams)
+        if frame.type == frames.GOAWAY and len(frame.payload) >= 8:
+            # h2 would refuse to go on with the streams that the peer still serves.
+            last = int.from_bytes(frame.payload[:4], "big") & 0x7FFFFFFF
+            self.on_goaway(last, int.from_bytes(frame.payload[4:8], "big"))
+            return
+        data = frames.known_settings(frame) if frame.type == frames.SETTINGS else frame.data
+        try:
+            events = self._h2.receive_data(data)
+        except H2ProtocolError as error:
+            self._goaway_queued = True
+            reason = "h2_protocol_error"
+            if isinstance(error, DenialOfServiceError):
+                reason = "h2_header_bomb"
+            raise frames.Violation(ErrorCodes(error.error_code), reason, str(error)) from error
+        for event in events:
+            self._dispatch(event)
+
+    def _dispatch(self, event: Event) -> None:
+        match event:
+            case RequestReceived() | ResponseReceived() | InformationalResponseReceived():
+                ended = getattr(event, "stream_ended", None) is not None
+                self.on_head(event.stream_id, ended=ended)
+            case DataReceived():
+                length, ended = event.flow_controlled_length or 0, event.stream_ended is not None
+                stream = self.streams.get(event.stream_id)
+                if stream is None:
+                    self.acknowledge(event.stream_id, length)
+                    return
+                stream.on_data(event.data or b"", length - len(event.data or b""), ended=ended)
+                if ended:
+                    self.on_stream_over(stream)
+            case TrailersReceived():
+                if (stream := self.streams.get(event.stream_id)) is not None:
+                    stream.on_trailers(self._decoder.fields, self.settings)
+                    self.on_stream_over(stream)
+            case ResetReceived():
+                if (stream := self.streams.get(event.stream_id)) is not None:
+                    code = int(event.error_code or 0)
+                    self.on_reset(stream, code, by_peer=event.remote_reset)
+            case WindowUpdated():
+                self._wake(event.stream_id)
+            case RemoteSettingsChanged():
+                if self._h2.encoder.header_table_size > _MAX_ENCODER_TABLE:
+                    self._h2.encoder.header_table_size = _MAX_ENCODER_TABLE
+                self._wake(0)
+                self.on_settings()
+            case PingAckReceived():
+                self.on_ping_ack()
+            case _:
+                pass
+
+    def _wake(self, stream_id: int) -> None:
+        if stream_id == 0:
+            for stream in self.streams.values():
+                stream.wake()
+        elif (found := self.streams.get(stream_id)) is not None:
+            found.wake()
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.closing:
+            self._shut()
+        self._wake(0)
+
+    def eof_received(self) -> bool | None:
+        return None  # the transport closes itself
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closing = True
+        if self._linger is not None:
+            self._linger.cancel()
+        self.on_lost()
+
+    # --- sending --------------------------------------------------------------------------------
+
+    def acknowledge(self, stream_id: int, size: int) -> None:
+        """`size` bytes of the peer's windows are free again."""
+        if not self.closing:
+            self._h2.acknowledge_received_data(size, stream_id)
+            self._flush_soon()
+
+    def send_headers(self, stream_id: int, fields: Headers, *, end_stream: bool) -> None:
+        self._h2.send_headers(stream_id, fields, end_stream)
+        self._flush_soon()
+
+    def send_data(self, stream_id: int, data: memoryview) -> int:
+        """Send as much of `data` as windows, frame size and transport allow; returns how much."""
+        if self.paused or self.closing:
+            return 0
+        size = min(
+            len(data),
+            self._h2.local_flow_control_window(stream_id),
+            self._h2.max_outbound_frame_size,
+        )
+        if size <= 0:
+            return 0
+        self._h2.send_data(stream_id, data[:size])
+        self._guard.sent(size)
+        self._unflushed += size
+        if self._unflushed >= _FLUSH_BYTES:
+            self._flush()
+        else:
+            self._flush_soon()
+        return size
+
+    def end_stream(self, stream_id: int, trailers: Headers) -> None:
+        if trailers:
+            self._h2.send_headers(stream_id, trailers, end_stream=True)
+        else:
+            self._h2.end_stream(stream_id)
+        self._flush_soon()
+        self.on_stream_over(self.streams[stream_id])
+
+    def reset_stream(self, stream_id: int, code: ErrorCodes) -> None:
+        if not self.closing:
+            self._h2.reset_stream(stream_id, code)
+            self._guard.gave_up()
+            self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._flush_planned:
+            self._flush_planned = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_planned = False
+        self._unflushed = 0
+        data = self._h2.data_to_send()
+        if not data or self._transport.is_closing():
+            return
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > _MAX_BACKLOG and not self.closing:
+            self.refused("h2_write_backlog")
+            self.closing = True
+            self._transport.abort()
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def goaway(self, last_stream_id: int, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
+        """Send GOAWAY. Not through h2, which would end the streams in flight with it."""
+        self._flush()
+        if not self._transport.is_closing():
+            frame = GoAwayFrame(0, last_stream_id=last_stream_id, error_code=code)
+            self._transport.write(frame.serialize())
+
+    def fail(self, violation: frames.Violation) -> None:
+        """The peer broke the protocol: GOAWAY, and all streams with it."""
+        if not self.closing:
+            self.refused(violation.reason)
+            self.shut_down(violation.code)
+
+    def shut_down(self, code: ErrorCodes) -> None:
+        """GOAWAY, then close as soon as it is written and the peer has closed, or a moment later.
+        Streams in flight fail."""
+        if self.closing:
+            return
+        if self._goaway_queued:
+            self._flush()
+        else:
+            self.goaway(self._h2.highest_inbound_stream_id, code)
+        self.closing = True
+        self.on_lost()
+        self._linger = self._loop.call_later(_LINGER_S, self._transport.abort)
+        if self._transport.get_write_buffer_size() == 0:
+            self._shut()
+        else:
+            self._transport.set_write_buffer_limits(0)  # resume_writing tells when it is empty
+
+    def _shut(self) -> None:
+        """All is written. The peer learns of it at once, and closes; not by write_eof, which makes
+        uvloop free a handle twice."""
+        sock = self._transport.get_extra_info("socket")
+        if self._transport.get_extra_info("ssl_object") is None and sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._transport.abort()
