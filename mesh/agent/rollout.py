@@ -117,7 +117,9 @@ class Rollout:
         self.config, delta = self.config.change(put, remove)
         delta = for_destination(delta, PROXY_SECTIONS)
         for link in self._links.values():
-            if not link.lagging and link.sent == delta.base:
+            if link.sent is None:
+                self.link_made(link)
+            elif not link.lagging and link.sent == delta.base:
                 self._send(link, delta)
 
     @property
@@ -144,7 +146,10 @@ class Rollout:
     # --- called by the links ---------------------------------------------------------------------
 
     def link_made(self, link: _Link) -> None:
-        self._send(link, for_destination(self.config.whole(), PROXY_SECTIONS))
+        # Before the first version there is nothing to say: an empty whole would take from the
+        # worker what an agent before this one gave it.
+        if self.config.version:
+            self._send(link, for_destination(self.config.whole(), PROXY_SECTIONS))
 
     def link_acked(self, link: _Link, ack: Ack) -> None:
         now = self._loop.time()

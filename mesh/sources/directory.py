@@ -12,7 +12,7 @@ import asyncio
 import bisect
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -37,10 +37,12 @@ _ROOT_RETRY_S = 1.0
 
 
 class SourceUpdate(NamedTuple):
-    """What changed (None: gone), by kind; and all problems there are now, in path order."""
+    """What changed (None: gone), by kind; and all problems there are now, in path order. Not
+    `complete`: the root has never been readable, so nothing is known of what should be there."""
 
     changes: dict[str, dict[ObjectKey, Object | None]]
     problems: tuple[Problem, ...]
+    complete: bool = True
 
 
 class _File(NamedTuple):
@@ -69,10 +71,12 @@ class Manifests:
         self._problems: dict[str, tuple[Problem, ...]] = {}
         self._duplicates: dict[ObjectId, tuple[Problem, ...]] = {}
         self._version = 0
+        self._complete = False
 
     def scan(self) -> SourceUpdate:
         """Walk the whole tree and read every file."""
         found = tree.walk(self.root)
+        self._complete = self._complete or "." not in found.unreadable
         # What cannot be looked into has not changed, as far as anybody knows.
         hidden = tuple(
             "" if directory == "." else directory + "/" for directory in found.unreadable
@@ -133,7 +137,7 @@ class Manifests:
         changes: dict[str, dict[ObjectKey, Object | None]] = {}
         for ident in touched:
             self._elect(ident, changes)
-        return SourceUpdate(changes, self._all_problems())
+        return SourceUpdate(changes, self._all_problems(), self._complete)
 
     def _read_file(self, path: str, *, alone: bool) -> set[ObjectId]:
         """Read one file; which objects are touched by it, before or now."""
@@ -268,18 +272,18 @@ class DirectorySource:
         self._watch: Watch | None = None
         self._outside: tuple[set[Path], Watch | None] = (set(), None)
 
-    async def updates(self) -> AsyncIterator[SourceUpdate]:
+    async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """Until the caller closes it. A root that is not there yet, or goes, is waited for; what
         was in force stays in force."""
         try:
             self._watch_root()
             update = await asyncio.to_thread(self._manifests.scan)
-            problems = update.problems
+            known = update.problems, update.complete
             yield update
             while True:
                 update = await self._next()
-                if update.changes or update.problems != problems:
-                    problems = update.problems
+                if update.changes or (update.problems, update.complete) != known:
+                    known = update.problems, update.complete
                     yield update
         finally:
             for watch in (self._watch, self._outside[1]):

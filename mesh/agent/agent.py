@@ -1,0 +1,145 @@
+"""The agent process: wires source, control plane, workers, supervisor and what people ask.
+
+It may die at any time: traffic goes on with what the workers have, the ports stay bound with the
+supervisor, and the next agent reads everything anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+
+from gateway.control import ControlPlane
+from l7proxy.tasks import spawn
+from mesh.agent.admin import Admin
+from mesh.agent.api import Api
+from mesh.agent.node import Node
+from mesh.agent.options import AgentOptions, OptionError, parse
+from mesh.agent.rollout import Rollout
+from mesh.agent.rundir import RunDir
+from mesh.model.channel import (
+    Bound,
+    PortAddress,
+    Want,
+    Worker,
+    receive_control,
+    send_control,
+)
+from mesh.sources.directory import DirectorySource
+
+_log = logging.getLogger("weft.agent")
+_PR_SET_PDEATHSIG = 1
+
+
+class Agent:
+    """The process, once its options are checked."""
+
+    def __init__(self, options: AgentOptions, control: socket.socket) -> None:
+        self._control = control
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        run_dir = RunDir(options.run_dir)
+        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost)
+        self._node = Node(
+            plane=ControlPlane(options.plane),
+            rollout=rollout,
+            want=self._want,
+        )
+        self._source = DirectorySource(options.manifests)
+        self._admin = Admin(self._node, options.admin, run_dir.metrics)
+        self._api = Api(self._node, options, run_dir, self._admin)
+
+    async def run(self) -> None:
+        """Until SIGTERM or the end of the supervisor."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._stop.set)
+        self._control.setblocking(False)
+        self._loop.add_reader(self._control.fileno(), self._control_ready)
+        await self._api.start()
+        await self._admin.start()
+        # A failure of these is the agent's: the supervisor starts it again.
+        async with asyncio.TaskGroup() as group:
+            work = [
+                group.create_task(self._node.run(), name="node"),
+                group.create_task(self._follow_source(), name="source"),
+            ]
+            await self._stop.wait()
+            for task in work:
+                task.cancel()
+        await self._admin.close()
+        await self._api.close()
+
+    async def _follow_source(self) -> None:
+        async with contextlib.aclosing(self._source.updates()) as updates:
+            async for update in updates:
+                self._node.source_changed(update)
+
+    def _workers_changed(self) -> None:
+        self._node.workers_changed()
+
+    def _worker_lost(self, number: int, pid: int) -> None:
+        """The supervisor makes a new channel, if the worker is still there."""
+        if not self._stop.is_set():
+            self._send(Worker(number, pid))
+
+    def _want(self, ports: tuple[PortAddress, ...]) -> None:
+        self._send(Want(ports))
+
+    def _send(self, message: Want | Worker) -> None:
+        try:
+            send_control(self._control, message)
+        except OSError as error:
+            _log.error("the supervisor cannot be reached: %s", error)
+            self._stop.set()
+
+    def _control_ready(self) -> None:
+        while True:
+            try:
+                received = receive_control(self._control)
+            except BlockingIOError:
+                return
+            if received is None:
+                self._loop.remove_reader(self._control.fileno())
+                self._stop.set()
+                return
+            message, fds = received
+            match message:
+                case Worker(number, pid):
+                    sock = socket.socket(fileno=fds.pop())
+                    spawn(self._node.rollout.connect(number, pid, sock), name="config channel")
+                case Bound():
+                    self._node.bound_changed(message)
+                case _:
+                    _log.error("control message %s is not for an agent", type(message).__name__)
+            for fd in fds:
+                os.close(fd)
+
+
+def main() -> int:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="agent: %(message)s")
+    # Ctrl-C reaches the whole foreground group; the supervisor decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    try:
+        options = parse(sys.argv[1:])
+    except OptionError as error:
+        print(f"agent: {error}", file=sys.stderr)
+        return 2
+    gc.freeze()
+    asyncio.run(_run(options))
+    return 0
+
+
+async def _run(options: AgentOptions) -> None:
+    await Agent(options, socket.socket(fileno=options.control_fd)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

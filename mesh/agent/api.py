@@ -1,0 +1,162 @@
+"""The agent API: HTTP and JSON on a unix socket that only the agent's user can open.
+
+What commands show comes from here. It reads the node, changes nothing, and shows no private keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from mesh.agent import metrics
+from mesh.agent.admin import Admin
+from mesh.agent.node import Node
+from mesh.agent.options import AgentOptions
+from mesh.agent.rundir import RunDir
+from mesh.agent.target import TargetError, parse_target
+from mesh.model.decode import Object, encode
+from mesh.model.nodeconfig import CertificateSection, Section
+
+
+class Api:
+    """The server."""
+
+    def __init__(self, node: Node, options: AgentOptions, run_dir: RunDir, admin: Admin) -> None:
+        self._node = node
+        self._options = options
+        self._run_dir = run_dir
+        self._admin = admin
+        self._started = time.time()
+        app = web.Application()
+        app.router.add_get("/objects", self._objects)
+        app.router.add_get("/status", self._status)
+        app.router.add_get("/problems", self._problems)
+        app.router.add_get("/explain", self._explain)
+        app.router.add_get("/config", self._config)
+        app.router.add_get("/metrics-json", self._metrics)
+        self._runner = web.AppRunner(app, access_log=None)
+
+    async def start(self) -> None:
+        """Listen. A socket that an agent before this one left is replaced."""
+        await self._runner.setup()
+        path = self._run_dir.api_socket
+        path.unlink(missing_ok=True)
+        mask = os.umask(0o177)
+        try:
+            await web.UnixSite(self._runner, str(path)).start()
+        finally:
+            os.umask(mask)
+
+    async def close(self) -> None:
+        await self._runner.cleanup()
+
+    async def _objects(self, request: web.Request) -> web.Response:
+        """?kind= (required), &namespace=, &name=."""
+        kind = request.query.get("kind", "")
+        namespace, name = request.query.get("namespace"), request.query.get("name")
+        objects = self._node.objects.get(kind, {})
+        items = [
+            with_status(obj, self._node.statuses.get(kind, key))
+            for key, obj in sorted(objects.items())
+            if (namespace is None or key.namespace == namespace)
+            and (name is None or key.name == name)
+        ]
+        return _json({"items": items})
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        node = self._node
+        config = node.rollout.config
+        bound = node.bound
+        not_ready, degraded = node.not_ready(), node.degraded()
+        if self._admin.error:
+            degraded.append(self._admin.error)
+        if not node.synced:
+            degraded += [problem.message for problem in node.problems]
+        address = self._admin.address
+        return _json(
+            {
+                "agent": {"pid": os.getpid(), "started": self._started},
+                "manifests": str(self._options.manifests),
+                "runDir": str(self._run_dir.path),
+                "admin": f"{_host(address[0])}:{address[1]}" if address else None,
+                "ready": not not_ready,
+                "notReady": not_ready,
+                "degraded": degraded,
+                "config": {
+                    "version": config.version,
+                    "sections": dict(Counter(key.partition("/")[0] for key in config.sections)),
+                },
+                "expectedWorkers": node.rollout.expected,
+                "workers": [worker._asdict() for worker in node.rollout.workers],
+                "ports": [
+                    *(
+                        {"address": port.address, "port": port.port, "bound": True, "why": ""}
+                        for port in (bound.bound if bound else ())
+                    ),
+                    *(
+                        {"address": port.address, "port": port.port, "bound": False, "why": why}
+                        for port, why in (bound.failed if bound else ())
+                    ),
+                ],
+                "objects": dict(node.object_counts()),
+                "problems": dict(Counter(problem.level for problem in node.problems)),
+            }
+        )
+
+    async def _problems(self, _request: web.Request) -> web.Response:
+        return _json({"items": [problem._asdict() for problem in self._node.problems]})
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        """?method=&url=&header=NAME:VALUE (several)&address=."""
+        query = request.query
+        from l7proxy.explain import explain
+
+        try:
+            target = parse_target(
+                query.get("method", "GET"), query.get("url", ""), query.getall("header", [])
+            )
+        except TargetError as error:
+            return _json({"error": str(error)}, status=400)
+        found = explain(
+            self._node.rollout.config.sections, **target._asdict(), address=query.get("address")
+        )
+        return _json(msgspec.to_builtins(found))
+
+    async def _config(self, _request: web.Request) -> web.Response:
+        config = self._node.rollout.config
+        sections = {key: redacted(section) for key, section in sorted(config.sections.items())}
+        return _json({"version": config.version, "sections": sections})
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        found = await asyncio.to_thread(metrics.samples, self._node, self._run_dir.metrics)
+        return _json({"items": found})
+
+
+def with_status(obj: Object, status: Any) -> dict[str, Any]:
+    """The object as plain data, as users wrote it, and the status that Weft gives it."""
+    result = encode(obj)
+    if status is not None:
+        result["status"] = encode(status)
+    return result
+
+
+def redacted(section: Section) -> Any:
+    """A section as plain data, without private keys."""
+    if isinstance(section, CertificateSection):
+        return {"type": "certificate", "chain_pem": section.chain_pem, "key_pem": "<redacted>"}
+    return msgspec.to_builtins(section)
+
+
+def _host(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _json(value: Any, *, status: int = 200) -> web.Response:
+    body = msgspec.json.encode(value)
+    return web.Response(body=body, status=status, content_type="application/json")

@@ -1,0 +1,81 @@
+"""Metrics: the workers' (in files, see l7proxy.metrics) and the agent's own, collected on demand.
+
+Knows prometheus_client; reads the agent, never changes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
+
+if TYPE_CHECKING:
+    from mesh.agent.node import Node
+
+
+class _AgentCollector:
+    """The agent's own metrics, made from its state when they are asked for."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def collect(self) -> Iterator[Metric]:
+        node = self._node
+        workers = node.rollout.workers
+        version = node.rollout.config.version
+        yield _gauge("weft_config_version", "Version of the configuration made last", version)
+        yield _gauge("weft_workers", "Workers that are connected", len(workers))
+        behind = sum(worker.version != version for worker in workers)
+        yield _gauge("weft_workers_behind", "Connected workers with an older version", behind)
+        yield _gauge("weft_ready", "1 when ready", int(not node.not_ready()))
+        yield SummaryMetricFamily(
+            "weft_config_ack_seconds",
+            "From sending a configuration to a worker to its acknowledgement",
+            count_value=node.rollout.ack_count,
+            sum_value=node.rollout.ack_seconds,
+        )
+        objects = GaugeMetricFamily("weft_objects", "Objects in force, by kind", labels=("kind",))
+        for kind, count in node.object_counts().items():
+            objects.add_metric((kind,), count)
+        yield objects
+        problems = GaugeMetricFamily(
+            "weft_source_problems", "Problems in the manifests, by level", labels=("level",)
+        )
+        counts = Counter(problem.level for problem in node.problems)
+        for level in ("error", "unsupported", "note"):
+            problems.add_metric((level,), counts[level])
+        yield problems
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def registry(node: Node, metrics_dir: Path) -> CollectorRegistry:
+    """Everything there is now. Cheap to make; the files are read when it is collected."""
+    result = CollectorRegistry()
+    result.register(_AgentCollector(node))
+    if metrics_dir.is_dir():
+        collector: Any = MultiProcessCollector
+        collector(result, path=str(metrics_dir))
+    return result
+
+
+def exposition(node: Node, metrics_dir: Path) -> bytes:
+    """Prometheus' text format."""
+    return bytes(generate_latest(registry(node, metrics_dir)))
+
+
+def samples(node: Node, metrics_dir: Path) -> list[dict[str, Any]]:
+    """The same for programs: name, labels and value of every sample, buckets left out."""
+    return [
+        {"name": sample.name, "labels": sample.labels, "value": sample.value}
+        for metric in registry(node, metrics_dir).collect()
+        for sample in metric.samples
+        if not sample.name.endswith("_bucket")
+    ]

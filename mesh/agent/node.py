@@ -1,0 +1,216 @@
+"""One node's control plane at work: source in, configurations out, statuses when they are true.
+
+One step at a time: while a version is on its way to the workers, changes gather; when it is
+acknowledged (or a worker has missed its deadline), statuses that belong to it are published and
+the next step takes everything gathered. A single change goes out at once. Knows the order of
+things, no sockets and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from gateway.control import ControlPlane
+from gateway.keys import PortKey
+from mesh.agent.rollout import Rollout
+from mesh.agent.status_store import StatusStore
+from mesh.model.channel import Bound, PortAddress
+from mesh.model.decode import Object
+from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import SectionKey
+from mesh.sources.directory import SourceUpdate
+from mesh.sources.documents import Problem
+
+_log = logging.getLogger("weft.agent")
+
+# The supervisor answers at once; if it does not, statuses do not wait for it.
+_BIND_LIMIT_S = 5.0
+
+K = TypeVar("K")
+
+
+class Node:
+    """The state of the agent. `want(ports)` asks the supervisor for ports."""
+
+    def __init__(
+        self,
+        *,
+        plane: ControlPlane,
+        rollout: Rollout,
+        want: Callable[[tuple[PortAddress, ...]], None],
+    ) -> None:
+        self.rollout = rollout
+        self.objects: dict[str, dict[ObjectKey, Object]] = {}
+        self.problems: tuple[Problem, ...] = ()
+        self.statuses = StatusStore()
+        self.bound: Bound | None = None
+        self.synced = False
+        self.ready_once = False
+        self.failures: Mapping[tuple[str, Any], Exception] = {}
+        self._plane = plane
+        self._want = want
+        self._wanted: tuple[PortAddress, ...] = ()
+        self._want_deadline = 0.0
+        self._pending: dict[str, dict[ObjectKey, Object | None]] = {}
+        self._refusals: dict[SectionKey, str] = {}
+        self._binds: dict[PortKey, str] = {}
+        self._unpublished: dict[tuple[str, ObjectKey], Any] = {}
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    # --- what comes in ---------------------------------------------------------------------------
+
+    def source_changed(self, update: SourceUpdate) -> None:
+        for kind, changes in update.changes.items():
+            self._pending.setdefault(kind, {}).update(changes)
+            objects = self.objects.setdefault(kind, {})
+            for key, obj in changes.items():
+                if obj is None:
+                    objects.pop(key, None)
+                else:
+                    objects[key] = obj
+        self.problems = update.problems
+        self.synced = self.synced or update.complete
+        self._wake.set()
+
+    def bound_changed(self, bound: Bound) -> None:
+        self.bound = bound
+        self._wake.set()
+
+    def workers_changed(self) -> None:
+        self._wake.set()
+
+    # --- the work --------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """For ever: a step whenever something came in."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self.synced and not self._waiting() and self._step():
+                pass
+
+    def _waiting(self) -> bool:
+        """Whether an answer to the last step is outstanding."""
+        if self.rollout.config.version == 0:
+            return False
+        unanswered = not self._bound_answers() and self._loop.time() < self._want_deadline
+        return unanswered or self.rollout.in_flight
+
+    def _bound_answers(self) -> bool:
+        bound = self.bound
+        if bound is None:
+            return False
+        return {*bound.bound, *(port for port, _ in bound.failed)} == set(self._wanted)
+
+    def _step(self) -> bool:
+        """Derive from everything that came in; publish what is settled. Whether to go on."""
+        first = self.rollout.config.version == 0
+        refusals = self.rollout.refusals()
+        binds = self._known_binds()
+        if self._pending or refusals != self._refusals or binds != self._binds or first:
+            changes, self._pending = self._pending, {}
+            before = self._refusals, self._binds
+            self._refusals, self._binds = refusals, binds
+            outcome = self._plane.apply(
+                changes,
+                refusals=_difference(before[0], refusals),
+                binds=_difference(before[1], binds),
+            )
+            self._unpublished.update(outcome.statuses)
+            if outcome.put or outcome.remove:
+                self.rollout.publish(outcome.put, outcome.remove)
+            self._note_failures(outcome.failures)
+            ports = tuple(PortAddress(address, port) for address, port in sorted(outcome.ports))
+            if first or ports != self._wanted:
+                self._ask(ports)
+            return True
+        if self._unpublished:
+            self.statuses.publish(self._unpublished)
+            self._unpublished = {}
+        if not self.ready_once and not self.not_ready():
+            self.ready_once = True
+            _log.info("ready: configuration %d is in force", self.rollout.config.version)
+        return False
+
+    def _ask(self, ports: tuple[PortAddress, ...]) -> None:
+        self._wanted = ports
+        self._want_deadline = self._loop.time() + _BIND_LIMIT_S
+        self._loop.call_later(_BIND_LIMIT_S, self._wake.set)
+        self._want(ports)
+
+    def _note_failures(self, failures: Mapping[tuple[str, Any], Exception]) -> None:
+        for cell, error in failures.items():
+            if self.failures.get(cell) is not error:
+                _log.error("defect in deriving %s of %s", *cell, exc_info=error)
+        self.failures = failures
+
+    def _known_binds(self) -> dict[PortKey, str]:
+        if self.bound is None:
+            return {}
+        known = {(port.address, port.port): why for port, why in self.bound.failed}
+        known.update({(port.address, port.port): "" for port in self.bound.bound})
+        return known
+
+    # --- what can be asked -----------------------------------------------------------------------
+
+    def object_counts(self) -> Counter[str]:
+        return Counter({kind: len(objects) for kind, objects in self.objects.items() if objects})
+
+    def not_ready(self) -> list[str]:
+        """Why the node is not ready; empty when it is. Once ready, it stays so while any worker
+        serves."""
+        reasons = []
+        workers = self.rollout.workers
+        if not self.synced:
+            reasons.append("the manifests have not been read yet")
+        if not workers:
+            reasons.append("no worker is connected")
+        if self.ready_once or reasons:
+            return reasons
+        version = self.rollout.config.version
+        if len(workers) < self.rollout.expected:
+            reasons.append(f"{len(workers)} of {self.rollout.expected} workers are connected")
+        reasons += [
+            f"worker {worker.id} (pid {worker.pid}) has not acknowledged configuration {version}"
+            for worker in workers
+            if worker.version is None or version == 0
+        ]
+        if not self._bound_answers():
+            reasons.append("the ports have not been bound yet")
+        return reasons
+
+    def degraded(self) -> list[str]:
+        """What is not as it should be although the node may be ready."""
+        workers = self.rollout.workers
+        result = [
+            f"worker {worker.id} (pid {worker.pid}) does not acknowledge configurations; it has "
+            f"version {worker.version}, the current one is {self.rollout.config.version}"
+            for worker in workers
+            if worker.lagging
+        ]
+        if len(workers) < self.rollout.expected:
+            result.append(f"{len(workers)} of {self.rollout.expected} workers are connected")
+        if self.bound is not None:
+            result += [
+                f"not listening on {port.address} port {port.port}: {why}"
+                for port, why in self.bound.failed
+            ]
+        refusals = self.rollout.refusals()
+        result += [f"{key} is refused by the proxy: {why}" for key, why in refusals.items()]
+        result += [
+            f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
+            for (table, key), error in self.failures.items()
+        ]
+        return result
+
+
+def _difference(before: Mapping[K, str], after: Mapping[K, str]) -> dict[K, str | None]:
+    """What to put and (None) remove to get from one to the other."""
+    result: dict[K, str | None] = {key: None for key in before if key not in after}
+    result.update({key: why for key, why in after.items() if before.get(key) != why})
+    return result

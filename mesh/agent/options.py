@@ -1,0 +1,131 @@
+"""What the agent is told on its command line, and the settings file.
+
+`weft up` shows these to users; this module checks what they gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from gateway.control import Options
+from mesh.agent.rundir import default_run_dir
+from mesh.model.nodeconfig import Settings
+from mesh.sources.manifest import UnreadableError, read_documents
+
+DEFAULT_ADMIN = "127.0.0.1:15090"
+
+
+class OptionError(Exception):
+    """An option cannot be used; which, why, what to do."""
+
+
+class AgentOptions(NamedTuple):
+    """`admin` None: no admin port."""
+
+    manifests: Path
+    run_dir: Path
+    control_fd: int
+    workers: int
+    plane: Options
+    admin: tuple[str, int] | None
+
+
+def parse(arguments: list[str]) -> AgentOptions:
+    """The agent's command line. OptionError: a value cannot be used."""
+    parser = argparse.ArgumentParser(prog="mesh.agent.agent", allow_abbrev=False)
+    parser.add_argument("--manifests", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, default=default_run_dir())
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--address-pool", action="append", default=[])
+    parser.add_argument("--bind-address", default="0.0.0.0")
+    parser.add_argument("--advertise", action="append", default=[])
+    parser.add_argument("--admin", default=DEFAULT_ADMIN)
+    parser.add_argument("--settings", type=Path)
+    parser.add_argument("--access-log", choices=("json", "text", "off"))
+    args = parser.parse_args(arguments)
+    return AgentOptions(
+        manifests=args.manifests.absolute(),
+        run_dir=args.run_dir,
+        control_fd=args.control_fd,
+        workers=args.workers,
+        plane=plane_options(args),
+        admin=parse_admin(args.admin),
+    )
+
+
+def parse_admin(text: str) -> tuple[str, int] | None:
+    """ADDRESS:PORT ("[::1]:15090" for IPv6), or "off"."""
+    if text == "off":
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        address = str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+        number = int(port)
+        if not 0 <= number <= 65535:
+            raise ValueError
+    except ValueError:
+        raise OptionError(
+            f"--admin {text}: not ADDRESS:PORT; give {DEFAULT_ADMIN}, say, or off"
+        ) from None
+    return address, number
+
+
+def plane_options(args: argparse.Namespace) -> Options:
+    """The control plane's part of the command line."""
+    return Options(
+        addresses=tuple(check_pool(pool) for pool in args.address_pool),
+        bind_address=check_address("--bind-address", args.bind_address),
+        advertise=tuple(check_address("--advertise", text) for text in args.advertise),
+        settings=read_settings(args.settings, access_log=args.access_log),
+    )
+
+
+def check_address(option: str, text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise OptionError(f"{option} {text}: {error}") from None
+
+
+def check_pool(text: str) -> str:
+    """A CIDR, or a single address."""
+    try:
+        return str(ipaddress.ip_network(text, strict=True))
+    except ValueError as error:
+        raise OptionError(f"--address-pool {text}: {error}; give 192.0.2.0/28, say") from None
+
+
+def read_settings(path: Path | None, *, access_log: str | None = None) -> Settings:
+    """The proxy's limits and habits: the defaults, what a YAML or JSON file says (names as in
+    mesh.model.nodeconfig.Settings), and the access log of the command line."""
+    values: dict[str, object] = {}
+    if path is not None:
+        where = f"--settings {path}"
+        try:
+            documents = read_documents(path.read_bytes(), is_json=path.suffix == ".json")
+        except OSError as error:
+            raise OptionError(f"{where}: {error.strerror}") from None
+        except UnreadableError as error:
+            raise OptionError(f"{where}: {error}") from None
+        if len(documents) > 1 or any(d.errors or not isinstance(d.value, dict) for d in documents):
+            raise OptionError(f"{where}: must be one mapping of names to values, each given once")
+        for document in documents:
+            values = document.value
+        known = {field.name for field in msgspec.structs.fields(Settings)}
+        if unknown := sorted(values.keys() - known):
+            raise OptionError(
+                f"{where}: there is no setting {', '.join(unknown)}; the settings are "
+                f"{', '.join(sorted(known))}"
+            )
+    if access_log is not None:
+        values = {**values, "access_log": access_log}
+    try:
+        return msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise OptionError(f"--settings {path}: {error}") from None

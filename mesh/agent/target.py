@@ -1,0 +1,53 @@
+"""A request as somebody writes it on a command line: METHOD URL and headers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+
+class TargetError(Exception):
+    """Not a request; what is wrong and what to do."""
+
+
+class Target(NamedTuple):
+    """`path` is the request target: path and query. `headers` without Host."""
+
+    method: str
+    scheme: str
+    host: str
+    port: int
+    path: str
+    headers: tuple[tuple[str, str], ...]
+
+
+def parse_target(method: str, url: str, headers: list[str]) -> Target:
+    """A URL without a scheme is http. A Host header replaces the URL's host, as with curl."""
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port
+    except ValueError as error:
+        raise TargetError(f"{url}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise TargetError(f"{url}: not a URL like http://host/path or https://host:8443/path")
+    if not method.isalpha():
+        raise TargetError(f"{method}: not an HTTP method like GET")
+    host = parts.hostname
+    fields = []
+    for header in headers:
+        name, colon, value = header.partition(":")
+        if not colon or not name.strip():
+            raise TargetError(f"-H {header!r}: not 'name: value'")
+        if name.strip().lower() == "host":
+            host = value.strip().partition(":")[0].lower()
+        else:
+            fields.append((name.strip().lower(), value.strip()))
+    path = parts.path or "/"
+    return Target(
+        method=method.upper(),
+        scheme=parts.scheme,
+        host=host,
+        port=port or (443 if parts.scheme == "https" else 80),
+        path=f"{path}?{parts.query}" if parts.query else path,
+        headers=tuple(fields),
+    )
