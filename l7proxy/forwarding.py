@@ -1,0 +1,162 @@
+"""Who the client is, and what upstreams are told of it: X-Forwarded-*, Forwarded, Via and
+X-Request-Id.
+
+A direct peer is one of our own proxies if it is in `Settings.trusted_ranges`; without ranges, if
+`trusted_hops` is not 0. What such a peer says of the client stands and is added to; of any other
+client it is removed and set anew. X-Forwarded-Client-Cert never passes: it is reserved for
+identities the proxy has verified. No I/O.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+from l7proxy.field_rules import Refused
+from l7proxy.message import Headers, RequestHead
+from l7proxy.streams import ConnectionInfo
+from mesh.model.nodeconfig import Settings
+
+_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Fields beside x-forwarded-* by which a client could pose as another.
+_CLAIMS = frozenset((b"forwarded", b"via", b"x-real-ip", b"x-request-id"))
+_RESERVED = b"x-forwarded-client-cert"
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+
+
+class ClientAddress(NamedTuple):
+    """`address`: the client's, as far as trusted proxies tell; `trusted`: whether the direct peer
+    is such a proxy."""
+
+    address: str
+    request_id: str
+    trusted: bool
+
+
+def check(settings: Settings) -> None:
+    """Refused: a trusted range is not one."""
+    for i, text in enumerate(settings.trusted_ranges):
+        if _network(text) is None:
+            raise Refused(f"trusted_ranges[{i}]: {text!r} is not a range (address/prefix length)")
+    if settings.trusted_hops < 0:
+        raise Refused(f"trusted_hops: {settings.trusted_hops} is negative")
+
+
+def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
+    """Set the forwarding fields of a client's request in place."""
+    peer = info.peer[0]
+    ranges = settings.trusted_ranges
+    trusted = _in_ranges(peer, ranges) if ranges else settings.trusted_hops > 0
+    if trusted:
+        headers = [item for item in head.headers if item[0] != _RESERVED]
+    else:
+        headers = [
+            item
+            for item in head.headers
+            if item[0] not in _CLAIMS and not item[0].startswith(b"x-forwarded-")
+        ]
+    address = _client(_chain(headers), peer, settings) if trusted else peer
+    _append(headers, b"x-forwarded-for", peer.encode())
+    _default(headers, b"x-forwarded-proto", head.scheme)
+    if head.authority:
+        _default(headers, b"x-forwarded-host", head.authority)
+    _default(headers, b"x-forwarded-port", b"%d" % info.local[1])
+    if any(name == b"forwarded" for name, _ in headers):
+        _append(headers, b"forwarded", _element(peer, head))
+    _append(headers, b"via", head.version + b" weft")
+    request_id = _value(headers, b"x-request-id")
+    if request_id is None or not _REQUEST_ID.fullmatch(request_id):
+        request_id = os.urandom(16).hex().encode()
+        headers = [item for item in headers if item[0] != b"x-request-id"]
+        headers.append((b"x-request-id", request_id))
+    head.headers = headers
+    return ClientAddress(address, request_id.decode(), trusted)
+
+
+# --- the client's address -----------------------------------------------------------------------
+
+
+def _chain(headers: Headers) -> list[bytes]:
+    """The addresses that X-Forwarded-For names, the client first."""
+    joined = b",".join(value for name, value in headers if name == b"x-forwarded-for")
+    return [item.strip() for item in joined.split(b",")] if joined else []
+
+
+def _client(chain: list[bytes], peer: str, settings: Settings) -> str:
+    """Walk back from the peer over our own proxies: by ranges, or by their number, or, with both,
+    no farther than either allows. What is no address ends the walk."""
+    ranges, hops = settings.trusted_ranges, settings.trusted_hops
+    address = peer
+    for steps, item in enumerate(reversed(chain), start=1):
+        if ranges and not _in_ranges(address, ranges):
+            break
+        if hops and steps > hops:
+            break
+        named = _address(item)
+        if named is None:
+            break
+        address = named
+    return address
+
+
+def _address(item: bytes) -> str | None:
+    """The address of "192.0.2.1", "192.0.2.1:80", "2001:db8::1" or "[2001:db8::1]:80"."""
+    text = item.decode("latin-1")
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _in_ranges(address: str, ranges: tuple[str, ...]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    networks = (_network(text) for text in ranges)
+    return any(network is not None and parsed in network for network in networks)
+
+
+@lru_cache(maxsize=256)
+def _network(text: str) -> _Network | None:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
+# --- fields -------------------------------------------------------------------------------------
+
+
+def _value(headers: Headers, name: bytes) -> bytes | None:
+    return next((value for field, value in headers if field == name), None)
+
+
+def _default(headers: Headers, name: bytes, value: bytes) -> None:
+    if _value(headers, name) is None:
+        headers.append((name, value))
+
+
+def _append(headers: Headers, name: bytes, value: bytes) -> None:
+    """Add to a list-valued field, all of it in one line: not every backend reads more."""
+    lines = [old for field, old in headers if field == name and old]
+    headers[:] = [item for item in headers if item[0] != name]
+    headers.append((name, b", ".join((*lines, value))))
+
+
+def _element(peer: str, head: RequestHead) -> bytes:
+    """Our element of Forwarded (RFC 7239 §4): IPv6 addresses and hosts with a port are quoted."""
+    node = b'"[%s]"' % peer.encode() if ":" in peer else peer.encode()
+    element = b"for=" + node
+    if head.authority:
+        element += b';host="%s"' % head.authority.replace(b"\\", b"").replace(b'"', b"")
+    return element + b";proto=" + head.scheme
