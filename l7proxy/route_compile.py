@@ -46,7 +46,7 @@ from mesh.model.nodeconfig import (
 # One expression may not take more than this: bytes of RE2's program and its lazily built automaton,
 # and instructions, which bound the time per byte of the text where the automaton does not fit.
 _REGEX_MEMORY = 512 * 1024
-_REGEX_INSTRUCTIONS = 2_000
+_REGEX_INSTRUCTIONS = 1_000
 
 # Fields that codecs take out of `RequestHead.headers`: a match on them could never hold.
 _UNMATCHABLE = frozenset(
@@ -245,9 +245,7 @@ def _compile_match(
             rule.index,
             index,
         ),
-        result=RouteMatchResult(
-            ref, rule, path if match.path.type == "PathPrefix" else None, index
-        ),
+        result=RouteMatchResult(ref, rule, prefix, index),
     )
 
 
