@@ -2,7 +2,8 @@
 them, and the uniqueness that list types ask for.
 
 A check belongs to a model, or to one field of it, and holds wherever that model occurs. The checks
-themselves stand in `rules_core`, `rules_gateway`, `rules_routes` and `rules_filters`; this module knows no kinds.
+themselves stand in `rules_core`, `rules_gateway`, `rules_routes` and `rules_filters`; this module
+knows no kinds.
 """
 
 from __future__ import annotations
