@@ -1,26 +1,24 @@
-"""Which routes attach to which listeners (ParentReference, AllowedRoutes, hostnames), and what
-becomes of a route: its section, its status, and what it uses.
+"""Which routes attach to which listeners: ParentReferences, AllowedRoutes, hostnames.
 
-The reasons are those of the specification's RouteConditionReason.
+The reasons are those of the specification's RouteConditionReason. Knows no rules and no backends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gateway.conditions import Problem, condition, make, problem_text
+from gateway import mixed
+from gateway.conditions import Problem
 from gateway.grants import namespace_matches
 from gateway.hostnames import intersection
-from gateway.keys import ClusterRef, RouteKey
+from gateway.keys import RouteKey
 from gateway.listeners import Door, Doors
-from gateway.routes import Translation
 from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
-from mesh.model.meta import Condition, ObjectKey
-from mesh.model.nodeconfig import Attachment, RouteSection, route_key
-from mesh.model.references import GROUP, ParentReference, RouteParentStatus, RouteStatus
+from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import Attachment
+from mesh.model.references import GROUP, ParentReference
 
 
 class Parent(NamedTuple):
@@ -42,7 +40,11 @@ class Attached(NamedTuple):
 def parents(view: View, key: RouteKey) -> Attached | None:
     """None: no parent of the route is ours."""
     route: HTTPRoute | GRPCRoute = view.get("Route", key)
-    found = [_parent(view, key, route, ref) for ref in route.spec.parent_refs]
+    refs = dict.fromkeys(route.spec.parent_refs)
+    if route.spec.use_default_gateways == "All":
+        for gateway in sorted(view.bucket("default_gateways", "All")):
+            refs[ParentReference(namespace=gateway.namespace, name=gateway.name)] = None
+    found = [_parent(view, key, route, ref) for ref in refs]
     ours = tuple(parent for parent in found if parent is not None)
     return Attached(ours) if ours else None
 
@@ -122,115 +124,26 @@ def _not_allowed(selected: list[Door], key: RouteKey) -> str:
     )
 
 
-class Route(NamedTuple):
-    """A route joined with its rules. `section` None: nothing of it is served."""
-
-    section: RouteSection | None
-    listeners: frozenset[str]
-    gateways: frozenset[ObjectKey]
-    clusters: frozenset[ClusterRef]
+def attached(view: View, key: RouteKey) -> Attached:
+    """The parents, less what listeners reject for a route of the other kind (gateway.mixed)."""
+    found: Attached = view.get("parents", key)
+    return Attached(tuple(_less_rejected(view, key, parent) for parent in found.parents))
 
 
-def routes(view: View, key: RouteKey) -> Route:
-    attached: Attached = view.get("parents", key)
-    translation: Translation = view.get("translations", key)
-    if _all_refused(translation):
-        return Route(None, frozenset(), frozenset(), frozenset())
-    accepted = [parent for parent in attached.parents if parent.problem is None]
-    hostnames: dict[str, dict[str, None]] = {}
-    for parent in accepted:
-        for attachment in parent.attachments:
-            hostnames.setdefault(attachment.listener, {}).update(
-                dict.fromkeys(attachment.hostnames)
-            )
-    if not hostnames:
-        return Route(None, frozenset(), frozenset(), frozenset())
-    route: HTTPRoute | GRPCRoute = view.get("Route", key)
-    section = RouteSection(
-        kind=key.kind,
-        namespace=key.namespace,
-        name=key.name,
-        created=route.metadata.creation_timestamp or "",
-        attachments=tuple(Attachment(id, tuple(names)) for id, names in sorted(hostnames.items())),
-        rules=translation.rules,
+def _less_rejected(view: View, key: RouteKey, parent: Parent) -> Parent:
+    left: list[Attachment] = []
+    lost: RouteKey | None = None
+    for attachment in parent.attachments:
+        winner = mixed.winner(view, attachment.listener, key)
+        lost = lost or winner
+        if winner is None:
+            left.append(attachment)
+    if lost is None:
+        return parent
+    if left:
+        return parent._replace(attachments=tuple(left))
+    message = (
+        f"{lost.kind} {lost.namespace}/{lost.name} has its hostname on this listener and is older;"
+        f" HTTPRoutes and GRPCRoutes cannot share one"
     )
-    gateways = frozenset(parent.gateway for parent in accepted if parent.gateway is not None)
-    # A refused section keeps its last good version, but the route does not count as attached.
-    refused = view.get("refusals", route_key(*key)) is not None
-    listeners = frozenset[str]() if refused else frozenset(hostnames)
-    return Route(section, listeners, gateways, translation.clusters)
-
-
-def sections(view: View, key: RouteKey) -> RouteSection | None:
-    route: Route = view.get("routes", key)
-    return route.section
-
-
-def route_listeners(key: RouteKey, route: Route) -> frozenset[str]:
-    """The listeners a route is attached to (for an index)."""
-    return route.listeners
-
-
-def route_clusters(key: RouteKey, route: Route) -> frozenset[ClusterRef]:
-    """The clusters a route uses (for an index)."""
-    return route.clusters
-
-
-def service_gateways(key: RouteKey, route: Route) -> Iterator[tuple[ObjectKey, ObjectKey]]:
-    """Service and Gateway, where a route leads from one to the other (for an index)."""
-    for service in {cluster.service for cluster in route.clusters}:
-        for gateway in route.gateways:
-            yield service, gateway
-
-
-def _all_refused(translation: Translation) -> bool:
-    return len({number for number, _ in translation.refused}) == len(translation.rules)
-
-
-def route_status(controller_name: str) -> Callable[[View, RouteKey], RouteStatus]:
-    def compute(view: View, key: RouteKey) -> RouteStatus:
-        attached: Attached = view.get("parents", key)
-        translation: Translation = view.get("translations", key)
-        generation = view.get("Route", key).metadata.generation
-        shared = _shared(view, key, translation, generation)
-        refused: Problem | None = None
-        if _all_refused(translation):
-            problems = [problem for _, problem in translation.refused]
-            refused = Problem(problems[0].reason, problem_text(problems))
-        elif reason := view.get("refusals", route_key(*key)):
-            refused = Problem("UnsupportedValue", f"the data plane refused this route: {reason}")
-        return RouteStatus(
-            parents=tuple(
-                RouteParentStatus(
-                    parent_ref=parent.ref,
-                    controller_name=controller_name,
-                    conditions=(
-                        condition("Accepted", generation, parent.problem or refused),
-                        *shared,
-                    ),
-                )
-                for parent in attached.parents
-            )
-        )
-
-    return compute
-
-
-def _shared(
-    view: View, key: RouteKey, translation: Translation, generation: int | None
-) -> tuple[Condition, ...]:
-    """The conditions that are the same for every parent."""
-    unresolved = list(translation.unresolved)
-    for cluster in sorted(translation.clusters):
-        if reason := view.get("refusals", cluster.section):
-            message = f"the data plane refused Service {cluster.service}: {reason}"
-            unresolved.append(Problem("UnsupportedValue", message))
-    problem = Problem(unresolved[0].reason, problem_text(unresolved)) if unresolved else None
-    resolved = condition("ResolvedRefs", generation, problem)
-    if not translation.refused or _all_refused(translation):
-        return (resolved,)
-    numbers = ", ".join(str(number) for number in sorted({n for n, _ in translation.refused}))
-    text = problem_text([problem for _, problem in translation.refused])
-    message = f"Dropped Rule(s) {numbers}: requests that match them get 500. {text}"
-    reason = translation.refused[0][1].reason
-    return resolved, make("PartiallyInvalid", "True", reason, message, generation)
+    return parent._replace(attachments=(), problem=Problem("Conflicted", message))

@@ -48,6 +48,12 @@ def gateways(view: View, key: ObjectKey) -> Ours | None:
     return Ours(gateway, _problem(gateway, our_class))
 
 
+def default_scope(key: ObjectKey, ours: Ours) -> tuple[str, ...]:
+    """The scope in which routes attach to a Gateway without naming it (for an index)."""
+    scope = ours.gateway.spec.default_scope
+    return (scope,) if scope not in (None, "None") else ()
+
+
 def _problem(gateway: Gateway, our_class: OurClass) -> Problem | None:
     spec = gateway.spec
     if our_class.problem:
