@@ -27,14 +27,15 @@ _CLUSTER_SCOPED = frozenset(info.kind for info in KINDS.values() if not info.nam
 # Lists in lists, deeper than anybody writes them, are taken for an object and refused.
 _MAX_LISTS = 3
 
-Level = Literal["error", "unsupported", "note"]
+Level = Literal["error", "warning", "unsupported", "note"]
 
 
 class Problem(NamedTuple):
     """Something in the files that is not in force as written.
 
     `document` counts from 1, 0 is the file as a whole. `path` is a field path. `level`: "error" is
-    refused, "unsupported" a kind that Weft does not implement, "note" one it has no use for.
+    refused, "warning" in force but not as meant, "unsupported" a kind that Weft does not implement,
+    "note" one it has no use for.
     """
 
     file: str

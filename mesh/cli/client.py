@@ -1,0 +1,82 @@
+"""Asking the agent: JSON over its unix socket. Says what to do when nobody answers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+
+from mesh.agent.rundir import RunDir
+
+_TIMEOUT_S = 30.0
+
+
+class CliError(click.ClickException):
+    """One line that says what, where, why and what to do."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"weft: {self.message}", err=True)
+
+
+class UsageError(CliError):
+    """What was given cannot be used."""
+
+    exit_code = 2
+
+
+class NotRunningError(CliError):
+    """No gateway answers."""
+
+    exit_code = 3
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.connect(str(self._path))
+
+
+def ask(run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()) -> Any:
+    """The agent's answer. CliError: there is none, or it is an error."""
+    place = RunDir(run_dir)
+    text = urlencode(list(query))
+    connection = _UnixConnection(place.api_socket)
+    try:
+        connection.request("GET", f"{path}?{text}" if text else path)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+    except PermissionError:
+        raise CliError(
+            f"no permission for {place.api_socket}: run this as the user who runs the gateway"
+        ) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise NotRunningError(_unreachable(place, error)) from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise UsageError(str(answer.get("error", response.reason)))
+    return answer
+
+
+def _unreachable(place: RunDir, error: Exception) -> str:
+    holder = place.holder()
+    if holder is None:
+        return (
+            f"no gateway runs in {place.path}: start one with 'weft up --manifests DIR', or name "
+            "its directory with --run-dir"
+        )
+    return (
+        f"the gateway in {place.path} (pid {holder.get('pid', 'unknown')}) runs, but its agent "
+        f"does not answer ({error or type(error).__name__}): it may be starting; try again"
+    )

@@ -1,0 +1,218 @@
+"""The `weft` command. Each command's work is in a module of its own, imported when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mesh.agent.rundir import default_run_dir
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MANIFESTS = click.Path(path_type=Path, file_okay=False, exists=True)
+
+run_dir_option = click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=default_run_dir,
+    show_default="/run/weft, or $XDG_RUNTIME_DIR/weft",
+    help="Where the running gateway keeps its sockets.",
+)
+output_option = click.option(
+    "-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", help="Format."
+)
+
+
+def _plane_options(function: F) -> F:
+    """The options of the control plane, for `up` and for what works offline."""
+    for option in (
+        click.option(
+            "--settings",
+            type=click.Path(path_type=Path, dir_okay=False, exists=True),
+            help="YAML or JSON file with limits and habits of the proxy.",
+        ),
+        click.option(
+            "--advertise",
+            metavar="ADDRESS",
+            multiple=True,
+            help="Address that Gateways show in their status when they listen on all addresses.",
+        ),
+        click.option(
+            "--bind-address",
+            metavar="ADDRESS",
+            default="0.0.0.0",
+            show_default=True,
+            help="Where Gateways listen that name no address, without a pool.",
+        ),
+        click.option(
+            "--address-pool",
+            metavar="CIDR",
+            multiple=True,
+            help="Addresses of this host to give to Gateways; may be repeated.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Weft: a gateway and service mesh for Gateway API objects.
+
+    Exit codes: 0 well, 1 a problem was found, 2 wrong usage, 3 no gateway runs.
+    """
+
+
+@cli.command()
+@click.option("--manifests", type=_MANIFESTS, required=True, help="Directory of YAML or JSON.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    help="Proxy processes.  [default: one per core]",
+)
+@_plane_options
+@click.option(
+    "--admin",
+    metavar="ADDRESS:PORT",
+    default="127.0.0.1:15090",
+    show_default=True,
+    help="Where /metrics, /healthz and /readyz are; off: nowhere.",
+)
+@click.option("--access-log", type=click.Choice(["json", "text", "off"]), help="On stdout.")
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that open connections get when the gateway is stopped.",
+)
+@run_dir_option
+def up(**options: object) -> None:
+    """Run the gateway in the foreground, on the manifests in a directory.
+
+    Changes in the directory take effect at once. SIGTERM or Ctrl-C stops the gateway when its
+    connections are finished; a second one stops it at once.
+
+    Exit codes: 0 stopped as asked, 1 it cannot run or connections were cut, 2 wrong usage.
+    """
+    from mesh.cli.up import run
+
+    run(options)
+
+
+@cli.command()
+@click.argument("directory", type=_MANIFESTS)
+@_plane_options
+@output_option
+def validate(directory: Path, output: str, **options: object) -> None:
+    """Check the manifests in a directory, without a running gateway.
+
+    Errors are objects that would not be taken; warnings are objects that would not be accepted, and
+    kinds that Weft does not implement.
+
+    Exit codes: 0 no errors, 1 errors, 2 wrong usage.
+    """
+    from mesh.cli.validate import run
+
+    run(directory, output, options)
+
+
+@cli.command()
+@click.argument("kind")
+@click.argument("name", required=False)
+@click.option("-n", "--namespace", help="Namespace.  [default: default]")
+@click.option("-A", "--all-namespaces", is_flag=True, help="All namespaces.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "wide", "json", "yaml"]),
+    default="table",
+    help="Format.",
+)
+@run_dir_option
+def get(
+    kind: str,
+    name: str | None,
+    namespace: str | None,
+    all_namespaces: bool,
+    output: str,
+    run_dir: Path,
+) -> None:
+    """Show objects with their status, or problems.
+
+    KIND is a kind of Gateway API or Kubernetes as kubectl takes it (gateways, gtw, httproute,
+    svc, ...), or "problems" for what is wrong in the manifests.
+
+    Exit codes: 0 found, 1 no such object, 2 no such kind, 3 no gateway runs.
+    """
+    from mesh.cli.get import run
+
+    run(run_dir, kind, name, namespace, all_namespaces, output)
+
+
+@cli.command()
+@output_option
+@run_dir_option
+def status(output: str, run_dir: Path) -> None:
+    """Show how the running gateway is doing.
+
+    Exit codes: 0 healthy, 1 degraded or not ready yet, 3 no gateway runs.
+    """
+    from mesh.cli.status import run
+
+    run(run_dir, output)
+
+
+@cli.command()
+@click.argument("method")
+@click.argument("url")
+@click.option("-H", "--header", metavar="'NAME: VALUE'", multiple=True, help="May be repeated.")
+@click.option("--address", help="The address that is connected to, where several Gateways listen.")
+@click.option(
+    "--manifests", type=_MANIFESTS, help="Explain for this directory; no gateway need run."
+)
+@_plane_options
+@output_option
+@run_dir_option
+def explain(
+    method: str,
+    url: str,
+    header: tuple[str, ...],
+    address: str | None,
+    manifests: Path | None,
+    output: str,
+    run_dir: Path,
+    **options: object,
+) -> None:
+    """Say where a request would go, and why not elsewhere.
+
+    Exit codes: 0 it reaches a backend (or a redirect), 1 it does not, 2 wrong usage, 3 no gateway
+    runs.
+    """
+    from mesh.cli.explain import run
+
+    run(run_dir, method, url, header, address, manifests, output, options)
+
+
+@cli.command()
+@output_option
+def version(output: str) -> None:
+    """Show the version."""
+    from importlib.metadata import version as version_of
+
+    from mesh.cli.output import dump
+
+    if output == "text":
+        click.echo(f"weft {version_of('weft')}")
+    else:
+        dump({"version": version_of("weft")}, output)
+
+
+def main() -> None:
+    """The entry point: no traceback ever reaches the user for what is not a defect."""
+    try:
+        cli()
+    except BrokenPipeError:  # the reader has seen enough
+        raise SystemExit(0) from None

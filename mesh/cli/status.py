@@ -1,0 +1,71 @@
+"""`weft status`: how the running gateway is doing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mesh.cli.client import ask
+from mesh.cli.output import dump, table
+
+
+def run(run_dir: Path, output: str) -> None:
+    """Exit 0 when ready and whole, else 1."""
+    status: dict[str, Any] = ask(run_dir, "/status")
+    if output != "text":
+        dump(status, output)
+    else:
+        _show(status)
+    problems = status["problems"].get("error", 0)
+    healthy = status["ready"] and not status["degraded"] and not problems
+    raise SystemExit(0 if healthy else 1)
+
+
+def _show(status: dict[str, Any]) -> None:
+    version = status["config"]["version"]
+    click.echo(f"ready:      {'yes' if status['ready'] else 'no'}")
+    click.echo(f"manifests:  {status['manifests']}")
+    click.echo(f"admin:      {_admin(status['admin'])}")
+    click.echo(f"agent:      pid {status['agent']['pid']}, configuration {version}")
+    objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
+    click.echo(f"objects:    {objects or 'none'}")
+    problems = status["problems"]
+    found = ", ".join(f"{count} {level}" for level, count in sorted(problems.items()))
+    more = "; see 'weft get problems'" if found else ""
+    click.echo(f"problems:   {found or 'none'}{more}")
+    click.echo()
+    table(
+        ["WORKER", "PID", "CONFIGURATION", "STATE"],
+        [_worker(worker, version) for worker in status["workers"]],
+    )
+    if status["ports"]:
+        click.echo()
+        table(
+            ["ADDRESS", "PORT", "BOUND"],
+            [
+                [port["address"], str(port["port"]), str(port["bound"])]
+                for port in sorted(status["ports"], key=lambda one: (one["port"], one["address"]))
+            ],
+        )
+    reasons = [*(f"not ready: {text}" for text in status["notReady"]), *status["degraded"]]
+    if reasons:
+        click.echo()
+        for text in dict.fromkeys(reasons):
+            click.echo(f"! {text}")
+
+
+def _admin(address: str | None) -> str:
+    return f"http://{address}/metrics" if address else "off"
+
+
+def _worker(worker: dict[str, Any], version: int) -> list[str]:
+    if worker["lagging"]:
+        state = "does not answer"
+    elif worker["version"] != version:
+        state = "behind"
+    else:
+        state = f"refuses {len(worker['refused'])}" if worker["refused"] else "ok"
+    shown = "none" if worker["version"] is None else str(worker["version"])
+    return [str(worker["id"]), str(worker["pid"]), shown, state]

@@ -1,0 +1,39 @@
+"""`weft up`: checks what was given, then becomes the supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from gateway.control import ControlPlane, Options
+from mesh.agent.options import OptionError, parse_admin, plane_options
+from mesh.cli.client import UsageError
+
+
+def plane(options: dict[str, Any]) -> Options:
+    """The control plane's options. CliError: one of them is wrong."""
+    arguments = argparse.Namespace(**{"access_log": None, **options})
+    try:
+        result = plane_options(arguments)
+        ControlPlane(result)
+    except (OptionError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    return result
+
+
+def run(options: dict[str, Any]) -> None:
+    """Replace this process by the supervisor: the imports of the command line need not stay."""
+    plane(options)
+    try:
+        parse_admin(options["admin"])
+    except OptionError as error:
+        raise UsageError(str(error)) from None
+    arguments = []
+    for name, value in options.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                text = os.path.abspath(one) if isinstance(one, os.PathLike) else str(one)
+                arguments.append(f"--{name.replace('_', '-')}={text}")
+    os.execv(sys.executable, [sys.executable, "-m", "mesh.agent.supervisor", *arguments])
