@@ -5,22 +5,16 @@ Knows field names and values (RFC 9110 §5), nothing of routes.
 
 from __future__ import annotations
 
-import re
-
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_VALUE = re.compile(rb"(?:[!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
+from l7proxy.message import ProtocolError
+from l7proxy.normalise import HOP_BY_HOP, check_header
 
 # The codecs own framing, connection options (RFC 9110 §7.6.1) and Host; configuration that changed
 # them could make the upstream see another request than the one that was judged.
 _OWNED = {
-    b"connection": "it belongs to one connection",
-    b"keep-alive": "it belongs to one connection",
-    b"proxy-connection": "it belongs to one connection",
-    b"te": "it belongs to one connection",
+    **dict.fromkeys(HOP_BY_HOP, "it belongs to one connection"),
     b"trailer": "it belongs to the message's framing",
     b"transfer-encoding": "it belongs to the message's framing",
     b"content-length": "it belongs to the message's framing",
-    b"upgrade": "it belongs to one connection",
     b"expect": "the proxy handles it",
     b"host": "use a URLRewrite filter with a hostname",
     b"x-forwarded-client-cert": "it is reserved for identities the proxy has verified",
@@ -35,16 +29,14 @@ class Refused(Exception):
 def check_name(name: str, where: str) -> bytes:
     """A field name in lower case; Refused if it is none (RFC 9110 §5.1)."""
     raw = name.lower().encode()
-    if not _TOKEN.fullmatch(raw):
-        raise Refused(f"{where}: {name!r} is not a header name")
+    _check(raw, b"", where)
     return raw
 
 
 def check_value(value: str, where: str) -> bytes:
     """A field value; Refused with CR, LF, NUL, other controls or blanks around it (§5.5)."""
     raw = value.encode()
-    if not _VALUE.fullmatch(raw):
-        raise Refused(f"{where}: {value!r} is not a header value")
+    _check(b"x", raw, where)
     return raw
 
 
@@ -54,3 +46,10 @@ def check_modifiable(name: str, where: str) -> bytes:
     if why := _OWNED.get(raw):
         raise Refused(f"{where}: header {name!r} cannot be changed by a filter; {why}")
     return raw
+
+
+def _check(name: bytes, value: bytes, where: str) -> None:
+    try:
+        check_header(name, value)
+    except ProtocolError as error:
+        raise Refused(f"{where}: {(value or name).decode()!r}: {error.detail}") from None

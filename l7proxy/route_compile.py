@@ -7,7 +7,6 @@ only sorts. No I/O; nothing of listeners beyond their ids.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -26,6 +25,8 @@ from l7proxy.filters import (
     compile_redirect,
     compile_rewrite,
 )
+from l7proxy.message import ProtocolError
+from l7proxy.normalise import HOP_BY_HOP, normalise_target
 from l7proxy.session import CompiledSession, compile_session
 from mesh.model.nodeconfig import (
     Cors,
@@ -40,6 +41,7 @@ from mesh.model.nodeconfig import (
     RouteRule,
     RouteSection,
     SectionKey,
+    Settings,
     ValueMatch,
 )
 
@@ -49,9 +51,8 @@ _REGEX_MEMORY = 512 * 1024
 _REGEX_INSTRUCTIONS = 1_000
 
 # Fields that codecs take out of `RequestHead.headers`: a match on them could never hold.
-_UNMATCHABLE = frozenset(
-    (b"connection", b"keep-alive", b"proxy-connection", b"te", b"transfer-encoding", b"expect")
-)
+_UNMATCHABLE = HOP_BY_HOP - {b"upgrade"} | {b"expect"}
+_PATH_FORM = Settings()
 
 PathType: TypeAlias = Literal["Exact", "PathPrefix", "RegularExpression"]
 
@@ -252,9 +253,12 @@ def _compile_match(
 def _compile_path(match: PathMatch, where: str) -> tuple[bytes, Regex | None]:
     if match.type == "RegularExpression":
         return match.value.encode(), Regex(match.value, where)
-    if not match.value.startswith("/"):
-        raise Refused(f"{where}: {match.value!r} does not start with '/'")
-    path = normalise_path(match.value.encode())
+    try:
+        path, query = normalise_target(match.value.encode(), _PATH_FORM)
+    except ProtocolError as error:
+        raise Refused(f"{where}: {match.value!r}: {error.detail}") from None
+    if query is not None:
+        raise Refused(f"{where}: {match.value!r} has a query; use queryParams")
     return (path.rstrip(b"/") if match.type == "PathPrefix" else path), None
 
 
@@ -280,21 +284,6 @@ def _conditions(
             regex = Regex(match.value, f"{where}[{i}].value")
         conditions.setdefault(name, ValueCondition(name, match.value.encode(), regex))
     return tuple(conditions.values())
-
-
-_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
-_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
-
-
-def normalise_path(path: bytes) -> bytes:
-    """Percent-encoding as in the paths of requests: unreserved characters decoded, hexadecimal
-    digits in upper case (RFC 3986 §6.2.2)."""
-    return _ESCAPE.sub(_normalise_escape, path) if b"%" in path else path
-
-
-def _normalise_escape(escape: re.Match[bytes]) -> bytes:
-    byte = int(escape[1], 16)
-    return bytes((byte,)) if byte in _UNRESERVED else b"%" + escape[1].upper()
 
 
 def normalise_host(host: bytes) -> bytes:
