@@ -40,6 +40,7 @@ __all__ = [
     "decode",
     "encode",
     "key_of",
+    "parse",
     "update_errors",
 ]
 
@@ -129,17 +130,23 @@ def decode(raw: Mapping[str, Any]) -> Object:
     """The object that `raw` (a manifest's data) describes, with defaults filled in; a namespaced
     one without a namespace is in "default". InvalidObject lists what is wrong with it;
     UnsupportedKind: another kind, or a version that is not served."""
+    obj = parse(raw)
+    info = _info(raw)
+    errors = metadata_errors(obj.metadata, info.name_form, info.namespaced) + RULES.errors(obj)
+    if errors:
+        raise InvalidObject(tuple(errors))
+    return obj
+
+
+def parse(raw: Mapping[str, Any]) -> Object:
+    """The first half of `decode`: schema and defaults, not yet names and rules."""
     info = _info(raw)
     metadata = raw.get("metadata")
     if info.namespaced and isinstance(metadata, Mapping) and not metadata.get("namespace"):
         raw = {**raw, "metadata": {**metadata, "namespace": "default"}}
     if info.model is Secret:
         raw = _secret_data(raw)
-    obj = read(raw, info.model, quote=info.model is not Secret)
-    errors = metadata_errors(obj.metadata, info.name_form, info.namespaced) + RULES.errors(obj)
-    if errors:
-        raise InvalidObject(tuple(errors))
-    return obj
+    return read(raw, info.model, quote=info.model is not Secret)
 
 
 def update_errors(old: Object, new: Object) -> tuple[FieldError, ...]:
