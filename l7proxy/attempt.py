@@ -32,10 +32,16 @@ class Failure:
 
 
 class Attempt:
-    """Owns the lease until `response` has failed or `finish`/`abandon` is called."""
+    """Owns the lease until `response` has failed or `finish`/`abandon` is called.
 
-    def __init__(self, lease: Lease, stream: ServerStream, body: RequestBody) -> None:
+    `limit` is the loop time by which the response must have come whole, None for no limit.
+    """
+
+    def __init__(
+        self, lease: Lease, stream: ServerStream, body: RequestBody, limit: float | None
+    ) -> None:
         self.lease = lease
+        self.limit = limit
         self._stream = stream
         self._body = body
         self._upload: asyncio.Task[None] | None = None
@@ -66,9 +72,7 @@ class Attempt:
             if self._client_error is not None:
                 raise self._client_error from error
             self.lease.failed("reset")
-            repeatable = error.unprocessed or (
-                error.reused and head.method in _IDEMPOTENT
-            )
+            repeatable = error.unprocessed or (error.reused and head.method in _IDEMPOTENT)
             return Failure(502, "upstream_reset", str(error), repeatable and self._body.repeatable)
         except ProtocolError as error:
             self.abandon(error.detail)

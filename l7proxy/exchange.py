@@ -13,13 +13,13 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 
-from l7proxy import cors, filters, forwarding, session
+from l7proxy import cors, filters, forwarding, metrics, session
 from l7proxy.accesslog import AccessLog
 from l7proxy.attempt import Attempt, Failure
-from l7proxy.message import Framing, ProtocolError, RequestHead, ResponseHead
+from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
@@ -32,6 +32,7 @@ from l7proxy.routing import (
     pick_backend,
 )
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
+from l7proxy.tasks import spawn
 from l7proxy.upstream import Clusters, UpstreamError
 from mesh.model.nodeconfig import CertificateSection, PortSection, Retry, SectionKey, Settings
 
@@ -107,6 +108,8 @@ class _Exchange:
             await self._reply(error.status, error.reason, error.detail)
         except TimeoutError:
             await self._reply(504, "request_timeout", "the route's request timeout has passed")
+        except StreamReset as error:  # of the backend, within its response
+            await self._reply(502, "upstream_reset", str(error))
         except ClientGone as error:
             self.record.broke_off("client_gone", str(error))
             self._stream.abort(str(error))
@@ -139,14 +142,11 @@ class _Exchange:
         """Answer from here."""
         self.record.status = head.status
         self._responded = True
-        try:
-            await self._stream.respond(head)
-            if body and self._stream.head.method != b"HEAD":
-                await self._stream.write(body)
-                self.record.bytes_out += len(body)
-            await self._stream.finish([])
-        except StreamReset as error:
-            raise ClientGone(str(error)) from error
+        await _to_client(self._stream.respond(head))
+        if body and self._stream.head.method != b"HEAD":
+            await _to_client(self._stream.write(body))
+            self.record.bytes_out += len(body)
+        await _to_client(self._stream.finish([]))
 
     # --- routing --------------------------------------------------------------------------------
 
@@ -183,8 +183,7 @@ class _Exchange:
             await self._forward(match)
         else:
             self._deadline = self._loop.time() + timeout
-            async with asyncio.timeout_at(self._deadline) as scope:
-                self._scope = scope
+            async with asyncio.timeout_at(self._deadline):
                 await self._forward(match)
 
     async def _forward(self, match: RouteMatchResult) -> None:
@@ -205,3 +204,181 @@ class _Exchange:
                 self._shared.mirrors.send(mirror.cluster, copy, self._body)
         attempt, response = await self._attempts(head, rule, backend.cluster, prefer)
         await self._relay(attempt, response, rule, backend)
+
+    # --- backends and attempts -------------------------------------------------------------------
+
+    def _choose(self, rule: CompiledRule) -> tuple[CompiledBackend | None, str | None]:
+        """The backend for this request, and the endpoint its session asks for, if that is there."""
+        if rule.session is not None:
+            wanted = session.endpoint_for(self._stream.head, rule.session, time.time())
+            if wanted is not None:
+                for backend in rule.backends:
+                    cluster = self._shared.clusters.get(backend.cluster or "")
+                    if cluster is not None and backend.weight and cluster.has(wanted):
+                        return backend, wanted
+        return pick_backend(rule, random.random), None
+
+    async def _attempts(
+        self, head: RequestHead, rule: CompiledRule, cluster: SectionKey, prefer: str | None
+    ) -> tuple[Attempt, ResponseHead]:
+        """Try endpoints until one gives a response that stands. _Reply: none did."""
+        retry = rule.retry
+        left = retry.attempts if retry is not None else _SAFE_REPEATS
+        avoid: set[str] = set()
+        while True:
+            outcome = await self._attempt(head, rule, cluster, prefer, avoid)
+            if isinstance(outcome, Failure):
+                again = outcome.repeatable or (retry is not None and outcome.status in retry.codes)
+            else:
+                again = retry is not None and outcome[1].status in retry.codes
+            if not again or not left or not self._body.repeatable:
+                if isinstance(outcome, Failure):
+                    raise _Reply(outcome.status, outcome.reason, outcome.detail)
+                return outcome
+            left -= 1
+            metrics.RETRIES.labels(cluster).inc()
+            if not isinstance(outcome, Failure):
+                attempt, response = outcome
+                attempt.lease.failed("retried_status")
+                attempt.abandon(f"status {response.status} is retried")
+                avoid.add(attempt.lease.endpoint_id)
+            if retry is not None:
+                await self._back_off(retry, self.record.attempts)
+            prefer = None
+
+    async def _attempt(
+        self,
+        head: RequestHead,
+        rule: CompiledRule,
+        key: SectionKey,
+        prefer: str | None,
+        avoid: set[str],
+    ) -> tuple[Attempt, ResponseHead] | Failure:
+        cluster = self._shared.clusters.get(key)
+        if cluster is None:
+            return Failure(503, "no_endpoints", f"{key} is not known here", repeatable=False)
+        self.record.attempts += 1
+        timeout = rule.backend_timeout_s
+        limit = self._loop.time() + timeout if timeout is not None else None
+        attempt: Attempt | None = None
+        try:
+            async with asyncio.timeout_at(limit):
+                lease = await cluster.acquire(
+                    client_certificate=self._client_certificate(), avoid=avoid, prefer=prefer
+                )
+                self.record.endpoint = lease.endpoint_id
+                attempt = Attempt(lease, self._stream, self._body, limit)
+                response = await attempt.response(head)
+        except UpstreamError as error:
+            metrics.UPSTREAM_FAILURES.labels(key, error.reason).inc()
+            return Failure(503, error.reason, str(error), repeatable=False)
+        except TimeoutError:
+            if self._deadline is not None and self._loop.time() >= self._deadline:
+                raise
+            metrics.UPSTREAM_FAILURES.labels(key, "timeout").inc()
+            if attempt is not None:
+                avoid.add(attempt.lease.endpoint_id)
+                attempt.lease.failed("timeout")
+            return Failure(
+                504, "backend_timeout", "no response in the route's backend timeout", False
+            )
+        if isinstance(response, Failure):
+            metrics.UPSTREAM_FAILURES.labels(key, response.reason).inc()
+            avoid.add(lease.endpoint_id)
+            return response
+        return attempt, response
+
+    async def _back_off(self, retry: Retry, attempts: int) -> None:
+        """Wait at least the route's backoff, doubled with every attempt, jittered upwards."""
+        if retry.backoff_ms:
+            wait = min(retry.backoff_ms / 1000 * 2 ** (attempts - 1), _BACKOFF_CAP_S)
+            await asyncio.sleep(wait * (1 + random.random() / 4))
+
+    def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
+        key = self._port.client_certificate
+        if key is None:
+            return None
+        certificate = self._shared.certificates.get(key)
+        if certificate is None:
+            raise _Reply(502, "client_certificate", f"the gateway's certificate {key} is missing")
+        return key, certificate
+
+    # --- response --------------------------------------------------------------------------------
+
+    def _finished_head(
+        self, head: ResponseHead, rule: CompiledRule, backend: CompiledBackend | None
+    ) -> ResponseHead:
+        """A response head with all that the route adds to it."""
+        if backend is not None:
+            filters.response(backend.filters, head)
+        filters.response(rule.filters, head)
+        if rule.cors is not None:
+            cors.respond(rule.cors, self._stream.head, head)
+        return head
+
+    async def _relay(
+        self, attempt: Attempt, head: ResponseHead, rule: CompiledRule, backend: CompiledBackend
+    ) -> None:
+        self._finished_head(head, rule, backend)
+        if rule.session is not None:
+            header = session.response_header(
+                rule.session,
+                attempt.lease.endpoint_id,
+                time.time(),
+                secure=self._info.tls,
+                request=self._stream.head,
+            )
+            if header is not None:
+                head.headers.append(header)
+        self.record.status = head.status
+        self._responded = True
+        try:
+            if head.upgrade is not None:
+                await self._tunnel(attempt, head)
+            else:
+                async with asyncio.timeout_at(attempt.limit):
+                    await self._relay_body(attempt, head)
+        except BaseException:
+            attempt.abandon("the response broke off")
+            raise
+        attempt.finish(head.status)
+
+    async def _relay_body(self, attempt: Attempt, head: ResponseHead) -> None:
+        stream = self._stream
+        await _to_client(stream.respond(head))
+        while chunk := await attempt.read():
+            await _to_client(stream.write(chunk))
+            self.record.bytes_out += len(chunk)
+        await _to_client(stream.finish(attempt.lease.stream.trailers))
+
+    async def _tunnel(self, attempt: Attempt, head: ResponseHead) -> None:
+        """Bytes both ways until both sides have ended; timeouts of the route end with the 101."""
+        stream, upstream = self._stream, attempt.lease.stream
+        await _to_client(stream.respond(head))
+
+        async def up() -> None:
+            while chunk := await self._body.tunnelled():
+                await upstream.write(chunk)
+            await upstream.finish([])
+
+        sending = spawn(up(), name="tunnel")
+        try:
+            while chunk := await upstream.read():
+                await _to_client(stream.write(chunk))
+                self.record.bytes_out += len(chunk)
+            await _to_client(stream.finish([]))
+            async with asyncio.timeout(self._shared.settings.idle_timeout_s):
+                await sending
+        except (StreamReset, TimeoutError) as error:
+            self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
+            stream.abort("the tunnel broke")
+        finally:
+            sending.cancel()
+
+
+async def _to_client(sending: Awaitable[None]) -> None:
+    """Await something sent to the client: its end there is the end of the exchange."""
+    try:
+        await sending
+    except StreamReset as error:
+        raise ClientGone(str(error)) from error

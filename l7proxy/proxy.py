@@ -160,7 +160,9 @@ class Proxy:
         return {
             bind
             for bind, served in self._state.served.items()
-            if any(certificate in listener.certificates for listener in served.port.section.listeners)
+            if any(
+                certificate in listener.certificates for listener in served.port.section.listeners
+            )
         }
 
     def _put_port(self, section: PortSection) -> None:

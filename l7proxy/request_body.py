@@ -22,7 +22,7 @@ class ClientGone(Exception):
 
 
 class MirrorFeed:
-    """The copy of a body for one mirror: chunks, then b""; None in place of a chunk when cut off."""
+    """The copy of a body for one mirror: chunks, then b""; None instead once it is cut off."""
 
     def __init__(self) -> None:
         self._chunks: deque[bytes | None] = deque()
@@ -94,6 +94,15 @@ class RequestBody:
         for feed in self._feeds:
             feed.trailers = self._stream.trailers if not chunk else []
             feed.put(chunk)
+        return chunk
+
+    async def tunnelled(self) -> bytes:
+        """The client's next bytes in a tunnel (after a 101), b"" when it has ended its side."""
+        try:
+            chunk = await self._stream.read()
+        except StreamReset as error:
+            raise ClientGone(str(error)) from error
+        self.received += len(chunk)
         return chunk
 
     def abandon(self) -> None:
