@@ -33,6 +33,8 @@ from mesh.model.nodeconfig import Listener, PortSection, RouteSection, SectionKe
 
 __all__ = [
     "CompiledBackend",
+    "CompiledMatch",
+    "CompiledRoute",
     "CompiledRule",
     "PortIndex",
     "Refused",
@@ -154,6 +156,10 @@ class RouteIndex:
                 del hosts[host]
                 if not hosts:
                     del self._listeners[listener]
+
+    def routes(self) -> Iterator[CompiledRoute]:
+        """The routes in force, in the order of their keys."""
+        return (self._routes[key] for key in sorted(self._routes))
 
     def match(self, listener: str, head: RequestHead) -> RouteMatchResult | None:
         """The rule for a request on a listener (its id); None: 404."""
