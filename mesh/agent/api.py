@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from l7proxy.explain import explain
 from mesh.agent import metrics
 from mesh.agent.admin import Admin
 from mesh.agent.node import Node
@@ -115,8 +116,6 @@ class Api:
     async def _explain(self, request: web.Request) -> web.Response:
         """?method=&url=&header=NAME:VALUE (several)&address=."""
         query = request.query
-        from l7proxy.explain import explain
-
         try:
             target = parse_target(
                 query.get("method", "GET"), query.get("url", ""), query.getall("header", [])

@@ -11,7 +11,8 @@ class TargetError(Exception):
 
 
 class Target(NamedTuple):
-    """`path` is the request target: path and query. `headers` without Host."""
+    """`host` is the authority as sent, `path` the request target (path and query), `port` the one
+    connected to; `headers` without Host, names in lower case."""
 
     method: str
     scheme: str
@@ -32,14 +33,14 @@ def parse_target(method: str, url: str, headers: list[str]) -> Target:
         raise TargetError(f"{url}: not a URL like http://host/path or https://host:8443/path")
     if not method.isalpha():
         raise TargetError(f"{method}: not an HTTP method like GET")
-    host = parts.hostname
+    host = parts.netloc.rpartition("@")[2]
     fields = []
     for header in headers:
         name, colon, value = header.partition(":")
         if not colon or not name.strip():
             raise TargetError(f"-H {header!r}: not 'name: value'")
         if name.strip().lower() == "host":
-            host = value.strip().partition(":")[0].lower()
+            host = value.strip()
         else:
             fields.append((name.strip().lower(), value.strip()))
     path = parts.path or "/"

@@ -29,27 +29,30 @@ class Offline(NamedTuple):
 
 def load(directory: Path, options: Options) -> Offline:
     """Read all files, derive everything."""
-    update = Manifests(directory).scan()
+    manifests = Manifests(directory)
+    update = manifests.scan()
     plane = ControlPlane(options)
     first = plane.apply(update.changes)
     second = plane.apply({}, binds=dict.fromkeys(first.ports, ""))
     statuses = {**first.statuses, **second.statuses}
     config, _ = NodeConfig.empty().change({**first.put, **second.put}, second.remove)
-    problems = [*update.problems, *_not_accepted(update.changes, statuses)]
+    problems = [*update.problems, *_not_accepted(manifests, statuses)]
     counts = {kind: len(objects) for kind, objects in sorted(update.changes.items())}
     return Offline(sorted(problems), config, counts)
 
 
 def _not_accepted(
-    objects: dict[str, Any], statuses: dict[tuple[str, ObjectKey], Any]
+    manifests: Manifests, statuses: dict[tuple[str, ObjectKey], Any]
 ) -> list[Problem]:
     result = []
     for (kind, key), status in statuses.items():
         if status is None or not (why := reasons({"status": encode(status)})):
             continue
+        file, document = manifests.origin(kind, key)
         result.append(
             Problem(
-                "",
+                file,
+                document,
                 kind=kind,
                 namespace=key.namespace,
                 name=key.name,
@@ -67,7 +70,7 @@ _PLAIN_RULES = frozenset(("", "file", "yaml", "object", "kind", "duplicate", "st
 
 def describe(problem: Problem) -> str:
     """A problem in a line: level, file and document, object, field, rule, message."""
-    place = os.path.relpath(problem.file) if problem.file else ""
+    place = problem.file.removeprefix(f"{os.getcwd()}/")
     if problem.document:
         place += f" document {problem.document}"
     name = "/".join(filter(None, (problem.kind, problem.namespace, problem.name)))

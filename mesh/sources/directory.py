@@ -93,6 +93,11 @@ class Manifests:
                 del self._problems[path]
         return self.read([*gone, *found.files])
 
+    def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]:
+        """File and document of an object in force. KeyError: there is none."""
+        claim = self._claims[ObjectId(kind, key)][0]
+        return str(self.root / claim.path), claim.document
+
     def affected(self, changed: Iterable[str]) -> list[str] | None:
         """Which files a set of changed absolute paths means; None: the tree must be walked."""
         result: dict[str, None] = {}
