@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 
 from l7proxy.http2_client import Http2Client
 from l7proxy.http2_server import Http2Server
@@ -41,12 +42,15 @@ class RawPeer:
             )
         )
         self.events: list[h2.events.Event] = []
+        self.goaways: list[tuple[int, int]] = []  # last stream id, error code
         self.acknowledge = True
         self.eof = False
+        self._buffer = b""
 
     def start(self, settings: dict[int, int] | None = None) -> None:
         if settings:
-            self.conn.update_settings(settings)
+            client = self.conn.config.client_side
+            self.conn.local_settings = h2.settings.Settings(client, settings)
         self.conn.initiate_connection()
         self.flush()
 
@@ -80,10 +84,18 @@ class RawPeer:
         if not data:
             self.eof = True
             return False
-        for event in self.conn.receive_data(data):
-            self.events.append(event)
-            if isinstance(event, h2.events.DataReceived) and self.acknowledge:
-                self.conn.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        self._buffer += data
+        while (end := 9 + int.from_bytes(self._buffer[:3], "big")) <= len(self._buffer):
+            frame, self._buffer = self._buffer[:end], self._buffer[end:]
+            if frame[3] == 7:  # GOAWAY, after which h2 would take no more
+                numbers = frame[9:13], frame[13:17]
+                self.goaways.append(tuple(int.from_bytes(n, "big") for n in numbers))
+                continue
+            for event in self.conn.receive_data(frame):
+                self.events.append(event)
+                if isinstance(event, h2.events.DataReceived) and self.acknowledge:
+                    size = event.flow_controlled_length
+                    self.conn.acknowledge_received_data(size, event.stream_id)
         try:
             self.flush()
         except ConnectionError:
@@ -126,12 +138,14 @@ class RawPeer:
             if isinstance(e, h2.events.DataReceived) and e.stream_id == stream_id
         )
 
+    async def more(self) -> None:
+        assert await self.receive(), f"connection ended with {self.goaways}"
+
     async def goaway(self) -> int:
-        """The error code of the GOAWAY that ends the connection; waits for its end too."""
-        event = await self.event(h2.events.ConnectionTerminated)
+        """Waits for the end of the connection; the error code it ended with."""
         while not self.eof:
             await self.receive()
-        return int(event.error_code)
+        return self.goaways[-1][1]
 
     async def close(self) -> None:
         self.writer.close()
