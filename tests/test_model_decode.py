@@ -128,6 +128,18 @@ def errors(raw: Any) -> list[tuple[str, str]]:
         ),
         ("metadata/labels", {"a": 1}, ("metadata.labels[a]", "type: string")),
         ("metadata/labels", {1: "a"}, ("metadata.labels", "keys must be strings")),
+        (
+            "metadata/annotations",
+            {"a": "\ud800"},
+            ("metadata.annotations[a]", "text must be Unicode"),
+        ),
+        ("metadata/annotations", {"\ud800": ""}, ("metadata.annotations", "keys must be Unicode")),
+        ("spec/\ud800\n", 1, (r"spec.'\ud800\n'", "unknown field")),
+        (
+            "metadata/managedFields",
+            [{"fieldsV1": {"f": 2**70}}],
+            ("", "text must be Unicode, integers fit into 64 bits, nesting be shallow"),
+        ),
         ("metadata/labels", {"a": None}, ("metadata.labels[a]", "type: string")),
         (
             "metadata/creationTimestamp",
@@ -146,6 +158,15 @@ def test_all_schema_errors_at_once() -> None:
         "spec.parentRefs[0].name",
         "spec.hostnames[0]",
         "spec.x",
+    ]
+
+
+def test_nesting_without_end_is_refused() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert errors(put(ROUTE, "spec/rules/0", {"filters": [deep]})) == [
+        ("spec.rules[0].filters[0]", "type: object")
     ]
 
 

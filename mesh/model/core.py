@@ -54,7 +54,7 @@ class ServicePort(Model, frozen=True, kw_only=True):
     protocol: Protocol = "TCP"
     app_protocol: str | None = None
     port: s.PortNumber
-    target_port: int | str | None = None
+    target_port: s.Int64 | str | None = None
     node_port: s.NonNegativeInt32 | None = None
 
 

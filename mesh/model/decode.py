@@ -178,9 +178,9 @@ def _info(raw: Mapping[str, Any]) -> KindInfo:
         )
     api_version, kind = raw.get("apiVersion"), raw.get("kind")
     missing = tuple(
-        FieldError(name, "required", "is missing or not a string; every object has it")
+        FieldError(name, "required", "is missing or not a plain string; every object has it")
         for name, value in (("apiVersion", api_version), ("kind", kind))
-        if not isinstance(value, str) or not value
+        if not isinstance(value, str) or not value or not value.isprintable()
     )
     if missing:
         raise InvalidObject(missing)

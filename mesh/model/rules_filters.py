@@ -17,7 +17,6 @@ from mesh.model.httproute import (
 from mesh.model.meta import Model
 from mesh.model.routes import Fraction, HTTPRequestMirrorFilter
 from mesh.model.rules import Check, Finding
-from mesh.model.schema import found
 
 HTTP_FILTERS = {
     "RequestHeaderModifier": "request_header_modifier",
@@ -104,7 +103,7 @@ def _proper_fraction(fraction: Fraction) -> Finding:
 
 def _star_alone(values: Sequence[str]) -> Finding:
     if "*" in values and len(values) > 1:
-        return f"found {found(list(values))}; '*' already allows all of them"
+        return f"found {', '.join(values)}; '*' already allows all of them"
     return None
 
 

@@ -19,7 +19,6 @@ from mesh.model.errors import FieldError, InvalidObject
 from mesh.model.meta import Model
 
 M = TypeVar("M", bound=Model)
-_ABSENT = object()
 _QUOTE = 100
 
 
@@ -27,19 +26,43 @@ def read(raw: Any, model: type[M], quote: bool = True) -> M:
     """`raw` as `model`. InvalidObject lists every violation of the schema. With `quote` False no
     error shows a value that was found."""
     try:
-        return msgspec.convert(raw, model)
-    except msgspec.ValidationError:
-        reader = _Reader(quote)
-        clean = reader.value(model, raw, "")
-        if reader.errors:
-            raise InvalidObject(tuple(reader.errors)) from None
-        return msgspec.convert(clean, model)
+        return _convert(raw, model)
+    except (msgspec.ValidationError, *_UNSENDABLE):
+        pass
+    reader = _Reader(quote)
+    clean = reader.value(model, raw, "")
+    if not reader.errors:
+        try:
+            return _convert(clean, model)
+        except _UNSENDABLE:
+            reader.errors.append(FieldError("", _SENDABLE_RULE, "something in it is not; find it"))
+    raise InvalidObject(tuple(reader.errors))
+
+
+# What Python's strings and integers can hold and JSON cannot, and data nested without end.
+_UNSENDABLE = (UnicodeEncodeError, OverflowError, RecursionError)
+_SENDABLE_RULE = "text must be Unicode, integers fit into 64 bits, nesting be shallow"
+_encoder = msgspec.msgpack.Encoder()
+
+
+def _convert(raw: Any, model: type[M]) -> M:
+    value = msgspec.convert(raw, model)
+    _encoder.encode(value)
+    return value
 
 
 def found(value: Any) -> str:
-    """A value as it stands in an error, cut where it is long."""
-    text = repr(value)
+    """A value as it stands in an error: quoted, cut where it is long, lists and objects only by
+    name."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= _QUOTE else f"{text[:_QUOTE]}…"
+
+
+def _step(key: Any) -> str:
+    """A key as it stands in a path, on one line whatever it holds."""
+    return key if isinstance(key, str) and key.isprintable() else ascii(key)
 
 
 @cache
@@ -93,6 +116,9 @@ class _Reader:
             return self._list(get_args(bare)[0], metas, raw, path)
         if origin is dict:
             return self._map(get_args(bare)[1], metas, raw, path)
+        if isinstance(raw, str) and not _is_unicode(raw):
+            self._refuse(path, "text must be Unicode", raw)
+            return raw
         try:
             msgspec.convert(raw, hint)
         except msgspec.ValidationError as error:
@@ -105,15 +131,16 @@ class _Reader:
             return raw
         clean: dict[str, Any] = {}
         attributes = wire_names(model)
+        known = ", ".join(sorted(attributes))
         for name, value in raw.items():
-            where = f"{path}.{name}" if path else str(name)
+            where = f"{path}.{_step(name)}" if path else _step(name)
             attribute = attributes.get(name)
             if attribute is None:
                 self.errors.append(
                     FieldError(
                         where,
                         "unknown field",
-                        f"{name!r} is not a field here; known are {', '.join(sorted(attributes))}",
+                        f"{found(name)} is not a field here; known are {known}",
                     )
                 )
             elif value is not None:
@@ -138,7 +165,9 @@ class _Reader:
         for key in raw:
             if not isinstance(key, str):
                 self._refuse(path, "keys must be strings", key)
-        return {key: self.value(item, value, f"{path}[{key}]") for key, value in raw.items()}
+            elif not _is_unicode(key):
+                self._refuse(path, "keys must be Unicode", key)
+        return {key: self.value(item, value, f"{path}[{_step(key)}]") for key, value in raw.items()}
 
     def _length(self, metas: tuple[Meta, ...], length: int, what: str, path: str) -> None:
         for meta in metas:
@@ -151,12 +180,21 @@ class _Reader:
 
     def _refuse(self, path: str, rule: str, raw: Any) -> None:
         if self._quote:
-            message = f"found {found(raw)}" if raw is not _ABSENT else "is missing"
+            message = f"found {found(raw)}"
             if not isinstance(raw, str) and rule == "type: string":
                 message += f", which YAML reads as {type(raw).__name__}; put it in quotes"
         else:
             message = f"found a value of type {type(raw).__name__} that is not allowed"
         self.errors.append(FieldError(path, rule, message))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be encoded: YAML's escapes can write half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _TYPES = {str: "string", bool: "boolean", int: "integer", bytes: "base64 text"}
