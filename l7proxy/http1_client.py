@@ -1,0 +1,218 @@
+"""The HTTP/1.1 driver toward backends: one connection, one request at a time (`ClientConnection`).
+
+It moves bytes between a transport and `ClientCodec`. It never repeats anything: it tells, in
+`StreamReset`, what the caller needs for that decision. It knows no pools and no timers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from l7proxy.http1_codec import ClientCodec
+from l7proxy.http1_link import Link
+from l7proxy.message import (
+    Data,
+    EndOfMessage,
+    Framing,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+)
+from l7proxy.streams import ClientConnection, ClientStream, StreamReset
+from mesh.model.nodeconfig import Settings
+
+
+class Http1Client(Link):
+    """A backend's connection.
+
+    `on_change` is told when a stream gave its place back, and when the connection closes of itself.
+    Bytes that nobody asked for close it: they are no response to any request of ours.
+    """
+
+    def __init__(self, settings: Settings, on_change: Callable[[ClientConnection], None]) -> None:
+        super().__init__(None)
+        self.codec = ClientCodec(settings)
+        self.broken = False  # by an error, not by an orderly close
+        self.answered = False  # a byte came since the request was sent
+        self._on_change = on_change
+        self._stream: _Stream | None = None
+        self._streams = 0
+        self._closing = False
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self._stream is not None or self.closed else 1
+
+    @property
+    def closed(self) -> bool:
+        return self._closing or self.eof or self.transport is None or self.transport.is_closing()
+
+    @property
+    def active(self) -> int:
+        return 0 if self._stream is None else 1
+
+    def open(self) -> ClientStream:
+        self.answered = False
+        self._stream = _Stream(self, reused=self._streams > 0)
+        self._streams += 1
+        return self._stream
+
+    def close(self) -> None:
+        self._closing = True
+        if self._stream is None:
+            self.close_now()
+
+    # --- from the event loop ---------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._stream is None or not self.codec.response_due:
+            self._closing = True
+            self.abort()
+            return
+        self.answered = True
+        self.codec.receive(data)
+        self.hold_input(len(self.codec.buffer))
+        self.wake()
+
+    def eof_received(self) -> bool | None:
+        self.eof = True
+        self.wake()
+        if self._stream is None:
+            self._on_change(self)
+            return False
+        return not self.tls  # the stream closes when it has read what there is
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.broken = exc is not None
+        super().connection_lost(exc)
+        self._on_change(self)
+
+    # --- from the stream -------------------------------------------------------------------------
+
+    def release(self, *, reusable: bool) -> None:
+        """The stream has ended."""
+        self._stream = None
+        if not reusable:
+            self._closing = True
+            self.abort()
+        elif self.closed or not self.codec.keep_alive or len(self.codec.buffer):
+            self._closing = True
+            self.close_now()
+        else:
+            self.hold_input(0)
+        self._on_change(self)
+
+
+class _Stream:
+    """One request on the connection (`ClientStream`)."""
+
+    def __init__(self, connection: Http1Client, *, reused: bool) -> None:
+        self.trailers: Headers = []
+        self._connection = connection
+        self._reused = reused
+        self._written = False
+        self._sent = False
+        self._received = False
+        self._released = False
+        self._tunnel = False
+
+    async def request(self, head: RequestHead) -> None:
+        connection = self._connection
+        if connection.closed and not self._released:
+            self._release(reusable=False)
+        if self._released:
+            raise self._reset("the backend closed before the request was sent")
+        try:
+            block = connection.codec.request(head)
+        except ValueError as error:
+            self._release(reusable=False)
+            raise ProtocolError(500, "unsafe_head", str(error)) from None
+        self._written = True
+        await self._send((block,))
+        if head.body is Framing.NONE:
+            self._sent = True
+
+    async def write(self, data: bytes) -> None:
+        await self._send(self._connection.codec.data(data))
+
+    async def finish(self, trailers: Headers) -> None:
+        connection = self._connection
+        if self._tunnel:
+            if connection.tls and connection.transport is not None:
+                connection.transport.close()
+            await connection.half_close()
+        elif tail := connection.codec.end(trailers):
+            await self._send((tail,))
+        self._sent = True
+        self._release_if_ended()
+
+    async def response(self) -> ResponseHead:
+        event = await self._next()
+        if not isinstance(event, ResponseHead):
+            raise RuntimeError("the response's head was read before")
+        self._tunnel = event.status == 101
+        return event
+
+    async def read(self) -> bytes:
+        if self._received:
+            return b""
+        event = await self._next()
+        if isinstance(event, Data):
+            return event.data
+        if isinstance(event, ResponseHead):
+            raise RuntimeError("the response's head was not read before its body")
+        self.trailers = event.trailers
+        self._received = True
+        self._release_if_ended()
+        return b""
+
+    def abort(self, why: str) -> None:
+        if not self._released:
+            self._release(reusable=False)
+
+    async def _next(self) -> ResponseHead | Data | EndOfMessage:
+        connection = self._connection
+        codec = connection.codec
+        while not self._released:
+            try:
+                event = codec.next_event()
+            except ProtocolError:
+                self._release(reusable=False)
+                raise
+            if event is None and connection.eof:
+                # A reset is no orderly end, not even of a body that the close delimits.
+                event = None if connection.broken else codec.receive_eof()
+                if event is None:
+                    break
+            connection.hold_input(len(codec.buffer))
+            if event is not None:
+                return event
+            await connection.more_input()
+        error = self._reset("the backend closed before its response was whole")
+        self.abort(str(error))
+        raise error
+
+    async def _send(self, pieces: Sequence[bytes]) -> None:
+        connection = self._connection
+        if connection.lost or self._released or connection.transport is None:
+            raise self._reset("the backend is gone")
+        connection.transport.writelines(pieces)
+        if connection.write_paused:
+            await connection.room()
+
+    def _reset(self, why: str) -> StreamReset:
+        return StreamReset(
+            why,
+            unprocessed=not self._written,
+            reused=self._reused and not self._connection.answered,
+        )
+
+    def _release_if_ended(self) -> None:
+        if self._sent and self._received and not self._released:
+            self._release(reusable=True)
+
+    def _release(self, *, reusable: bool) -> None:
+        self._released = True
+        self._connection.wake()
+        self._connection.release(reusable=reusable)

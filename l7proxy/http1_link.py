@@ -1,0 +1,195 @@
+"""What the HTTP/1.1 drivers of both sides share: waiting, flow control and half-close on asyncio.
+
+One task reads and one writes at a time. The transport's own half-close is never used: uvloop frees
+a handle twice if a close follows while data is queued (a regression test reproduces it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from typing import cast
+
+# Received bytes beyond which reading pauses, and written ones beyond which writers wait.
+READ_AHEAD = 64 * 1024
+WRITE_AHEAD = 64 * 1024
+
+
+class Deadline:
+    """A timer that is cheap to move: setting it later, or clearing it, touches no event loop."""
+
+    __slots__ = ("_at", "_expired", "_loop", "_timer")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, expired: Callable[[], None]) -> None:
+        self._loop = loop
+        self._expired = expired
+        self._at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, seconds: float) -> None:
+        self._at = self._loop.time() + seconds
+        if self._timer is not None:
+            if self._timer.when() <= self._at:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._at, self._tick)
+
+    def clear(self) -> None:
+        self._at = None
+
+    def close(self) -> None:
+        """Clear it and let go of the event loop."""
+        self._at = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._at is None:
+            return
+        if self._at <= self._loop.time():
+            self._at = None
+            self._expired()
+        else:
+            self._timer = self._loop.call_at(self._at, self._tick)
+
+
+class Link(asyncio.Protocol):
+    """A connection's transport. `lost`: it is gone; `eof`: the peer sends no more.
+
+    With `stall_s` a peer that takes none of the bytes that wait for it for that long is cut off,
+    after `stalled` was told.
+    """
+
+    def __init__(self, stall_s: float | None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transport: asyncio.Transport | None = None
+        self.lost = False
+        self.eof = False
+        self.tls = False
+        self._input: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self.write_paused = False
+        self._read_paused = False
+        self._stall_s = stall_s
+        self._stall = Deadline(self.loop, self._check_progress)
+        self._waiting_bytes = 0
+
+    # --- from the event loop ---------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.tls = transport.get_extra_info("ssl_object") is not None
+        self.transport.set_write_buffer_limits(WRITE_AHEAD)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = self.eof = True
+        self._stall.close()
+        self.wake()
+        self._wake_writer()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        if self._stall_s is not None and self.transport is not None:
+            self._waiting_bytes = self.transport.get_write_buffer_size()
+            self._stall.set(self._stall_s)
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self._stall.clear()
+        self._wake_writer()
+
+    def stalled(self) -> None:
+        """The peer is about to be cut off."""
+
+    def _check_progress(self) -> None:
+        if self.transport is None or self._stall_s is None or not self.write_paused:
+            return
+        size = self.transport.get_write_buffer_size()
+        if size < self._waiting_bytes:
+            self._waiting_bytes = size
+            self._stall.set(self._stall_s)
+        else:
+            self.stalled()
+            self.transport.abort()
+
+    # --- reading ---------------------------------------------------------------------------------
+
+    async def more_input(self) -> None:
+        """Wait for bytes, the end of them, or whatever else calls `wake`."""
+        self._input = self.loop.create_future()
+        try:
+            await self._input
+        finally:
+            self._input = None
+
+    @property
+    def awaiting_input(self) -> bool:
+        return self._input is not None
+
+    def wake(self) -> None:
+        if self._input is not None and not self._input.done():
+            self._input.set_result(None)
+
+    def hold_input(self, buffered: int) -> None:
+        """Stop receiving while more than enough is buffered, and go on when it is not."""
+        if (buffered > READ_AHEAD) is self._read_paused:
+            return
+        if self.lost or self.transport is None or self.transport.is_closing():
+            return
+        self._read_paused = not self._read_paused
+        if self._read_paused:
+            self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    async def room(self) -> None:
+        """Wait until more may be written, or the connection is lost."""
+        while self.write_paused and not self.lost:
+            self._room = self.loop.create_future()
+            try:
+                await self._room
+            finally:
+                self._room = None
+
+    def _wake_writer(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    async def flush(self) -> None:
+        """Wait until the kernel has every byte, or the connection is lost. Nothing may be written
+        afterwards. Not for TLS, whose transports cannot tell; their `close` flushes."""
+        if self.transport is None or self.lost or self.tls:
+            return
+        self.transport.set_write_buffer_limits(0)  # pauses unless there is nothing to wait for
+        await self.room()
+
+    async def half_close(self) -> None:
+        """Tell the peer that no more will come, once it has everything. TLS has no half-close
+        here: nothing happens then."""
+        await self.flush()
+        if self.lost or self.tls or self.transport is None or self.transport.is_closing():
+            return
+        own = self.transport.get_extra_info("socket")
+        # uvloop's socket objects cannot be shut down; a duplicate of the descriptor can.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(own.fileno())) as duplicate:
+            duplicate.shutdown(socket.SHUT_WR)
+
+    def abort(self) -> None:
+        """Cut the connection: what waits to be written is lost."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    def close_now(self) -> None:
+        """Close in good order if everything is sent; bytes that still wait would never end it."""
+        if self.transport is not None:
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+            else:
+                self.transport.close()

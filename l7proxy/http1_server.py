@@ -1,0 +1,349 @@
+"""The HTTP/1.1 driver toward clients: one connection, its timers, its requests one after another.
+
+It moves bytes between a transport and `ServerCodec` and runs the handler for each request. What a
+request means, and what HTTP/1.1 looks like on the wire, it does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from l7proxy.http1_codec import ServerCodec
+from l7proxy.http1_link import Deadline, Link
+from l7proxy.message import Data, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
+from l7proxy.streams import ConnectionInfo, Handler, StreamReset
+from l7proxy.tasks import spawn
+from mesh.model.nodeconfig import Settings
+
+_log = logging.getLogger("weft.http1")
+
+# A request body that nobody read is taken off the connection up to this size, so that it can go on.
+_DISCARD_BYTES = 64 * 1024
+# After the last response the client may have more on its way; were it met by a closed socket, the
+# reset could destroy the response before the client has read it (RFC 9112 §9.6).
+_LINGER_S = 2.0
+_LINGER_BYTES = 1024 * 1024
+# An idle connection being drained may have a request in its socket that was not read yet.
+_DRAIN_GRACE_S = 0.05
+
+
+class Http1Server(Link):
+    """A client's connection. The acceptor calls `connection_made` and hands over what it read.
+
+    `on_refused` is told the reason of everything refused or cut off here; `on_closed` is called
+    once, when the connection is gone.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        info: ConnectionInfo,
+        settings: Settings,
+        *,
+        scheme: bytes,
+        on_refused: Callable[[str], None],
+        on_closed: Callable[[], None],
+    ) -> None:
+        super().__init__(settings.body_timeout_s)
+        self.settings = settings
+        self.codec = ServerCodec(scheme, settings)
+        self.timer = Deadline(self.loop, self._expired)
+        self.failure: ProtocolError | None = None
+        self._handler = handler
+        self._info = info
+        self._on_refused = on_refused
+        self._on_closed = on_closed
+        self._task: asyncio.Task[None] | None = None
+        self._stream: _Stream | None = None
+        self._served = 0
+        self._head_started = True  # the first head is due from the connection's start
+        self._draining = False
+        self._grace_over = False
+        self._lingering: int | None = None
+
+    # --- from the event loop ---------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.timer.set(self.settings.head_timeout_s)
+        self._task = spawn(self._run(), name="http1 connection")
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingering is not None:
+            self._lingering -= len(data)
+            if self._lingering < 0:
+                self.wake()
+            return
+        self.codec.receive(data)
+        self.hold_input(len(self.codec.buffer))
+        self.wake()
+
+    def eof_received(self) -> bool | None:
+        self.eof = True
+        stream = self._stream
+        if stream is not None and stream.open and not self.awaiting_input and self.codec.cut_short:
+            self._cancel()  # a request that will never be whole, and nobody reads who would notice
+        self.wake()
+        # A client that has sent its request may close its half and still wants the response. TLS
+        # connections cannot be half-closed here.
+        return not self.tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.timer.close()
+        if self._stream is not None and self._stream.open:
+            self._cancel()
+        self._on_closed()
+
+    def stalled(self) -> None:
+        self._on_refused("write_timeout")
+
+    def drain(self) -> None:
+        """Finish the request in hand with Connection: close; without one, close."""
+        if self._draining:
+            return
+        self._draining = True
+        if self._stream is None:
+            self._start_grace()
+        elif not self._stream.responded:
+            self.codec.keep_alive = False
+
+    def _start_grace(self) -> None:
+        self.loop.call_later(_DRAIN_GRACE_S, self._end_grace)
+
+    def _end_grace(self) -> None:
+        self._grace_over = True
+        self.wake()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _expired(self) -> None:
+        """The client took too long over a head, over a body, between requests, or to go away."""
+        if self._lingering is not None:
+            self.close_now()
+        elif self._stream is not None:
+            self.failure = ProtocolError(408, "body_timeout", "the request's body did not come")
+        elif not self.codec.between_requests:
+            self.failure = ProtocolError(408, "head_timeout", "the request's head did not come")
+        else:
+            if not self._served:
+                self._on_refused("head_timeout")
+            self.close_now()
+        self.wake()
+
+    def fail(self, error: ProtocolError) -> None:
+        """Count what ends the connection; the next response is its last."""
+        self.failure = error
+        self.codec.keep_alive = False
+        self._on_refused(error.reason)
+
+    # --- requests --------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while (head := await self._next_head()) is not None and await self._serve(head):
+                pass
+            await self._linger()
+        except BaseException:
+            self.abort()
+            raise
+
+    async def _next_head(self) -> RequestHead | None:
+        """The next request's head; None at the end of the connection."""
+        while True:
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                event = self.codec.next_event()
+            except ProtocolError as error:
+                self._refuse(error)
+                return None
+            if isinstance(event, RequestHead):
+                self.timer.clear()
+                return event
+            waiting = self.codec.between_requests
+            if self.eof or (waiting and self._grace_over):
+                return None
+            if not waiting and not self._head_started:
+                self._head_started = True
+                self.timer.set(self.settings.head_timeout_s)
+            self.hold_input(len(self.codec.buffer))
+            await self.more_input()
+
+    async def _serve(self, head: RequestHead) -> bool:
+        """Run the handler; whether the connection goes on."""
+        self._served += 1
+        limit = self.settings.max_requests_per_connection
+        if self._draining or (limit is not None and self._served >= limit):
+            self.codec.keep_alive = False
+        stream = self._stream = _Stream(self, head)
+        try:
+            await self._handler(stream, self._info)
+        except Exception:
+            _log.exception("the handler of a request failed")
+        if not stream.finished:
+            if stream.responded or stream.aborted:
+                self.abort()
+            else:
+                self._refuse(ProtocolError(500, "unanswered", "the request was not answered"))
+            return False
+        if stream.tunnel or not await self._discard_body() or not self.codec.keep_alive:
+            return False
+        self._stream = None
+        self.codec.next_request()
+        self._head_started = False
+        self.timer.set(self.settings.idle_timeout_s)
+        if self._draining:
+            self._start_grace()
+        return True
+
+    async def _discard_body(self) -> bool:
+        """Take what is left of the request off the connection; whether that came to its end."""
+        left = _DISCARD_BYTES
+        while not self.codec.request_complete:
+            if self.failure is not None:
+                return False
+            try:
+                event = self.codec.next_event()
+            except ProtocolError as error:
+                self.fail(error)
+                return False
+            if isinstance(event, Data):
+                left -= len(event.data)
+                if left < 0:
+                    return False
+            elif event is None:
+                if self.eof or not self.codec.keep_alive:
+                    return False
+                self.hold_input(0)
+                self.timer.set(_LINGER_S)
+                await self.more_input()
+        return True
+
+    def _refuse(self, error: ProtocolError) -> None:
+        """Answer in the handler's place."""
+        self.fail(error)
+        if self.transport is not None and not self.lost:
+            self.transport.write(self.codec.error(error))
+
+    async def _linger(self) -> None:
+        """Close so that the client gets the last response, whatever it is still sending."""
+        self._stream = None
+        self._lingering = _LINGER_BYTES
+        self.timer.clear()
+        self.hold_input(0)
+        await self.half_close()
+        if not self.eof:
+            self.timer.set(_LINGER_S)
+        while not self.eof and self._lingering >= 0:
+            await self.more_input()
+        if self.transport is not None:
+            self.transport.close()
+
+
+class _Stream:
+    """One request on the connection (`ServerStream`)."""
+
+    def __init__(self, connection: Http1Server, head: RequestHead) -> None:
+        self.head = head
+        self.trailers: Headers = []
+        self.responded = False
+        self.finished = False
+        self.aborted = False
+        self.tunnel = False
+        self._connection = connection
+        self._continue_due = head.expect_continue
+        self._ended = False
+
+    @property
+    def open(self) -> bool:
+        return not self.finished and not self.aborted
+
+    async def read(self) -> bytes:
+        connection = self._connection
+        codec = connection.codec
+        while not self._ended:
+            if connection.failure is not None:
+                raise connection.failure
+            try:
+                event = codec.next_event()
+            except ProtocolError as error:
+                connection.fail(error)
+                raise
+            if isinstance(event, Data):
+                self._continue_due = False
+                connection.hold_input(len(codec.buffer))
+                return event.data
+            if isinstance(event, EndOfMessage):
+                self.trailers = event.trailers
+                break
+            if connection.eof:
+                if self.tunnel:
+                    break
+                raise StreamReset("the client closed in mid-request")
+            await self._wait()
+        self._ended = True
+        return b""
+
+    async def _wait(self) -> None:
+        connection = self._connection
+        connection.hold_input(len(connection.codec.buffer))
+        if not self.tunnel:
+            connection.timer.set(connection.settings.body_timeout_s)
+        try:
+            await connection.more_input()
+        finally:
+            connection.timer.clear()
+        if connection.failure is not None:
+            connection.fail(connection.failure)
+
+    def inform(self, head: ResponseHead) -> None:
+        if self.responded or self._connection.lost or self._connection.transport is None:
+            return
+        if head.status == 100:
+            if not self._continue_due:
+                return
+            self._continue_due = False
+        self._connection.transport.write(self._connection.codec.informational(head))
+
+    async def respond(self, head: ResponseHead) -> None:
+        codec = self._connection.codec
+        if self._continue_due:
+            # Whether the client now sends the body or the next request cannot be told apart.
+            codec.keep_alive = False
+        block = codec.response(head)
+        self.responded = True
+        self.tunnel = head.status == 101
+        await self._send((block,))
+
+    async def write(self, data: bytes) -> None:
+        await self._send(self._connection.codec.data(data))
+
+    async def finish(self, trailers: Headers) -> None:
+        connection = self._connection
+        if self.tunnel:
+            if connection.tls and connection.transport is not None:
+                connection.transport.close()
+            await connection.half_close()
+        elif tail := connection.codec.end(trailers):
+            await self._send((tail,))
+        self.finished = True
+
+    async def _send(self, pieces: Sequence[bytes]) -> None:
+        connection = self._connection
+        if connection.lost or connection.transport is None:
+            raise StreamReset("the client is gone")
+        connection.transport.writelines(pieces)
+        if connection.write_paused:
+            await connection.room()
+            if connection.lost:
+                raise StreamReset("the client is gone")
+
+    def abort(self, why: str) -> None:
+        if self.open:
+            self.aborted = True
+            self._connection.abort()
