@@ -1,0 +1,249 @@
+"""The connections to one endpoint for one identity, and the requests that wait for one.
+
+A request takes a kept connection if there is one, else it waits, first come first served, for
+whatever is there first: a connection that comes free or a new one. Connecting goes on beside the
+requests, so one that is given up costs nothing. Knows ClientConnection only, no protocol, no
+balancing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from l7proxy.streams import ClientConnection, ClientStream
+from l7proxy.tasks import spawn
+
+# Idle connections are closed after this long, in seconds: a little before the 5 s of Node.js,
+# Apache httpd and uvicorn, so that they rarely close one just as it is used again.
+IDLE_S = 4.0
+# Of an idle connection's time: one that is in use has none.
+_BUSY = float("inf")
+
+
+class UpstreamError(Exception):
+    """No connection for a request. `reason` is counted (snake case), `status` what the client is
+    told."""
+
+    status = 503
+
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+class ConnectFailed(UpstreamError):
+    """An endpoint could not be connected to, TLS included."""
+
+    def __init__(self, endpoint_id: str, reason: str, why: str) -> None:
+        super().__init__(reason, f"{endpoint_id}: {why}")
+        self.endpoint_id = endpoint_id
+        self.status = 502 if reason.startswith("tls_") else 503
+
+
+class Retired(Exception):
+    """The pool takes no requests any more: its endpoint has left or TLS has changed."""
+
+
+# A new connection that reports to the given callback, or ConnectFailed.
+Connect = Callable[[Callable[[ClientConnection], None]], Awaitable[ClientConnection]]
+_Waiter = asyncio.Future[tuple[ClientStream, bool]]
+
+
+class Pool:
+    """`limit` is the most connections, `shared`: they carry several streams (HTTP/2);
+    `on_failure` is told of every connect that failed, `on_empty` when nothing is left."""
+
+    __slots__ = (
+        "_connect",
+        "_connecting",
+        "_connections",
+        "_loop",
+        "_on_empty",
+        "_on_failure",
+        "_ready",
+        "_retired",
+        "_shared",
+        "_sweep",
+        "_waiters",
+        "limit",
+    )
+
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        limit: int,
+        shared: bool,
+        on_failure: Callable[[ConnectFailed], None],
+        on_empty: Callable[[], None],
+    ) -> None:
+        self.limit = limit
+        self._connect = connect
+        self._shared = shared
+        self._on_failure = on_failure
+        self._on_empty = on_empty
+        self._loop = asyncio.get_running_loop()
+        self._connections: set[ClientConnection] = set()
+        # With room for a stream; since when idle. The last used comes last and is used first.
+        self._ready: dict[ClientConnection, float] = {}
+        self._connecting = 0
+        self._waiters: deque[_Waiter] = deque()
+        self._retired = False
+        self._sweep: asyncio.TimerHandle | None = None
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    @property
+    def idle(self) -> int:
+        return sum(since != _BUSY for since in self._ready.values())
+
+    def take(self) -> ClientStream | None:
+        """A stream on a kept connection, if one has room."""
+        while self._ready:
+            connection, _ = self._ready.popitem()
+            if connection.capacity > 0:
+                return self._open(connection)
+        return None
+
+    async def wait(self) -> tuple[ClientStream, bool]:
+        """A stream as soon as there is one, and whether its connection had been used before.
+
+        ConnectFailed: connecting failed on this request's behalf. Retired: ask elsewhere.
+        """
+        if self._retired:
+            raise Retired
+        waiter: _Waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._connect_more()
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                with contextlib.suppress(ValueError):
+                    self._waiters.remove(waiter)
+            elif waiter.exception() is None:
+                waiter.result()[0].abort("the request was given up")
+            raise
+
+    def retire(self) -> None:
+        """Nothing new: idle connections close, those in use once their streams have ended."""
+        self._retired = True
+        self._ready.clear()
+        while self._waiters:
+            if not (waiter := self._waiters.popleft()).done():
+                waiter.set_exception(Retired())
+        for connection in tuple(self._connections):
+            connection.close()
+        self._stop_sweep()
+
+    def close_idle(self) -> None:
+        """Drop idle connections: one of them turned out to be closed by the endpoint."""
+        for connection, since in tuple(self._ready.items()):
+            if since != _BUSY:
+                del self._ready[connection]
+                connection.close()
+
+    # --- connections ------------------------------------------------------------------------------
+
+    def _open(self, connection: ClientConnection) -> ClientStream:
+        stream = connection.open()
+        if connection.capacity > 0:
+            self._ready[connection] = _BUSY
+        return stream
+
+    def _connect_more(self) -> None:
+        """As many connects as requests wait; one at a time where a connection serves many."""
+        wanted = len(self._waiters)
+        if self._shared:
+            wanted = min(wanted, 1)
+        room = self.limit - len(self._connections)
+        while self._connecting < min(wanted, room):
+            self._connecting += 1
+            spawn(self._add(), name="connect upstream")
+
+    async def _add(self) -> None:
+        try:
+            connection = await self._connect(self._changed)
+        except ConnectFailed as error:
+            self._connecting -= 1
+            self._on_failure(error)
+            self._fail_waiters(error)
+            self._connect_more()
+            self._check_empty()
+            return
+        except BaseException as error:
+            self._connecting -= 1
+            self._fail_waiters(UpstreamError("internal", f"connecting failed: {error!r}"))
+            raise
+        self._connecting -= 1
+        self._connections.add(connection)
+        if self._retired:
+            connection.close()
+        self._serve(connection, used=False)
+
+    def _fail_waiters(self, error: UpstreamError) -> None:
+        """A connect was for one request; for all where it would have served them."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(error)
+                if not self._shared:
+                    return
+
+    def _changed(self, connection: ClientConnection) -> None:
+        """A stream ended, capacity changed, or the connection closed."""
+        if connection in self._connections:
+            self._serve(connection, used=True)
+
+    def _serve(self, connection: ClientConnection, *, used: bool) -> None:
+        if connection.closed:
+            self._ready.pop(connection, None)
+            if not connection.active:
+                self._connections.discard(connection)
+                self._connect_more()
+                self._check_empty()
+            return
+        waiters = self._waiters
+        while waiters and connection.capacity > 0:
+            waiter = waiters.popleft()
+            if not waiter.done():
+                waiter.set_result((connection.open(), used))
+                used = True
+        if connection.capacity > 0:
+            # Moves to the end: used last, used first.
+            self._ready.pop(connection, None)
+            self._ready[connection] = _BUSY if connection.active else self._loop.time()
+            if self._sweep is None and not connection.active:
+                self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
+        else:
+            self._ready.pop(connection, None)
+            if waiters:
+                self._connect_more()
+
+    def _close_expired(self) -> None:
+        self._sweep = None
+        now = self._loop.time()
+        oldest = _BUSY
+        for connection, since in tuple(self._ready.items()):
+            if since <= now - IDLE_S:
+                del self._ready[connection]
+                connection.close()
+            elif since < oldest:
+                oldest = since
+        if oldest != _BUSY:
+            self._sweep = self._loop.call_at(oldest + IDLE_S, self._close_expired)
+
+    def _stop_sweep(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+
+    def _check_empty(self) -> None:
+        if not self._connections and not self._connecting and not self._waiters:
+            self._stop_sweep()
+            self._on_empty()

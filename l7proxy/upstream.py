@@ -1,0 +1,364 @@
+"""Clusters: an endpoint and a stream to it for every request.
+
+Balances, keeps connections per endpoint and client certificate (identities never share one), goes
+to another endpoint when connecting fails, and leaves failing endpoints alone for a while. Knows
+nothing of requests beyond the status that `Lease.succeeded` is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from l7proxy.balance import Balancer, Member
+from l7proxy.http1_client import Http1Client
+from l7proxy.http2_client import Http2Client
+from l7proxy.pool import ConnectFailed, Pool, Retired
+from l7proxy.pool import UpstreamError as UpstreamError
+from l7proxy.streams import ClientConnection, ClientStream
+from l7proxy.tls_client import ClientTLS, PeerRefused, TLSRefused, refusal
+from mesh.model.nodeconfig import CertificateSection, ClusterSection, SectionKey, Settings
+
+# Connecting is not tried at further endpoints once this many connect timeouts have passed.
+_CONNECT_TIMEOUTS = 3
+# Client certificates whose TLS contexts a cluster keeps.
+_MAX_IDENTITIES = 8
+# Gateway errors speak of the endpoint's health; a 500 may be the request's fault.
+_GATEWAY_ERRORS = frozenset((502, 503, 504))
+
+
+class NoEndpoints(UpstreamError):
+    def __init__(self, why: str) -> None:
+        super().__init__("no_endpoints", why)
+
+
+class Overflow(UpstreamError):
+    def __init__(self, limit: int) -> None:
+        super().__init__("max_pending", f"{limit} requests already wait for a connection")
+
+
+class TLSBroken(UpstreamError):
+    status = 502
+
+    def __init__(self, why: str) -> None:
+        super().__init__("tls_broken", why)
+
+
+class ClusterStats(NamedTuple):
+    """`connections`: open ones, the `idle` included; `pending`: requests that wait for one;
+    `ejected`: endpoints."""
+
+    connections: int
+    idle: int
+    pending: int
+    ejected: int
+
+
+class Lease:
+    """A stream to an endpoint, for one request. `reused`: its connection served others before."""
+
+    __slots__ = ("_cluster", "_held", "_member", "_pool", "reused", "stream")
+
+    def __init__(
+        self, cluster: Cluster, member: Member, pool: Pool, stream: ClientStream, *, reused: bool
+    ) -> None:
+        self.stream = stream
+        self.reused = reused
+        self._cluster = cluster
+        self._member = member
+        self._pool = pool
+        self._held = True
+
+    @property
+    def endpoint_id(self) -> str:
+        return self._member.id
+
+    def succeeded(self, status: int) -> None:
+        """The endpoint answered: 502, 503 and 504 count toward its ejection."""
+        if status in _GATEWAY_ERRORS:
+            self._cluster.count_failure(self._member)
+        else:
+            self._member.failures = 0
+
+    def failed(self, kind: str) -> None:
+        """The endpoint did not answer as it should: "reset", "timeout", "protocol"."""
+        if kind == "reset" and self.reused:
+            # Most likely the endpoint closed idle connections, and the others are gone as well.
+            self._pool.close_idle()
+            if not self._cluster.http2:
+                return
+        self._cluster.count_failure(self._member)
+
+    def release(self) -> None:
+        """The request is done with the endpoint. Idempotent; the connection is kept by itself once
+        the stream has ended."""
+        if self._held:
+            self._held = False
+            self._member.load -= 1
+
+
+class Clusters:
+    """The clusters in force, by section key."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._clusters: dict[SectionKey, Cluster] = {}
+
+    def put(self, key: SectionKey, section: ClusterSection) -> None:
+        """TLSRefused: its TLS cannot be put in force."""
+        cluster = self._clusters.get(key)
+        if cluster is None:
+            self._clusters[key] = Cluster(key, section, lambda: self.settings)
+        else:
+            cluster.replace(section)
+
+    def remove(self, key: SectionKey) -> None:
+        if (cluster := self._clusters.pop(key, None)) is not None:
+            cluster.close()
+
+    def get(self, key: SectionKey) -> Cluster | None:
+        return self._clusters.get(key)
+
+    def stats(self) -> dict[SectionKey, ClusterStats]:
+        return {key: cluster.stats() for key, cluster in self._clusters.items()}
+
+    def close(self) -> None:
+        """Close what is idle; connections in use close when their streams have ended."""
+        for key in tuple(self._clusters):
+            self.remove(key)
+
+
+class Cluster:
+    """The endpoints of one backend."""
+
+    def __init__(
+        self, key: SectionKey, section: ClusterSection, settings: Callable[[], Settings]
+    ) -> None:
+        self.key = key
+        self.http2 = section.protocol == "h2c"
+        self._settings = settings
+        self._pending = 0
+        self._balancer = Balancer()
+        self._pools: set[Pool] = set()
+        self._section = section
+        self._tls = _checked_tls(key, section)
+        self._balancer.update(section.endpoints)
+
+    def replace(self, section: ClusterSection) -> None:
+        """Put another section in force; endpoints that stay keep their connections unless TLS or
+        the protocol has changed."""
+        before = self._section
+        same = (before.tls, before.protocol) == (section.tls, section.protocol)
+        if not same:
+            self._tls = _checked_tls(self.key, section)
+        self._section = section
+        self.http2 = section.protocol == "h2c"
+        gone = self._balancer.update(section.endpoints)
+        if not same:
+            gone += self._balancer.members.values()
+        for member in gone:
+            _retire(member)
+        for pool in self._pools:
+            pool.limit = section.max_connections_per_endpoint
+
+    def close(self) -> None:
+        for member in self._balancer.update(()):
+            _retire(member)
+
+    def has(self, endpoint: str) -> bool:
+        """`endpoint` is the id of one of the endpoints in force."""
+        return endpoint in self._balancer.members
+
+    def stats(self) -> ClusterStats:
+        return ClusterStats(
+            connections=sum(pool.connections for pool in self._pools),
+            idle=sum(pool.idle for pool in self._pools),
+            pending=self._pending,
+            ejected=len(self._balancer.ejected),
+        )
+
+    def count_failure(self, member: Member) -> None:
+        self._balancer.failed(member, asyncio.get_running_loop().time(), self._settings())
+
+    # --- leases -----------------------------------------------------------------------------------
+
+    async def acquire(
+        self,
+        *,
+        client_certificate: tuple[SectionKey, CertificateSection] | None = None,
+        avoid: Collection[str] = (),
+        prefer: str | None = None,
+    ) -> Lease:
+        """A stream to an endpoint. `avoid`: ids of endpoints to use only if there are no others;
+        `prefer`: the id of the one to use if it is there and healthy.
+
+        Connecting that fails goes on at another endpoint until all were tried. How long to wait is
+        the caller's to bound, by cancelling. NoEndpoints, Overflow, TLSBroken, ConnectFailed (the
+        last one).
+        """
+        settings = self._settings()
+        now = asyncio.get_running_loop().time()
+        member = self._balancer.pick(now, settings, avoid=avoid, prefer=prefer)
+        if member is None:
+            raise NoEndpoints(f"{self.key} has no ready endpoints")
+        certificate = client_certificate[1] if client_certificate is not None else None
+        pool = self._pool(member, certificate)
+        if (stream := pool.take()) is not None:
+            member.load += 1
+            return Lease(self, member, pool, stream, reused=True)
+        return await self._acquire_slowly(member, pool, certificate, avoid, now)
+
+    async def _acquire_slowly(
+        self,
+        member: Member | None,
+        pool: Pool,
+        certificate: CertificateSection | None,
+        avoid: Collection[str],
+        began: float,
+    ) -> Lease:
+        settings = self._settings()
+        patience = began + _CONNECT_TIMEOUTS * settings.connect_timeout_s
+        loop = asyncio.get_running_loop()
+        tried: set[str] = set()
+        failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
+        if self._pending >= self._section.max_pending:
+            raise Overflow(self._section.max_pending)
+        self._pending += 1
+        try:
+            while member is not None:
+                member.load += 1
+                try:
+                    stream, reused = await pool.wait()
+                    return Lease(self, member, pool, stream, reused=reused)
+                except ConnectFailed as error:
+                    member.load -= 1
+                    failure = error
+                    tried.add(member.id)
+                    if loop.time() >= patience:
+                        break
+                except Retired:
+                    member.load -= 1
+                except BaseException:
+                    member.load -= 1
+                    raise
+                member = self._balancer.pick(loop.time(), settings, avoid=avoid, tried=tried)
+                if member is not None:
+                    pool = self._pool(member, certificate)
+        finally:
+            self._pending -= 1
+        raise failure
+
+    def _pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
+        pool: Pool | None = member.pools.get(certificate)
+        if pool is None:
+            pool = self._new_pool(member, certificate)
+        return pool
+
+    # --- connecting -------------------------------------------------------------------------------
+
+    def _new_pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
+        tls = self._client_tls(certificate)
+        http2 = self.http2
+
+        async def connect(on_change: Callable[[ClientConnection], None]) -> ClientConnection:
+            return await _connect(member, tls, self._settings(), on_change, http2=http2)
+
+        def on_empty() -> None:
+            self._pools.discard(pool)
+            if member.pools.get(certificate) is pool:
+                del member.pools[certificate]
+
+        pool = Pool(
+            connect,
+            limit=self._section.max_connections_per_endpoint,
+            shared=http2,
+            on_failure=lambda _: self.count_failure(member),
+            on_empty=on_empty,
+        )
+        member.pools[certificate] = pool
+        self._pools.add(pool)
+        return pool
+
+    def _client_tls(self, certificate: CertificateSection | None) -> ClientTLS | None:
+        """TLSBroken: TLS is asked for and cannot be had."""
+        section = self._section
+        if section.tls is None:
+            if section.protocol == "wss":
+                raise TLSBroken(f"{self.key} is wss, but no BackendTLSPolicy says whom to trust")
+            return None
+        if section.tls.broken is not None:
+            raise TLSBroken(section.tls.broken)
+        tls = self._tls.get(certificate)
+        if tls is None:
+            try:
+                tls = ClientTLS(section.tls, certificate, http2=self.http2)
+            except TLSRefused as error:
+                raise TLSBroken(f"{self.key}: {error}") from None
+            if len(self._tls) >= _MAX_IDENTITIES:
+                self._tls = {None: self._tls[None]}  # certificates rotate
+            self._tls[certificate] = tls
+        return tls
+
+
+def _retire(member: Member) -> None:
+    for pool in tuple(member.pools.values()):
+        pool.retire()
+    member.pools.clear()
+
+
+def _checked_tls(
+    key: SectionKey, section: ClusterSection
+) -> dict[CertificateSection | None, ClientTLS]:
+    """The cluster's TLS without a client certificate, where there is one."""
+    if section.tls is None or section.tls.broken is not None:
+        return {}
+    try:
+        return {None: ClientTLS(section.tls, None, http2=section.protocol == "h2c")}
+    except TLSRefused as error:
+        raise TLSRefused(f"{key}: {error}") from None
+
+
+async def _connect(
+    member: Member,
+    tls: ClientTLS | None,
+    settings: Settings,
+    on_change: Callable[[ClientConnection], None],
+    *,
+    http2: bool,
+) -> ClientConnection:
+    def protocol() -> Http1Client | Http2Client:
+        if http2:
+            return Http2Client(settings, on_change, scheme=b"https" if tls else b"http")
+        return Http1Client(settings, on_change)
+
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(settings.connect_timeout_s):
+            transport, connection = await loop.create_connection(
+                protocol,
+                member.endpoint.address,
+                member.endpoint.port,
+                ssl=tls.context if tls is not None else None,
+                server_hostname=tls.server_hostname if tls is not None else None,
+                ssl_shutdown_timeout=settings.connect_timeout_s if tls is not None else None,
+            )
+    except TimeoutError:
+        why = f"not connected within {settings.connect_timeout_s:g} s"
+        raise ConnectFailed(member.id, "connect_timeout", why) from None
+    except ssl.SSLError as error:
+        refused = refusal(error)
+        raise ConnectFailed(member.id, refused.reason, str(refused)) from None
+    except OSError as error:
+        reason = (
+            "connect_refused" if isinstance(error, ConnectionRefusedError) else "connect_failed"
+        )
+        raise ConnectFailed(member.id, reason, error.strerror or str(error)) from None
+    if tls is not None:
+        try:
+            tls.check(transport.get_extra_info("ssl_object"))
+        except PeerRefused as refused:
+            transport.abort()
+            raise ConnectFailed(member.id, refused.reason, str(refused)) from None
+    return connection
