@@ -271,7 +271,7 @@ class _Exchange:
                 response = await attempt.response(head)
         except UpstreamError as error:
             metrics.UPSTREAM_FAILURES.labels(key, error.reason).inc()
-            return Failure(503, error.reason, str(error), repeatable=False)
+            return Failure(error.status, error.reason, str(error), repeatable=False)
         except TimeoutError:
             if self._deadline is not None and self._loop.time() >= self._deadline:
                 raise

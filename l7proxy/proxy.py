@@ -15,6 +15,7 @@ import ssl
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from l7proxy import forwarding
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.exchange import Exchanges, Port
@@ -36,8 +37,21 @@ from mesh.model.nodeconfig import (
 _log = logging.getLogger("weft.proxy")
 Bind: TypeAlias = tuple[str, int]
 
+# Seconds before the first probe, between probes; probes unanswered until the end.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
 # What others build on comes first.
-_ORDER = {Settings: 0, CertificateSection: 1, ClusterSection: 2, RouteSection: 3, PortSection: 4}
+_ORDER: dict[type, int] = {
+    Settings: 0,
+    CertificateSection: 1,
+    ClusterSection: 2,
+    RouteSection: 3,
+    PortSection: 4,
+}
+
+
+def _position(item: tuple[SectionKey, Section]) -> int:
+    return _ORDER.get(type(item[1]), len(_ORDER))
 
 
 @dataclass(slots=True)
@@ -98,7 +112,7 @@ class Proxy:
         else:
             gone = {key for key in delta.remove if key in state.keys}
         stale_tls: set[Bind] = set()
-        for key, section in sorted(delta.put.items(), key=lambda item: _ORDER[type(item[1])]):
+        for key, section in sorted(delta.put.items(), key=_position):
             if state.keys.get(key) == section and key not in state.refused:
                 continue
             try:
@@ -122,6 +136,7 @@ class Proxy:
         state = self._state
         match section:
             case Settings():
+                forwarding.check(section)
                 state.settings = self._exchanges.settings = section
                 self._clusters.settings = section
                 self._access_log.format = section.access_log
@@ -210,6 +225,11 @@ class Proxy:
         if self._draining:
             sock.close()
             return
+        # Accepted connections inherit these: they find out clients that closed while the proxy has
+        # nothing to send (tcp(7)).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self._state.bound[bind] = _Bound(sock)
         self._start_server(bind)
 

@@ -18,6 +18,7 @@ import pwd
 import signal
 import socket
 import sys
+from typing import cast
 
 import uvloop
 
@@ -61,8 +62,7 @@ class ConfigChannel(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         transport = self._transport
