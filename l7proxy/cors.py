@@ -14,7 +14,7 @@ from l7proxy.field_rules import Refused, check_name
 from l7proxy.message import Framing, RequestHead, ResponseHead
 from mesh.model.nodeconfig import Cors
 
-_ORIGIN = re.compile(rb"(https?)://([^/:@?#\s]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_ORIGIN = re.compile(rb"(https?)://([0-9a-z._*-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
 _DEFAULT_PORT = {b"http": 80, b"https": 443}
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _OWNED = frozenset(
@@ -55,7 +55,7 @@ class CompiledCors:
         if self.any_origin:
             return True
         asked = _parse(origin.lower())
-        if asked is None:
+        if asked is None or b"*" in asked.host:
             return False
         return asked in self.origins or any(
             asked.scheme == pattern.scheme

@@ -214,7 +214,8 @@ def compile_route(key: SectionKey, section: RouteSection) -> CompiledRoute:
         for j, match in enumerate(rule.matches or (RouteMatch(),)):
             where = f"rules[{i}].matches[{j}]"
             matches.append(_compile_match(match, j, where, compiled, ref, section.created))
-    return CompiledRoute(ref, tuple(sorted(places)), tuple(matches))
+    # A route without matches stands nowhere.
+    return CompiledRoute(ref, tuple(sorted(places)) if matches else (), tuple(matches))
 
 
 # --- matches ------------------------------------------------------------------------------------
