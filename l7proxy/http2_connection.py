@@ -332,7 +332,9 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         self.on_progress()
 
     def _receive(self, frame: frames.Frame) -> None:
-        self._guard.frame(frame, self._loop.time(), open_stream=frame.stream_id in self.streams)
+        stream = self.streams.get(frame.stream_id)
+        in_use = stream is not None and not stream.reset
+        self._guard.frame(frame, self._loop.time(), open_stream=in_use)
         if frame.type == frames.GOAWAY and len(frame.payload) >= 8:
             # h2 would refuse to go on with the streams that the peer still serves.
             last = int.from_bytes(frame.payload[:4], "big") & 0x7FFFFFFF

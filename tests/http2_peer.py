@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import h2.config
 import h2.connection
 import h2.events
+import h2.exceptions
 import h2.settings
 
 from l7proxy.http2_client import Http2Client
@@ -44,6 +45,7 @@ class RawPeer:
         self.events: list[h2.events.Event] = []
         self.goaways: list[tuple[int, int]] = []  # last stream id, error code
         self.acknowledge = True
+        self.raw = False  # something was sent that h2 does not know of
         self.eof = False
         self._buffer = b""
 
@@ -59,6 +61,7 @@ class RawPeer:
 
     def send_raw(self, data: bytes) -> None:
         self.flush()
+        self.raw = True
         self.writer.write(data)
 
     def request(
@@ -91,17 +94,27 @@ class RawPeer:
                 numbers = frame[9:13], frame[13:17]
                 self.goaways.append(tuple(int.from_bytes(n, "big") for n in numbers))
                 continue
-            for event in self.conn.receive_data(frame):
-                self.events.append(event)
-                if isinstance(event, h2.events.DataReceived) and self.acknowledge:
-                    size = event.flow_controlled_length
-                    self.conn.acknowledge_received_data(size, event.stream_id)
+            self._take(frame)
         try:
             self.flush()
         except ConnectionError:
             self.eof = True
             return False
         return True
+
+    def _take(self, frame: bytes) -> None:
+        try:
+            events = self.conn.receive_data(frame)
+        except h2.exceptions.ProtocolError:
+            if not self.raw:
+                raise
+            self.conn.clear_outbound_data_buffer()
+            return
+        self.events += events
+        for event in events:
+            if isinstance(event, h2.events.DataReceived) and self.acknowledge:
+                size = event.flow_controlled_length
+                self.conn.acknowledge_received_data(size, event.stream_id)
 
     async def until(self, done: Callable[[h2.events.Event], bool]) -> h2.events.Event:
         """The first event so far, or to come, that is `done`."""
@@ -177,6 +190,7 @@ class ServerUnderTest:
         self.closed = 0
         self.connections: list[Http2Server] = []
         self._peers: list[RawPeer] = []
+        self._left = asyncio.Event()
 
     def _make(self) -> Http2Server:
         connection = Http2Server(
@@ -192,18 +206,23 @@ class ServerUnderTest:
 
     def _count_closed(self) -> None:
         self.closed += 1
+        self._left.set()
 
     async def __aenter__(self) -> ServerUnderTest:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._make, "127.0.0.1", 0)
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self.listener = self._server.sockets[0]
+        self.port: int = self.listener.getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for peer in self._peers:
             await peer.close()
         self._server.close()
-        await self._server.wait_closed()
+        async with asyncio.timeout(WAIT_S):  # every connection must come to its end
+            while self.closed < len(self.connections):
+                self._left.clear()
+                await self._left.wait()
 
     async def raw(self) -> RawPeer:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
