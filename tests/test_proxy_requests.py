@@ -410,10 +410,11 @@ async def test_access_log_tells_route_and_backend(proxy):
 
 
 async def test_client_that_leaves_frees_its_backend(proxy):
-    gone = asyncio.Event()
+    arrived, gone = asyncio.Event(), asyncio.Event()
 
     async def handle(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
+        arrived.set()
         await reader.read()  # the proxy's end of the connection
         gone.set()
         writer.close()
@@ -427,7 +428,7 @@ async def test_client_that_leaves_frees_its_backend(proxy):
         )
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(get().encode())
-        await writer.drain()
+        await arrived.wait()
         # A reset: a mere FIN may be a client that has sent all it has and awaits its answer.
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
