@@ -12,12 +12,20 @@ from typing import Protocol
 
 from l7proxy.http1_head import parse_fields
 from l7proxy.message import BodyLength, Data, EndOfMessage, Framing, Headers, ProtocolError
-from l7proxy.normalise import filter_trailers
+from l7proxy.normalise import TOKEN, filter_trailers
 from mesh.model.nodeconfig import Settings
 
 # A chunk extension means nothing to a proxy that makes its own chunks; it is bounded and dropped.
 _MAX_CHUNK_LINE = 1024
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t -~\x80-\xff]*)?")
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,15})"
+    rb"(?:;"
+    + TOKEN
+    + rb"(?:=(?:"
+    + TOKEN
+    + rb'|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*'
+)
+_CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t -~\x80-\xff]*)?)?\r?")
 
 
 class ReceiveBuffer:
@@ -117,7 +125,7 @@ class ChunkedReader:
     def _size(self, buffer: ReceiveBuffer) -> Data | EndOfMessage | None:
         length = buffer.find(b"\r\n")
         if length < 0 and len(buffer) <= _MAX_CHUNK_LINE:
-            if _CHUNK_LINE.fullmatch(buffer.peek().rstrip(b"\r") or b"0") is None:
+            if _CHUNK_LINE_BEGUN.fullmatch(buffer.peek()) is None:
                 raise self._broken()
             return None
         if length < 0 or length > _MAX_CHUNK_LINE:
