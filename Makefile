@@ -28,10 +28,10 @@ test: check
 	@.venv/bin/pytest --cov --cov-report=term:skip-covered --durations=5
 
 acceptance: setup-dev
-	@.venv/bin/python -m tests.acceptance
+	@PYTHONPATH=tests .venv/bin/python -m acceptance $(ARGS)
 
 bench: setup-dev
-	@.venv/bin/python -m tests.bench_routes
+	@.venv/bin/python tests/bench_routes.py
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
