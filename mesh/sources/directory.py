@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import logging
 import os
+import stat
 import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
@@ -25,6 +27,8 @@ from mesh.sources import tree
 from mesh.sources.documents import Claim, ObjectId, Problem, read_objects
 from mesh.sources.manifest import UnreadableError, read_documents
 from mesh.sources.watch import Watch
+
+_log = logging.getLogger("weft.source")
 
 # A file that is open for writing is read when it is closed, or after this long.
 _WRITING_LIMIT_S = 2.0
@@ -63,6 +67,7 @@ class Manifests:
     def __init__(self, root: Path, *, settled: bool = False) -> None:
         self.root = Path(os.path.abspath(root))
         self.unsettled: dict[str, float] = {}
+        self.unreadable: frozenset[str] = frozenset()
         self._settled = settled
         self._files: dict[str, _File] = {}
         self._by_target: dict[str, set[str]] = {}
@@ -76,6 +81,7 @@ class Manifests:
     def scan(self) -> SourceUpdate:
         """Walk the whole tree and read every file."""
         found = tree.walk(self.root)
+        self.unreadable = frozenset(found.unreadable)
         self._complete = self._complete or "." not in found.unreadable
         # What cannot be looked into has not changed, as far as anybody knows.
         hidden = tuple(
@@ -275,6 +281,7 @@ class DirectorySource:
         self._manifests = Manifests(root, settled=True)
         self._events: asyncio.Queue[set[str]] = asyncio.Queue()
         self._watch: Watch | None = None
+        self._watched: tuple[int, int] | None = None
         self._outside: tuple[set[Path], Watch | None] = (set(), None)
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
@@ -298,7 +305,8 @@ class DirectorySource:
     async def _next(self) -> SourceUpdate:
         manifests = self._manifests
         self._watch_outside()
-        if not manifests.root.is_dir() and self._watch is not None:
+        if self._watch is not None and self._watched != self._identity():
+            # What is at the root's path now, if anything, is not what is watched.
             await asyncio.to_thread(self._watch.close)
             self._watch = None
         timeout = _ROOT_RETRY_S if self._watch is None else None
@@ -313,13 +321,38 @@ class DirectorySource:
             self._watch_root()
             return await asyncio.to_thread(manifests.scan)
         files = await asyncio.to_thread(manifests.affected, paths)
-        if files is None:
-            return await asyncio.to_thread(manifests.scan)
-        return await asyncio.to_thread(manifests.read, [*files, *manifests.unsettled])
+        if files is not None:
+            return await asyncio.to_thread(manifests.read, [*files, *manifests.unsettled])
+        unreadable = manifests.unreadable
+        update = await asyncio.to_thread(manifests.scan)
+        if unreadable - manifests.unreadable:
+            # What could not be looked into is not watched either.
+            await asyncio.to_thread(self._watch.close)
+            self._watch_root()
+            self._events.put_nowait({str(manifests.root)})
+        return update
 
     def _watch_root(self) -> None:
-        with suppress(OSError):  # the scan says why it cannot be read
-            self._watch = Watch([self._manifests.root], self._events, recursive=True)
+        self._watch, self._watched = None, self._identity()
+        if self._watched is not None:
+            try:
+                self._watch = Watch([self._manifests.root], self._events, recursive=True)
+            except OSError as error:
+                _log.error(
+                    "cannot watch %s: %s; looking every %g s instead (where the limit of watches "
+                    "is reached: sysctl fs.inotify.max_user_watches, max_user_instances)",
+                    self._manifests.root,
+                    error,
+                    _ROOT_RETRY_S,
+                )
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Which directory is at the root's path; None: there is none."""
+        try:
+            info = os.stat(self._manifests.root)
+        except OSError:
+            return None
+        return (info.st_dev, info.st_ino) if stat.S_ISDIR(info.st_mode) else None
 
     def _watch_outside(self) -> None:
         manifests = self._manifests

@@ -172,7 +172,7 @@ class _Builder:
                 return resolve(text)
             case "binary":
                 try:
-                    return base64.b64decode(text, validate=False).decode()
+                    return base64.b64decode("".join(text.split()), validate=True).decode()
                 except (binascii.Error, UnicodeDecodeError):
                     self.errors.append((self._path(), "!!binary is not base64 of UTF-8 text"))
                     return text

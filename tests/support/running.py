@@ -1,0 +1,182 @@
+"""A supervisor with its agent and workers as real processes, and what tests ask of them."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mesh.agent.rundir import RunDir
+from mesh.cli.client import NotRunningError, ask
+
+PROJECT = Path(__file__).parent.parent.parent
+WAIT_S = 20
+
+
+def free_port(address="127.0.0.1"):
+    """A port that nobody had a moment ago."""
+    with socket.create_server((address, 0)) as sock:
+        return sock.getsockname()[1]
+
+
+class Running:
+    """`lines` reads what the supervisor and its children say, line by line."""
+
+    def __init__(self, run_dir, *arguments, env=None, stub=True):
+        self.run_dir = RunDir(run_dir)
+        worker = ["--worker-module=tests.support.stub_worker"] if stub else []
+        command = [sys.executable, "-m", "mesh.agent.supervisor", f"--run-dir={run_dir}"]
+        self.process = subprocess.Popen(
+            [*command, *worker, *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=PROJECT,
+            env={**os.environ, **(env or {})},
+        )
+        self.said = []
+
+    def await_line(self, text):
+        """The next line that contains `text`. The processes' own words are the events to wait
+        for; a test that waits in vain is ended by its process, which an alarm kills."""
+        with alarm(self.process):
+            for line in self.process.stderr:
+                self.said.append(line)
+                if text in line:
+                    return line
+        raise AssertionError(f"{text!r} was never said, but:\n{''.join(self.said)}")
+
+    def ask(self, path, **query):
+        return ask(self.run_dir.path, path, query.items())
+
+    def await_status(self, holds):
+        """Ask for the status until it holds; the agent may be between two lives."""
+        deadline = time.monotonic() + WAIT_S
+        status = None
+        while time.monotonic() < deadline:
+            with contextlib.suppress(NotRunningError):
+                status = self.ask("/status")
+                if holds(status):
+                    return status
+            os.sched_yield()
+        raise AssertionError(f"the status never held: {json.dumps(status, indent=1)}")
+
+    def stop(self, number=signal.SIGTERM):
+        """The exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        with alarm(self.process):
+            self.said += self.process.stderr.readlines()
+        self.process.stderr.close()
+        return self.process.wait(WAIT_S)
+
+
+@contextlib.contextmanager
+def alarm(process):
+    """Kill a process that does not get on, so that reading from it ends."""
+
+    def ring(_number, _frame):
+        process.kill()
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(WAIT_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def running(run_dir, *arguments, **options):
+    instance = Running(run_dir, *arguments, **options)
+    try:
+        yield instance
+    finally:
+        if instance.process.returncode is None:
+            instance.stop()
+
+
+def gateway(port, name="gw", **listener):
+    """A GatewayClass, and a Gateway with one HTTP listener."""
+    listeners = [{"name": "http", "protocol": "HTTP", "port": port, **listener}]
+    return "\n---\n".join(
+        (
+            json.dumps(
+                {
+                    "apiVersion": "gateway.networking.k8s.io/v1",
+                    "kind": "GatewayClass",
+                    "metadata": {"name": "weft"},
+                    "spec": {"controllerName": "weft.dev/gateway-controller"},
+                }
+            ),
+            json.dumps(
+                {
+                    "apiVersion": "gateway.networking.k8s.io/v1",
+                    "kind": "Gateway",
+                    "metadata": {"name": name},
+                    "spec": {"gatewayClassName": "weft", "listeners": listeners},
+                }
+            ),
+        )
+    )
+
+
+def route(name, gateway="gw", path="/", service="s"):
+    return json.dumps(
+        {
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "HTTPRoute",
+            "metadata": {"name": name},
+            "spec": {
+                "parentRefs": [{"name": gateway}],
+                "rules": [
+                    {
+                        "matches": [{"path": {"type": "PathPrefix", "value": path}}],
+                        "backendRefs": [{"name": service, "port": 80}],
+                    }
+                ],
+            },
+        }
+    )
+
+
+def service(name="s", port=80, target=9000):
+    """A Service and its EndpointSlice."""
+    return "\n---\n".join(
+        (
+            json.dumps(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Service",
+                    "metadata": {"name": name},
+                    "spec": {"ports": [{"port": port}]},
+                }
+            ),
+            json.dumps(
+                {
+                    "apiVersion": "discovery.k8s.io/v1",
+                    "kind": "EndpointSlice",
+                    "metadata": {
+                        "name": name,
+                        "labels": {"kubernetes.io/service-name": name},
+                    },
+                    "addressType": "IPv4",
+                    "endpoints": [{"addresses": ["127.0.0.1"]}],
+                    "ports": [{"port": target}],
+                }
+            ),
+        )
+    )
+
+
+def stub_answer(port):
+    """What a stub worker says: its pid and the names of its routes."""
+    with socket.create_connection(("127.0.0.1", port), WAIT_S) as connection:
+        data = b"".join(iter(lambda: connection.recv(65536), b""))
+    pid, *routes = data.decode().split()
+    return int(pid), {name.rpartition("/")[2] for name in routes}
