@@ -52,20 +52,39 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
     ranges = settings.trusted_ranges
     trusted = _in_ranges(peer, ranges) if ranges else settings.trusted_hops > 0
     if trusted:
-        headers = [item for item in head.headers if item[0] != _RESERVED]
-    else:
-        headers = [
-            item
-            for item in head.headers
-            if item[0] not in _CLAIMS and not item[0].startswith(b"x-forwarded-")
-        ]
-    address = _client(_chain(headers), peer, settings) if trusted else peer
-    _append(headers, b"x-forwarded-for", peer.encode())
-    _default(headers, b"x-forwarded-proto", head.scheme)
+        return _continue(head, info, settings)
+    request_id = os.urandom(16).hex()
+    headers = [
+        item
+        for item in head.headers
+        if item[0] not in _CLAIMS and not item[0].startswith(b"x-forwarded-")
+    ]
+    headers += _told(head, info)
+    headers += (
+        (b"x-forwarded-for", peer.encode()),
+        (b"via", head.version + b" weft"),
+        (b"x-request-id", request_id.encode()),
+    )
+    head.headers = headers
+    return ClientAddress(peer, request_id, False)
+
+
+def _told(head: RequestHead, info: ConnectionInfo) -> Headers:
+    """How the client's request came to us; the first of our proxies tells it."""
+    told = [(b"x-forwarded-proto", head.scheme), (b"x-forwarded-port", b"%d" % info.local[1])]
     if head.authority:
-        _default(headers, b"x-forwarded-host", head.authority)
-    _default(headers, b"x-forwarded-port", b"%d" % info.local[1])
-    if any(name == b"forwarded" for name, _ in headers):
+        told.append((b"x-forwarded-host", head.authority))
+    return told
+
+
+def _continue(head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
+    """Add to what our own proxy in front says."""
+    peer = info.peer[0]
+    headers = [item for item in head.headers if item[0] != _RESERVED]
+    address = _client(_chain(headers), peer, settings)
+    headers += [item for item in _told(head, info) if _value(headers, item[0]) is None]
+    _append(headers, b"x-forwarded-for", peer.encode())
+    if _value(headers, b"forwarded") is not None:
         _append(headers, b"forwarded", _element(peer, head))
     _append(headers, b"via", head.version + b" weft")
     request_id = _value(headers, b"x-request-id")
@@ -74,7 +93,7 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
         headers = [item for item in headers if item[0] != b"x-request-id"]
         headers.append((b"x-request-id", request_id))
     head.headers = headers
-    return ClientAddress(address, request_id.decode(), trusted)
+    return ClientAddress(address, request_id.decode(), True)
 
 
 # --- the client's address -----------------------------------------------------------------------
@@ -118,10 +137,7 @@ def _address(item: bytes) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _in_ranges(address: str, ranges: tuple[str, ...]) -> bool:
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
+    parsed = ipaddress.ip_address(address)
     networks = (_network(text) for text in ranges)
     return any(network is not None and parsed in network for network in networks)
 
@@ -139,11 +155,6 @@ def _network(text: str) -> _Network | None:
 
 def _value(headers: Headers, name: bytes) -> bytes | None:
     return next((value for field, value in headers if field == name), None)
-
-
-def _default(headers: Headers, name: bytes, value: bytes) -> None:
-    if _value(headers, name) is None:
-        headers.append((name, value))
 
 
 def _append(headers: Headers, name: bytes, value: bytes) -> None:
