@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 from mesh.model.meta import ObjectKey
@@ -60,20 +61,21 @@ def _usable(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> int:
 
 def allocate(pool: Pool, requests: Iterable[Request]) -> dict[ObjectKey, tuple[str | None, ...]]:
     """The address for each entry of each request: the one it names, or one from the pool that no
-    request names and no older request got; None where the pool has none left."""
-    ordered = sorted(requests)
-    taken = {address for request in ordered for address in request.wanted if address}
+    request of its age or older names or got; None where the pool has none left."""
+    taken: set[str] = set()
     given: dict[ObjectKey, tuple[str | None, ...]] = {}
-    for request in ordered:
-        addresses: list[str | None] = []
-        for number, address in enumerate(request.wanted):
-            if address:
-                addresses.append(address)
-                continue
-            seed = f"{request.key.namespace}/{request.key.name}#{number}"
-            free = next((a for a in pool.probe(seed) if a not in taken), None)
-            if free is not None:
-                taken.add(free)
-            addresses.append(free)
-        given[request.key] = tuple(addresses)
+    for _, same_age in groupby(sorted(requests), key=lambda request: request.created):
+        group = tuple(same_age)
+        taken.update(address for request in group for address in request.wanted if address)
+        for request in group:
+            addresses: list[str | None] = []
+            for number, address in enumerate(request.wanted):
+                chosen: str | None = address or None
+                if chosen is None:
+                    seed = f"{request.key}#{number}"
+                    chosen = next((a for a in pool.probe(seed) if a not in taken), None)
+                    if chosen is not None:
+                        taken.add(chosen)
+                addresses.append(chosen)
+            given[request.key] = tuple(addresses)
     return given

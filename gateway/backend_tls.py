@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from certs.keypair import BadCertificate, check_ca_bundle
-
 from gateway.conditions import Problem, condition, problem_text
 from mesh.model.backendtlspolicy import (
     BackendTLSPolicy,
@@ -60,7 +59,7 @@ def policies(view: View, key: ObjectKey) -> PolicyState:
                 bundles.append(bundle)
         if not bundles:
             accepted = Problem("NoValidCACertificate", problem_text(problems))
-        ca_pem = "\n".join(bundles)
+        ca_pem = "".join(bundles)
     elif validation.well_known_ca_certificates != "System":
         accepted = Problem(
             "Invalid",
@@ -101,10 +100,9 @@ def ca_bundle(
     if pem is None:
         return Problem("InvalidCACertificateRef", f"ConfigMap {target} has no key ca.crt")
     try:
-        check_ca_bundle(pem)
+        return check_ca_bundle(pem)
     except BadCertificate as error:
         return Problem("InvalidCACertificateRef", f"ConfigMap {target}, key ca.crt: {error}")
-    return pem
 
 
 def in_force(view: View, service: ObjectKey, port: ServicePort) -> ObjectKey | None:

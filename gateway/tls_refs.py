@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from certs.keypair import BadCertificate, check_keypair
-
 from gateway.backend_tls import ca_bundle
 from gateway.conditions import Problem, problem_text
 from gateway.grants import not_permitted, permitted
@@ -89,12 +88,12 @@ def keypairs(view: View, key: ObjectKey) -> Keypair:
     if secret.type != "kubernetes.io/tls":
         return Keypair(None, f"Secret {key} is of type {secret.type}, not kubernetes.io/tls")
     try:
-        chain, private = (secret.data[name].decode("ascii") for name in ("tls.crt", "tls.key"))
+        chain, private = (secret.data[name].decode() for name in ("tls.crt", "tls.key"))
         check_keypair(chain, private)
     except KeyError as error:
         return Keypair(None, f"Secret {key} has no key {error.args[0]}")
     except UnicodeDecodeError:
-        return Keypair(None, f"Secret {key}: tls.crt and tls.key must be PEM, which is ASCII text")
+        return Keypair(None, f"Secret {key}: tls.crt and tls.key must be PEM text")
     except BadCertificate as error:
         return Keypair(None, f"Secret {key}: {error}")
     return Keypair(CertificateSection(chain, private), "")
@@ -184,7 +183,7 @@ def _frontend(view: View, key: ObjectKey, validation: FrontendTLSValidation) -> 
         else:
             bundles.append(found)
     if bundles:
-        ca = ClientValidation("\n".join(bundles), validation.mode)
+        ca = ClientValidation("".join(bundles), validation.mode)
         return Frontend(ca, _combined(problems), None)
     nothing = Problem("NoValidCACertificate", problem_text(problems))
     return Frontend(ClientValidation("", "RefuseAll"), _combined(problems), nothing)
