@@ -40,10 +40,14 @@ class Attached(NamedTuple):
 def parents(view: View, key: RouteKey) -> Attached | None:
     """None: no parent of the route is ours."""
     route: HTTPRoute | GRPCRoute = view.get("Route", key)
-    refs = dict.fromkeys(route.spec.parent_refs)
+    refs = list(route.spec.parent_refs)
     if route.spec.use_default_gateways == "All":
-        for gateway in sorted(view.bucket("default_gateways", "All")):
-            refs[ParentReference(namespace=gateway.namespace, name=gateway.name)] = None
+        named = {(ref.kind, ref.namespace or key.namespace, ref.name) for ref in refs}
+        refs += [
+            ParentReference(namespace=gateway.namespace, name=gateway.name)
+            for gateway in sorted(view.bucket("default_gateways", "All"))
+            if ("Gateway", *gateway) not in named
+        ]
     found = [_parent(view, key, route, ref) for ref in refs]
     ours = tuple(parent for parent in found if parent is not None)
     return Attached(ours) if ours else None

@@ -8,6 +8,7 @@ only where something it read has changed (mesh.model.derive).
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -82,7 +83,8 @@ class Outcome(NamedTuple):
 
 class ControlPlane:
     def __init__(self, options: Options) -> None:
-        """ValueError: the pool is not made of addresses and CIDRs."""
+        """ValueError: the pool is not made of addresses and CIDRs, or bind_address is none."""
+        ipaddress.ip_address(options.bind_address)
         self._options = options
         self._derivation = Derivation(
             (*KINDS, "Route", "refusals", "binds"), _rules(options), _indexes(options)

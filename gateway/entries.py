@@ -35,7 +35,6 @@ def service_entry(view: View, frontend: Frontend) -> LoadBalancerEntry:
     services = [(view.get("Service", k), k) for k in view.bucket("service_frontends", frontend)]
     service, key = min(services, key=lambda s: (s[0].metadata.creation_timestamp or "", s[1]))
     port = next(p for p in service.spec.ports if (p.port, p.protocol) == (number, protocol))
-    version = ipaddress.ip_address(address).version
     return LoadBalancerEntry(
         address=address,
         port=number,
@@ -43,7 +42,7 @@ def service_entry(view: View, frontend: Frontend) -> LoadBalancerEntry:
         backends=tuple(
             EntryBackend(endpoint.address, endpoint.port)
             for endpoint in endpoints(view, key, port)
-            if ipaddress.ip_address(endpoint.address).version == version
+            if (":" in endpoint.address) == (":" in address)
         ),
         source=f"Service/{key}",
     )

@@ -132,10 +132,11 @@ def gateway_status(view: View, key: ObjectKey) -> GatewayStatus:
     generation = ours.gateway.metadata.generation
     own = [one for one in state.listeners if one.owner.kind == "Gateway"]
     programmed = {one.id: _programmed(view, one) for one in state.listeners}
+    dead = _dead(view, state, place)
     accepted = _accepted(ours, own, generation)
     conditions = [
         accepted,
-        _gateway_programmed(view, accepted, state, place, programmed).condition(generation),
+        _gateway_programmed(accepted, place, dead, programmed).condition(generation),
         condition("ResolvedRefs", generation, state.client_problem),
     ]
     if _insecure(ours.gateway):
@@ -157,7 +158,7 @@ def gateway_status(view: View, key: ObjectKey) -> GatewayStatus:
         if one.owner.kind == "ListenerSet":
             by_set.setdefault(one.owner, []).append(one)
     return GatewayStatus(
-        addresses=place.status if place is not None else (),
+        addresses=tuple(one for one in place.status if one.value not in dead) if place else (),
         conditions=tuple(conditions),
         listeners=tuple(
             ListenerStatus(
@@ -200,21 +201,18 @@ def _accepted(ours: Ours, own: list[ListenerState], generation: int | None) -> C
 
 
 def _gateway_programmed(
-    view: View,
     accepted: Condition,
-    state: GatewayState,
     place: Places | None,
+    dead: dict[str, str],
     programmed: dict[str, Programmed],
 ) -> Programmed:
     if accepted.status == "False":
         return Programmed(Problem("Invalid", accepted.message))
     if place is not None and place.problem is not None:
         return Programmed(place.problem)
-    for address in sorted(place.requested) if place is not None else ():
-        tried = [view.get("binds", port) for port in sorted(state.served) if port[0] == address]
-        if tried and all(tried):
-            message = f"spec.addresses: cannot listen on {address}: {tried[0]}"
-            return Programmed(Problem("AddressNotUsable", message))
+    if dead:
+        text = "; ".join(f"cannot listen on {address}: {why}" for address, why in dead.items())
+        return Programmed(Problem("AddressNotUsable", f"spec.addresses: {text}"))
     results = list(programmed.values())
     if any(one.ok for one in results):
         return Programmed()
@@ -222,6 +220,16 @@ def _gateway_programmed(
     if len(problems) < len(results):
         return next(one for one in results if one.problem is None)
     return Programmed(Problem("Invalid", problem_text(problems)))
+
+
+def _dead(view: View, state: GatewayState, place: Places | None) -> dict[str, str]:
+    """The requested addresses on which no port can be bound, and why."""
+    result: dict[str, str] = {}
+    for address in sorted(place.requested) if place is not None else ():
+        tried = [view.get("binds", port) for port in sorted(state.served) if port[0] == address]
+        if tried and all(tried):
+            result[address] = tried[0]
+    return result
 
 
 def _insecure(gateway: Gateway) -> bool:

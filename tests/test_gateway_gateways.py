@@ -455,6 +455,7 @@ def test_requested_addresses() -> None:
     world.apply(gateway("gw", address="198.51.100.1"))
     assert world.gateway()["Accepted"] == "True"
     assert world.gateway()["Programmed"] == "False AddressNotUsable"
+    assert world.status("Gateway", "gw").addresses == ()
     assert "Cannot assign requested address" in world.message("Gateway", "gw", "Programmed")
     # An address outside the pool is fine where the host has it.
     world.apply(gateway("gw", address="127.77.0.1"))
