@@ -4,10 +4,13 @@ The port's context holds no certificate. The SNI callback finds the listener (mo
 hostname) and hands the handshake over to a context with the listener's certificate; no listener, no
 handshake. What guards the port (client validation, versions, tickets) is the port's context's, so
 no SNI leads around it; the other contexts repeat it because OpenSSL takes the trust store from
-them. Tickets are encrypted with keys of the port's context: a new ServerTLS resumes nothing.
+them. Sessions belong to the port's context: a new ServerTLS resumes none. In TLS 1.2 a resumed
+connection counts as one for its session's name, whatever SNI comes with it.
 
 Client validation: Python's ssl has no verify callback, so "AllowInsecureFallback" does not ask for
 a certificate at all; backends cannot learn the identity even of clients that have a valid one.
+Of a refused handshake clients see only that the connection ends: asyncio and uvloop close without
+sending the alert.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import ssl
 from collections.abc import Mapping
 
 from certs.keypair import KeyPair, check_keypair
-from l7proxy import tls
+from l7proxy import metrics, tls
 from l7proxy.tls import TLSRefused as TLSRefused
 from mesh.model.nodeconfig import CertificateSection, Listener, PortSection, SectionKey
 
@@ -66,19 +69,21 @@ class ServerTLS:
         validation = self._validation
         if validation is not None and validation.mode == "AllowValidOnly":
             tls.trust(context, validation.ca_pem, "client validation: CA bundle")
-            # A resumed session would outlive the client's certificate.
-            context.options |= ssl.OP_NO_TICKET
+            # A resumed session would outlive the client's certificate (by two hours in TLS 1.2,
+            # where Python leaves no way to do without).
             context.num_tickets = 0
         return context
 
     def _choose(self, ssl_object: ssl.SSLObject, sni: str | None, _: ssl.SSLContext) -> int | None:
         """The sni_callback: a context by SNI, or the alert that ends the handshake."""
         if self._validation is not None and self._validation.mode == "RefuseAll":
+            metrics.REFUSED.labels("tls_client_validation_broken").inc()
             return int(ssl.ALERT_DESCRIPTION_ACCESS_DENIED)
         name = sni.lower().rstrip(".") if sni else None
         listener = self._listener(name)
         context = self._context(listener, name) if listener is not None else None
         if context is None:
+            metrics.REFUSED.labels("tls_unknown_name").inc()
             return int(ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME)
         if isinstance(ssl_object, _ServerObject):
             ssl_object.sni = name
