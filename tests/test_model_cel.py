@@ -4,6 +4,7 @@ checks and on random changes of them. Skips without ../shared or cel-python."""
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -54,10 +55,12 @@ def program(rule: str) -> Any:
     return ENVIRONMENT.program(ENVIRONMENT.compile(rule), functions={"split": split})
 
 
-def holds(rule: str, value: Any) -> bool:
-    """As on the API server: a rule that cannot be evaluated does not hold."""
+@cache
+def holds(rule: str, value: str) -> bool:
+    """Whether the rule holds of a value, given as JSON so that equal ones are judged once. As on
+    the API server, a rule that cannot be evaluated does not hold."""
     try:
-        return bool(program(rule).evaluate({"self": value}))
+        return bool(program(rule).evaluate({"self": celpy.json_to_cel(json.loads(value))}))
     except celpy.CELEvalError:
         return False
 
@@ -99,10 +102,10 @@ def defaulted(schema: dict[str, Any], value: Any) -> Any:
 def broken(schema: dict[str, Any], value: Any, path: str) -> Iterator[tuple[str, str]]:
     """Path and message of every CEL rule that does not hold."""
     rules = schema.get("x-kubernetes-validations", ())
-    self = celpy.json_to_cel(escaped(value)) if rules else None
+    text = json.dumps(escaped(value)) if rules else ""
     for rule in rules:
         known = "oldSelf" in rule["rule"] or rule["message"] in BY_LIST_KEYS
-        if not known and not holds(rule["rule"], self):
+        if not known and not holds(rule["rule"], text):
             yield path, rule["message"]
     if isinstance(value, dict):
         for name, inner in schema.get("properties", {}).items():
