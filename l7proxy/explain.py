@@ -13,20 +13,26 @@ from typing import TypeAlias
 
 import msgspec
 
-from l7proxy import filters
-from l7proxy.explain_filters import describe
+from l7proxy import filters, forwarding
+from l7proxy.explain_words import describe, mismatches
 from l7proxy.message import ProtocolError, RequestHead
-from l7proxy.normalise import normalise_authority, normalise_target
+from l7proxy.normalise import (
+    check_header,
+    normalise_authority,
+    normalise_target,
+    strip_hop_by_hop,
+)
 from l7proxy.route_compile import (
     CompiledMatch,
     CompiledRoute,
     Order,
     RouteMatchResult,
-    ValueCondition,
 )
-from l7proxy.route_match import RequestView, path_holds
+from l7proxy.route_match import RequestView
 from l7proxy.routing import PortIndex, Refused, RouteIndex, host_patterns
+from l7proxy.streams import ConnectionInfo
 from mesh.model.nodeconfig import (
+    SETTINGS_KEY,
     ClusterSection,
     Listener,
     PortSection,
@@ -106,24 +112,21 @@ def explain(
     address: str | None = None,
 ) -> Explanation:
     """Explain one request. `host` is the authority as sent, port included if there is one; `path`
-    includes the query; `address` tells Gateways on the same port apart. TLS clients are taken to
-    send `host` as SNI. The answer depends on the arguments alone."""
-    settings = sections.get("settings")
+    includes the query; `address` tells Gateways on the same port apart. The client is taken to be
+    on this host and, with TLS, to send `host` as SNI. The answer depends on the arguments alone."""
+    settings = sections.get(SETTINGS_KEY)
     if not isinstance(settings, Settings):
         settings = Settings()
     try:
-        target, query = normalise_target(path.encode(), settings, method.encode())
-        authority = normalise_authority(host.encode())
+        head = _head(method, scheme, host, path, headers, settings)
     except ProtocolError as error:
         return Explanation(status=error.status, detail=error.detail)
-    head = RequestHead(
-        method.encode(),
-        scheme.encode(),
-        authority,
-        target,
-        query,
-        [(name.lower().encode(), value.encode()) for name, value in headers],
-    )
+    # As in a worker: what a client of this host would be believed. The identifier is random.
+    identifier = [item for item in head.headers if item[0] == b"x-request-id"]
+    client = ConnectionInfo(("127.0.0.1", 0), (address or "", port), tls=scheme == "https")
+    trusted = forwarding.apply(head, client, settings).trusted
+    head.headers = [item for item in head.headers if item[0] != b"x-request-id"]
+    head.headers += identifier if trusted else []
     ports = [
         section
         for _, section in sorted(sections.items())
@@ -141,6 +144,32 @@ def explain(
     best = max(answers, key=lambda answer: (bool(answer.route), bool(answer.listener)))
     others = [c for answer in answers if answer is not best for c in answer.candidates]
     return msgspec.structs.replace(best, candidates=(*best.candidates, *others, *refused))
+
+
+def _head(
+    method: str,
+    scheme: str,
+    host: str,
+    path: str,
+    headers: Sequence[tuple[str, str]],
+    settings: Settings,
+) -> RequestHead:
+    """The head as codecs would hand it over."""
+    target, query = normalise_target(path.encode(), settings, method.encode())
+    authority = normalise_authority(host.encode())
+    fields = [(name.lower().encode(), value.encode()) for name, value in headers]
+    for name, value in fields:
+        check_header(name, value)
+    end_to_end = strip_hop_by_hop(fields)
+    return RequestHead(
+        method.encode(),
+        scheme.encode(),
+        authority,
+        target,
+        query,
+        end_to_end.headers,
+        upgrade=end_to_end.upgrade,
+    )
 
 
 def _routes(
@@ -338,7 +367,7 @@ def _reason(
     holding: list[CompiledMatch] = []
     failures: dict[str, None] = {}
     for match in matches:
-        wrong = ", ".join(_mismatches(match, view))
+        wrong = ", ".join(mismatches(match, view))
         if wrong:
             failures[wrong] = None
         else:
@@ -350,34 +379,3 @@ def _reason(
     pairs = zip((*winner[:2], *winner[2]), (*ours[:2], *ours[2]), strict=True)
     at = next(i for i, (won, lost) in enumerate(pairs) if won != lost)
     return f"a more specific match won: {_WINS[at]}"
-
-
-def _mismatches(match: CompiledMatch, view: RequestView) -> Iterator[str]:
-    """What of a match does not hold, in words."""
-    head = view.head
-    path = head.path.decode()
-    if not path_holds(match, head.path):
-        if match.path_type == "Exact":
-            yield f"path is {path}, not {match.path.decode()}"
-        elif match.path_type == "PathPrefix":
-            yield f"path is {path}, not under {match.path.decode() or '/'}"
-        else:
-            yield f"path is {path}, which does not match {match.path.decode()}"
-    if match.method is not None and match.method != head.method:
-        yield f"method is {head.method.decode()}, not {match.method.decode()}"
-    for condition in match.headers:
-        yield from _value(condition, view.header(condition.name), "header")
-    for condition in match.query:
-        yield from _value(condition, view.parameter(condition.name), "query parameter")
-
-
-def _value(condition: ValueCondition, found: bytes | None, what: str) -> Iterator[str]:
-    if condition.holds(found):
-        return
-    name, wanted = condition.name.decode(), condition.value.decode()
-    if found is None:
-        yield f"{what} {name} is missing"
-    elif condition.regex is not None:
-        yield f"{what} {name} is {found.decode(errors='replace')}, which does not match {wanted}"
-    else:
-        yield f"{what} {name} is {found.decode(errors='replace')}, not {wanted}"

@@ -11,6 +11,7 @@ from l7proxy.explain import Explanation, explain
 from l7proxy.message import RequestHead
 from l7proxy.routing import PortIndex, RouteIndex
 from mesh.model.nodeconfig import (
+    SETTINGS_KEY,
     Attachment,
     ClusterSection,
     Cors,
@@ -28,6 +29,7 @@ from mesh.model.nodeconfig import (
     RouteRule,
     RouteSection,
     Section,
+    Settings,
     UpstreamTLS,
     ValueMatch,
     WeightedBackend,
@@ -254,6 +256,25 @@ def test_where_nothing_listens() -> None:
     assert ask(sections, scheme="https").detail == "nothing listens on port 80 for https"
     found = ask(sections, address="10.0.0.8")
     assert found.detail == "nothing listens on 10.0.0.8 port 80 for http"
+
+
+def test_headers_are_taken_as_a_worker_takes_them() -> None:
+    names = ("x-forwarded-for", "x-request-id", "upgrade")
+    rules = [rule(f"/{name}", headers=(ValueMatch(name, "1"),)) for name in names]
+    sections = table(*(route(f"r{i}", one) for i, one in enumerate(rules)))
+    headers = (("X-Forwarded-For", "1"), ("X-Request-Id", "1"), ("Upgrade", "1"))
+    assert reason(ask(sections, "/x-forwarded-for", headers=headers), "r0") == (
+        "header x-forwarded-for is 127.0.0.1, not 1"
+    )
+    assert reason(ask(sections, "/x-request-id", headers=headers), "r1") == (
+        "header x-request-id is missing"
+    )
+    assert reason(ask(sections, "/upgrade", headers=headers), "r2") == "header upgrade is missing"
+    upgrade = (*headers, ("Connection", "Upgrade"))
+    assert ask(sections, "/upgrade", headers=upgrade).route == "HTTPRoute/infra/r2"
+    trusting = sections | {SETTINGS_KEY: Settings(trusted_hops=1)}
+    assert ask(trusting, "/x-request-id", headers=headers).route == "HTTPRoute/infra/r1"
+    assert ask(sections, headers=(("a b", "1"),)).status == 400
 
 
 def test_gateways_that_share_a_port_are_told_apart_by_address() -> None:

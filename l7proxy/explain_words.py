@@ -1,7 +1,11 @@
-"""Filters in words, for people who ask what happens to a request."""
+"""Filters, and what of a match does not hold, in words for people."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from l7proxy.route_compile import CompiledMatch, ValueCondition
+from l7proxy.route_match import RequestView, path_holds
 from mesh.model.nodeconfig import (
     Cors,
     Filter,
@@ -46,3 +50,34 @@ def _path(modifier: PathModifier | None) -> list[str]:
     if modifier.type == "ReplaceFullPath":
         return [f"path {modifier.value or '/'}"]
     return [f"path prefix {modifier.value or '/'}"]
+
+
+def mismatches(match: CompiledMatch, view: RequestView) -> Iterator[str]:
+    """What of a match does not hold, in words."""
+    head = view.head
+    path = head.path.decode()
+    if not path_holds(match, head.path):
+        if match.path_type == "Exact":
+            yield f"path is {path}, not {match.path.decode()}"
+        elif match.path_type == "PathPrefix":
+            yield f"path is {path}, not under {match.path.decode() or '/'}"
+        else:
+            yield f"path is {path}, which does not match {match.path.decode()}"
+    if match.method is not None and match.method != head.method:
+        yield f"method is {head.method.decode()}, not {match.method.decode()}"
+    for condition in match.headers:
+        yield from _value(condition, view.header(condition.name), "header")
+    for condition in match.query:
+        yield from _value(condition, view.parameter(condition.name), "query parameter")
+
+
+def _value(condition: ValueCondition, found: bytes | None, what: str) -> Iterator[str]:
+    if condition.holds(found):
+        return
+    name, wanted = condition.name.decode(), condition.value.decode()
+    if found is None:
+        yield f"{what} {name} is missing"
+    elif condition.regex is not None:
+        yield f"{what} {name} is {found.decode(errors='replace')}, which does not match {wanted}"
+    else:
+        yield f"{what} {name} is {found.decode(errors='replace')}, not {wanted}"
