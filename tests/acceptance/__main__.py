@@ -35,7 +35,11 @@ BUILD = Path(__file__).resolve().parents[2] / "build"
 PASS, FAIL, NOT_SUPPORTED = "PASS", "FAIL", "not supported"
 # What runs containers is the runner's business, not the gateway's.
 _NOT_FOR_WEFT = ("Deployment",)
-_REPLACEMENTS = {"{GATEWAY_CLASS_NAME}": CLASS_NAME, **hand.PLACEHOLDERS}
+_REPLACEMENTS = {
+    "{GATEWAY_CLASS_NAME}": CLASS_NAME,
+    "{GATEWAY_CONTROLLER_NAME}": CONTROLLER,
+    **hand.PLACEHOLDERS,
+}
 
 
 class Outcome(NamedTuple):
