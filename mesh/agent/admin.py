@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 from aiohttp import web
@@ -12,6 +13,7 @@ from aiohttp import web
 from l7proxy.tasks import spawn
 from mesh.agent import metrics
 from mesh.agent.node import Node
+from mesh.agent.ports import holder
 
 _log = logging.getLogger("weft.agent")
 _RETRY_S = 5.0
@@ -47,10 +49,14 @@ class Admin:
         try:
             await site.start()
         except OSError as error:
-            message = f"the admin port {host}:{port} cannot be bound: {error.strerror or error}"
             if self.error is None:
-                _log.error("%s: choose another one with --admin", message)
-            self.error = f"{message}: choose another one with --admin"
+                why = os.strerror(error.errno) if error.errno else str(error)
+                who = f" by {found}" if (found := holder(port)) else ""
+                self.error = (
+                    f"the admin port {host}:{port} cannot be bound: {why.lower()}{who}: choose "
+                    "another one with --admin"
+                )
+                _log.error("%s", self.error)
             self._retry = asyncio.get_running_loop().call_later(
                 _RETRY_S, lambda: spawn(self._listen(host, port), name="admin port")
             )

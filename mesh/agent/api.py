@@ -85,7 +85,9 @@ class Api:
                 "agent": {"pid": os.getpid(), "started": self._started},
                 "manifests": str(self._options.manifests),
                 "runDir": str(self._run_dir.path),
-                "admin": f"{_host(address[0])}:{address[1]}" if address else None,
+                "admin": f"{_host(address[0])}:{address[1]}"
+                if address and not self._admin.error
+                else None,
                 "ready": not not_ready,
                 "notReady": not_ready,
                 "degraded": degraded,

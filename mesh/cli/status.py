@@ -57,7 +57,7 @@ def _show(status: dict[str, Any]) -> None:
 
 
 def _admin(address: str | None) -> str:
-    return f"http://{address}/metrics" if address else "off"
+    return f"http://{address}/metrics" if address else "none"
 
 
 def _worker(worker: dict[str, Any], version: int) -> list[str]:
