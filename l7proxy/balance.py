@@ -7,6 +7,7 @@ never is. Time is the caller's; no I/O here.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -25,7 +26,16 @@ class Member:
     """An endpoint as its cluster sees it. `load` counts the requests that have it: waiting and in
     flight. `pools` are the upstream's: its connections by client certificate."""
 
-    __slots__ = ("ejected_until", "ejections", "endpoint", "failures", "id", "load", "pools")
+    __slots__ = (
+        "ejected",
+        "ejected_until",
+        "ejections",
+        "endpoint",
+        "failures",
+        "id",
+        "load",
+        "pools",
+    )
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.id = endpoint_id(endpoint)
@@ -33,7 +43,8 @@ class Member:
         self.load = 0
         self.failures = 0
         self.ejections = 0
-        self.ejected_until: float | None = None
+        self.ejected = False
+        self.ejected_until = -math.inf
         self.pools: dict[Any, Any] = {}
 
 
@@ -81,7 +92,7 @@ class Balancer:
             self._recover(now)
         if prefer is not None and prefer not in avoid and prefer not in tried:
             member = self.members.get(prefer)
-            if member is not None and member.ejected_until is None:
+            if member is not None and not member.ejected:
                 return member
         round_robin = settings.balancer == "round-robin"
         if not avoid and not tried and self._healthy:
@@ -119,7 +130,7 @@ class Balancer:
         member.failures += 1
         if (
             member.failures < settings.ejection_failures
-            or member.ejected_until is not None
+            or member.ejected
             or self.members.get(member.id) is not member
         ):
             return False
@@ -127,20 +138,23 @@ class Balancer:
             self._recover(now)
         if (len(self.ejected) + 1) * 2 > len(self.members):
             return False
+        if now >= member.ejected_until + _MAX_EJECTION_S:
+            member.ejections = 0
         member.ejections += 1
+        member.ejected = True
         base = settings.ejection_time_s
         member.ejected_until = now + min(base * member.ejections, max(base, _MAX_EJECTION_S))
         self._sort_out()
         return True
 
     def _recover(self, now: float) -> None:
-        back = [member for member in self.ejected if (member.ejected_until or 0.0) <= now]
+        back = [member for member in self.ejected if member.ejected_until <= now]
         for member in back:
-            member.ejected_until = None
+            member.ejected = False
             member.failures = 0
         if back:
             self._sort_out()
 
     def _sort_out(self) -> None:
-        self.ejected = [one for one in self.members.values() if one.ejected_until is not None]
-        self._healthy = [one for one in self.members.values() if one.ejected_until is None]
+        self.ejected = [one for one in self.members.values() if one.ejected]
+        self._healthy = [one for one in self.members.values() if not one.ejected]
