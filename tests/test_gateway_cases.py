@@ -123,7 +123,7 @@ class Runner:
         return self.world.statuses[kind, ObjectKey(namespace, name["name"])]
 
     def check(self, fn: str, args: dict[str, Any]) -> None:
-        kind = next((k for k in MODELLED if fn.startswith(k)), "")
+        kind = max((k for k in MODELLED if fn.startswith(k)), key=len, default="")
         if "MustBeAccepted" in fn:
             self._accepted(args)
         elif fn in ("HTTPRouteMustHaveCondition", "GRPCRouteMustHaveCondition"):
@@ -144,7 +144,8 @@ class Runner:
             name = args.get("gwNN") or args["lsNN"]
             holds(self.status(kind, name), [args["expectedCondition"]])
         elif fn.endswith("MustHaveLatestConditions"):
-            self._latest(kind, next(iter(args.values())))
+            name = next(iter(args.values()))
+            self._latest(kind, name["$live"]["name"] if "$live" in name else name)
         elif fn.endswith("StatusMustHaveListeners"):
             self._listeners(self.status(kind, args.get("gwNN") or args["lsNN"]), args["listeners"])
         elif fn.endswith(("ListenerMustHaveConditions", "ListenersMustHaveConditions")):
