@@ -158,7 +158,7 @@ class Http2Client(Http2Connection[Http2ClientStream]):
     def open(self) -> Http2ClientStream:
         stream = Http2ClientStream(self, first=self._opened == 0)
         self._opened += 1
-        if self.closing:
+        if self.closed:
             stream.fail(stream.lost("the connection is closed"))
         else:
             self._waiting.add(stream)

@@ -12,6 +12,7 @@ import h2.exceptions
 import h2.settings
 
 from l7proxy.http2_client import Http2Client
+from l7proxy.http2_frames import PREFACE
 from l7proxy.http2_server import Http2Server
 from l7proxy.message import Framing, ResponseHead
 from l7proxy.streams import ConnectionInfo, Handler, ServerStream
@@ -24,7 +25,7 @@ GET = [
     (b":path", b"/"),
 ]
 POST = [(b":method", b"POST"), *GET[1:]]
-WAIT_S = 10.0
+WAIT_S = 5.0
 
 
 class RawPeer:
@@ -48,6 +49,7 @@ class RawPeer:
         self.raw = False  # something was sent that h2 does not know of
         self.eof = False
         self._buffer = b""
+        self._preface = not client  # still to come
 
     def start(self, settings: dict[int, int] | None = None) -> None:
         if settings:
@@ -88,7 +90,13 @@ class RawPeer:
             self.eof = True
             return False
         self._buffer += data
-        while (end := 9 + int.from_bytes(self._buffer[:3], "big")) <= len(self._buffer):
+        if self._preface and len(self._buffer) >= len(PREFACE):
+            self.conn.receive_data(self._buffer[: len(PREFACE)])
+            self._buffer = self._buffer[len(PREFACE) :]
+            self._preface = False
+        while not self._preface and (end := 9 + int.from_bytes(self._buffer[:3], "big")) <= len(
+            self._buffer
+        ):
             frame, self._buffer = self._buffer[:end], self._buffer[end:]
             if frame[3] == 7:  # GOAWAY, after which h2 would take no more
                 numbers = frame[9:13], frame[13:17]
