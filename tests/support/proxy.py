@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class WorkerProcess:
     def __init__(self) -> None:
         self.config = NodeConfig.empty()
         self._reader = FrameReader()
+        self._channel_out: asyncio.StreamWriter | None = None
 
     async def start(self, *arguments: str) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -77,6 +78,7 @@ class WorkerProcess:
 
     async def connect(self) -> None:
         """Hand the worker a new config channel, and it the whole configuration."""
+        await self.disconnect()
         ours, theirs = socket.socketpair()
         send_control(self.control, Channel(), (theirs.fileno(),))
         theirs.close()
@@ -85,6 +87,14 @@ class WorkerProcess:
         if self.config.version:
             self._channel_out.write(encode_frame(self.config.whole()))
             await self.ack()
+
+    async def disconnect(self) -> None:
+        """Close the config channel, as an agent that dies does."""
+        if self._channel_out is not None:
+            self._channel_out.close()
+            with suppress(ConnectionError):
+                await self._channel_out.wait_closed()
+            self._channel_out = None
 
     async def ack(self) -> Ack:
         """The next acknowledgement."""
@@ -129,7 +139,7 @@ class WorkerProcess:
             self.process.kill()
         await self.process.wait()
         self.control.close()
-        self._channel_out.close()
+        await self.disconnect()
         self.log.close()
 
 
@@ -241,10 +251,8 @@ async def connection(
         yield reader, writer
     finally:
         writer.close()
-        try:
+        with suppress(OSError):
             await writer.wait_closed()
-        except (ConnectionError, OSError):
-            pass
 
 
 async def fetch(port: int, request: str | bytes = "GET / HTTP/1.1\r\nHost: a\r\n\r\n") -> Message:
