@@ -599,6 +599,12 @@ CASES = [
     Case(
         "externalName must be a DNS name",
         service(type="ExternalName", externalName="a.example."),
+        service(type="ExternalName", externalName="-"),
+        "spec",
+    ),
+    Case(
+        "externalName must be a DNS name",
+        service({"port": 80}),
         service(type="ExternalName"),
         "spec",
     ),

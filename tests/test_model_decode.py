@@ -140,6 +140,19 @@ def errors(raw: Any) -> list[tuple[str, str]]:
             [{"fieldsV1": {"f": 2**70}}],
             ("", "text must be Unicode, integers fit into 64 bits, nesting be shallow"),
         ),
+        (
+            "spec/rules/0/filters",
+            [{"type": "RequestRedirect", "requestRedirect": {"statusCode": "301"}}],
+            ("spec.rules[0].filters[0].requestRedirect.statusCode", "type: integer"),
+        ),
+        (
+            "spec/rules/0/filters",
+            [{"type": "RequestRedirect", "requestRedirect": {"statusCode": 304}}],
+            (
+                "spec.rules[0].filters[0].requestRedirect.statusCode",
+                "must be one of 301, 302, 303, 307, 308",
+            ),
+        ),
         ("metadata/labels", {"a": None}, ("metadata.labels[a]", "type: string")),
         (
             "metadata/creationTimestamp",
@@ -159,6 +172,16 @@ def test_all_schema_errors_at_once() -> None:
         "spec.hostnames[0]",
         "spec.x",
     ]
+
+
+def test_value_of_two_types() -> None:
+    raw = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "s"},
+        "spec": {"ports": [{"port": 80, "targetPort": 1.5}]},
+    }
+    assert errors(raw) == [("spec.ports[0].targetPort", "type: integer or string")]
 
 
 def test_nesting_without_end_is_refused() -> None:

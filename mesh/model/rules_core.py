@@ -107,7 +107,9 @@ def _has_ports(spec: ServiceSpec) -> Finding:
 def _external_name(spec: ServiceSpec) -> Finding:
     if spec.type != "ExternalName":
         return None
-    name = (spec.external_name or "").removesuffix(".")
+    if spec.external_name is None:
+        return "externalName is missing; add it"
+    name = spec.external_name.removesuffix(".")
     return None if SUBDOMAIN.accepts(name) else f"externalName is {found(spec.external_name)}"
 
 

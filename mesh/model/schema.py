@@ -7,10 +7,10 @@ is an absent field. Knows types, no kinds and no rules.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -91,7 +91,7 @@ def unwrap(hint: Any) -> tuple[Any, tuple[Meta, ...]]:
         if origin is Annotated:
             metas += tuple(meta for meta in hint.__metadata__ if isinstance(meta, Meta))
             hint = hint.__origin__
-        elif origin in (Union, types.UnionType):
+        elif origin in (Union, UnionType):
             some = [arg for arg in get_args(hint) if arg is not type(None)]
             if len(some) > 1:
                 return hint, metas
@@ -212,9 +212,10 @@ def _keyword(bare: Any, metas: tuple[Meta, ...], error: str) -> str:
         ):
             if bound is not None and sign in error:
                 return f"{word}: {bound}".replace(r"\Z", "$")
-    if get_args(bare) and "Invalid enum value" in error:
-        return f"must be one of {', '.join(map(str, get_args(bare)))}"
-    if get_args(bare):
-        names = {_TYPES.get(type(arg), _TYPES.get(arg, str(arg))) for arg in get_args(bare)}
-        return f"type: {' or '.join(sorted(names))}"
-    return f"type: {_TYPES.get(bare, str(bare))}"
+    if get_origin(bare) is Literal:
+        if "Invalid enum value" in error:
+            return f"must be one of {', '.join(map(str, get_args(bare)))}"
+        types = {type(value) for value in get_args(bare)}
+    else:
+        types = {unwrap(one)[0] for one in get_args(bare) or (bare,)} - {type(None)}
+    return f"type: {' or '.join(sorted(_TYPES.get(one, str(one)) for one in types))}"
