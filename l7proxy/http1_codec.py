@@ -78,12 +78,10 @@ class ServerCodec:
 
     @property
     def cut_short(self) -> bool:
-        """If the client closed now, whether the request would be known not to be whole."""
+        """Whether, if nothing more came, the request is known not to be whole."""
         if isinstance(self._reader, LengthReader):
             return self._reader.left > len(self.buffer)
-        return isinstance(self._reader, ChunkedReader) and not self.buffer.data.endswith(
-            b"\r\n\r\n"
-        )
+        return isinstance(self._reader, ChunkedReader) and not len(self.buffer)
 
     def next_event(self) -> ServerEvent | None:
         """The next event, or None if more bytes, or `next_request`, are needed first."""
