@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import trustme
+
 from mesh.agent.rundir import RunDir
 from mesh.cli.client import NotRunningError, ask
 
@@ -180,3 +182,19 @@ def stub_answer(port):
         data = b"".join(iter(lambda: connection.recv(65536), b""))
     pid, *routes = data.decode().split()
     return int(pid), {name.rpartition("/")[2] for name in routes}
+
+
+def tls_secret(name, *hosts):
+    """A Secret of type kubernetes.io/tls for these hosts, and its key in PEM."""
+    authority = trustme.CA()
+    issued = authority.issue_cert(*hosts)
+    key = issued.private_key_pem.bytes().decode()
+    chain = "".join(blob.bytes().decode() for blob in issued.cert_chain_pems)
+    secret = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name},
+        "type": "kubernetes.io/tls",
+        "stringData": {"tls.crt": chain, "tls.key": key},
+    }
+    return json.dumps(secret), key

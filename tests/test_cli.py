@@ -1,0 +1,277 @@
+"""The command line: what people type, what they read, and the exit codes that programs read."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from mesh.cli import output, tables
+from mesh.cli.main import cli
+from mesh.model.decode import KINDS
+from tests.support.running import PROJECT, alarm, free_port, gateway, route, running, service
+
+BROKEN = "{apiVersion: v1, kind: Service, metadata: {name: b}, spec: {ports: [{port: 80, x: 1}]}}"
+
+
+def weft(*arguments):
+    """Exit code, standard output, standard error."""
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def manifests(tmp_path):
+    path = tmp_path / "manifests"
+    path.mkdir()
+    (path / "gateway.yaml").write_text(gateway(8080))
+    (path / "routes.yaml").write_text(f"{route('r', path='/x')}\n---\n{service()}")
+    return path
+
+
+# --- offline -------------------------------------------------------------------------------------
+
+
+def test_validate_says_that_all_is_well(manifests):
+    assert weft("validate", manifests) == (
+        0,
+        "1 EndpointSlice, 1 Gateway, 1 GatewayClass, 1 HTTPRoute, 1 Service; "
+        "errors: 0, warnings: 0\n",
+        "",
+    )
+
+
+def test_validate_names_file_document_object_field_and_rule(manifests):
+    (manifests / "broken.yaml").write_text(f"# first\n---\n{BROKEN}")
+    (manifests / "text.yaml").write_text("a: b: c")
+    code, text, _ = weft("validate", manifests)
+    assert code == 1
+    lines = text.splitlines()
+    assert lines[0].startswith(
+        f"error: {manifests}/broken.yaml document 1: Service/default/b: "
+        "spec.ports[0].x: unknown field: "
+    )
+    assert lines[1].startswith(f"error: {manifests}/text.yaml: not YAML at line 1, column 5: ")
+    assert lines[2].endswith("errors: 2, warnings: 0")
+
+
+def test_validate_warns_of_what_would_not_be_accepted(manifests):
+    (manifests / "more.yaml").write_text(route("lost", gateway="nowhere"))
+    (manifests / "other.yaml").write_text("{apiVersion: x/v1, kind: Widget, metadata: {name: w}}")
+    code, text, _ = weft("validate", manifests)
+    assert code == 0
+    assert "HTTPRoute/default/lost: Accepted: NoMatchingParent: " in text
+    assert f"unsupported: {manifests}/other.yaml document 1: Widget/default/w: " in text
+    assert text.endswith("errors: 0, warnings: 2\n")
+
+
+def test_validate_for_programs(manifests):
+    (manifests / "broken.yaml").write_text(BROKEN)
+    for name, load in (("json", json.loads), ("yaml", yaml.safe_load)):
+        code, text, _ = weft("validate", manifests, "-o", name)
+        assert code == 1
+        answer = load(text)
+        assert answer["objects"]["HTTPRoute"] == 1
+        (problem,) = answer["problems"]
+        assert problem["path"] == "spec.ports[0].x"
+        assert problem["level"] == "error"
+
+
+def test_explain_offline(manifests):
+    more = json.loads(route("other", path="/x/y"))
+    more["spec"]["rules"][0]["matches"][0]["method"] = "POST"
+    (manifests / "more.yaml").write_text(json.dumps(more))
+    code, text, _ = weft("explain", "GET", "http://h:8080/x/y", "--manifests", manifests)
+    assert code == 0
+    assert text.splitlines() == [
+        "gateway:  default/gw",
+        "listener: Gateway/default/gw/http",
+        "route:    HTTPRoute/default/r",
+        "rule:     spec.rules[0], matches[0]",
+        "backend:  Service/default/s/80 (100%): 127.0.0.1:9000",
+        "",
+        "not chosen:",
+        "  HTTPRoute/default/other rule 0 on Gateway/default/gw/http: method is GET, not POST",
+    ]
+    code, text, _ = weft("explain", "GET", "http://h:8080/", "--manifests", manifests)
+    assert code == 1
+    assert "answer:   404: no route matches" in text
+    code, text, _ = weft(
+        "explain", "POST", "http://h:8080/x/y", "--manifests", manifests, "-o", "json"
+    )
+    assert code == 0
+    assert json.loads(text)["route"] == "HTTPRoute/default/other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", "GET", "ftp://x"), "weft: ftp://x: not a URL like http://host/path"),
+        (("explain", "GET", "http://x", "-H", "bad"), "weft: -H 'bad': not 'name: value'"),
+        (("get", "pods"), "weft: there is no kind 'pods' in Weft: it has backendtlspolicies, "),
+        (("up", "--manifests", "/", "--admin", "x"), "weft: --admin x: not ADDRESS:PORT"),
+        (
+            ("up", "--manifests", "/", "--address-pool", "10.0.0.1/8"),
+            "weft: --address-pool 10.0.0.1/8: 10.0.0.1/8 has host bits set",
+        ),
+        (("validate", "/nowhere"), "Directory '/nowhere' does not exist"),
+        (("up",), "Missing option '--manifests'"),
+        (("nonsense",), "No such command 'nonsense'"),
+    ],
+)
+def test_wrong_usage(arguments, message):
+    code, text, errors = weft(*arguments)
+    assert code == 2
+    assert text == ""
+    assert message in errors
+
+
+@pytest.mark.parametrize(
+    "arguments", [("status",), ("get", "gateways"), ("explain", "GET", "http://h/")]
+)
+def test_without_a_gateway(tmp_path, arguments):
+    code, text, errors = weft(*arguments, "--run-dir", tmp_path)
+    assert code == 3
+    assert text == ""
+    assert errors == (
+        f"weft: no gateway runs in {tmp_path}: start one with 'weft up --manifests DIR', or name "
+        "its directory with --run-dir\n"
+    )
+
+
+def test_version():
+    assert weft("version")[:2] == (0, "weft 0.1.0\n")
+    assert json.loads(weft("version", "-o", "json")[1]) == {"version": "0.1.0"}
+
+
+def test_help_of_every_command_tells_its_exit_codes():
+    for name in cli.commands:
+        code, text, _ = weft(name, "--help")
+        assert code == 0
+        assert "Exit codes:" in text or name == "version"
+
+
+# --- with a gateway ------------------------------------------------------------------------------
+
+
+def test_get_and_status(tmp_path, manifests):
+    (manifests / "gateway.yaml").write_text(gateway(free_port()))
+    (manifests / "namespaced.yaml").write_text(
+        "{apiVersion: v1, kind: ConfigMap, metadata: {name: c, namespace: other}, data: {a: b}}"
+    )
+    run_dir = tmp_path / "run"
+    at = ("--run-dir", run_dir)
+    with running(run_dir, f"--manifests={manifests}", "--workers=1", "--admin=off") as instance:
+        instance.await_status(lambda status: status["ready"] and not status["degraded"])
+        code, text, _ = weft("get", "gtw", *at)
+        assert code == 0
+        assert text.splitlines() == [
+            "NAME   CLASS   ADDRESS   ACCEPTED   PROGRAMMED",
+            "gw     weft    <none>    True       True",
+        ]
+        code, text, _ = weft("get", "httproutes.gateway.networking.k8s.io", "-o", "wide", *at)
+        assert text.splitlines() == [
+            "NAME   HOSTNAMES   ACCEPTED   RESOLVEDREFS   PARENTS   REASONS",
+            "r      <none>      True       True           gw        <none>",
+        ]
+        route_yaml = yaml.safe_load(weft("get", "HTTPRoute", "r", "-o", "yaml", *at)[1])
+        assert route_yaml["status"]["parents"][0]["conditions"][0]["type"] == "Accepted"
+        assert len(json.loads(weft("get", "svc", "-o", "json", *at)[1])["items"]) == 1
+        assert weft("get", "cm", *at) == (
+            0,
+            "",
+            "no configmaps in default; -A looks in all namespaces\n",
+        )
+        assert weft("get", "cm", "-A", *at)[1].splitlines()[1] == "other       c      1"
+        assert weft("get", "cm", "c", "-n", "other", *at)[0] == 0
+        code, text, errors = weft("get", "httproute", "none", *at)
+        assert (code, text) == (1, "")
+        assert errors.startswith("weft: there is no HTTPRoute none in default")
+        for info in KINDS.values():
+            assert weft("get", info.plural, "-A", "-o", "wide", *at)[0] == 0
+
+        assert weft("get", "problems", *at) == (0, "", "no problems in the manifests\n")
+        code, text, _ = weft("status", *at)
+        assert code == 0
+        assert "ready:      yes\n" in text
+        assert f"manifests:  {manifests}\n" in text
+        assert json.loads(weft("status", "-o", "json", *at)[1])["ready"] is True
+        code, text, _ = weft("explain", "GET", "http://h/x", "--address", "192.0.2.1", *at)
+        assert (code, text) == (
+            1,
+            "answer:   none: nothing listens on 192.0.2.1 port 80 for http\n",
+        )
+
+        (manifests / "broken.yaml").write_text(BROKEN)
+        instance.await_status(lambda status: status["problems"])
+        code, text, _ = weft("status", *at)
+        assert code == 1
+        assert "problems:   1 error; see 'weft get problems'\n" in text
+        assert (
+            "Service/default/b: spec.ports[0].x: unknown field: " in weft("get", "problems", *at)[1]
+        )
+        assert len(yaml.safe_load(weft("get", "problems", "-o", "yaml", *at)[1])["items"]) == 1
+
+
+def test_up_runs_until_it_is_told_to_stop(tmp_path, manifests):
+    """The real command with the real workers, and a request through it to a port of nobody."""
+    port = free_port()
+    (manifests / "gateway.yaml").write_text(gateway(port))
+    program = "from mesh.cli.main import main; main()"
+    options = (f"--run-dir={tmp_path}/run", "--workers=1", "--admin=off", "--access-log=off")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "up", f"--manifests={manifests}", *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+    )
+    with process, alarm(process):
+        lines = iter(process.stderr.readline, "")
+        assert any("ready: configuration" in line for line in lines)
+        assert weft("status", "--run-dir", tmp_path / "run")[0] == 0
+        process.terminate()
+        assert "weft: ended\n" in process.stderr.readlines()
+    assert process.returncode == 0
+    assert weft("status", "--run-dir", tmp_path / "run")[0] == 3
+
+
+# --- output --------------------------------------------------------------------------------------
+
+
+def test_tables_are_never_wrapped_or_coloured_off_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    long = "x" * 300
+    output.table(["NAME", "VALUE"], [["a", long], ["[bold]b", "False"]])
+    assert capsys.readouterr().out == (f"NAME      VALUE\na         {long}\n[bold]b   False\n")
+
+
+def test_yaml_writes_what_appears_twice_twice(capsys):
+    value = {"x": [1]}
+    output.dump({"a": value, "b": value, "long": "y " * 200}, "yaml")
+    text = capsys.readouterr().out
+    assert "&" not in text
+    assert yaml.safe_load(text) == {"a": value, "b": value, "long": "y " * 200}
+
+
+def test_every_kind_has_its_columns():
+    assert tables.COLUMNS.keys() == {info.kind for info in KINDS.values()}
+
+
+def test_the_worst_condition_is_shown():
+    def parent(status):
+        return {"conditions": [{"type": "Accepted", "status": status, "reason": "R"}]}
+
+    for statuses, expected in (
+        (["True", "False"], "False"),
+        (["True", "Unknown"], "Unknown"),
+        (["True"], "True"),
+        ([], ""),
+    ):
+        item = {"status": {"parents": [parent(status) for status in statuses]}}
+        assert tables.conditions(item, "Accepted") == expected
+    assert tables.reasons({"status": {"parents": [parent("False")]}}) == "Accepted: R"
