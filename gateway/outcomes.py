@@ -55,7 +55,7 @@ def routes(view: View, key: RouteKey) -> Route | None:
     attached: Attached = view.get("attached", key)
     translation: Translation = view.get("translations", key)
     hostnames = _hostnames(attached)
-    if not hostnames or _all_refused(translation):
+    if not hostnames:
         return None
     route: HTTPRoute | GRPCRoute = view.get("Route", key)
     section = RouteSection(
@@ -71,8 +71,9 @@ def routes(view: View, key: RouteKey) -> Route | None:
         for parent in attached.parents
         if parent.problem is None and parent.gateway is not None
     )
-    # A refused section keeps its last good version, but the route does not count as attached.
-    refused = view.get("refusals", route_key(*key)) is not None
+    # What the data plane refuses keeps its last good version; what is refused here stays to answer
+    # 500, lest another route's wider rule serve its requests. Neither counts as attached.
+    refused = _all_refused(translation) or view.get("refusals", route_key(*key)) is not None
     listeners = frozenset[str]() if refused else frozenset(hostnames)
     return Route(section, listeners, gateways, translation.clusters)
 
@@ -112,7 +113,8 @@ def route_status(controller_name: str) -> Callable[[View, RouteKey], RouteStatus
         refused: Problem | None = None
         if _all_refused(translation):
             problems = [problem for _, problem in translation.refused]
-            refused = Problem(problems[0].reason, problem_text(problems))
+            text = f"{problem_text(problems)}; until that is mended, its requests get 500"
+            refused = Problem(problems[0].reason, text)
         elif reason := view.get("refusals", route_key(*key)):
             refused = Problem("UnsupportedValue", f"the data plane refused this route: {reason}")
         return RouteStatus(

@@ -441,8 +441,10 @@ def test_route_that_only_asks_for_what_is_not_done_is_not_accepted() -> None:
     assert "spec.rules[0].filters[0].type ExtensionRef" in world.message(
         "HTTPRoute", "route", "Accepted"
     )
-    assert not world.of("route")
     assert world.attached("http") == 0
+    # Its requests must not fall through to another route that has no such filter.
+    assert rules(world) == [{"matches": [{"path": {}}], "error_status": 500}]
+    assert not world.of("cluster")
 
 
 def test_rule_that_asks_for_what_is_not_done_answers_500_and_the_rest_works() -> None:
