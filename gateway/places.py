@@ -82,10 +82,7 @@ def places(
 
 def _unusable(pool: Pool, address: str) -> str | None:
     """Why an address that a Gateway names is out of the question on any host."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return f"spec.addresses: {address!r} is not an IP address"
+    ip = ipaddress.ip_address(address)
     if address not in pool and (ip.is_unspecified or ip.is_multicast):
         return f"spec.addresses: {address} is not an address of one host"
     return None

@@ -88,10 +88,9 @@ def keypairs(view: View, key: ObjectKey) -> Keypair:
     if secret.type != "kubernetes.io/tls":
         return Keypair(None, f"Secret {key} is of type {secret.type}, not kubernetes.io/tls")
     try:
+        # A Secret of this type has both, or it would not have been decoded.
         chain, private = (secret.data[name].decode() for name in ("tls.crt", "tls.key"))
         check_keypair(chain, private)
-    except KeyError as error:
-        return Keypair(None, f"Secret {key} has no key {error.args[0]}")
     except UnicodeDecodeError:
         return Keypair(None, f"Secret {key}: tls.crt and tls.key must be PEM text")
     except BadCertificate as error:

@@ -280,6 +280,55 @@ def test_certificate_comes_goes_and_is_wrong() -> None:
     assert not world.of("certificate")
 
 
+@pytest.mark.parametrize(
+    ("refs", "says"),
+    [
+        ("[{name: binary}]", "must be PEM text"),
+        ("[{name: garbage}]", "no PEM certificate"),
+        ("[{kind: ConfigMap, name: cert}]", "ConfigMap cert: use a Secret"),
+        ("[{group: example.com, kind: Vault, name: cert}]", "example.com/Vault cert: use a Secret"),
+    ],
+)
+def test_certificate_that_is_none(refs: str, says: str) -> None:
+    world = World()
+    world.apply(
+        join(
+            HTTPS.replace("[{name: cert}]", refs),
+            "kind: Secret\nmetadata: {name: binary}\ntype: kubernetes.io/tls\n"
+            "data: {tls.crt: /w==, tls.key: /w==}",
+            "kind: Secret\nmetadata: {name: garbage}\ntype: kubernetes.io/tls\n"
+            "data: {tls.crt: QQ==, tls.key: QQ==}",
+        )
+    )
+    assert world.listener("https")["ResolvedRefs"] == "False InvalidCertificateRef"
+    assert says in world.message("Gateway", "gw", "ResolvedRefs", "https")
+
+
+def test_one_good_certificate_is_enough_to_serve() -> None:
+    world = World()
+    refs = "[{name: missing}, {name: cert}]"
+    world.apply(join(HTTPS.replace("[{name: cert}]", refs), tls_secret("cert")))
+    assert world.listener("https")["ResolvedRefs"] == "False InvalidCertificateRef"
+    assert world.listener("https")["Programmed"] == "True"
+    assert world.gateway()["Accepted"] == "True ListenersNotValid"
+
+
+def test_certificate_refused_by_the_data_plane() -> None:
+    world = World()
+    world.apply(join(HTTPS, tls_secret("cert")))
+    world.refuse("certificate/default/cert", "key too small")
+    assert world.listener("https")["Programmed"] == "False Invalid"
+    assert "key too small" in world.message("Gateway", "gw", "Programmed", "https")
+
+
+def test_tls_options_are_refused_by_name() -> None:
+    world = World()
+    text = HTTPS.replace("tls: {", "tls: {options: {example.com/min-version: '1.3'}, ")
+    world.apply(join(text, tls_secret("cert")))
+    assert world.listener("https")["Accepted"] == "False UnsupportedValue"
+    assert "example.com/min-version" in world.message("Gateway", "gw", "Accepted", "https")
+
+
 def test_only_referenced_secrets_leave_the_control_plane() -> None:
     world = World()
     world.apply(join(HTTPS, tls_secret("cert"), tls_secret("unrelated")))
@@ -496,6 +545,16 @@ def test_without_a_pool_the_older_gateway_has_the_port() -> None:
     assert world.gateway("b")["Programmed"] == "True"
     world.apply(gateway("a", port=81))
     assert world.gateway("a")["Programmed"] == "True"
+
+
+def test_what_is_advertised_for_a_host_may_be_a_name() -> None:
+    world = World(Options(advertise=("gw.example.com", "192.0.2.7")))
+    world.apply(GATEWAY)
+    assert plain(world.status("Gateway", "gw").addresses) == [
+        {"type": "Hostname", "value": "gw.example.com"},
+        {"type": "IPAddress", "value": "192.0.2.7"},
+    ]
+    assert list(world.of("entry")) == ["entry/192.0.2.7|80/TCP"]
 
 
 def test_pool_that_is_none() -> None:

@@ -146,3 +146,15 @@ def test_missing_and_foreign_gateways() -> None:
     assert "Gateway default/gw does not exist" in world.message("ListenerSet", "set", "Accepted")
     world.apply(OPEN.replace("weft", "theirs"))
     assert world.status("ListenerSet", "set") is None
+
+
+def test_gateway_that_is_not_accepted() -> None:
+    world = World()
+    world.apply(
+        join(
+            OPEN + "\n  infrastructure: {parametersRef: {group: a.test, kind: B, name: c}}",
+            listener_set("set", "name: a, port: 81, protocol: HTTP"),
+        )
+    )
+    assert status(world, "set")["Accepted"] == "False ParentNotAccepted"
+    assert world.listener("a", "set", "ListenerSet")["Programmed"] == "False Invalid"
