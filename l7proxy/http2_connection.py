@@ -8,6 +8,8 @@ and `http2_client` only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import socket
 from typing import ClassVar, Generic, TypeVar, cast
 
@@ -508,10 +510,10 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
 
     def _shut(self) -> None:
         """All is written. The peer learns of it at once, and closes; not by write_eof, which makes
-        uvloop free a handle twice."""
+        uvloop free a handle twice. TLS has no half-close: its peer has GOAWAY to go by."""
         sock = self._transport.get_extra_info("socket")
-        if self._transport.get_extra_info("ssl_object") is None and sock is not None:
-            try:
-                sock.shutdown(socket.SHUT_WR)
-            except OSError:
-                self._transport.abort()
+        if self._transport.get_extra_info("ssl_object") is not None or sock.fileno() < 0:
+            return
+        # uvloop's socket objects cannot be shut down; a duplicate of the descriptor can.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as own:
+            own.shutdown(socket.SHUT_WR)

@@ -17,6 +17,7 @@ from l7proxy.message import Framing, Headers, ProtocolError, RequestHead, Respon
 from l7proxy.streams import StreamReset
 from mesh.model.nodeconfig import Settings
 from tests.http2_peer import RawPeer
+from tests.loops import on_both_loops
 
 OK = [(b":status", b"200")]
 
@@ -89,6 +90,7 @@ async def endpoint(
         await asyncio.wait_for(client.gone.wait(), 5)
 
 
+@on_both_loops
 async def test_a_request_and_its_response() -> None:
     async with endpoint() as e:
         stream, event = await e.request(
@@ -137,6 +139,7 @@ async def test_a_request_and_its_response() -> None:
         (b"GET", [(b":status", b"204")], None, Framing.NONE),
     ],
 )
+@on_both_loops
 async def test_bodies_of_responses(
     method: bytes, fields: Headers, data: bytes | None, body: object
 ) -> None:
@@ -170,6 +173,7 @@ async def test_bodies_of_responses(
         ([*OK, *[(b"a", b"b")] * 101], None),
     ],
 )
+@on_both_loops
 async def test_malformed_responses_fail_alone(fields: Headers, data: bytes | None) -> None:
     async with endpoint() as e:
         stream, _ = await e.request()
@@ -190,6 +194,7 @@ async def test_malformed_responses_fail_alone(fields: Headers, data: bytes | Non
         assert e.client.active == 0
 
 
+@on_both_loops
 async def test_no_101_in_http2() -> None:
     async with endpoint() as e:
         stream, _ = await e.request()
@@ -208,6 +213,7 @@ async def whole(stream: Http2ClientStream) -> bytes:
     return body
 
 
+@on_both_loops
 async def test_settings_make_capacity() -> None:
     async with endpoint({SettingCodes.MAX_CONCURRENT_STREAMS: 2}) as e:
         assert e.client.capacity == 100  # nothing of the endpoint has come yet
@@ -225,6 +231,7 @@ async def test_settings_make_capacity() -> None:
         assert len(e.changes) == 3
 
 
+@on_both_loops
 async def test_a_lowered_limit_leaves_requests_unprocessed() -> None:
     async with endpoint({SettingCodes.MAX_CONCURRENT_STREAMS: 1}) as e:
         await e.request()
@@ -240,6 +247,7 @@ async def test_a_lowered_limit_leaves_requests_unprocessed() -> None:
     ("code", "unprocessed"),
     [(ErrorCodes.REFUSED_STREAM, True), (ErrorCodes.INTERNAL_ERROR, False)],
 )
+@on_both_loops
 async def test_reset_before_a_response(code: ErrorCodes, unprocessed: bool) -> None:
     async with endpoint() as e:
         for reused in (False, True):
@@ -255,6 +263,7 @@ async def test_reset_before_a_response(code: ErrorCodes, unprocessed: bool) -> N
             assert not e.client.closed
 
 
+@on_both_loops
 async def test_reset_in_mid_body() -> None:
     async with endpoint() as e:
         stream, _ = await e.request()
@@ -270,6 +279,7 @@ async def test_reset_in_mid_body() -> None:
         assert not caught.value.reused
 
 
+@on_both_loops
 async def test_answered_before_the_end_of_the_request() -> None:
     """A whole response, then RST_STREAM(NO_ERROR): the response counts (RFC 9113 §8.1)."""
     async with endpoint() as e:
@@ -286,6 +296,7 @@ async def test_answered_before_the_end_of_the_request() -> None:
         assert e.client.active == 0
 
 
+@on_both_loops
 async def test_abort_cancels_and_frees_the_window() -> None:
     async with endpoint() as e:
         for _ in range(10):  # more than the connection's window in all
@@ -303,6 +314,7 @@ async def test_abort_cancels_and_frees_the_window() -> None:
         assert e.client.active == 0
 
 
+@on_both_loops
 async def test_goaway_leaves_later_streams_unprocessed() -> None:
     async with endpoint() as e:
         first, _ = await e.request()
@@ -324,6 +336,7 @@ async def test_goaway_leaves_later_streams_unprocessed() -> None:
         assert await e.peer.goaway() == ErrorCodes.NO_ERROR
 
 
+@on_both_loops
 async def test_the_connection_breaks() -> None:
     async with endpoint() as e:
         answered, _ = await e.request()
@@ -345,6 +358,7 @@ async def test_the_connection_breaks() -> None:
             await e.client.open().request(head())
 
 
+@on_both_loops
 async def test_close_lets_streams_finish() -> None:
     async with endpoint() as e:
         stream, _ = await e.request()
@@ -355,6 +369,7 @@ async def test_close_lets_streams_finish() -> None:
         assert await e.peer.goaway() == ErrorCodes.NO_ERROR
 
 
+@on_both_loops
 async def test_a_broken_endpoint() -> None:
     async with endpoint() as e:
         stream, _ = await e.request()
@@ -364,6 +379,7 @@ async def test_a_broken_endpoint() -> None:
         assert await e.peer.goaway() == ErrorCodes.FRAME_SIZE_ERROR
 
 
+@on_both_loops
 async def test_interim_responses_without_end() -> None:
     async with endpoint() as e:
         stream, _ = await e.request()
@@ -379,6 +395,7 @@ async def test_interim_responses_without_end() -> None:
         assert caught.value.reason == "too_many_interim_responses"
 
 
+@on_both_loops
 async def test_an_endpoint_that_does_not_open_its_window() -> None:
     async with endpoint(limits=Settings(body_timeout_s=0.1)) as e:
         e.peer.acknowledge = False

@@ -29,6 +29,7 @@ from l7proxy.message import Framing, ResponseHead
 from l7proxy.streams import ConnectionInfo, ServerStream
 from mesh.model.nodeconfig import Settings
 from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest, echo
+from tests.loops import on_both_loops
 
 CALM = ErrorCodes.ENHANCE_YOUR_CALM
 PROTOCOL = ErrorCodes.PROTOCOL_ERROR
@@ -152,6 +153,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("flood", FLOODS)
+@on_both_loops
 async def test_flood(flood: str) -> None:
     make, code, reason = FLOODS[flood]
     gone = asyncio.Event()
@@ -180,6 +182,7 @@ async def test_flood(flood: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0" * 9]
 )
+@on_both_loops
 async def test_no_preface(data: bytes) -> None:
     async with ServerUnderTest() as server:
         peer = await server.raw()
@@ -188,6 +191,7 @@ async def test_no_preface(data: bytes) -> None:
         assert server.refused == ["h2_preface"]
 
 
+@on_both_loops
 async def test_streams_beyond_the_limit_are_refused() -> None:
     gate = asyncio.Event()
 
@@ -208,6 +212,7 @@ async def test_streams_beyond_the_limit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False])
+@on_both_loops
 async def test_body_too_large(declared: bool) -> None:
     from tests.test_http2_server import answer_errors
 
@@ -220,6 +225,7 @@ async def test_body_too_large(declared: bool) -> None:
         assert (await peer.response(peer.request(POST, b"1234567890")))[0] == 200
 
 
+@on_both_loops
 async def test_a_client_that_does_not_read_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(l7proxy.http2_connection, "_MAX_BACKLOG", 100_000)
     async with ServerUnderTest() as server:
@@ -245,6 +251,7 @@ async def test_a_client_that_does_not_read_answers(monkeypatch: pytest.MonkeyPat
         await bad.close()
 
 
+@on_both_loops
 async def test_slow_connections_are_closed() -> None:
     settings = Settings(head_timeout_s=0.1, idle_timeout_s=0.2)
     async with ServerUnderTest(settings=settings) as server:
@@ -268,6 +275,7 @@ async def test_slow_connections_are_closed() -> None:
         assert server.refused == ["head_timeout"] * 4
 
 
+@on_both_loops
 async def test_a_body_that_does_not_come() -> None:
     from tests.test_http2_server import answer_errors
 
@@ -278,6 +286,7 @@ async def test_a_body_that_does_not_come() -> None:
         assert server.refused == ["body_timeout"]
 
 
+@on_both_loops
 async def test_a_conversation_may_be_silent() -> None:
     """Once the response has begun, a client that waits for more of it owes nothing."""
     gate = asyncio.Event()
@@ -303,6 +312,7 @@ async def test_a_conversation_may_be_silent() -> None:
 
 
 @pytest.mark.parametrize("window", [0, 100])
+@on_both_loops
 async def test_a_client_that_does_not_open_its_window(window: int) -> None:
     async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
         await stream.respond(ResponseHead(200, [], Framing.STREAM))

@@ -12,6 +12,7 @@ from l7proxy.message import Framing, RequestHead, ResponseHead
 from l7proxy.streams import ConnectionInfo, Reader, ServerStream, Writer
 from mesh.model.nodeconfig import Settings
 from tests.http2_peer import ServerUnderTest
+from tests.loops import on_both_loops
 
 TRAILERS = [(b"x-sum", b"1")]
 
@@ -57,6 +58,7 @@ async def upside_down(stream: ServerStream, info: ConnectionInfo) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
+@on_both_loops
 async def test_random_bodies_in_random_pieces(seed: int) -> None:
     rng = random.Random(seed)
     async with ServerUnderTest(upside_down) as backend:
@@ -112,6 +114,7 @@ async def rest(stream: Http2ClientStream) -> bytes:
     return bytes(body)
 
 
+@on_both_loops
 async def test_a_client_that_leaves_is_told_upstream() -> None:
     gone = asyncio.Event()
 
@@ -139,6 +142,7 @@ async def test_a_client_that_leaves_is_told_upstream() -> None:
         relay.client.close()
 
 
+@on_both_loops
 async def test_many_requests_on_one_connection() -> None:
     async def hello(stream: ServerStream, info: ConnectionInfo) -> None:
         await stream.respond(ResponseHead(200, [], 5))

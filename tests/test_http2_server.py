@@ -15,6 +15,7 @@ from l7proxy.message import Framing, ProtocolError, ResponseHead
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
 from mesh.model.nodeconfig import Settings
 from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest, echo
+from tests.loops import on_both_loops
 
 BIG = bytes(range(256)) * 1600  # 400 KiB, more than any window
 
@@ -27,6 +28,7 @@ async def answer_errors(stream: ServerStream, info: ConnectionInfo) -> None:
         await stream.respond(ResponseHead(error.status, [(b"x-reason", error.reason.encode())]))
 
 
+@on_both_loops
 async def test_get_and_echo() -> None:
     async with ServerUnderTest() as server:
         peer = await server.peer()
@@ -40,6 +42,7 @@ async def test_get_and_echo() -> None:
         assert server.refused == []
 
 
+@on_both_loops
 async def test_head_of_a_request() -> None:
     heads = []
 
@@ -120,6 +123,7 @@ MALFORMED = {
 }
 
 
+@on_both_loops
 async def test_malformed_requests_fail_alone() -> None:
     """All on one connection, which goes on."""
     async with ServerUnderTest() as server:
@@ -147,6 +151,7 @@ def send_headers(peer: RawPeer, stream_id: int, fields: list[tuple[bytes, bytes]
 @pytest.mark.parametrize(
     ("sent", "end", "status"), [(b"abc", True, 400), (b"abcdef", False, 400), (b"abcde", True, 200)]
 )
+@on_both_loops
 async def test_content_length_against_data(sent: bytes, end: bool, status: int) -> None:
     async with ServerUnderTest(answer_errors) as server:
         peer = await server.peer()
@@ -157,6 +162,7 @@ async def test_content_length_against_data(sent: bytes, end: bool, status: int) 
 
 
 @pytest.mark.parametrize("fed", ["whole", "bytes", "halves"])
+@on_both_loops
 async def test_fed_in_pieces(fed: str) -> None:
     """The whole conversation of a client in one write, byte by byte, and with a frame's tail."""
     async with ServerUnderTest() as server:
@@ -193,6 +199,7 @@ async def made(server: ServerUnderTest) -> object:
     ("method", "status", "length"),
     [(b"HEAD", 200, b"7"), (b"GET", 304, b"7"), (b"GET", 204, None), (b"HEAD", 404, b"7")],
 )
+@on_both_loops
 async def test_no_content_where_none_may_be(
     method: bytes, status: int, length: bytes | None
 ) -> None:
@@ -208,6 +215,7 @@ async def test_no_content_where_none_may_be(
         assert b"connection" not in fields
 
 
+@on_both_loops
 async def test_interim_responses() -> None:
     async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
         stream.inform(ResponseHead(100, []))
@@ -232,6 +240,7 @@ async def test_interim_responses() -> None:
 
 
 @pytest.mark.parametrize("window", [1000, 16_384, 100_000])
+@on_both_loops
 async def test_large_bodies_and_small_windows(window: int) -> None:
     """Interleaved streams, up and down at once, each within its windows."""
 
@@ -259,6 +268,7 @@ async def test_large_bodies_and_small_windows(window: int) -> None:
             await peer.event(h2.events.TrailersReceived, stream_id)
 
 
+@on_both_loops
 async def test_a_stalled_stream_does_not_stop_others() -> None:
     gate = asyncio.Event()
 
@@ -294,6 +304,7 @@ async def send_all(peer: RawPeer, stream_id: int, data: bytes, *, end: bool = Tr
             await peer.more()
 
 
+@on_both_loops
 async def test_answered_before_the_end_of_the_request() -> None:
     async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
         await stream.respond(ResponseHead(403, [], 2))
@@ -310,6 +321,7 @@ async def test_answered_before_the_end_of_the_request() -> None:
         assert server.refused == []
 
 
+@on_both_loops
 async def test_reset_by_the_client_cancels_the_handler() -> None:
     ends: asyncio.Queue[str] = asyncio.Queue()
 
@@ -345,6 +357,7 @@ async def test_reset_by_the_client_cancels_the_handler() -> None:
 
 
 @pytest.mark.parametrize("how", ["abort", "return", "return early"])
+@on_both_loops
 async def test_an_unfinished_response_is_reset(how: str) -> None:
     async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
         if how == "return early":
@@ -363,6 +376,7 @@ async def test_an_unfinished_response_is_reset(how: str) -> None:
         assert peer.body(stream_id) == (b"" if how == "return early" else b"half")
 
 
+@on_both_loops
 async def test_drain_lets_streams_finish() -> None:
     gate = asyncio.Event()
 
@@ -427,6 +441,7 @@ async def read_until(peer: RawPeer, what: bytes, times: int = 1, so_far: bytes =
     return data
 
 
+@on_both_loops
 async def test_drain_of_an_idle_connection_closes_it() -> None:
     async with ServerUnderTest() as server:
         peer = await server.peer()
@@ -436,6 +451,7 @@ async def test_drain_of_an_idle_connection_closes_it() -> None:
         await peer.close()
 
 
+@on_both_loops
 async def test_requests_per_connection() -> None:
     async with ServerUnderTest(settings=Settings(max_requests_per_connection=2)) as server:
         peer = await server.peer()
@@ -447,6 +463,7 @@ async def test_requests_per_connection() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nghttp") is None, reason="nghttp2-client is not installed")
+@on_both_loops
 async def test_nghttp(tmp_path: object) -> None:
     async with ServerUnderTest() as server:
         url = f"http://127.0.0.1:{server.port}"
@@ -457,6 +474,7 @@ async def test_nghttp(tmp_path: object) -> None:
 
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="nghttp2-client is not installed")
+@on_both_loops
 async def test_h2load() -> None:
     async with ServerUnderTest() as server:
         url = f"http://127.0.0.1:{server.port}/"
