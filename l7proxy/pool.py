@@ -137,9 +137,9 @@ class Pool:
         while self._waiters:
             if not (waiter := self._waiters.popleft()).done():
                 waiter.set_exception(Retired())
-        for connection in tuple(self._connections):
-            connection.close()
         self._stop_sweep()
+        for connection in tuple(self._connections):
+            self._serve(connection, used=True)
 
     def close_idle(self) -> None:
         """Drop idle connections: one of them turned out to be closed by the endpoint."""
@@ -182,8 +182,6 @@ class Pool:
             raise
         self._connecting -= 1
         self._connections.add(connection)
-        if self._retired:
-            connection.close()
         self._serve(connection, used=False)
 
     def _fail_waiters(self, error: UpstreamError) -> None:
@@ -201,12 +199,16 @@ class Pool:
             self._serve(connection, used=True)
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
+        if self._retired and not connection.active:
+            connection.close()
         if connection.closed:
             self._ready.pop(connection, None)
             if not connection.active:
                 self._connections.discard(connection)
                 self._connect_more()
                 self._check_empty()
+            return
+        if self._retired:
             return
         waiters = self._waiters
         while waiters and connection.capacity > 0:
