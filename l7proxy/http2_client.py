@@ -12,8 +12,9 @@ from collections.abc import Callable
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError as H2ProtocolError
 
-from l7proxy.http2_connection import Http2Connection, Http2Stream
+from l7proxy.http2_connection import Http2Connection
 from l7proxy.http2_fields import request_fields, response_head
+from l7proxy.http2_stream import Http2Stream
 from l7proxy.message import Framing, ProtocolError, RequestHead, ResponseHead
 from l7proxy.streams import ClientConnection, StreamReset
 from mesh.model.nodeconfig import Settings

@@ -184,7 +184,7 @@ def outgoing(headers: Headers) -> Headers:
     for name, value in headers:
         if name in _FRAMING:
             continue
-        check_header(name, value)
+        _check(name, value, 500)
         if name in _SECRET:
             fields.append(NeverIndexedHeaderTuple(name, value))
         else:

@@ -12,8 +12,9 @@ from http import HTTPStatus
 
 from h2.errors import ErrorCodes
 
-from l7proxy.http2_connection import Http2Connection, Http2Stream
+from l7proxy.http2_connection import Http2Connection
 from l7proxy.http2_fields import bodiless, request_head, response_fields
+from l7proxy.http2_stream import Http2Stream
 from l7proxy.message import Framing, ProtocolError, RequestHead, ResponseHead
 from l7proxy.streams import ConnectionInfo, Handler, StreamReset
 from l7proxy.tasks import spawn
