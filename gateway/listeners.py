@@ -159,9 +159,17 @@ def _conflict(one: Merged, others: list[Merged]) -> Problem | None:
 
 
 def gateway_doors(view: View, key: ObjectKey) -> Doors:
-    gateway: Gateway = view.get("gateways", key).gateway
+    ours: Ours = view.get("gateways", key)
     owner = ParentKey("Gateway", *key)
-    return Doors(key, tuple(_door(owner, spec) for spec in gateway.spec.listeners), None)
+    doors = tuple(_door(owner, spec) for spec in ours.gateway.spec.listeners)
+    return Doors(key, doors, _closed(key, ours))
+
+
+def _closed(key: ObjectKey, ours: Ours) -> Problem | None:
+    """A Gateway that is not accepted serves nothing, and its routes say so."""
+    if ours.problem is None:
+        return None
+    return Problem("Pending", f"Gateway {key} is not accepted; see its status")
 
 
 def set_doors(view: View, key: ObjectKey) -> Doors:
@@ -169,10 +177,12 @@ def set_doors(view: View, key: ObjectKey) -> Doors:
     listener_set: ListenerSet = view.get("ListenerSet", key)
     owner = ParentKey("ListenerSet", *key)
     doors = tuple(_door(owner, spec) for spec in listener_set.spec.listeners)
-    problem = None
+    problem: Problem | None
     if parent.problem is not None:
         message = f"ListenerSet {key} is not accepted: {parent.problem.message}"
         problem = Problem("NotAllowedByListeners", message)
+    else:
+        problem = _closed(parent.gateway, view.get("gateways", parent.gateway))
     return Doors(parent.gateway, doors, problem)
 
 

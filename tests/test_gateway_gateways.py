@@ -184,14 +184,19 @@ def test_generation_is_observed_everywhere() -> None:
 
 def test_parameters_are_refused() -> None:
     world = World()
+    parameters = "{group: example.com, kind: Settings, name: mine}"
     world.apply(
-        GATEWAY
-        + "  infrastructure: {parametersRef: {group: example.com, kind: Settings, name: mine}}"
+        join(GATEWAY + f"  infrastructure: {{parametersRef: {parameters}}}", BACKEND, ROUTE)
     )
     assert world.gateway()["Accepted"] == "False InvalidParameters"
     assert world.gateway()["Programmed"] == "False Invalid"
     assert "spec.infrastructure.parametersRef" in world.message("Gateway", "gw", "Accepted")
     assert not world.of("port")
+    # Its routes do not claim to be served.
+    assert world.route("route")["Accepted"] == "False Pending"
+    assert not world.of("route")
+    world.apply(GATEWAY)
+    assert world.route("route")["Accepted"] == "True"
 
 
 # --- listeners ----------------------------------------------------------------------------------
