@@ -99,9 +99,10 @@ def _carries(names: tuple[tuple[str, str], ...], wanted: SubjectAltName) -> bool
 
 
 def _same_host(name: str, wanted: str) -> bool:
-    """Equal, or one is a wildcard for the first label of the other (RFC 6125 §6.4.3)."""
+    """Equal, or one is a wildcard for the first label of the other (RFC 6125 §6.4.3). As in OpenSSL
+    at least two labels must follow the wildcard."""
     if name == wanted:
         return True
     first, _, rest = name.partition(".")
     wanted_first, _, wanted_rest = wanted.partition(".")
-    return rest == wanted_rest and bool(rest) and "*" in (first, wanted_first)
+    return rest == wanted_rest and "." in rest and "*" in (first, wanted_first)
