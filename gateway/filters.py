@@ -56,10 +56,6 @@ def translate(
                 refused.append(Problem("UnsupportedValue", f"{field} {one.type} is not supported"))
             else:
                 result.append(translated)
-    kinds = [type(one) for one in result]
-    if nodeconfig.Redirect in kinds and nodeconfig.Rewrite in kinds:
-        message = f"{where}.filters: RequestRedirect and URLRewrite exclude each other"
-        refused.append(Problem("IncompatibleFilters", message))
     return Filters(tuple(result), tuple(clusters), tuple(refused), tuple(unresolved))
 
 

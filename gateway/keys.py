@@ -27,10 +27,6 @@ class ParentKey(NamedTuple):
     namespace: str
     name: str
 
-    @property
-    def object(self) -> ObjectKey:
-        return ObjectKey(self.namespace, self.name)
-
     def __str__(self) -> str:
         return f"{self.kind} {self.namespace}/{self.name}"
 

@@ -128,12 +128,9 @@ def _classify(owner: ParentKey, spec: Listener | ListenerEntry) -> Merged:
         message = f"protocol {spec.protocol} is not supported; use HTTP or HTTPS"
         return Merged(owner, spec, (), (), Problem("UnsupportedProtocol", message), None)
     problem = None
-    if spec.protocol == "HTTPS" and spec.tls is not None:
-        if spec.tls.mode == "Passthrough":
-            problem = Problem("UnsupportedValue", "tls.mode Passthrough: HTTPS is terminated here")
-        elif spec.tls.options:
-            names = ", ".join(sorted(spec.tls.options))
-            problem = Problem("UnsupportedValue", f"tls.options: {names} not supported")
+    if spec.protocol == "HTTPS" and spec.tls is not None and spec.tls.options:
+        names = ", ".join(sorted(spec.tls.options))
+        problem = Problem("UnsupportedValue", f"tls.options: {names} not supported")
     asked = spec.allowed_routes.kinds
     kinds = tuple(kind.kind for kind in asked if kind.group == GROUP and kind.kind in ROUTE_KINDS)
     bad = tuple(kind.kind for kind in asked if kind.group != GROUP or kind.kind not in ROUTE_KINDS)

@@ -309,6 +309,13 @@ def test_certificate_that_is_none(refs: str, says: str) -> None:
     assert says in world.message("Gateway", "gw", "ResolvedRefs", "https")
 
 
+def test_https_without_certificates() -> None:
+    world = World()
+    world.apply(GATEWAY.replace("protocol: HTTP}", "protocol: HTTPS}"))
+    assert world.listener("http")["ResolvedRefs"] == "False InvalidCertificateRef"
+    assert "names no certificate" in world.message("Gateway", "gw", "ResolvedRefs", "http")
+
+
 def test_one_good_certificate_is_enough_to_serve() -> None:
     world = World()
     refs = "[{name: missing}, {name: cert}]"
