@@ -304,10 +304,10 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         self._flush_planned = False
         self._unflushed = 0
         data = self._h2.data_to_send()
-        if not data or self._transport.is_closing():
+        if not data or self.closing or self._transport.is_closing():
             return
         self._transport.write(data)
-        if self._transport.get_write_buffer_size() > _MAX_BACKLOG and not self.closing:
+        if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
             self.refused("h2_write_backlog")
             self.closing = True
             self._transport.abort()
