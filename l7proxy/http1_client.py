@@ -46,7 +46,7 @@ class Http1Client(Link):
 
     @property
     def closed(self) -> bool:
-        return self._closing or self.eof or self.transport is None or self.transport.is_closing()
+        return self._closing or self.eof or self.gone
 
     @property
     def active(self) -> int:
@@ -195,7 +195,7 @@ class _Stream:
 
     async def _send(self, pieces: Sequence[bytes]) -> None:
         connection = self._connection
-        if connection.lost or self._released or connection.transport is None:
+        if connection.transport is None or connection.gone or self._released:
             raise self._reset("the backend is gone")
         connection.transport.writelines(pieces)
         if connection.write_paused:

@@ -234,7 +234,7 @@ def _destination(
     if len(hosts) > 1:
         raise ProtocolError(400, "several_hosts", "more than one Host field")
     if not hosts and version == b"1.1":
-        raise ProtocolError(400, "no_host", "HTTP/1.1 requires a Host field")
+        raise ProtocolError(400, "no_host", "the request has no Host field")
     authority = normalise_authority(hosts[0]) if hosts else b""
     if target[:1] != b"/" and (absolute := _ABSOLUTE.fullmatch(target)) is not None:
         if absolute[1].lower() != scheme:

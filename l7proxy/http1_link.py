@@ -79,6 +79,11 @@ class Link(asyncio.Protocol):
         self._stall = Deadline(self.loop, self._check_progress)
         self._waiting_bytes = 0
 
+    @property
+    def gone(self) -> bool:
+        """Nothing can be written any more: it is lost, or about to be."""
+        return self.lost or self.transport is None or self.transport.is_closing()
+
     # --- from the event loop ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -139,7 +144,7 @@ class Link(asyncio.Protocol):
         """Stop receiving while more than enough is buffered, and go on when it is not."""
         if (buffered > READ_AHEAD) is self._read_paused:
             return
-        if self.lost or self.transport is None or self.transport.is_closing():
+        if self.transport is None or self.gone:
             return
         self._read_paused = not self._read_paused
         if self._read_paused:
@@ -165,7 +170,7 @@ class Link(asyncio.Protocol):
     async def flush(self) -> None:
         """Wait until the kernel has every byte, or the connection is lost. Nothing may be written
         afterwards. Not for TLS, whose transports cannot tell; their `close` flushes."""
-        if self.transport is None or self.lost or self.tls:
+        if self.transport is None or self.gone or self.tls:
             return
         self.transport.set_write_buffer_limits(0)  # pauses unless there is nothing to wait for
         await self.room()
@@ -174,7 +179,7 @@ class Link(asyncio.Protocol):
         """Tell the peer that no more will come, once it has everything. TLS has no half-close
         here: nothing happens then."""
         await self.flush()
-        if self.lost or self.tls or self.transport is None or self.transport.is_closing():
+        if self.transport is None or self.gone or self.tls:
             return
         own = self.transport.get_extra_info("socket")
         # uvloop's socket objects cannot be shut down; a duplicate of the descriptor can.

@@ -25,6 +25,8 @@ _DISCARD_BYTES = 64 * 1024
 # reset could destroy the response before the client has read it (RFC 9112 §9.6).
 _LINGER_S = 2.0
 _LINGER_BYTES = 1024 * 1024
+# A TLS connection cannot be half-closed here, so that the client may wait for this to pass.
+_LINGER_TLS_S = 0.2
 # An idle connection being drained may have a request in its socket that was not read yet.
 _DRAIN_GRACE_S = 0.05
 
@@ -124,7 +126,7 @@ class Http1Server(Link):
     def _expired(self) -> None:
         """The client took too long over a head, over a body, between requests, or to go away."""
         if self._lingering is not None:
-            self.close_now()
+            self._lingering = -1
         elif self._stream is not None:
             self.failure = ProtocolError(408, "body_timeout", "the request's body did not come")
         elif not self.codec.between_requests:
@@ -227,7 +229,7 @@ class Http1Server(Link):
     def _refuse(self, error: ProtocolError) -> None:
         """Answer in the handler's place."""
         self.fail(error)
-        if self.transport is not None and not self.lost:
+        if self.transport is not None and not self.gone:
             self.transport.write(self.codec.error(error))
 
     async def _linger(self) -> None:
@@ -237,10 +239,15 @@ class Http1Server(Link):
         self.timer.clear()
         self.hold_input(0)
         await self.half_close()
-        if not self.eof:
+        if not self.tls:
             self.timer.set(_LINGER_S)
+        elif self.failure is None and self.codec.request_complete:
+            self._lingering = -1
+        else:
+            self.timer.set(_LINGER_TLS_S)
         while not self.eof and self._lingering >= 0:
             await self.more_input()
+        self.timer.close()
         if self.transport is not None:
             self.transport.close()
 
@@ -302,13 +309,14 @@ class _Stream:
             connection.fail(connection.failure)
 
     def inform(self, head: ResponseHead) -> None:
-        if self.responded or self._connection.lost or self._connection.transport is None:
+        transport = self._connection.transport
+        if self.responded or transport is None or self._connection.gone:
             return
         if head.status == 100:
             if not self._continue_due:
                 return
             self._continue_due = False
-        self._connection.transport.write(self._connection.codec.informational(head))
+        transport.write(self._connection.codec.informational(head))
 
     async def respond(self, head: ResponseHead) -> None:
         codec = self._connection.codec
@@ -335,7 +343,7 @@ class _Stream:
 
     async def _send(self, pieces: Sequence[bytes]) -> None:
         connection = self._connection
-        if connection.lost or connection.transport is None:
+        if connection.transport is None or connection.gone:
             raise StreamReset("the client is gone")
         connection.transport.writelines(pieces)
         if connection.write_paused:

@@ -1,0 +1,114 @@
+"""Run by a test in a process of its own: clients, a relay and backends that close at random.
+
+`python -m tests.support.http1_storm SECONDS` ends with status 0 and prints how many connections
+there were; a double free in uvloop would abort it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+
+import uvloop
+
+from l7proxy.message import Framing, ResponseHead
+from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
+from mesh.model.nodeconfig import Settings
+from tests.support.http1 import connect, peer_of, reset, serving, shutdown
+
+_CLIENTS = 40
+_SETTINGS = Settings(head_timeout_s=0.05, body_timeout_s=0.05, idle_timeout_s=0.05)
+_UPGRADE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+_UPLOAD = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n"
+_PLAIN = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+async def _backend(stream: ServerStream, info: ConnectionInfo) -> None:
+    """Answers with much, and gives up wherever it likes."""
+    chance = random.Random()
+    try:
+        if stream.head.upgrade is not None:
+            await stream.respond(ResponseHead(101, [], upgrade=stream.head.upgrade))
+        else:
+            await stream.respond(ResponseHead(200, [], Framing.STREAM))
+        for _ in range(chance.randrange(20)):
+            await stream.write(b"x" * chance.randrange(1, 60_000))
+            if chance.random() < 0.1:
+                stream.abort("by chance")
+                return
+        await stream.finish([])
+    except StreamReset:
+        stream.abort("the other side was first")
+
+
+def _relay(port: int) -> Handler:
+    async def handle(stream: ServerStream, info: ConnectionInfo) -> None:
+        connection = await connect(port)
+        upstream = connection.open()
+
+        async def up() -> None:
+            try:
+                while chunk := await stream.read():
+                    await upstream.write(chunk)
+                await upstream.finish([])
+            except Exception as error:
+                upstream.abort(str(error))
+
+        uploading = asyncio.ensure_future(up())
+        try:
+            await upstream.request(stream.head)
+            await stream.respond(await upstream.response())
+            while chunk := await upstream.read():
+                await stream.write(chunk)
+            await stream.finish([])
+        except StreamReset as error:
+            stream.abort(str(error))
+        finally:
+            uploading.cancel()
+            upstream.abort("over")
+
+    return handle
+
+
+async def _client(port: int, until: float) -> int:
+    chance = random.Random()
+    count = 0
+    while asyncio.get_running_loop().time() < until:
+        count += 1
+        async with peer_of(port) as (reader, writer):
+            try:
+                request = chance.choice((_PLAIN, _UPLOAD, _UPGRADE))
+                writer.write(request)
+                for _ in range(chance.randrange(6)):
+                    if writer.is_closing():
+                        break
+                    writer.write(b"y" * chance.randrange(1, 50_000))
+                    await asyncio.wait_for(reader.read(chance.randrange(1, 80_000)), 0.02)
+                    if writer.is_closing():
+                        break
+                    match chance.randrange(8):
+                        case 0:
+                            shutdown(writer)
+                        case 1:
+                            reset(writer)
+                        case 2:
+                            writer.close()
+            except (OSError, TimeoutError):
+                continue
+    return count
+
+
+async def _storm(seconds: float) -> None:
+    until = asyncio.get_running_loop().time() + seconds
+    async with (
+        serving(_backend, _SETTINGS) as behind,
+        serving(_relay(behind.port), _SETTINGS) as front,
+    ):
+        counts = await asyncio.gather(*(_client(front.port, until) for _ in range(_CLIENTS)))
+    print(sum(counts))
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_storm(float(sys.argv[1])))
