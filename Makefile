@@ -19,10 +19,13 @@ run: setup
 	@exec .venv/bin/python examples/storefront/run.py
 
 check: setup-dev
+	@mkdir -p build
 	@echo "check: ruff" && .venv/bin/ruff check -q .
 	@.venv/bin/ruff format -q --check . || { echo "format with: .venv/bin/ruff format" >&2; exit 1; }
 	@echo "check: mypy --strict" && .venv/bin/mypy
-	@echo "check: import layers" && .venv/bin/lint-imports --no-logo >build/lint-imports.txt 2>&1 || { cat build/lint-imports.txt >&2; exit 1; }
+	@echo "check: import layers"
+	@.venv/bin/lint-imports --no-logo >build/imports.txt 2>&1 || { cat build/imports.txt >&2; exit 1; }
+	@echo "check: module list" && .venv/bin/python scripts/modules.py --check
 
 test: check
 	@.venv/bin/pytest --cov --cov-report=term:skip-covered --durations=5
@@ -31,9 +34,10 @@ acceptance: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m acceptance $(ARGS)
 
 bench: setup-dev
-	@.venv/bin/python tests/bench_routes.py
+	@.venv/bin/python tests/bench_routes.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-		.import_linter_cache .coverage examples/storefront/manifests/secret.generated.yaml
+		.import_linter_cache .coverage examples/storefront/*.generated.* \
+		examples/storefront/manifests/*.generated.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

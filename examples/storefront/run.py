@@ -180,6 +180,7 @@ def start_gateway(processes: Processes, run_dir: Path) -> None:
             f"--manifests={MANIFESTS}",
             f"--run-dir={run_dir}",
             "--bind-address=127.0.0.1",
+            "--advertise=127.0.0.1",
             f"--admin=127.0.0.1:{ADMIN}",
             "--access-log=json",
             "--drain-timeout=3",
