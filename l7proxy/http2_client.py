@@ -181,6 +181,8 @@ class Http2Client(Http2Connection[Http2ClientStream]):
         self.send_headers(stream_id, fields, end_stream=end_stream)
         self._waiting.discard(stream)
         self.streams[stream_id] = stream
+        if stream_id >= _LAST_STREAM_ID - 1:
+            self.close()  # as its last stream ends
         return stream_id
 
     def forget(self, stream: Http2Stream) -> None:

@@ -135,15 +135,13 @@ class Http2Server(Http2Connection[Http2ServerStream]):
     # --- requests -------------------------------------------------------------------------------
 
     def on_head(self, stream_id: int, *, ended: bool) -> None:
-        now = self._loop.time()
-        if (
-            len(self.streams) >= self.settings.h2_max_concurrent_streams
-            or stream_id > self._last_accepted
-        ):
+        if stream_id > self._last_accepted:
             self.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
-            if stream_id <= self._last_accepted:
-                self.refused("h2_max_concurrent_streams")
-                self._guard.reset(now)
+            return
+        if self._is_full():
+            self.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            self.refused("h2_max_concurrent_streams")
+            self._guard.reset(self._loop.time())
             return
         try:
             head = request_head(
@@ -166,6 +164,17 @@ class Http2Server(Http2Connection[Http2ServerStream]):
         limit = self.settings.max_requests_per_connection
         if limit is not None and self._requests >= limit:
             self.drain()
+
+    def _is_full(self) -> bool:
+        """Whether the client has its streams, or left us so many that handlers still end."""
+        limit = self.settings.h2_max_concurrent_streams
+        if len(self.streams) < limit:
+            return False
+        in_use = sum(
+            not (stream.reset or (stream.ended and stream.finished))
+            for stream in self.streams.values()
+        )
+        return in_use >= limit or len(self.streams) >= 2 * limit
 
     async def _serve(self, stream: Http2ServerStream) -> None:
         await self._handler(stream, self._info)

@@ -370,6 +370,18 @@ async def test_close_lets_streams_finish() -> None:
 
 
 @on_both_loops
+async def test_a_connection_without_stream_ids_left() -> None:
+    async with endpoint() as e:
+        e.client._h2.highest_outbound_stream_id = 2**31 - 3  # as after a billion requests
+        stream, _ = await e.request()
+        assert stream.id == 2**31 - 1
+        assert (e.client.closed, e.client.active) == (True, 1)
+        e.answer(stream.id)
+        assert (await stream.response()).status == 200
+        assert await e.peer.goaway() == ErrorCodes.NO_ERROR
+
+
+@on_both_loops
 async def test_a_broken_endpoint() -> None:
     async with endpoint() as e:
         stream, _ = await e.request()

@@ -328,3 +328,32 @@ async def test_a_client_that_does_not_open_its_window(window: int) -> None:
         assert len(peer.body(stream_id)) == window
         assert server.refused == ["h2_write_timeout"]
         assert not server.connections[0].closing
+
+
+@on_both_loops
+async def test_a_client_that_does_not_read_at_all() -> None:
+    """Its windows are open, but its socket is full: body and heads wait, and not for ever."""
+    full = asyncio.Event()
+
+    async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
+        if stream.head.path != b"/large":
+            await full.wait()
+        await stream.respond(ResponseHead(200, [], Framing.STREAM))
+        while True:
+            write = asyncio.ensure_future(stream.write(bytes(100_000)))
+            await asyncio.wait([write], timeout=0.02)
+            if not write.done():
+                full.set()
+            await write
+
+    async with ServerUnderTest(handler, Settings(body_timeout_s=0.2)) as server:
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer = await server.peer({4: 2**31 - 1})
+        peer.conn.increment_flow_control_window(2**31 - 1 - 65535)
+        peer.request([*GET[:3], (b":path", b"/large")])
+        peer.writer.transport.pause_reading()
+        peer.request()
+        async with asyncio.timeout(10):
+            while len(server.refused) < 2:
+                await asyncio.sleep(0.01)
+        assert server.refused == ["h2_write_timeout"] * 2

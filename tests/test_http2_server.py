@@ -10,6 +10,7 @@ import h2.events
 import pytest
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
+from hyperframe.frame import GoAwayFrame, PingFrame
 
 from l7proxy.message import Framing, ProtocolError, ResponseHead
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
@@ -159,6 +160,62 @@ async def test_content_length_against_data(sent: bytes, end: bool, status: int) 
         assert (await peer.response(stream_id))[0] == status
         assert server.refused == ([] if status == 200 else ["content_length_mismatch"])
         assert (await peer.response(peer.request()))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "trailers", [[(b":path", b"/")], [(b"A", b"b")], [(b"a", b"b\r\n")], [(b"connection", b"x")]]
+)
+@on_both_loops
+async def test_malformed_trailers(trailers: list[tuple[bytes, bytes]]) -> None:
+    async with ServerUnderTest(answer_errors) as server:
+        peer = await server.peer()
+        stream_id = peer.request(POST, b"body", end=False)
+        peer.conn.send_headers(stream_id, trailers, end_stream=True)
+        peer.flush()
+        assert (await peer.response(stream_id))[0] == 400
+        assert len(server.refused) == 1
+
+
+@on_both_loops
+async def test_a_body_that_trailers_cut_short() -> None:
+    async with ServerUnderTest(answer_errors) as server:
+        peer = await server.peer()
+        stream_id = peer.request([*POST, (b"content-length", b"5")], b"body", end=False)
+        peer.conn.send_headers(stream_id, [(b"a", b"b")], end_stream=True)
+        peer.flush()
+        status, fields, _ = await peer.response(stream_id)
+        assert (status, fields[b"x-reason"]) == (400, b"content_length_mismatch")
+
+
+@on_both_loops
+async def test_a_refusal_without_room_for_its_reason() -> None:
+    async with ServerUnderTest() as server:
+        peer = await server.peer({SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        stream_id = peer.request([*GET, (b"a", b" b")])
+        reset = await peer.event(h2.events.StreamReset, stream_id)
+        assert reset.error_code == ErrorCodes.PROTOCOL_ERROR
+        assert dict((await peer.event(h2.events.ResponseReceived)).headers)[b":status"] == b"400"
+
+
+@on_both_loops
+async def test_a_client_that_goes_away_gets_its_answers() -> None:
+    gate = asyncio.Event()
+
+    async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
+        await gate.wait()
+        await echo(stream, info)
+
+    async with ServerUnderTest(handler) as server:
+        peer = await server.peer()
+        stream_id = peer.request()
+        peer.send_raw(GoAwayFrame(0).serialize() + PingFrame(0, b"has come").serialize())
+        await peer.until(lambda e: getattr(e, "ping_data", None) == b"has come")
+        gate.set()
+        assert (await peer.response(stream_id))[0] == 200
+        assert await peer.goaway() == ErrorCodes.NO_ERROR
+        idle = await server.peer()
+        idle.send_raw(GoAwayFrame(0).serialize())
+        assert await idle.goaway() == ErrorCodes.NO_ERROR
 
 
 @pytest.mark.parametrize("fed", ["whole", "bytes", "halves"])
