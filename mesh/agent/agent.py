@@ -36,6 +36,7 @@ from mesh.sources.directory import DirectorySource
 
 _log = logging.getLogger("weft.agent")
 _PR_SET_PDEATHSIG = 1
+_CHANNEL_PAUSE_S = 0.2
 
 
 class Agent:
@@ -58,8 +59,7 @@ class Agent:
 
     async def run(self) -> None:
         """Until SIGTERM or the end of the supervisor."""
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            self._loop.add_signal_handler(number, self._stop.set)
+        self._loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         self._control.setblocking(False)
         self._loop.add_reader(self._control.fileno(), self._control_ready)
         await self._api.start()
@@ -85,9 +85,9 @@ class Agent:
         self._node.workers_changed()
 
     def _worker_lost(self, number: int, pid: int) -> None:
-        """The supervisor makes a new channel, if the worker is still there."""
-        if not self._stop.is_set():
-            self._send(Worker(number, pid))
+        """The supervisor makes a new channel, if the worker is still there. Not at once: one that
+        refuses its channel time and again must not keep everybody busy."""
+        self._loop.call_later(_CHANNEL_PAUSE_S, self._send, Worker(number, pid))
 
     def _want(self, ports: tuple[PortAddress, ...]) -> None:
         self._send(Want(ports))
@@ -96,7 +96,8 @@ class Agent:
         try:
             send_control(self._control, message)
         except OSError as error:
-            _log.error("the supervisor cannot be reached: %s", error)
+            if not self._stop.is_set():
+                _log.error("the supervisor cannot be reached: %s", error)
             self._stop.set()
 
     def _control_ready(self) -> None:

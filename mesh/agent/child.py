@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 from mesh.model.channel import Control, receive_control, send_control
 
@@ -38,6 +39,7 @@ class Child:
         command: Callable[[int], list[str]],
         *,
         env: dict[str, str] | None = None,
+        directory: Path | None = None,
         started: Callable[[], None],
         ended: Callable[[int], None],
         message: Callable[[Control, list[int]], None],
@@ -49,6 +51,7 @@ class Child:
         self.gone = asyncio.Event()
         self._command = command
         self._env = env
+        self._directory = directory
         self._started = started
         self._ended = ended
         self._message = message
@@ -71,6 +74,7 @@ class Child:
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                     env=self._env,
+                    cwd=self._directory,
                 )
             pidfd = os.pidfd_open(self._process.pid)
         except OSError as error:

@@ -16,7 +16,6 @@ from mesh.model.channel import FrameReader, encode_frame
 from mesh.model.nodeconfig import (
     PROXY_SECTIONS,
     Ack,
-    Delta,
     NodeConfig,
     Section,
     SectionKey,
@@ -72,10 +71,10 @@ class _Link(asyncio.Protocol):
         self._transport = None
         self._rollout.link_lost(self)
 
-    def send(self, delta: Delta, now: float) -> None:
+    def send(self, frame: bytes, version: int, now: float) -> None:
         if self._transport is not None:
-            self._transport.write(encode_frame(delta))
-            self.sent, self.sent_at = delta.version, now
+            self._transport.write(frame)
+            self.sent, self.sent_at = version, now
 
     def close(self) -> None:
         if self._transport is not None:
@@ -115,12 +114,12 @@ class Rollout:
     def publish(self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
         """Make the next version and send it to every worker that keeps up."""
         self.config, delta = self.config.change(put, remove)
-        delta = for_destination(delta, PROXY_SECTIONS)
+        frame = encode_frame(for_destination(delta, PROXY_SECTIONS))
         for link in self._links.values():
             if link.sent is None:
                 self.link_made(link)
             elif not link.lagging and link.sent == delta.base:
-                self._send(link, delta)
+                self._send(link, frame)
 
     @property
     def in_flight(self) -> bool:
@@ -149,7 +148,7 @@ class Rollout:
         # Before the first version there is nothing to say: an empty whole would take from the
         # worker what an agent before this one gave it.
         if self.config.version:
-            self._send(link, for_destination(self.config.whole(), PROXY_SECTIONS))
+            self._send_whole(link)
 
     def link_acked(self, link: _Link, ack: Ack) -> None:
         now = self._loop.time()
@@ -160,7 +159,7 @@ class Rollout:
             _log.warning("worker %d (pid %d) answers again", link.id, link.pid)
             link.lagging = False
         if link.acked == link.sent and link.sent != self.config.version:
-            self._send(link, for_destination(self.config.whole(), PROXY_SECTIONS))
+            self._send_whole(link)
         self._changed()
 
     def link_lost(self, link: _Link) -> None:
@@ -169,9 +168,13 @@ class Rollout:
             self._lost(link.id, link.pid)
             self._changed()
 
-    def _send(self, link: _Link, delta: Delta) -> None:
-        link.send(delta, self._loop.time())
-        self._loop.call_later(ACK_LIMIT_S, self._check, link, delta.version)
+    def _send_whole(self, link: _Link) -> None:
+        self._send(link, encode_frame(for_destination(self.config.whole(), PROXY_SECTIONS)))
+
+    def _send(self, link: _Link, frame: bytes) -> None:
+        version = self.config.version
+        link.send(frame, version, self._loop.time())
+        self._loop.call_later(ACK_LIMIT_S, self._check, link, version)
 
     def _check(self, link: _Link, version: int) -> None:
         behind = link.acked is None or link.acked < version

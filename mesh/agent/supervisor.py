@@ -68,11 +68,14 @@ class Supervisor:
         self._workers = {number: self._worker(number) for number in range(args.workers)}
 
     def _worker(self, number: int) -> Child:
-        command = [sys.executable, "-m", self._args.worker_module, f"--id={number}"]
+        # The metrics directory is its working directory: whom it becomes may enter that, but
+        # perhaps none above it. -P: nothing is ever imported from there.
+        command = [sys.executable, "-P", "-m", self._args.worker_module, f"--id={number}"]
         return Child(
             f"worker {number}",
             lambda fd: [*command, f"--control-fd={fd}", f"--user={_WORKER_USER}"],
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._run_dir.metrics)},
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": "."},
+            directory=self._run_dir.metrics,
             started=lambda: self._worker_started(number),
             ended=self._run_dir.forget_worker,
             message=lambda message, fds: _discard(fds),

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def free_port(address="127.0.0.1"):
 
 
 class Running:
-    """`lines` reads what the supervisor and its children say, line by line."""
+    """`said` is what the supervisor and its children have said so far."""
 
     def __init__(self, run_dir, *arguments, env=None, stub=True):
         self.run_dir = RunDir(run_dir)
@@ -38,19 +40,28 @@ class Running:
             stdout=subprocess.DEVNULL,
             text=True,
             cwd=PROJECT,
-            env={**os.environ, **(env or {})},
+            env={**os.environ, "PYTHONPATH": str(PROJECT), **(env or {})},
         )
         self.said = []
+        self._lines = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        """All the time: a process whose words nobody reads would wait for ever."""
+        with self.process.stderr as stream:
+            for line in stream:
+                self.said.append(line)
+                self._lines.put(line)
+        self._lines.put(None)
 
     def await_line(self, text):
-        """The next line that contains `text`. The processes' own words are the events to wait
-        for; a test that waits in vain is ended by its process, which an alarm kills."""
-        with alarm(self.process):
-            for line in self.process.stderr:
-                self.said.append(line)
+        """The next line that contains `text`."""
+        with contextlib.suppress(queue.Empty):
+            while (line := self._lines.get(timeout=WAIT_S)) is not None:
                 if text in line:
                     return line
-        raise AssertionError(f"{text!r} was never said, but:\n{''.join(self.said)}")
+        raise AssertionError(f"{text!r} was not said, but:\n{''.join(self.said)}")
 
     def ask(self, path, **query):
         return ask(self.run_dir.path, path, query.items())
@@ -72,25 +83,22 @@ class Running:
         if self.process.poll() is None:
             self.process.send_signal(number)
         with alarm(self.process):
-            self.said += self.process.stderr.readlines()
-        self.process.stderr.close()
-        return self.process.wait(WAIT_S)
+            code = self.process.wait()
+        self._reader.join()
+        return code
 
 
 @contextlib.contextmanager
 def alarm(process):
     """Kill a process that does not get on, so that reading from it ends."""
 
-    def ring(_number, _frame):
-        process.kill()
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(WAIT_S)
+    timer = threading.Timer(WAIT_S, process.kill)
+    timer.start()
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        timer.cancel()
+        timer.join()
 
 
 @contextlib.contextmanager
