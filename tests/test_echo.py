@@ -104,7 +104,7 @@ async def test_log_is_looked_up_by_pod_and_uri(servers: EchoServers) -> None:
 
 async def test_tls_shows_server_name_and_client_certificate(servers: EchoServers) -> None:
     authority = trustme.CA()
-    served = authority.issue_cert("abc.example.test")
+    served = authority.issue_cert("abc.example.test", "other.example.test")
     client = authority.issue_cert("client@example.test")
     ca_pem = authority.cert_pem.bytes().decode()
     chain = served.cert_chain_pems[0].bytes().decode()
