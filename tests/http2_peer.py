@@ -14,7 +14,7 @@ import h2.settings
 from l7proxy.http2_client import Http2Client
 from l7proxy.http2_frames import PREFACE
 from l7proxy.http2_server import Http2Server
-from l7proxy.message import Framing, ResponseHead
+from l7proxy.message import Framing, ProtocolError, ResponseHead
 from l7proxy.streams import ConnectionInfo, Handler, ServerStream
 from mesh.model.nodeconfig import Settings
 
@@ -49,6 +49,7 @@ class RawPeer:
         self.raw = False  # something was sent that h2 does not know of
         self.eof = False
         self._buffer = b""
+        self._seen = b""
         self._preface = not client  # still to come
 
     def start(self, settings: dict[int, int] | None = None) -> None:
@@ -90,6 +91,7 @@ class RawPeer:
             self.eof = True
             return False
         self._buffer += data
+        self._seen = (self._seen + data)[-4096:]
         if self._preface and len(self._buffer) >= len(PREFACE):
             self.conn.receive_data(self._buffer[: len(PREFACE)])
             self._buffer = self._buffer[len(PREFACE) :]
@@ -162,6 +164,17 @@ class RawPeer:
     async def more(self) -> None:
         assert await self.receive(), f"connection ended with {self.goaways}"
 
+    _answer = b"\x00\x00\x08\x06\x01\x00\x00\x00\x00settled?"
+
+    async def settled(self) -> bool:
+        """Whether the connection still stands once all that was sent is dealt with; what can tell
+        is the answer to a PING, or its end."""
+        self.writer.write(b"\x00\x00\x08\x06\x00\x00\x00\x00\x00" + b"settled?")
+        while self._answer not in self._seen:
+            if not await self.receive():
+                return False
+        return True
+
     async def goaway(self) -> int:
         """Waits for the end of the connection; the error code it ended with."""
         while not self.eof:
@@ -186,6 +199,14 @@ async def echo(stream: ServerStream, info: ConnectionInfo) -> None:
     )
     await stream.write(bytes(body))
     await stream.finish(stream.trailers)
+
+
+async def answer_errors(stream: ServerStream, info: ConnectionInfo) -> None:
+    """As the exchange does: what is wrong with the body is answered with its status."""
+    try:
+        await echo(stream, info)
+    except ProtocolError as error:
+        await stream.respond(ResponseHead(error.status, [(b"x-reason", error.reason.encode())]))
 
 
 class ServerUnderTest:

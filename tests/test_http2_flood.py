@@ -4,6 +4,7 @@ reason, while a well-behaved connection beside it goes on."""
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from collections.abc import Callable
 
@@ -28,7 +29,7 @@ import l7proxy.http2_connection
 from l7proxy.message import Framing, ResponseHead
 from l7proxy.streams import ConnectionInfo, ServerStream
 from mesh.model.nodeconfig import Settings
-from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest, echo
+from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest, answer_errors, echo
 from tests.loops import on_both_loops
 
 CALM = ErrorCodes.ENHANCE_YOUR_CALM
@@ -214,8 +215,6 @@ async def test_streams_beyond_the_limit_are_refused() -> None:
 @pytest.mark.parametrize("declared", [True, False])
 @on_both_loops
 async def test_body_too_large(declared: bool) -> None:
-    from tests.test_http2_server import answer_errors
-
     async with ServerUnderTest(answer_errors, Settings(max_body_bytes=10)) as server:
         peer = await server.peer()
         length = [(b"content-length", b"11")] if declared else []
@@ -277,8 +276,6 @@ async def test_slow_connections_are_closed() -> None:
 
 @on_both_loops
 async def test_a_body_that_does_not_come() -> None:
-    from tests.test_http2_server import answer_errors
-
     async with ServerUnderTest(answer_errors, Settings(body_timeout_s=0.1)) as server:
         peer = await server.peer()
         stream_id = peer.request(POST, b"half", end=False)
@@ -357,3 +354,53 @@ async def test_a_client_that_does_not_read_at_all() -> None:
             while len(server.refused) < 2:
                 await asyncio.sleep(0.01)
         assert server.refused == ["h2_write_timeout"] * 2
+
+
+def random_frame(rng: random.Random, peer: RawPeer) -> bytes:
+    """Mostly a frame in good order, at a moment that may be wrong; now and then noise."""
+    stream_id = rng.choice([1, 1, 3, 3, 5, 7, 9, 2])
+    data = rng.randbytes(rng.choice([0, 1, 40]))
+    fields = rng.choice([GET, POST, [(b"a", b"b")], [*POST, (b"content-length", b"40")]])
+    flags = ["END_HEADERS", *rng.choice([[], ["END_STREAM"]])]
+    kind = rng.randrange(16)
+    if kind < 4:
+        return headers(stream_id, encoded(peer, fields), *flags)
+    if kind < 9:
+        return DataFrame(stream_id, data, flags=flags[1:]).serialize()
+    match kind:
+        case 9:
+            return RstStreamFrame(stream_id, rng.randrange(20)).serialize()
+        case 10 | 11:
+            increment = rng.choice([1, 1000, 2**31 - 1])
+            return WindowUpdateFrame(rng.choice([0, stream_id]), increment).serialize()
+        case 12:
+            return SettingsFrame(0, {4: rng.randrange(2**31), 1: rng.randrange(2**32)}).serialize()
+        case 13:
+            return PriorityFrame(stream_id, depends_on=11).serialize()
+        case 14:
+            return PingFrame(0, b"12345678").serialize()
+    head = len(data).to_bytes(3, "big") + bytes((rng.randrange(12), rng.choice([0, 1, 4, 8, 0x2D])))
+    return head + rng.choice([0, stream_id]).to_bytes(4, "big") + data
+
+
+@pytest.mark.parametrize("seed", range(3))
+@on_both_loops
+async def test_random_frames(seed: int) -> None:
+    """Whatever comes, a connection ends with GOAWAY or goes on; nothing escapes to the loop."""
+    rng = random.Random(seed)
+    escaped: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: escaped.append(context))
+    stands = 0
+    async with ServerUnderTest(answer_errors) as server:
+        good = await server.peer()
+        for _ in range(60):
+            bad = await server.peer()
+            bad.send_raw(b"".join(random_frame(rng, bad) for _ in range(rng.choice([2, 5, 15]))))
+            if await bad.settled():
+                stands += 1
+            else:
+                assert bad.goaways
+            await bad.close()
+        assert escaped == []
+        assert 0 < stands < 60
+        assert (await good.response(good.request()))[0] == 200

@@ -12,21 +12,13 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame, PingFrame
 
-from l7proxy.message import Framing, ProtocolError, ResponseHead
+from l7proxy.message import Framing, ResponseHead
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
 from mesh.model.nodeconfig import Settings
-from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest, echo
+from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest, answer_errors, echo
 from tests.loops import on_both_loops
 
 BIG = bytes(range(256)) * 1600  # 400 KiB, more than any window
-
-
-async def answer_errors(stream: ServerStream, info: ConnectionInfo) -> None:
-    """As the exchange does: what is wrong with the body is answered with its status."""
-    try:
-        await echo(stream, info)
-    except ProtocolError as error:
-        await stream.respond(ResponseHead(error.status, [(b"x-reason", error.reason.encode())]))
 
 
 @on_both_loops
