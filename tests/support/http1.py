@@ -31,7 +31,9 @@ class Listening:
 
 
 @asynccontextmanager
-async def serving(handler: Handler, settings: Settings = SETTINGS) -> AsyncIterator[Listening]:
+async def serving(
+    handler: Handler, settings: Settings = SETTINGS, *, send_buffer: int | None = None
+) -> AsyncIterator[Listening]:
     listening = Listening(0)
 
     def on_closed() -> None:
@@ -53,6 +55,8 @@ async def serving(handler: Handler, settings: Settings = SETTINGS) -> AsyncItera
         return connection
 
     server = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+    if send_buffer is not None:  # accepted sockets inherit it
+        server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listening.port = server.sockets[0].getsockname()[1]
     try:
         yield listening

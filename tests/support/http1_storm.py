@@ -12,33 +12,35 @@ import sys
 
 import uvloop
 
-from l7proxy.message import Framing, ResponseHead
+from l7proxy.message import Framing, ProtocolError, ResponseHead
 from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
 from mesh.model.nodeconfig import Settings
 from tests.support.http1 import connect, peer_of, reset, serving, shutdown
 
 _CLIENTS = 40
-_SETTINGS = Settings(head_timeout_s=0.05, body_timeout_s=0.05, idle_timeout_s=0.05)
+_SETTINGS = Settings(head_timeout_s=0.5, body_timeout_s=0.5, idle_timeout_s=0.5)
 _UPGRADE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
 _UPLOAD = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n"
-_PLAIN = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+_PLAIN = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 async def _backend(stream: ServerStream, info: ConnectionInfo) -> None:
-    """Answers with much, and gives up wherever it likes."""
+    """Echoes a tunnel or a body, or answers with much; gives up where it likes."""
     chance = random.Random()
     try:
         if stream.head.upgrade is not None:
             await stream.respond(ResponseHead(101, [], upgrade=stream.head.upgrade))
         else:
             await stream.respond(ResponseHead(200, [], Framing.STREAM))
-        for _ in range(chance.randrange(20)):
-            await stream.write(b"x" * chance.randrange(1, 60_000))
-            if chance.random() < 0.1:
+        if stream.head.method == b"GET" and stream.head.upgrade is None:
+            await stream.write(b"x" * chance.randrange(1, 1_000_000))
+        while chunk := await stream.read():
+            await stream.write(chunk)
+            if chance.random() < 0.02:
                 stream.abort("by chance")
                 return
         await stream.finish([])
-    except StreamReset:
+    except (StreamReset, ProtocolError):
         stream.abort("the other side was first")
 
 
@@ -78,22 +80,25 @@ async def _client(port: int, until: float) -> int:
         count += 1
         async with peer_of(port) as (reader, writer):
             try:
-                request = chance.choice((_PLAIN, _UPLOAD, _UPGRADE))
+                request = chance.choice((_PLAIN, _UPLOAD, _UPGRADE, _UPGRADE))
                 writer.write(request)
-                for _ in range(chance.randrange(6)):
+                if request is _PLAIN:
+                    shutdown(writer)
+                    await asyncio.wait_for(reader.read(chance.randrange(1, 1_000_000)), 0.01)
+                    continue
+                for _ in range(chance.randrange(8)):
                     if writer.is_closing():
                         break
-                    writer.write(b"y" * chance.randrange(1, 50_000))
-                    await asyncio.wait_for(reader.read(chance.randrange(1, 80_000)), 0.02)
-                    if writer.is_closing():
-                        break
-                    match chance.randrange(8):
-                        case 0:
+                    writer.write(b"y" * chance.randrange(1, 300_000))
+                    if chance.random() < 0.5:
+                        await asyncio.wait_for(reader.read(chance.randrange(1, 100_000)), 0.01)
+                if not writer.is_closing():
+                    match chance.randrange(4):
+                        case 0 | 1:
                             shutdown(writer)
-                        case 1:
-                            reset(writer)
+                            await asyncio.wait_for(reader.read(), 0.01)
                         case 2:
-                            writer.close()
+                            reset(writer)
             except (OSError, TimeoutError):
                 continue
     return count
@@ -101,9 +106,10 @@ async def _client(port: int, until: float) -> int:
 
 async def _storm(seconds: float) -> None:
     until = asyncio.get_running_loop().time() + seconds
+    # Small kernel buffers, so that bytes wait in the transports when connections end.
     async with (
-        serving(_backend, _SETTINGS) as behind,
-        serving(_relay(behind.port), _SETTINGS) as front,
+        serving(_backend, _SETTINGS, send_buffer=4096) as behind,
+        serving(_relay(behind.port), _SETTINGS, send_buffer=4096) as front,
     ):
         counts = await asyncio.gather(*(_client(front.port, until) for _ in range(_CLIENTS)))
     print(sum(counts))
