@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mesh.model.nodeconfig import Endpoint, Settings
+from mesh.model.nodeconfig import CertificateSection, Endpoint, Settings
+
+if TYPE_CHECKING:
+    from l7proxy.pool import Pool
 
 # Up to so many endpoints the least loaded is searched among all, beyond that between two random
 # ones ("the power of two choices").
@@ -45,7 +48,7 @@ class Member:
         self.ejections = 0
         self.ejected = False
         self.ejected_until = -math.inf
-        self.pools: dict[Any, Any] = {}
+        self.pools: dict[CertificateSection | None, Pool] = {}
 
 
 def endpoint_id(endpoint: Endpoint) -> str:

@@ -208,7 +208,7 @@ class Cluster:
         if (stream := pool.take()) is not None:
             member.load += 1
             return Lease(self, member, pool, stream, reused=True)
-        return await self._acquire_slowly(member, pool, certificate, avoid, now)
+        return await self._acquire_slowly(member, pool, certificate, avoid, prefer)
 
     async def _acquire_slowly(
         self,
@@ -216,11 +216,11 @@ class Cluster:
         pool: Pool,
         certificate: CertificateSection | None,
         avoid: Collection[str],
-        began: float,
+        prefer: str | None,
     ) -> Lease:
         settings = self._settings()
-        patience = began + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         loop = asyncio.get_running_loop()
+        patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         tried: set[str] = set()
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
         if self._pending >= self._section.max_pending:
@@ -243,7 +243,9 @@ class Cluster:
                 except BaseException:
                     member.load -= 1
                     raise
-                member = self._balancer.pick(loop.time(), settings, avoid=avoid, tried=tried)
+                member = self._balancer.pick(
+                    loop.time(), settings, avoid=avoid, tried=tried, prefer=prefer
+                )
                 if member is not None:
                     pool = self._pool(member, certificate)
         finally:
@@ -251,10 +253,7 @@ class Cluster:
         raise failure
 
     def _pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
-        pool: Pool | None = member.pools.get(certificate)
-        if pool is None:
-            pool = self._new_pool(member, certificate)
-        return pool
+        return member.pools.get(certificate) or self._new_pool(member, certificate)
 
     # --- connecting -------------------------------------------------------------------------------
 

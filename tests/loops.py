@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 # A test that takes longer hangs.
-_LIMIT_S = 30
+_LIMIT_S = 10
 
 
 async def _limited(test: Coroutine[Any, Any, None]) -> None:

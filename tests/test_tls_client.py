@@ -283,9 +283,7 @@ def test_contexts_are_shared_by_value():
         ClientTLS(POLICY, None, http2=True),
         ClientTLS(POLICY, own, http2=False),
         ClientTLS(UpstreamTLS("other.test", CA, (host("a.test"),)), None, http2=False),
-        ClientTLS(
-            UpstreamTLS("other.test", Authority.create("x").certificate_pem), None, http2=False
-        ),
+        ClientTLS(UpstreamTLS("other.test", OTHER_AUTHORITY.certificate_pem), None, http2=False),
         ClientTLS(UpstreamTLS("other.test"), None, http2=False),
     ]
     assert len({one.context, *(each.context for each in different)}) == 6

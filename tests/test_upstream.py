@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 
 import pytest
 from loops import advance, on_both_loops, on_virtual_loop
 from tls_peers import AUTHORITY, certificate
 from upstream_backend import GET, Backend, backend, black_hole, finish, refusing
 
-from l7proxy.pool import IDLE_S, ConnectFailed
+from l7proxy.pool import IDLE_S, ConnectFailed, Pool, Retired
 from l7proxy.streams import StreamReset
 from l7proxy.tls import TLSRefused
 from l7proxy.upstream import Cluster, Clusters, ClusterStats, NoEndpoints, Overflow, UpstreamError
@@ -147,6 +148,21 @@ async def test_closed_at_the_moment_of_reuse():
         lease = await cluster.acquire(prefer=one.id)
         assert (lease.reused, lease.endpoint_id) == (False, one.id)
         assert await finish(lease) == "a"
+
+
+@on_both_loops
+async def test_a_stale_connection_takes_the_other_idle_ones_with_it():
+    async with backend() as one, in_cluster(one) as cluster:
+        await asyncio.gather(*map(finish, [await cluster.acquire() for _ in range(3)]))
+        busy = await cluster.acquire()
+        lease = await cluster.acquire()
+        assert cluster.stats() == ClusterStats(3, 1, 0, 0)
+        lease.stream.abort("reset")
+        lease.release()
+        lease.failed("reset")
+        await one.until(open=1)
+        assert cluster.stats() == ClusterStats(1, 0, 0, 0)
+        assert await finish(busy) == "a"
 
 
 # --- other endpoints ------------------------------------------------------------------------------
@@ -318,6 +334,39 @@ async def test_cancelled_just_as_a_stream_is_handed_over():
             await asked
         assert (cluster.stats().pending, loads(cluster)) == (0, [0])
         assert await ask(cluster) == "a"
+
+
+@on_both_loops
+async def test_resets_and_cancellations_at_random_leave_nothing_behind():
+    chance = random.Random(7)
+    async with contextlib.AsyncExitStack() as stack:
+        backends = [await stack.enter_async_context(backend(str(n))) for n in range(3)]
+        made = await stack.enter_async_context(
+            clusters(section(*backends, max_connections_per_endpoint=4, max_pending=20))
+        )
+        cluster = made.get(KEY)
+        answered = 0
+
+        async def client() -> None:
+            nonlocal answered
+            for _ in range(40):
+                asked = asyncio.ensure_future(ask(cluster))
+                for _ in range(chance.randrange(30)):
+                    await asyncio.sleep(0)
+                if chance.random() < 0.3:
+                    asked.cancel()
+                try:
+                    await asked
+                    answered += 1
+                except (asyncio.CancelledError, StreamReset, UpstreamError):
+                    if chance.random() < 0.1:
+                        chance.choice(backends).reset_all()
+
+        await asyncio.gather(*(client() for _ in range(30)))
+        assert answered > 100
+        assert set(loads(cluster)) == {0}
+        assert cluster.stats().pending == 0
+        assert await ask(cluster) in ("0", "1", "2")
 
 
 # --- changes ------------------------------------------------------------------------------------
@@ -511,3 +560,34 @@ async def test_a_client_certificate_that_cannot_be_loaded_fails_without_its_key(
         assert caught.value.reason == "tls_broken"
         assert broken.key_pem[40:60] not in str(caught.value)
         assert loads(made.get(KEY)) == [0]
+
+
+# --- pools by themselves --------------------------------------------------------------------------
+
+
+def pool(connect) -> Pool:
+    return Pool(connect, limit=1, shared=False, on_failure=lambda _: None, on_empty=lambda: None)
+
+
+async def never(_: object):
+    await asyncio.get_running_loop().create_future()
+
+
+@on_both_loops
+async def test_a_retired_pool_sends_requests_elsewhere():
+    made = pool(never)
+    made.retire()
+    with pytest.raises(Retired):
+        await made.wait()
+
+
+@on_both_loops
+async def test_a_fault_while_connecting_is_logged_and_nobody_hangs(caplog):
+    async def faulty(_: object):
+        raise RuntimeError("a fault")
+
+    with pytest.raises(UpstreamError) as caught:
+        await pool(faulty).wait()
+    assert caught.value.reason == "internal"
+    await asyncio.sleep(0)
+    assert "a fault" in caplog.text
