@@ -338,15 +338,20 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
             self.goaway(self._h2.highest_inbound_stream_id, code)
         self.closing = True
         self.on_lost()
-        self._linger = self._loop.call_later(_LINGER_S, self._transport.abort)
         if self._transport.get_write_buffer_size() == 0:
             self._shut()
-        else:
-            self._transport.set_write_buffer_limits(0)  # resume_writing tells when it is empty
+            return
+        # The last responses may still wait for a slow client, who broke no rule.
+        seconds = _LINGER_S if code else self.settings.body_timeout_s
+        self._linger = self._loop.call_later(seconds, self._transport.abort)
+        self._transport.set_write_buffer_limits(0)  # resume_writing tells when it is empty
 
     def _shut(self) -> None:
         """All is written. The peer learns of it at once, and closes; not by write_eof, which makes
         uvloop free a handle twice. TLS has no half-close: its peer has GOAWAY to go by."""
+        if self._linger is not None:
+            self._linger.cancel()
+        self._linger = self._loop.call_later(_LINGER_S, self._transport.close)
         sock = self._transport.get_extra_info("socket")
         if self._transport.get_extra_info("ssl_object") is not None or sock.fileno() < 0:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Iterable
 
 import h2.config
@@ -255,6 +256,18 @@ class ServerUnderTest:
 
     async def raw(self) -> RawPeer:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        peer = RawPeer(reader, writer, client=True)
+        self._peers.append(peer)
+        return peer
+
+    async def narrow(self) -> RawPeer:
+        """A client whose connection holds few bytes between the two ends."""
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", self.port))
+        reader, writer = await asyncio.open_connection(sock=sock, limit=1)
         peer = RawPeer(reader, writer, client=True)
         self._peers.append(peer)
         return peer

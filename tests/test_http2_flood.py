@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 from collections.abc import Callable
 
 import h2.events
@@ -229,15 +228,9 @@ async def test_a_client_that_does_not_read_answers(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(l7proxy.http2_connection, "_MAX_BACKLOG", 100_000)
     async with ServerUnderTest() as server:
         good = await server.peer()
-        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
-        reader, writer = await asyncio.open_connection(sock=sock, limit=1)
-        bad = RawPeer(reader, writer, client=True)
+        bad = await server.narrow()
         bad.start()
-        writer.transport.pause_reading()
+        bad.writer.transport.pause_reading()
         block = encoded(bad, [*GET, (b"bad", b" ")])
         stream_id = 1
         while "h2_write_backlog" not in server.refused and stream_id < 40_000:
@@ -344,8 +337,8 @@ async def test_a_client_that_does_not_read_at_all() -> None:
             await write
 
     async with ServerUnderTest(handler, Settings(body_timeout_s=0.2)) as server:
-        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        peer = await server.peer({4: 2**31 - 1})
+        peer = await server.narrow()
+        peer.start({4: 2**31 - 1})
         peer.conn.increment_flow_control_window(2**31 - 1 - 65535)
         peer.request([*GET[:3], (b":path", b"/large")])
         peer.writer.transport.pause_reading()

@@ -501,6 +501,32 @@ async def test_drain_of_an_idle_connection_closes_it() -> None:
 
 
 @on_both_loops
+async def test_a_slow_reader_gets_the_last_response_whole() -> None:
+    """The connection is over for the server, but what it has written still waits for the client."""
+
+    async def handler(stream: ServerStream, info: ConnectionInfo) -> None:
+        await stream.respond(ResponseHead(200, [], len(BIG)))
+        await stream.write(BIG)
+        await stream.finish([])
+
+    async with ServerUnderTest(handler, Settings(max_requests_per_connection=1)) as server:
+        peer = await server.narrow()
+        peer.start({SettingCodes.INITIAL_WINDOW_SIZE: len(BIG)})
+        peer.conn.increment_flow_control_window(len(BIG))
+        stream_id = peer.request()
+        await peer.event(h2.events.ResponseReceived)
+        connection = server.connections[0]
+        while connection.streams:
+            await peer.more()
+        peer.writer.transport.pause_reading()
+        assert connection._transport.get_write_buffer_size() > 0
+        await asyncio.sleep(1.2)  # longer than an empty connection lingers
+        peer.writer.transport.resume_reading()
+        assert (await peer.response(stream_id))[2] == BIG
+        assert await peer.goaway() == ErrorCodes.NO_ERROR
+
+
+@on_both_loops
 async def test_requests_per_connection() -> None:
     async with ServerUnderTest(settings=Settings(max_requests_per_connection=2)) as server:
         peer = await server.peer()
