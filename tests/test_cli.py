@@ -9,6 +9,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from mesh.agent.rundir import RunDir
 from mesh.cli import output, tables
 from mesh.cli.main import cli
 from mesh.model.decode import KINDS
@@ -141,6 +142,16 @@ def test_without_a_gateway(tmp_path, arguments):
         f"weft: no gateway runs in {tmp_path}: start one with 'weft up --manifests DIR', or name "
         "its directory with --run-dir\n"
     )
+
+
+def test_while_the_agent_does_not_answer(tmp_path):
+    lock = RunDir(tmp_path).lock({})
+    try:
+        code, text, errors = weft("status", "--run-dir", tmp_path)
+    finally:
+        os.close(lock)
+    assert (code, text) == (1, "")
+    assert f"(pid {os.getpid()}) runs, but its agent does not answer" in errors
 
 
 def test_version():

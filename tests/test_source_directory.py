@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import asynccontextmanager
+import threading
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -434,40 +435,86 @@ print(json.dumps([{k.name: v and v.data["v"] for k, v in found.items()},
 """
 
 
-def test_what_may_not_be_read_is_reported_and_stays_as_it_was():
-    as_root = os.geteuid() == 0
-    base = Path(tempfile.mkdtemp(prefix="weft-test-"))
+WATCHING_AS_NOBODY = """
+import asyncio, json, sys
+from pathlib import Path
+from mesh.sources.directory import DirectorySource
+
+async def main():
+    async for update in DirectorySource(Path(sys.argv[1])).updates():
+        changes = update.changes.get("ConfigMap", {})
+        print(json.dumps([{k.name: v and v.data["v"] for k, v in changes.items()},
+                          [p.message for p in update.problems]]), flush=True)
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def as_nobody(script, root):
+    """A process that reads the directory without root's rights."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(root)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        user="nobody" if os.geteuid() == 0 else None,
+        cwd=Path(__file__).parent.parent,
+    )
+    timer = threading.Timer(WAIT_S, process.kill)
+    timer.start()
     try:
-        base.chmod(0o755)
-        for name in ("open", "closed"):
-            (base / name).mkdir()
-            (base / name / f"{name}.yaml").write_text(config_map(name))
-        (base / "file.yaml").write_text(config_map("file"))
-        (base / "never.yaml").write_text(config_map("never"))
-        (base / "never.yaml").chmod(0)
-        process = subprocess.Popen(
-            [sys.executable, "-c", AS_NOBODY, str(base)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            user="nobody" if as_root else None,
-            cwd=Path(__file__).parent.parent,
-        )
         with process:
-            names, problems = json.loads(process.stdout.readline())
-            assert names == ["closed", "file", "open"]
-            ((file, message),) = problems
-            assert file == str(base / "never.yaml")
-            assert "permission denied: let user" in message
-            (base / "file.yaml").chmod(0)
-            (base / "closed").chmod(0)
-            (base / "open/open.yaml").write_text(config_map("open", "2"))
-            process.stdin.write("\n")
-            process.stdin.flush()
-            changes, problems = json.loads(process.stdout.readline())
-        assert changes == {"open": "2"}
-        assert [Path(file).name for file, _ in problems] == ["closed", "file.yaml", "never.yaml"]
-        assert process.returncode == 0
+            yield process
     finally:
-        (base / "closed").chmod(0o755)
-        shutil.rmtree(base)
+        timer.cancel()
+        timer.join()
+
+
+@pytest.fixture
+def public():
+    """A directory that everybody may enter, unlike pytest's own."""
+    base = Path(tempfile.mkdtemp(prefix="weft-test-"))
+    base.chmod(0o755)
+    yield base
+    for directory, _, _ in os.walk(base):
+        os.chmod(directory, 0o755)
+    shutil.rmtree(base)
+
+
+def test_a_directory_that_becomes_readable_is_watched_from_then_on(public):
+    (public / "a").mkdir(mode=0)
+    (public / "a").chmod(0)
+    with as_nobody(WATCHING_AS_NOBODY, public) as process:
+        changes, (problem,) = json.loads(process.stdout.readline())
+        assert changes == {}
+        assert "permission denied" in problem
+        (public / "a").chmod(0o755)
+        assert json.loads(process.stdout.readline()) == [{}, []]
+        (public / "a/x.yaml").write_text(config_map("x"))
+        assert json.loads(process.stdout.readline()) == [{"x": "1"}, []]
+        process.kill()
+
+
+def test_what_may_not_be_read_is_reported_and_stays_as_it_was(public):
+    for name in ("open", "closed"):
+        (public / name).mkdir()
+        (public / name / f"{name}.yaml").write_text(config_map(name))
+    (public / "file.yaml").write_text(config_map("file"))
+    (public / "never.yaml").write_text(config_map("never"))
+    (public / "never.yaml").chmod(0)
+    with as_nobody(AS_NOBODY, public) as process:
+        names, problems = json.loads(process.stdout.readline())
+        assert names == ["closed", "file", "open"]
+        ((file, message),) = problems
+        assert file == str(public / "never.yaml")
+        assert "permission denied: let user" in message
+        (public / "file.yaml").chmod(0)
+        (public / "closed").chmod(0)
+        (public / "open/open.yaml").write_text(config_map("open", "2"))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        changes, problems = json.loads(process.stdout.readline())
+    assert changes == {"open": "2"}
+    assert [Path(file).name for file, _ in problems] == ["closed", "file.yaml", "never.yaml"]
+    assert process.returncode == 0

@@ -13,7 +13,7 @@ import pytest
 
 from mesh.agent.child import MAX_PAUSE_S, restart_pause
 from mesh.agent.ports import BindError, bind, holder
-from mesh.agent.rundir import RunDir, RunDirError
+from mesh.agent.rundir import KEPT_DEAD, RunDir, RunDirError
 from mesh.model.channel import PortAddress
 from tests.support.running import PROJECT, free_port, gateway, route, running, stub_answer
 
@@ -267,7 +267,11 @@ def test_a_dead_workers_gauges_go_and_its_counters_stay(tmp_path):
     for name in ("counter_7.db", "gauge_livesum_7.db", "gauge_livesum_77.db"):
         (run_dir.metrics / name).touch()
     run_dir.forget_worker(7)
-    assert sorted(file.name for file in run_dir.metrics.iterdir()) == [
-        "counter_7.db",
-        "gauge_livesum_77.db",
-    ]
+
+    def left():
+        return sorted(file.name for file in run_dir.metrics.iterdir())
+
+    assert left() == ["counter_7.db", "gauge_livesum_77.db"]
+    for pid in range(1000, 1000 + KEPT_DEAD):
+        run_dir.forget_worker(pid)
+    assert left() == ["gauge_livesum_77.db"]

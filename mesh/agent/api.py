@@ -62,12 +62,14 @@ class Api:
         kind = request.query.get("kind", "")
         namespace, name = request.query.get("namespace"), request.query.get("name")
         objects = self._node.objects.get(kind, {})
-        items = [
-            with_status(obj, self._node.statuses.get(kind, key))
+        found = [
+            (obj, self._node.statuses.get(kind, key))
             for key, obj in sorted(objects.items())
             if (namespace is None or key.namespace == namespace)
             and (name is None or key.name == name)
         ]
+        # Thousands of objects take a while, and configurations need not wait for that.
+        items = await asyncio.to_thread(lambda: [with_status(*one) for one in found])
         return _json({"items": items})
 
     async def _status(self, _request: web.Request) -> web.Response:
@@ -124,8 +126,9 @@ class Api:
             )
         except TargetError as error:
             return _json({"error": str(error)}, status=400)
-        found = explain(
-            self._node.rollout.config.sections, **target._asdict(), address=query.get("address")
+        sections = self._node.rollout.config.sections
+        found = await asyncio.to_thread(
+            explain, sections, **target._asdict(), address=query.get("address")
         )
         return _json(msgspec.to_builtins(found))
 

@@ -11,8 +11,11 @@ import json
 import os
 import pwd
 import shutil
+from collections import deque
 from pathlib import Path
 from typing import Any
+
+KEPT_DEAD = 100
 
 
 class RunDirError(Exception):
@@ -35,6 +38,7 @@ class RunDir:
         self.lock_file = self.path / "supervisor.lock"
         self.api_socket = self.path / "agent.sock"
         self.metrics = self.path / "metrics"
+        self._dead: deque[int] = deque()
 
     def holder(self) -> dict[str, Any] | None:
         """What the running supervisor wrote into its lock file; None: none runs here."""
@@ -90,6 +94,13 @@ class RunDir:
 
     def forget_worker(self, pid: int) -> None:
         """Remove a dead process's gauges of the present; its counters stay (prometheus_client's
-        multiprocess mode keeps a file for each kind and process)."""
-        for file in self.metrics.glob(f"gauge_live*_{pid}.db"):
+        multiprocess mode keeps a file for each kind and process), but not of more than
+        `KEPT_DEAD` processes: one that dies again and again must not fill the disk."""
+        self._remove(f"gauge_live*_{pid}.db")
+        self._dead.append(pid)
+        if len(self._dead) > KEPT_DEAD:
+            self._remove(f"*_{self._dead.popleft()}.db")
+
+    def _remove(self, pattern: str) -> None:
+        for file in self.metrics.glob(pattern):
             file.unlink(missing_ok=True)

@@ -231,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     """The supervisor's own options; whatever else is given goes to the agent."""
     result = argparse.ArgumentParser(prog="weft up", add_help=False, allow_abbrev=False)
     result.add_argument("--run-dir", type=Path, default=default_run_dir())
-    result.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    result.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     result.add_argument("--drain-timeout", type=float, default=30.0)
     # Tests put other programs in their places.
     result.add_argument("--agent-module", default="mesh.agent.agent")

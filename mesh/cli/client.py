@@ -61,7 +61,7 @@ def ask(run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()) -> Any:
             f"no permission for {place.api_socket}: run this as the user who runs the gateway"
         ) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NotRunningError(_unreachable(place, error)) from None
+        raise _unreachable(place, error) from None
     finally:
         connection.close()
     if response.status != 200:
@@ -69,14 +69,14 @@ def ask(run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()) -> Any:
     return answer
 
 
-def _unreachable(place: RunDir, error: Exception) -> str:
+def _unreachable(place: RunDir, error: Exception) -> CliError:
     holder = place.holder()
     if holder is None:
-        return (
+        return NotRunningError(
             f"no gateway runs in {place.path}: start one with 'weft up --manifests DIR', or name "
             "its directory with --run-dir"
         )
-    return (
+    return CliError(
         f"the gateway in {place.path} (pid {holder.get('pid', 'unknown')}) runs, but its agent "
         f"does not answer ({error or type(error).__name__}): it may be starting; try again"
     )

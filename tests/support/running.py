@@ -15,7 +15,7 @@ from pathlib import Path
 import trustme
 
 from mesh.agent.rundir import RunDir
-from mesh.cli.client import NotRunningError, ask
+from mesh.cli.client import CliError, ask
 
 PROJECT = Path(__file__).parent.parent.parent
 WAIT_S = 20
@@ -71,7 +71,7 @@ class Running:
         deadline = time.monotonic() + WAIT_S
         status = None
         while time.monotonic() < deadline:
-            with contextlib.suppress(NotRunningError):
+            with contextlib.suppress(CliError):
                 status = self.ask("/status")
                 if holds(status):
                     return status
