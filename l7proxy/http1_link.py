@@ -126,11 +126,12 @@ class Link(asyncio.Protocol):
 
     async def more_input(self) -> None:
         """Wait for bytes, the end of them, or whatever else calls `wake`."""
-        self._input = self.loop.create_future()
+        waiter = self._input = self.loop.create_future()
         try:
-            await self._input
+            await waiter
         finally:
-            self._input = None
+            if self._input is waiter:  # else another waits by now, and this task was cancelled
+                self._input = None
 
     @property
     def awaiting_input(self) -> bool:
@@ -157,11 +158,12 @@ class Link(asyncio.Protocol):
     async def room(self) -> None:
         """Wait until more may be written, or the connection is lost."""
         while self.write_paused and not self.lost:
-            self._room = self.loop.create_future()
+            waiter = self._room = self.loop.create_future()
             try:
-                await self._room
+                await waiter
             finally:
-                self._room = None
+                if self._room is waiter:
+                    self._room = None
 
     def _wake_writer(self) -> None:
         if self._room is not None and not self._room.done():

@@ -188,7 +188,7 @@ class Http1Server(Link):
         except Exception:
             _log.exception("the handler of a request failed")
         if not stream.finished:
-            if stream.responded or stream.aborted:
+            if stream.responded or stream.aborted or self.lost:
                 self.abort()
             else:
                 self._refuse(ProtocolError(500, "unanswered", "the request was not answered"))
@@ -304,7 +304,8 @@ class _Stream:
         try:
             await connection.more_input()
         finally:
-            connection.timer.clear()
+            if self.open:  # else the timer is the connection's again
+                connection.timer.clear()
         if connection.failure is not None:
             connection.fail(connection.failure)
 
@@ -325,7 +326,7 @@ class _Stream:
             codec.keep_alive = False
         block = codec.response(head)
         self.responded = True
-        self.tunnel = head.status == 101
+        self.tunnel = head.status == 101 and head.upgrade is not None
         await self._send((block,))
 
     async def write(self, data: bytes) -> None:

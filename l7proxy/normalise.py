@@ -54,7 +54,6 @@ _PROTECTED = frozenset(
         b"range",
         b"referer",
         b"set-cookie",
-        b"trailer",
         b"user-agent",
         b"vary",
         b"via",
@@ -70,7 +69,7 @@ _PROTECTED_PREFIXES = (b"x-forwarded-", b"access-control-", b"sec-", b"if-")
 _NEVER_TRAILERS = (
     HOP_BY_HOP
     | (_PROTECTED - {b"accept", b"user-agent"})
-    | {b"age", b"allow", b"expires", b"retry-after", b"warning", b"pragma"}
+    | {b"trailer", b"age", b"allow", b"expires", b"retry-after", b"warning", b"pragma"}
 )
 
 _NAME = re.compile(TOKEN)

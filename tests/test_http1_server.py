@@ -572,3 +572,28 @@ def test_errors_of_the_body_keep_coming(run: Run) -> None:
             assert server.refused == ["bad_chunk"]
 
     run(main)
+
+
+@pytest.mark.parametrize("rest_comes", [True, False])
+def test_a_reader_that_is_given_up_leaves_the_connection_in_order(
+    run: Run, rest_comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a backend answers before the upload has ended."""
+    monkeypatch.setattr("l7proxy.http1_server._LINGER_S", 0.1)
+
+    async def main() -> None:
+        async def answer_early(stream: ServerStream, info: ConnectionInfo) -> None:
+            reading = asyncio.ensure_future(stream.read())
+            await asyncio.sleep(0.01)
+            await answer(stream, ResponseHead(200, [], 2), b"ok")
+            reading.cancel()  # takes effect only after the handler has returned
+
+        async with serving(answer_early) as server, peer_of(server.port) as (reader, writer):
+            writer.write(b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+            got = await reader.readuntil(b"ok")
+            if rest_comes:
+                writer.write(b"abcde" + CLOSE)
+            got += await reader.read()
+            assert bodies(got) == [b"ok"] * (2 if rest_comes else 1)
+
+    run(main)
