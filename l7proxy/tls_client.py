@@ -32,7 +32,7 @@ class PeerRefused(Exception):
 class ClientTLS:
     """How to speak TLS to the endpoints of a cluster, and who we are. `http2`: ALPN must be h2.
 
-    TLSRefused: the CA bundle or the certificate cannot be used.
+    TLSRefused: the CA bundle, the hostname or the certificate cannot be used.
     """
 
     def __init__(
@@ -42,6 +42,13 @@ class ClientTLS:
         self._sans = section.sans
         self._alpn = "h2" if http2 else "http/1.1"
         self.context = _context(section.ca_pem, not section.sans, self._alpn, certificate)
+        try:
+            self.context.wrap_bio(
+                ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=section.hostname
+            )
+        except (ValueError, TypeError) as error:
+            why = f"backend TLS: {section.hostname!r} cannot be a server's name: {error}"
+            raise TLSRefused(why) from None
 
     def check(self, ssl_object: ssl.SSLObject) -> None:
         """PeerRefused unless the finished handshake is what the policy asks for."""

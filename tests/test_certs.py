@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import ssl
+import subprocess
 
 import pytest
 from cryptography import x509
@@ -83,6 +85,13 @@ def test_ed25519():
 def _all_bad_pairs():
     other_key = AUTHORITY.issue(dns=["other.test"])[1]
     small = rsa.generate_private_key(65537, 1024)
+    good = rsa.generate_private_key(65537, 2048)
+    numbers = good.private_numbers()
+    wrong = rsa.RSAPrivateNumbers(
+        **{name: getattr(numbers, name) for name in ("p", "q", "dmp1", "dmq1", "public_numbers")},
+        d=numbers.d + 2,
+        iqmp=numbers.iqmp + 2,
+    ).private_key(unsafe_skip_rsa_key_validation=True)
     curve = ec.generate_private_key(ec.SECP256K1())
     exotic = ed448.Ed448PrivateKey.generate()
     return {
@@ -94,6 +103,7 @@ def _all_bad_pairs():
         "not a PEM private key": (CHAIN, KEY[:150] + KEY[160:]),
         "is encrypted": (CHAIN, _pem(ec.generate_private_key(ec.SECP256R1()), b"secret")),
         "1024 bits": (_self_signed(small), _pem(small)),
+        "inconsistent": (_self_signed(good), _pem(wrong)),
         "secp256k1": (_self_signed(curve), _pem(curve)),
         "neither RSA": (CHAIN, _pem(exotic)),
     }
@@ -110,6 +120,14 @@ def test_bad_pairs_are_refused_without_quoting_the_key(words):
     text = "".join(key.split("\n")[1:-2])
     assert not any(text[at : at + 12] in str(caught.value) for at in range(0, len(text) - 12, 4))
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+def test_a_weak_signature_is_refused(tmp_path):
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -sha1 -subj /CN=a -keyout key -out chain"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True, timeout=30)
+    with pytest.raises(BadCertificate, match="signed with sha1; use SHA-256"):
+        check_keypair(*((tmp_path / name).read_bytes() for name in ("chain", "key")))
 
 
 def test_a_ca_bundle_is_normalised():

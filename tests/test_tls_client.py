@@ -13,7 +13,7 @@ from upstream_backend import GET, Backend, backend, finish
 
 from l7proxy import tls
 from l7proxy.pool import ConnectFailed
-from l7proxy.tls_client import ClientTLS
+from l7proxy.tls_client import ClientTLS, TLSRefused
 from l7proxy.upstream import Cluster, Clusters
 from mesh.model.nodeconfig import (
     CertificateSection,
@@ -57,8 +57,14 @@ async def endpoint(
 
 
 @contextlib.asynccontextmanager
-async def cluster(one: Backend, policy: UpstreamTLS = POLICY, **more: object):
-    clusters = Clusters(Settings())
+async def cluster(
+    one: Backend,
+    policy: UpstreamTLS = POLICY,
+    *,
+    connect_timeout_s: float = 3.0,
+    **more: object,
+):
+    clusters = Clusters(Settings(connect_timeout_s=connect_timeout_s))
     clusters.put("cluster/x", ClusterSection((one.endpoint,), tls=policy, **more))  # type: ignore[arg-type]
     made = clusters.get("cluster/x")
     yield made
@@ -196,6 +202,13 @@ async def test_an_endpoint_that_hangs_up_in_the_handshake():
 
 
 @on_both_loops
+async def test_a_handshake_that_hangs_is_cut_off_by_the_connect_timeout():
+    async with backend() as one, cluster(one, connect_timeout_s=0.05) as made:
+        assert (await fails(made)).reason == "connect_timeout"
+        await one.until(connections=1, open=0)
+
+
+@on_both_loops
 async def test_client_certificates_do_not_mix():
     """Each identity has connections of its own, and no certificate none of theirs."""
     own = certificate("backend.x.test")
@@ -295,3 +308,9 @@ def test_every_context_verifies():
         assert context.verify_mode is ssl.CERT_REQUIRED
         assert context.check_hostname is not bool(policy.sans)
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+@pytest.mark.parametrize("name", ["a" * 64 + ".test", "", ".test", "a\0b.test"])
+def test_a_hostname_that_no_server_can_have_is_refused(name):
+    with pytest.raises(TLSRefused, match="cannot be a server's name"):
+        ClientTLS(UpstreamTLS(name, CA), None, http2=False)
