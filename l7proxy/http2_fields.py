@@ -62,8 +62,11 @@ def request_head(fields: Headers, *, ended: bool, scheme: bytes, settings: Setti
     connection's: what the client claims must be http or https and is else not believed.
     ProtocolError: it is malformed (RFC 9113 §8.1.1) or over a limit."""
     pseudo, regular = _split(fields, _PSEUDO, settings, 400)
+    if b":authority" not in pseudo:
+        # As from an intermediary that speaks HTTP/1.1 on its other side (RFC 9113 §8.3.1).
+        pseudo[b":authority"] = next((value for name, value in regular if name == b"host"), b"")
     for name in _PSEUDO:
-        if name not in pseudo:
+        if not pseudo.get(name):
             raise ProtocolError(400, "bad_pseudo_header", f"{name.decode()} is missing")
     method = pseudo[b":method"]
     if not _METHOD.fullmatch(method):

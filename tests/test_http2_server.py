@@ -63,6 +63,7 @@ async def test_head_of_a_request() -> None:
         await peer.response(peer.request(POST, b""))
         await peer.response(peer.request([*GET[:3], (b":path", b"/"), (b"content-length", b"0")]))
         await peer.response(peer.request([(b":method", b"OPTIONS"), *GET[1:3], (b":path", b"*")]))
+        await peer.response(peer.request([*GET[:2], GET[3], (b"host", b"B.example")]))
     head = heads[0]
     assert (head.method, head.scheme, head.authority) == (b"PUT", b"http", b"a.example:80")
     assert (head.path, head.query, head.version) == (b"/y~", b"q=%zz", b"2")
@@ -73,8 +74,9 @@ async def test_head_of_a_request() -> None:
         True,
         None,
     )
-    assert [h.body for h in heads[1:]] == [Framing.STREAM, 0, Framing.NONE]
+    assert [h.body for h in heads[1:]] == [Framing.STREAM, 0, Framing.NONE, Framing.NONE]
     assert heads[3].path == b"*"
+    assert (heads[4].authority, heads[4].headers) == (b"b.example", [])
 
 
 MALFORMED = {
@@ -92,6 +94,7 @@ MALFORMED = {
     "method": ([(b":method", b"GE T"), *GET[1:]], 400),
     "scheme": ([GET[0], (b":scheme", b"ftp"), *GET[2:]], 400),
     "authority": ([*GET[:2], (b":authority", b"a@b"), GET[3]], 400),
+    "host twice": ([*GET[:2], GET[3], (b"host", b"a"), (b"host", b"b")], 400),
     "host differs": ([*GET, (b"host", b"b.example")], 400),
     "path": ([*GET[:3], (b":path", b"a")], 400),
     "path with a line": ([*GET[:3], (b":path", b"/ HTTP/1.1\r\nx: y")], 400),
