@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 from collections import deque
 from collections.abc import Awaitable, Callable
 
@@ -47,8 +48,11 @@ class Retired(Exception):
     """The pool takes no requests any more: its endpoint has left or TLS has changed."""
 
 
-# A new connection that reports to the given callback, or ConnectFailed.
-Connect = Callable[[Callable[[ClientConnection], None]], Awaitable[ClientConnection]]
+# A new connection that reports to the given callback, and a poll that tells when its peer is gone;
+# or ConnectFailed.
+Connect = Callable[
+    [Callable[[ClientConnection], None]], Awaitable[tuple[ClientConnection, "select.poll"]]
+]
 _Waiter = asyncio.Future[tuple[ClientStream, bool]]
 
 
@@ -86,7 +90,7 @@ class Pool:
         self._on_failure = on_failure
         self._on_empty = on_empty
         self._loop = asyncio.get_running_loop()
-        self._connections: set[ClientConnection] = set()
+        self._connections: dict[ClientConnection, select.poll] = {}
         # With room for a stream; since when idle. The last used comes last and is used first.
         self._ready: dict[ClientConnection, float] = {}
         self._connecting = 0
@@ -107,7 +111,10 @@ class Pool:
         while self._ready:
             connection, _ = self._ready.popitem()
             if connection.capacity > 0:
-                return self._open(connection)
+                if not self._connections[connection].poll(0):
+                    return self._open(connection)
+                # Closed by the endpoint, which the event loop is yet to find out.
+                connection.close()
         return None
 
     async def wait(self) -> tuple[ClientStream, bool]:
@@ -168,7 +175,7 @@ class Pool:
 
     async def _add(self) -> None:
         try:
-            connection = await self._connect(self._changed)
+            connection, peer_gone = await self._connect(self._changed)
         except ConnectFailed as error:
             self._connecting -= 1
             self._on_failure(error)
@@ -181,7 +188,7 @@ class Pool:
             self._fail_waiters(UpstreamError("internal", f"connecting failed: {error!r}"))
             raise
         self._connecting -= 1
-        self._connections.add(connection)
+        self._connections[connection] = peer_gone
         self._serve(connection, used=False)
 
     def _fail_waiters(self, error: UpstreamError) -> None:
@@ -204,7 +211,7 @@ class Pool:
         if connection.closed:
             self._ready.pop(connection, None)
             if not connection.active:
-                self._connections.discard(connection)
+                self._connections.pop(connection, None)
                 self._connect_more()
                 self._check_empty()
             return

@@ -8,6 +8,7 @@ nothing of requests beyond the status that `Lease.succeeded` is told.
 from __future__ import annotations
 
 import asyncio
+import select
 import ssl
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -261,7 +262,9 @@ class Cluster:
         tls = self._client_tls(certificate)
         http2 = self.http2
 
-        async def connect(on_change: Callable[[ClientConnection], None]) -> ClientConnection:
+        async def connect(
+            on_change: Callable[[ClientConnection], None],
+        ) -> tuple[ClientConnection, select.poll]:
             return await _connect(member, tls, self._settings(), on_change, http2=http2)
 
         def on_empty() -> None:
@@ -326,7 +329,7 @@ async def _connect(
     on_change: Callable[[ClientConnection], None],
     *,
     http2: bool,
-) -> ClientConnection:
+) -> tuple[ClientConnection, select.poll]:
     def protocol() -> Http1Client | Http2Client:
         if http2:
             return Http2Client(settings, on_change, scheme=b"https" if tls else b"http")
@@ -360,4 +363,6 @@ async def _connect(
         except PeerRefused as refused:
             transport.abort()
             raise ConnectFailed(member.id, refused.reason, str(refused)) from None
-    return connection
+    peer_gone = select.poll()
+    peer_gone.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+    return connection, peer_gone

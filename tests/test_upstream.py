@@ -127,6 +127,17 @@ async def test_a_connection_that_the_backend_closes_while_idle_is_gone():
 
 
 @on_both_loops
+async def test_closed_before_the_event_loop_knows():
+    async with backend() as one, in_cluster(one) as cluster:
+        await asyncio.gather(*map(finish, [await cluster.acquire() for _ in range(3)]))
+        one.close_all()
+        lease = await cluster.acquire()
+        assert not lease.reused
+        assert await finish(lease) == "a"
+        assert one.connections == 4
+
+
+@on_both_loops
 async def test_closed_at_the_moment_of_reuse():
     """The request fails so that it may be repeated, the next goes over a new connection though
     others were idle, and the endpoint's health does not suffer."""
