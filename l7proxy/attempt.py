@@ -12,23 +12,26 @@ from dataclasses import dataclass
 from l7proxy.message import Framing, ProtocolError, RequestHead, ResponseHead
 from l7proxy.request_body import BodyAttempt, ClientGone, RequestBody
 from l7proxy.streams import ServerStream, StreamReset
-from l7proxy.tasks import spawn
 from l7proxy.upstream import Lease
 
 # A backend that never says 100 gets the body anyway after this long (RFC 9110 §10.1.1), seconds.
 _CONTINUE_WAIT_S = 1.0
+# A backend that keeps sending 1xx responses never comes to the point.
+_MAX_INTERIM = 50
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"))
 
 
 @dataclass(slots=True)
 class Failure:
     """An attempt that gave no response. `status` is what the client gets if nothing else is tried;
-    `repeatable` whether the request may be sent again without being asked to by configuration."""
+    `repeatable` whether the request may be sent again without being asked to by configuration;
+    `stale`: a kept connection ended as it was used again, which says nothing of the endpoint."""
 
     status: int
     reason: str
     detail: str
-    repeatable: bool
+    repeatable: bool = False
+    stale: bool = False
 
 
 class Attempt:
@@ -57,8 +60,10 @@ class Attempt:
             if head.body is not Framing.NONE:
                 if head.expect_continue:
                     self._go_on = asyncio.Event()
-                self._upload = spawn(self._send_body(self._body.attempt()), name="upload")
-            while True:
+                self._upload = self._body.pump(
+                    self._send_body(self._body.attempt()), name="upload"
+                )
+            for _ in range(_MAX_INTERIM + 1):
                 response = await upstream.response()
                 if response.status >= 200 or response.status == 101:
                     return response
@@ -67,17 +72,18 @@ class Attempt:
                         self._go_on.set()
                     continue
                 self._stream.inform(response)
+            raise ProtocolError(502, "too_many_informational", "too many 1xx responses")
         except StreamReset as error:
             self.abandon(str(error))
             if self._client_error is not None:
                 raise self._client_error from error
             self.lease.failed("reset")
             repeatable = error.unprocessed or (error.reused and head.method in _IDEMPOTENT)
-            return Failure(502, "upstream_reset", str(error), repeatable and self._body.repeatable)
+            return Failure(502, "upstream_reset", str(error), repeatable, stale=error.reused)
         except ProtocolError as error:
             self.abandon(error.detail)
             self.lease.failed("protocol")
-            return Failure(502, "upstream_protocol", error.detail, repeatable=False)
+            return Failure(502, "upstream_protocol", error.detail)
         except BaseException:
             self.abandon("the request was given up")
             raise
@@ -114,15 +120,14 @@ class Attempt:
             raise
 
     def finish(self, status: int) -> None:
-        """The response has come whole. A body still on its way to the backend is given up: the
+        """The response has come whole. A body that has not gone to the backend is given up: the
         backend answered without it."""
-        if self._upload is not None and not self._upload.done():
-            self.abandon("answered before the request's end")
         self.lease.succeeded(status)
-        self.lease.release()
+        self.abandon("answered before the request's end")
 
     def abandon(self, why: str) -> None:
-        """Give the attempt up: the connection under an HTTP/1.1 stream is not used again."""
+        """Give up what of the attempt has not ended yet, and with it the connection under an
+        HTTP/1.1 stream."""
         if self._upload is not None:
             self._upload.cancel()
         self.lease.stream.abort(why)

@@ -32,7 +32,6 @@ from l7proxy.routing import (
     pick_backend,
 )
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
-from l7proxy.tasks import spawn
 from l7proxy.upstream import Clusters, UpstreamError
 from mesh.model.nodeconfig import CertificateSection, PortSection, Retry, SectionKey, Settings
 
@@ -41,6 +40,10 @@ _log = logging.getLogger("weft.exchange")
 # How often a request is sent again although no route asks for it: where that is safe.
 _SAFE_REPEATS = 2
 _BACKOFF_CAP_S = 10.0
+_MAX_DOUBLINGS = 16
+# The only protocol that is upgraded to (RFC 6455): of others nobody could say what passes in the
+# tunnel, HTTP requests that no route has judged among them.
+_WEBSOCKET = b"websocket"
 
 
 @dataclass(slots=True)
@@ -95,7 +98,6 @@ class _Exchange:
         self._loop = asyncio.get_running_loop()
         self._body = RequestBody(stream)
         self._responded = False
-        self._deadline: float | None = None
         client = forwarding.apply(stream.head, info, shared.settings)
         self.record = Record(stream.head, client, port.gateway)
 
@@ -121,7 +123,7 @@ class _Exchange:
             _log.exception("request %s failed", self.record.request_id)
             await self._reply(500, "internal", "a fault of the proxy's; its log has it")
         finally:
-            self._body.abandon()
+            await self._body.close()
             self.record.bytes_in = self._body.received
 
     async def _reply(self, status: int, reason: str, detail: str) -> None:
@@ -129,7 +131,8 @@ class _Exchange:
         if self._responded:
             self._stream.abort(detail)
             return
-        text = f"{detail}\n".encode()
+        # What is wrong in here is the log's to tell, not for clients.
+        text = f"{detail if status < 500 else reason}\n".encode()
         head = ResponseHead(status, [(b"content-type", b"text/plain; charset=utf-8")], len(text))
         if status == 503:
             head.headers.append((b"retry-after", b"1"))
@@ -179,12 +182,8 @@ class _Exchange:
             await self._send(self._finished_head(location, rule, None), b"")
             return
         timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
-        if timeout is None:
+        async with asyncio.timeout(timeout) as self._timeout:
             await self._forward(match)
-        else:
-            self._deadline = self._loop.time() + timeout
-            async with asyncio.timeout_at(self._deadline):
-                await self._forward(match)
 
     async def _forward(self, match: RouteMatchResult) -> None:
         rule = match.rule
@@ -197,11 +196,15 @@ class _Exchange:
             await self._send(self._finished_head(location, rule, backend), b"")
             return
         head = filters.request(backend.filters, head, match)
+        if head.upgrade not in (None, _WEBSOCKET):
+            head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.cluster
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                self._shared.mirrors.send(mirror.cluster, copy, self._body)
+                self._shared.mirrors.send(
+                    mirror.cluster, copy, self._body, self._client_certificate()
+                )
         attempt, response = await self._attempts(head, rule, backend.cluster, prefer)
         await self._relay(attempt, response, rule, backend)
 
@@ -223,28 +226,32 @@ class _Exchange:
     ) -> tuple[Attempt, ResponseHead]:
         """Try endpoints until one gives a response that stands. _Reply: none did."""
         retry = rule.retry
-        left = retry.attempts if retry is not None else _SAFE_REPEATS
+        repeats, retries = _SAFE_REPEATS, 0
         avoid: set[str] = set()
         while True:
             outcome = await self._attempt(head, rule, cluster, prefer, avoid)
-            if isinstance(outcome, Failure):
-                again = outcome.repeatable or (retry is not None and outcome.status in retry.codes)
-            else:
-                again = retry is not None and outcome[1].status in retry.codes
-            if not again or not left or not self._body.repeatable:
+            failure = outcome if isinstance(outcome, Failure) else None
+            status = outcome.status if isinstance(outcome, Failure) else outcome[1].status
+            safe = failure is not None and failure.repeatable and repeats > 0
+            asked = retry is not None and status in retry.codes and retries < retry.attempts
+            if not (safe or asked) or not self._body.repeatable:
                 if isinstance(outcome, Failure):
                     raise _Reply(outcome.status, outcome.reason, outcome.detail)
                 return outcome
-            left -= 1
             metrics.RETRIES.labels(cluster).inc()
             if not isinstance(outcome, Failure):
-                attempt, response = outcome
-                attempt.lease.failed("retried_status")
-                attempt.abandon(f"status {response.status} is retried")
-                avoid.add(attempt.lease.endpoint_id)
-            if retry is not None:
-                await self._back_off(retry, self.record.attempts)
-            prefer = None
+                attempt, _ = outcome
+                attempt.finish(status)
+            # Other endpoints' kept connections may be stale as well; this one's next is a new one.
+            stale = failure is not None and failure.stale
+            prefer = self.record.endpoint if stale else None
+            if not stale:
+                avoid.add(self.record.endpoint)
+            if safe:
+                repeats -= 1
+            elif retry is not None:
+                await self._back_off(retry, retries)
+                retries += 1
 
     async def _attempt(
         self,
@@ -256,8 +263,9 @@ class _Exchange:
     ) -> tuple[Attempt, ResponseHead] | Failure:
         cluster = self._shared.clusters.get(key)
         if cluster is None:
-            return Failure(503, "no_endpoints", f"{key} is not known here", repeatable=False)
+            return Failure(503, "no_endpoints", f"{key} is not known here")
         self.record.attempts += 1
+        self.record.endpoint = ""
         timeout = rule.backend_timeout_s
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
@@ -271,27 +279,22 @@ class _Exchange:
                 response = await attempt.response(head)
         except UpstreamError as error:
             metrics.UPSTREAM_FAILURES.labels(key, error.reason).inc()
-            return Failure(error.status, error.reason, str(error), repeatable=False)
+            return Failure(error.status, error.reason, str(error))
         except TimeoutError:
-            if self._deadline is not None and self._loop.time() >= self._deadline:
-                raise
             metrics.UPSTREAM_FAILURES.labels(key, "timeout").inc()
             if attempt is not None:
-                avoid.add(attempt.lease.endpoint_id)
                 attempt.lease.failed("timeout")
-            return Failure(
-                504, "backend_timeout", "no response in the route's backend timeout", False
-            )
+            return Failure(504, "backend_timeout", "no response in the route's backend timeout")
         if isinstance(response, Failure):
             metrics.UPSTREAM_FAILURES.labels(key, response.reason).inc()
-            avoid.add(lease.endpoint_id)
             return response
         return attempt, response
 
-    async def _back_off(self, retry: Retry, attempts: int) -> None:
-        """Wait at least the route's backoff, doubled with every attempt, jittered upwards."""
+    async def _back_off(self, retry: Retry, retries: int) -> None:
+        """Wait at least the route's backoff, doubled with every retry, jittered upwards."""
         if retry.backoff_ms:
-            wait = min(retry.backoff_ms / 1000 * 2 ** (attempts - 1), _BACKOFF_CAP_S)
+            doubled = retry.backoff_ms / 1000 * 2 ** min(retries, _MAX_DOUBLINGS)
+            wait = max(retry.backoff_ms / 1000, min(doubled, _BACKOFF_CAP_S))
             await asyncio.sleep(wait * (1 + random.random() / 4))
 
     def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
@@ -338,6 +341,12 @@ class _Exchange:
             else:
                 async with asyncio.timeout_at(attempt.limit):
                     await self._relay_body(attempt, head)
+        except TimeoutError:  # the backend's; the request's comes as a cancellation
+            attempt.lease.failed("timeout")
+            attempt.abandon("the response took too long")
+            raise _Reply(
+                504, "backend_timeout", "the response did not end in the route's backend timeout"
+            ) from None
         except BaseException:
             attempt.abandon("the response broke off")
             raise
@@ -352,16 +361,20 @@ class _Exchange:
         await _to_client(stream.finish(attempt.lease.stream.trailers))
 
     async def _tunnel(self, attempt: Attempt, head: ResponseHead) -> None:
-        """Bytes both ways until both sides have ended; timeouts of the route end with the 101."""
+        """Bytes both ways until both sides have ended; no timeout of the route counts any more."""
         stream, upstream = self._stream, attempt.lease.stream
+        self._timeout.reschedule(None)
         await _to_client(stream.respond(head))
 
         async def up() -> None:
-            while chunk := await self._body.tunnelled():
-                await upstream.write(chunk)
-            await upstream.finish([])
+            try:
+                while chunk := await self._body.tunnelled():
+                    await upstream.write(chunk)
+                await upstream.finish([])
+            except (StreamReset, ClientGone) as error:
+                upstream.abort(str(error))  # the other direction learns of it, and tells
 
-        sending = spawn(up(), name="tunnel")
+        sending = self._body.pump(up(), name="tunnel")
         try:
             while chunk := await upstream.read():
                 await _to_client(stream.write(chunk))
@@ -372,8 +385,6 @@ class _Exchange:
         except (StreamReset, TimeoutError) as error:
             self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
             stream.abort("the tunnel broke")
-        finally:
-            sending.cancel()
 
 
 async def _to_client(sending: Awaitable[None]) -> None:

@@ -11,7 +11,7 @@ from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
 from l7proxy.upstream import Clusters, UpstreamError
-from mesh.model.nodeconfig import SectionKey
+from mesh.model.nodeconfig import CertificateSection, SectionKey
 
 _MAX_RUNNING = 1024
 _DEADLINE_S = 30.0
@@ -24,7 +24,13 @@ class Mirrors:
         self._clusters = clusters
         self._running = 0
 
-    def send(self, cluster: SectionKey, head: RequestHead, body: RequestBody) -> None:
+    def send(
+        self,
+        cluster: SectionKey,
+        head: RequestHead,
+        body: RequestBody,
+        client_certificate: tuple[SectionKey, CertificateSection] | None,
+    ) -> None:
         """Mirror a request whose body has not been read yet; `head` is the mirror's own copy."""
         if self._running >= _MAX_RUNNING:
             metrics.MIRRORED.labels(cluster, "overflow").inc()
@@ -33,24 +39,36 @@ class Mirrors:
         head.upgrade = None
         feed = body.feed() if head.body is not Framing.NONE else None
         self._running += 1
-        spawn(self._run(cluster, head, feed), name=f"mirror to {cluster}")
+        spawn(self._run(cluster, head, feed, client_certificate), name=f"mirror to {cluster}")
 
-    async def _run(self, key: SectionKey, head: RequestHead, feed: MirrorFeed | None) -> None:
+    async def _run(
+        self,
+        key: SectionKey,
+        head: RequestHead,
+        feed: MirrorFeed | None,
+        certificate: tuple[SectionKey, CertificateSection] | None,
+    ) -> None:
         outcome = "failed"
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                outcome = await self._exchange(key, head, feed)
+                outcome = await self._exchange(key, head, feed, certificate)
         except (StreamReset, ProtocolError, UpstreamError, TimeoutError):
             pass
         finally:
             self._running -= 1
             metrics.MIRRORED.labels(key, outcome).inc()
 
-    async def _exchange(self, key: SectionKey, head: RequestHead, feed: MirrorFeed | None) -> str:
+    async def _exchange(
+        self,
+        key: SectionKey,
+        head: RequestHead,
+        feed: MirrorFeed | None,
+        certificate: tuple[SectionKey, CertificateSection] | None,
+    ) -> str:
         cluster = self._clusters.get(key)
         if cluster is None:
             return "no_endpoints"
-        lease = await cluster.acquire()
+        lease = await cluster.acquire(client_certificate=certificate)
         try:
             await lease.stream.request(head)
             if feed is not None and not await _send_body(lease.stream, feed):

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine
+from typing import Any
 
 from l7proxy.message import Headers
 from l7proxy.streams import ServerStream, StreamReset
+from l7proxy.tasks import spawn
 
 _KEEP_BYTES = 64 * 1024
 _MIRROR_BYTES = 256 * 1024
@@ -57,6 +60,7 @@ class RequestBody:
         self._kept_size = 0
         self._whole = False
         self._feeds: list[MirrorFeed] = []
+        self._reading: asyncio.Task[None] | None = None
         self.repeatable = True
         self.received = 0
 
@@ -105,8 +109,17 @@ class RequestBody:
         self.received += len(chunk)
         return chunk
 
-    def abandon(self) -> None:
-        """No more will be read: mirrors that still wait are cut off."""
+    def pump(self, reading: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
+        """Run what reads this body beside the caller. One at a time: cancel it before the next."""
+        self._reading = spawn(reading, name=name)
+        return self._reading
+
+    async def close(self) -> None:
+        """No more will be read. Returns when nobody waits for the client's bytes any more, so that
+        the connection can go on; mirrors that still wait are cut off."""
+        if self._reading is not None and not self._reading.done():
+            self._reading.cancel()
+            await asyncio.wait((self._reading,))
         if not self._whole:
             for feed in self._feeds:
                 feed.put(None)

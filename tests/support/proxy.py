@@ -12,6 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from mesh.model.channel import (
     Channel,
@@ -53,13 +57,15 @@ class WorkerProcess:
         self._reader = FrameReader()
         self._channel_out: asyncio.StreamWriter | None = None
 
-    async def start(self, *arguments: str) -> None:
+    async def start(self, *arguments: str, stdout: int | None = None) -> None:
+        """`stdout`: a descriptor for the access log in place of a file."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         self.metrics_dir = tempfile.mkdtemp(prefix="weft-metrics-")
         Path(self.metrics_dir).chmod(0o777)
         # Sanitised output goes to a file: a pipe nobody reads would be a test of its own.
         self.log = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -70,7 +76,8 @@ class WorkerProcess:
             "0",
             *arguments,
             pass_fds=(theirs.fileno(),),
-            stdout=self.log,
+            stdout=self.log if stdout is None else stdout,
+            stderr=self.errors,
             env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": self.metrics_dir},
         )
         theirs.close()
@@ -134,19 +141,52 @@ class WorkerProcess:
         self.log.seek(0)
         return self.log.read().decode()
 
+    def error_log(self) -> str:
+        """What the worker has said on standard error."""
+        self.errors.seek(0)
+        return self.errors.read().decode()
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample, as `name{label="value",...}`."""
+        registry = CollectorRegistry()
+        collector: Any = MultiProcessCollector
+        collector(registry, path=self.metrics_dir)
+        return {
+            sample.name + _labels(sample.labels): sample.value
+            for metric in registry.collect()
+            for sample in metric.samples
+        }
+
+    async def metric(self, name: str, wanted: Callable[[float], bool]) -> float:
+        """The value of a sample as soon as it is as wanted."""
+        async with asyncio.timeout(10):
+            while not wanted(value := self.metrics().get(name, 0.0)):
+                await asyncio.sleep(0.02)  # files tell nobody that they changed
+        return value
+
     async def stop(self) -> None:
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
         self.control.close()
         await self.disconnect()
+        said = self.error_log()
+        sys.stderr.write(said)
         self.log.close()
+        self.errors.close()
+        # Whatever clients and backends do to it, a worker meets nothing that it does not expect.
+        assert "Traceback" not in said
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    inner = ",".join(f'{name}="{value}"' for name, value in sorted(labels.items()))
+    return f"{{{inner}}}" if inner else ""
 
 
 @asynccontextmanager
-async def worker(*arguments: str) -> AsyncIterator[WorkerProcess]:
+async def worker(*arguments: str, stdout: int | None = None) -> AsyncIterator[WorkerProcess]:
     process = WorkerProcess()
-    await process.start(*arguments)
+    await process.start(*arguments, stdout=stdout)
     try:
         yield process
     finally:
