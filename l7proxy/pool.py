@@ -64,6 +64,7 @@ class Pool:
         "_connect",
         "_connecting",
         "_connections",
+        "_limit",
         "_loop",
         "_on_empty",
         "_on_failure",
@@ -72,7 +73,6 @@ class Pool:
         "_shared",
         "_sweep",
         "_waiters",
-        "limit",
     )
 
     def __init__(
@@ -84,7 +84,7 @@ class Pool:
         on_failure: Callable[[ConnectFailed], None],
         on_empty: Callable[[], None],
     ) -> None:
-        self.limit = limit
+        self._limit = limit
         self._connect = connect
         self._shared = shared
         self._on_failure = on_failure
@@ -105,6 +105,11 @@ class Pool:
     @property
     def idle(self) -> int:
         return sum(since != _BUSY for since in self._ready.values())
+
+    def set_limit(self, limit: int) -> None:
+        """Fewer connections come about as those in use are closed."""
+        self._limit = limit
+        self._connect_more()
 
     def take(self) -> ClientStream | None:
         """A stream on a kept connection, if one has room."""
@@ -168,7 +173,7 @@ class Pool:
         wanted = len(self._waiters)
         if self._shared:
             wanted = min(wanted, 1)
-        room = self.limit - len(self._connections)
+        room = self._limit - len(self._connections)
         while self._connecting < min(wanted, room):
             self._connecting += 1
             spawn(self._add(), name="connect upstream")

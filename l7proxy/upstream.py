@@ -156,13 +156,13 @@ class Cluster:
             self._tls = _checked_tls(self.key, section)
         self._section = section
         self.http2 = section.protocol == "h2c"
-        gone = self._balancer.update(section.endpoints)
-        if not same:
-            gone += self._balancer.members.values()
+        gone = self._balancer.update(section.endpoints if same else ())
+        if not same:  # what is known of endpoints' health may be TLS's fault
+            self._balancer.update(section.endpoints)
         for member in gone:
             _retire(member)
         for pool in self._pools:
-            pool.limit = section.max_connections_per_endpoint
+            pool.set_limit(section.max_connections_per_endpoint)
 
     def close(self) -> None:
         for member in self._balancer.update(()):

@@ -523,6 +523,24 @@ async def test_a_500_is_no_failure_of_the_endpoint():
 
 
 @on_both_loops
+async def test_other_tls_gives_endpoints_another_chance():
+    async with backend("a") as one, backend("b") as two:
+        tls = UpstreamTLS("a.test", AUTHORITY.certificate_pem)
+        async with clusters(section(one, two, tls=tls), ejection_failures=1) as made:
+            cluster = made.get(KEY)
+            lost = asyncio.ensure_future(cluster.acquire(prefer=one.id))
+            for each in (one, two):
+                await each.until(connections=1)
+                each.reset_all()
+            with pytest.raises(ConnectFailed):
+                await lost
+            assert cluster.stats().ejected == 1
+            made.put(KEY, section(one, two))
+            assert cluster.stats().ejected == 0
+            assert {await ask(cluster) for _ in range(4)} == {"a", "b"}
+
+
+@on_both_loops
 async def test_settings_apply_from_the_next_request_on():
     async with backend("a") as one, backend("b") as two, clusters(section(one, two)) as made:
         made.settings = Settings(balancer="round-robin")
