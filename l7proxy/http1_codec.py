@@ -292,7 +292,8 @@ class ClientCodec:
         if length > limit or (length < 0 and len(self.buffer) > limit):
             raise ProtocolError(502, "head_too_large", f"a response head over {limit} bytes")
         if length < 0:
-            if not b"HTTP/1."[: len(self.buffer)] == self.buffer.peek()[:7]:
+            begin = self.buffer.data[self.buffer.position : self.buffer.position + 7]
+            if not b"HTTP/1.".startswith(begin):
                 raise ProtocolError(502, "bad_status_line", "the backend does not speak HTTP/1.1")
             return None
         head, keep_alive = parse_response(

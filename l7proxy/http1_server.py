@@ -206,6 +206,8 @@ class Http1Server(Link):
     async def _discard_body(self) -> bool:
         """Take what is left of the request off the connection; whether that came to its end."""
         left = _DISCARD_BYTES
+        if not self.codec.request_complete:
+            self.timer.set(_LINGER_S)
         while not self.codec.request_complete:
             if self.failure is not None:
                 return False
@@ -222,7 +224,6 @@ class Http1Server(Link):
                 if self.eof or not self.codec.keep_alive:
                     return False
                 self.hold_input(0)
-                self.timer.set(_LINGER_S)
                 await self.more_input()
         return True
 

@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l7proxy.http1_head import parse_request, parse_response
-from l7proxy.message import BodyLength, Framing, ProtocolError, RequestHead, ResponseHead
+from l7proxy.http1_head import _second_opinion, parse_request, parse_response
+from l7proxy.message import (
+    BodyLength,
+    Framing,
+    Headers,
+    ProtocolError,
+    RequestHead,
+    ResponseHead,
+)
 from mesh.model.nodeconfig import Settings
 
 SETTINGS = Settings(max_headers=20, max_body_bytes=1000)
@@ -223,6 +230,21 @@ def test_h11_reads_what_we_read(start: bytes, lines: list[bytes]) -> None:
     framing = dict(event.headers).get(b"content-length", b"")
     assert framing == (b"%d" % head.body if isinstance(head.body, int) else b"")
     assert (b"transfer-encoding" in dict(event.headers)) == (head.body is Framing.STREAM)
+
+
+@pytest.mark.parametrize(
+    ("block", "fields", "reason"),
+    [
+        (raw("GET / HTTP/1.0\nX: 1"), [(b"x", b"2")], "ambiguous_head"),
+        (raw("GET / HTTP/1.0\nX: 1"), [], "ambiguous_head"),
+        (raw("GET / HTTP/1.0\nX"), [(b"x", b"")], "bad_head"),
+    ],
+)
+def test_two_readings_are_one_too_many(block: bytes, fields: Headers, reason: str) -> None:
+    """Were our own parser to err, the head would be refused."""
+    with pytest.raises(ProtocolError) as caught:
+        _second_opinion(block, b"GET", b"/", fields)
+    assert (caught.value.status, caught.value.reason) == (400, reason)
 
 
 # --- responses ------------------------------------------------------------------------------------

@@ -597,3 +597,72 @@ def test_a_reader_that_is_given_up_leaves_the_connection_in_order(
             assert bodies(got) == [b"ok"] * (2 if rest_comes else 1)
 
     run(main)
+
+
+@pytest.mark.parametrize("rest", [b"zz\r\n" + CLOSE, b"5\r\nabcde\r\n0\r\n\r\n" + CLOSE])
+def test_the_framing_of_a_body_that_nobody_reads_is_checked_all_the_same(
+    run: Run, rest: bytes
+) -> None:
+    async def main() -> None:
+        async def ignore(stream: ServerStream, info: ConnectionInfo) -> None:
+            await answer(stream, ResponseHead(200, [], 2), b"ok")
+
+        async with serving(ignore) as server:
+            start = b"PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+            got = await talk(server.port, start + rest)
+            whole = rest.startswith(b"5")
+            assert bodies(got) == [b"ok"] * (2 if whole else 1)
+            assert server.refused == ([] if whole else ["bad_chunk"])
+
+    run(main)
+
+
+def test_drain_while_the_response_is_on_its_way(run: Run) -> None:
+    """It was not announced, so that the connection stays for one more request's flight."""
+
+    async def main() -> None:
+        go_on = asyncio.Event()
+
+        async def slowly(stream: ServerStream, info: ConnectionInfo) -> None:
+            await stream.respond(ResponseHead(200, [], 2))
+            await go_on.wait()
+            await stream.write(b"ok")
+            await stream.finish([])
+
+        async with serving(slowly) as server, peer_of(server.port) as (reader, writer):
+            writer.write(GET % 1)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"connection" not in head
+            for _ in range(2):
+                server.connections[0].drain()
+            go_on.set()
+            assert await reader.readexactly(2) == b"ok"
+            writer.write(GET % 2)
+            got = await reader.read()
+            assert bodies(got) == [b"ok"]
+            assert b"\r\nconnection: close\r\n" in got
+
+    run(main)
+
+
+def test_a_response_while_the_client_leaves(run: Run) -> None:
+    """Writing to a client that is gone is StreamReset, never an error of the transport."""
+
+    async def main() -> None:
+        outcome: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+        async def stubborn(stream: ServerStream, info: ConnectionInfo) -> None:
+            server.connections[0].abort()
+            stream.inform(ResponseHead(103, []))
+            try:
+                await stream.respond(ResponseHead(200, [], 2))
+            except StreamReset as error:
+                outcome.set_result(error)
+
+        async with serving(stubborn) as server, peer_of(server.port) as (_, writer):
+            writer.write(GET % 1)
+            assert isinstance(await outcome, StreamReset)
+            await server.all_closed.wait()
+            assert server.refused == []
+
+    run(main)
