@@ -23,6 +23,7 @@ from echo.server import EchoServers
 
 from acceptance import hand
 from acceptance.cases import SHARED, Case, load_cases, load_objects
+from acceptance.client import RequestFailed
 from acceptance.credentials import credentials
 from acceptance.gateway import CLASS_NAME, POOL, GatewayFailed, GatewayProcess
 from acceptance.manifests import Ident, Json, Manifests
@@ -55,7 +56,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="run this test; repeatable")
     parser.add_argument("-k", default="", help="run the tests whose names contain this")
     parser.add_argument("--wait", type=float, default=8.0, help="seconds that any step may take")
-    parser.add_argument("--verbose", action="store_true", help="show the gateway's log on failure")
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="show the last exchange and the gateway's log of a test that fails",
+    )
     parser.add_argument("--keep", action="store_true", help="keep manifests and logs afterwards")
     return parser.parse_args(arguments)
 
@@ -78,7 +83,7 @@ async def run(args: argparse.Namespace, scratch: Path) -> list[Outcome]:
         scratch / "run",
         f"--address-pool={POOL}",
         "--admin=off",
-        "--access-log=off",
+        f"--access-log={'json' if args.verbose else 'off'}",
     )
     try:
         manifests.put("credentials", credentials())
@@ -92,7 +97,7 @@ async def run(args: argparse.Namespace, scratch: Path) -> list[Outcome]:
             outcomes.append(outcome)
             report(outcome)
             if args.verbose and outcome.result == FAIL:
-                print("    the gateway's log:", gateway.log_tail(), sep="\n")
+                show(world)
         return outcomes
     finally:
         await gateway.stop()
@@ -177,6 +182,25 @@ async def seen(world: World, idents: list[Ident], *, there: bool) -> None:
 def report(outcome: Outcome) -> None:
     detail = f"  {outcome.detail}" if outcome.detail else ""
     print(f"{outcome.result:<13} {outcome.seconds:5.1f} s  {outcome.test}{detail}", flush=True)
+
+
+def show(world: World) -> None:
+    """The last exchange of a test, and the end of the gateway's log."""
+    if world.exchange is not None:
+        request, came = world.exchange
+        tls = f", TLS for {request.tls.server_name}" if request.tls else ""
+        print(f"    to {request.address} port {request.port}, {request.protocol}{tls}:")
+        print(f"    > {request.method} {request.target}\n    > host: {request.host}")
+        for name, value in request.headers:
+            print(f"    > {name}: {value}")
+        if isinstance(came, RequestFailed):
+            print(f"    failed: {came}")
+        else:
+            print(f"    < {came.status}")
+            for name, values in came.headers.items():
+                print(f"    < {name}: {', '.join(values)}")
+            print("    <", came.body.decode(errors="replace").replace("\n", "\n    < "))
+    print("    the gateway's log:", world.gateway.log_tail(), sep="\n", flush=True)
 
 
 def summary(outcomes: list[Outcome]) -> list[str]:

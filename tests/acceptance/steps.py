@@ -36,6 +36,7 @@ async def run_case(world: World, case: Case) -> None:
         raise StepFailed("the test data has no steps for this test, and none are written by hand")
     world.generations.clear()
     world.live.clear()
+    world.exchange = None
     for number, step in enumerate(case.steps):
         if not guarded(step, world.claimed):
             continue
@@ -184,10 +185,10 @@ async def _http_request(world: World, step: Json, _case: Case, _number: int) -> 
     request = to_request(case, address, port, tls)
 
     async def succeed() -> None:
-        compare(case, request, await round_trip(request))
+        compare(case, request, await world.send(request))
 
     async def not_200() -> None:
-        response = await round_trip(request)
+        response = await world.send(request)
         if response.status == 200:
             raise StepFailed("answered 200, and must not")
         if response.status in TIMEOUTS:
@@ -195,7 +196,7 @@ async def _http_request(world: World, step: Json, _case: Case, _number: int) -> 
 
     async def fail() -> None:
         try:
-            response = await round_trip(request)
+            response = await world.send(request)
         except RequestFailed:
             return
         raise Mismatch(f"answered {response.status}, and the connection should have failed")
@@ -234,7 +235,7 @@ async def _grpc_request(world: World, step: Json, _case: Case, _number: int) -> 
     request = to_grpc_request(step["case"], *target(world, step["target"]))
 
     async def attempt() -> None:
-        compare_grpc(step["case"], await round_trip(request))
+        compare_grpc(step["case"], await world.send(request))
 
     await converge(attempt, world.wait_s)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from echo.answer import Memory
 
-from acceptance.client import RequestFailed
+from acceptance.client import Request, RequestFailed, Response, round_trip
 from acceptance.exchange import Mismatch
 from acceptance.gateway import POLL_S, GatewayProcess
 from acceptance.manifests import Ident, Json, Manifests
@@ -41,6 +41,18 @@ class World:
     generations: dict[tuple[str, str, str], int] = field(default_factory=dict)
     # $live values are remembered by their id where they were first read.
     live: dict[tuple[str, str, str, int], Json] = field(default_factory=dict)
+    # The last request of a step and what came of it, for people.
+    exchange: tuple[Request, Response | RequestFailed] | None = None
+
+    async def send(self, request: Request) -> Response:
+        """One exchange, remembered. RequestFailed: there is no whole response."""
+        try:
+            response = await round_trip(request)
+        except RequestFailed as error:
+            self.exchange = (request, error)
+            raise
+        self.exchange = (request, response)
+        return response
 
 
 async def eventually(check: Callable[[], None], wait_s: float) -> None:
