@@ -266,6 +266,7 @@ class _Stream:
         self._connection = connection
         self._continue_due = head.expect_continue
         self._ended = False
+        self._held = b""  # a response head that waits for its body's first bytes
 
     @property
     def open(self) -> bool:
@@ -328,7 +329,20 @@ class _Stream:
         block = codec.response(head)
         self.responded = True
         self.tunnel = head.status == 101 and head.upgrade is not None
-        await self._send((block,))
+        if self.tunnel:
+            await self._send((block,))
+        elif self._connection.gone:
+            raise StreamReset("the client is gone")
+        else:
+            # The body's first bytes are most often there already: one system call for both.
+            self._held = block
+            self._connection.loop.call_soon(self._send_held)
+
+    def _send_held(self) -> None:
+        transport = self._connection.transport
+        if self._held and transport is not None and not self._connection.gone:
+            transport.write(self._held)
+        self._held = b""
 
     async def write(self, data: bytes) -> None:
         await self._send(self._connection.codec.data(data))
@@ -339,7 +353,7 @@ class _Stream:
             if connection.tls and connection.transport is not None:
                 connection.transport.close()
             await connection.half_close()
-        elif tail := connection.codec.end(trailers):
+        elif (tail := connection.codec.end(trailers)) or self._held:
             await self._send((tail,))
         self.finished = True
 
@@ -347,6 +361,9 @@ class _Stream:
         connection = self._connection
         if connection.transport is None or connection.gone:
             raise StreamReset("the client is gone")
+        if self._held:
+            pieces = (self._held, *pieces)
+            self._held = b""
         connection.transport.writelines(pieces)
         if connection.write_paused:
             await connection.room()
