@@ -1,7 +1,8 @@
 """Accepts connections on one port: limits, protocol choice, drain.
 
 A connection becomes HTTP/2 by ALPN or by its preface (prior knowledge, RFC 9113 §3.3), else
-HTTP/1.1. This module knows connections, not requests.
+HTTP/1.1. This module knows connections, not requests. Of TLS connections it hears when their
+handshake has ended: unfinished ones count for no limit and end by their timer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from l7proxy import metrics
 from l7proxy.http1_server import Http1Server
 from l7proxy.http2_server import Http2Server
 from l7proxy.streams import ConnectionInfo, Handler
+from l7proxy.tls_server import ServerTLS
 from mesh.model.nodeconfig import Settings
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -61,7 +63,11 @@ class Admission:
 
 
 class Acceptor:
-    """Makes a protocol for every connection of one port, and remembers the open ones."""
+    """Makes a protocol for every connection of one port, and remembers the open ones.
+
+    `context` is for the connections that come next, None without TLS. Once drained it lets nobody
+    in any more, those who are in the middle of a handshake included.
+    """
 
     def __init__(
         self,
@@ -69,18 +75,20 @@ class Acceptor:
         handler: Handler,
         settings: Callable[[], Settings],
         admission: Admission,
-        sni_of: Callable[[ssl.SSLObject], str | None],
+        context: ssl.SSLContext | None,
     ) -> None:
         self.handler = handler
         self.settings = settings
         self.admission = admission
-        self.sni_of = sni_of
+        self.context = context
+        self.draining = False
         self.open: set[Drainable] = set()
 
     def __call__(self) -> asyncio.Protocol:
         return _Undecided(self)
 
     def drain(self) -> None:
+        self.draining = True
         for connection in tuple(self.open):
             connection.drain()
 
@@ -100,7 +108,7 @@ class _Undecided(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         local = transport.get_extra_info("sockname")
-        if not peer or not local:  # already gone
+        if not peer or not local or self._port.draining:  # already gone, or too late
             transport.close()
             return
         client = _plain(peer)
@@ -113,7 +121,7 @@ class _Undecided(asyncio.Protocol):
             peer=client,
             local=_plain(local),
             tls=tls is not None,
-            sni=self._port.sni_of(tls) if tls else None,
+            sni=ServerTLS.sni_of(tls) if tls else None,
             tls_version=tls.version() if tls else None,
         )
         self._port.open.add(self)

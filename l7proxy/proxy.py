@@ -40,6 +40,10 @@ Bind: TypeAlias = tuple[str, int]
 # Seconds before the first probe, between probes; probes unanswered until the end.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
+# The event loop calls listen(2) again, and must not shorten the supervisor's queue. The kernel cuts
+# it at net.core.somaxconn.
+_BACKLOG = 65_535
+
 # What others build on comes first.
 _ORDER: dict[type, int] = {
     Settings: 0,
@@ -60,7 +64,7 @@ class _Bound:
 
     sock: socket.socket
     server: asyncio.AbstractServer | None = None
-    context: ssl.SSLContext | None = None
+    serves: tuple[Acceptor, ssl.SSLContext | None] | None = None
 
 
 @dataclass(slots=True)
@@ -69,7 +73,6 @@ class _Served:
 
     port: Port
     acceptor: Acceptor
-    tls: ServerTLS | None = None
 
 
 @dataclass(slots=True)
@@ -119,12 +122,20 @@ class Proxy:
                 stale_tls |= self._put(key, section)
             except (Refused, TLSRefused) as error:
                 state.refused[key] = str(error)
+            except Exception as error:  # of this section; the others must not wait for its mending
+                _log.exception("section %s cannot be put in force", key)
+                state.refused[key] = f"a fault of the proxy's, its log has it: {error!r}"
             else:
                 state.refused.pop(key, None)
                 state.keys[key] = section
         for key in gone:
             stale_tls |= self._remove(key, state.keys.pop(key))
-        for key in [key for key in state.refused if key in delta.remove]:
+        known = delta.put.keys() - set(delta.remove) if delta.base is None else None
+        for key in [
+            key
+            for key in state.refused
+            if (key not in known if known is not None else key in delta.remove)
+        ]:
             del state.refused[key]
         for bind in stale_tls:
             self._reload_tls(bind)
@@ -158,6 +169,8 @@ class Proxy:
     def _remove(self, key: SectionKey, section: Section) -> set[Bind]:
         state = self._state
         match section:
+            case Settings():
+                self._put(key, Settings())
             case CertificateSection():
                 del state.certificates[key]
                 return self._ports_with(key)
@@ -187,23 +200,26 @@ class Proxy:
         port = Port(section, PortIndex(section))
         before = state.served.get(bind)
         if before is None:
-            acceptor = Acceptor(
-                handler=functools.partial(self._exchanges.serve, port),
-                settings=lambda: state.settings,
-                admission=self._admission,
-                sni_of=ServerTLS.sni_of,
-            )
-            state.served[bind] = _Served(port, acceptor, tls)
+            state.served[bind] = _Served(port, self._acceptor(port, tls))
+            self._start_server(bind)
+            return
+        was = before.port.section
+        before.port.section, before.port.index = section, port.index
+        if (was.client_validation, was.protocol) == (section.client_validation, section.protocol):
+            before.acceptor.context = tls.context if tls is not None else None
         else:
             # Who was let in under other rules must come in again.
-            if (
-                before.port.section.client_validation != section.client_validation
-                or before.port.section.protocol != section.protocol
-            ):
-                before.acceptor.drain()
-            before.port.section, before.port.index = section, port.index
-            before.tls = tls
+            before.acceptor.drain()
+            before.acceptor = self._acceptor(before.port, tls)
         self._start_server(bind)
+
+    def _acceptor(self, port: Port, tls: ServerTLS | None) -> Acceptor:
+        return Acceptor(
+            handler=functools.partial(self._exchanges.serve, port),
+            settings=lambda: self._state.settings,
+            admission=self._admission,
+            context=tls.context if tls is not None else None,
+        )
 
     def _reload_tls(self, bind: Bind) -> None:
         """Certificates changed: new handshakes use the new ones, connections stay."""
@@ -211,20 +227,22 @@ class Proxy:
         if served is None:
             return
         try:
-            served.tls = ServerTLS(served.port.section, self._state.certificates)
+            tls = ServerTLS(served.port.section, self._state.certificates)
         except TLSRefused as error:
             _log.error("port %s:%d keeps its certificates: %s", *bind, error)
             return
+        served.acceptor.context = tls.context
         self._start_server(bind)
 
     # --- sockets ------------------------------------------------------------------------------
 
-    async def listen(self, bind: Bind, sock: socket.socket) -> None:
+    def listen(self, bind: Bind, sock: socket.socket) -> None:
         """Take over a listening socket; a second one for the same port replaces the first."""
         self.unlisten(bind)
         if self._draining:
             sock.close()
             return
+        sock.setblocking(False)
         # Accepted connections inherit these: they find out clients that closed while the proxy has
         # nothing to send (tcp(7)).
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -240,23 +258,23 @@ class Proxy:
             bound.sock.close()
 
     def _start_server(self, bind: Bind) -> None:
-        bound, served = self._state.bound.get(bind), self._state.served.get(bind)
-        if bound is None or served is None:
-            return
-        context = served.tls.context if served.tls is not None else None
-        if bound.server is not None and bound.context is context:
-            return
-        spawn(self._serve(bind, bound, served, context), name=f"server {bind[0]}:{bind[1]}")
+        if bind in self._state.bound and bind in self._state.served:
+            spawn(self._serve(bind), name=f"server {bind[0]}:{bind[1]}")
 
-    async def _serve(
-        self, bind: Bind, bound: _Bound, served: _Served, context: ssl.SSLContext | None
-    ) -> None:
-        """Accept with `context`, then stop accepting with the one before. Both share the kernel's
-        queue of the socket, so no connection is lost in between."""
+    async def _serve(self, bind: Bind) -> None:
+        """Accept as the configuration has it now, then stop accepting as before. Both share the
+        kernel's queue of the socket, so no connection is lost in between."""
+        bound, served = self._state.bound.get(bind), self._state.served.get(bind)
+        if bound is None or served is None:  # gone again before this task ran
+            return
+        acceptor, context = served.acceptor, served.acceptor.context
+        if bound.serves == (acceptor, context):
+            return
         settings = self._state.settings
         server = await self._loop.create_server(
-            served.acceptor,
+            acceptor,
             sock=bound.sock.dup(),
+            backlog=_BACKLOG,
             ssl=context,
             ssl_handshake_timeout=settings.head_timeout_s if context else None,
             ssl_shutdown_timeout=settings.connect_timeout_s if context else None,
@@ -264,14 +282,14 @@ class Proxy:
         if self._state.bound.get(bind) is not bound or self._state.served.get(bind) is not served:
             server.close()
             return
-        before, bound.server, bound.context = bound.server, server, context
+        before, bound.server, bound.serves = bound.server, server, (acceptor, context)
         if before is not None:
             before.close()
 
     def _close_server(self, bind: Bind) -> None:
         if (bound := self._state.bound.get(bind)) and bound.server is not None:
             bound.server.close()
-            bound.server = bound.context = None
+            bound.server = bound.serves = None
 
     # --- end ----------------------------------------------------------------------------------
 

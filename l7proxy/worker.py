@@ -15,6 +15,7 @@ import gc
 import logging
 import os
 import pwd
+import resource
 import signal
 import socket
 import sys
@@ -31,7 +32,6 @@ from mesh.model.channel import (
     Drain,
     FrameReader,
     Listen,
-    PortAddress,
     Unlisten,
     encode_frame,
     receive_control,
@@ -60,9 +60,12 @@ class ConfigChannel(asyncio.Protocol):
         self._proxy = proxy
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
+        self._closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self._closed:
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
         transport = self._transport
@@ -80,8 +83,10 @@ class ConfigChannel(asyncio.Protocol):
             transport.abort()
 
     def close(self) -> None:
+        """Take no more deltas from it, be it connected yet or not."""
+        self._closed = True
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()
 
 
 class Worker:
@@ -117,7 +122,7 @@ class Worker:
                 case Channel():
                     spawn(self._take_channel(socket.socket(fileno=fds[0])), name="config channel")
                 case Listen(port):
-                    spawn(self._listen(port, socket.socket(fileno=fds[0])), name="listen")
+                    self._proxy.listen((port.address, port.port), socket.socket(fileno=fds[0]))
                 case Unlisten(port):
                     self._proxy.unlisten((port.address, port.port))
                 case Drain(deadline_s):
@@ -133,10 +138,6 @@ class Worker:
             before.close()
         sock.setblocking(False)
         await self._loop.create_connection(lambda: channel, sock=sock)
-
-    async def _listen(self, port: PortAddress, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        await self._proxy.listen((port.address, port.port), sock)
 
     def _start_drain(self, deadline_s: float | None) -> None:
         self._loop.remove_reader(self._control.fileno())
@@ -159,6 +160,8 @@ def main() -> None:
     )
     # Ctrl-C reaches the whole foreground group; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections are descriptors
     if os.geteuid() == 0:
         drop_root(args.user)
     gc.freeze()  # what is imported stays: the collector need not look at it again

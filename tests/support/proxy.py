@@ -57,8 +57,11 @@ class WorkerProcess:
         self._reader = FrameReader()
         self._channel_out: asyncio.StreamWriter | None = None
 
-    async def start(self, *arguments: str, stdout: int | None = None) -> None:
-        """`stdout`: a descriptor for the access log in place of a file."""
+    async def start(
+        self, *arguments: str, stdout: int | None = None, prefix: tuple[str, ...] = ()
+    ) -> None:
+        """`stdout`: a descriptor for the access log in place of a file; `prefix`: a command that
+        starts the worker."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         self.metrics_dir = tempfile.mkdtemp(prefix="weft-metrics-")
@@ -67,6 +70,7 @@ class WorkerProcess:
         self.log = tempfile.TemporaryFile()
         self.errors = tempfile.TemporaryFile()
         self.process = await asyncio.create_subprocess_exec(
+            *prefix,
             sys.executable,
             "-m",
             "l7proxy.worker",
@@ -184,9 +188,11 @@ def _labels(labels: Mapping[str, str]) -> str:
 
 
 @asynccontextmanager
-async def worker(*arguments: str, stdout: int | None = None) -> AsyncIterator[WorkerProcess]:
+async def worker(
+    *arguments: str, stdout: int | None = None, prefix: tuple[str, ...] = ()
+) -> AsyncIterator[WorkerProcess]:
     process = WorkerProcess()
-    await process.start(*arguments, stdout=stdout)
+    await process.start(*arguments, stdout=stdout, prefix=prefix)
     try:
         yield process
     finally:
