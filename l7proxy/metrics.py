@@ -42,9 +42,31 @@ UPSTREAM_FAILURES = Counter(
     "Attempts that failed, by backend and reason",
     ("backend", "reason"),
 )
-RETRIES = Counter(
-    "weft_upstream_retries_total", "Requests sent again to another endpoint", ("backend",)
+UPSTREAM_CONNECTIONS = Gauge(
+    "weft_upstream_connections",
+    "Open connections to a backend's endpoints",
+    ("backend",),
+    multiprocess_mode="livesum",
 )
+UPSTREAM_IDLE = Gauge(
+    "weft_upstream_idle_connections",
+    "Of the open connections those that wait for a request",
+    ("backend",),
+    multiprocess_mode="livesum",
+)
+UPSTREAM_PENDING = Gauge(
+    "weft_upstream_pending_requests",
+    "Requests that wait for a connection to a backend's endpoint",
+    ("backend",),
+    multiprocess_mode="livesum",
+)
+UPSTREAM_EJECTED = Gauge(
+    "weft_upstream_ejected_endpoints",
+    "Endpoints of a backend that a worker leaves alone for a while; the most of any worker",
+    ("backend",),
+    multiprocess_mode="livemax",
+)
+RETRIES = Counter("weft_upstream_retries_total", "Requests sent again", ("backend",))
 MIRRORED = Counter(
     "weft_mirrored_requests_total",
     "Requests also sent to a mirror, by backend and outcome",

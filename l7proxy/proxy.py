@@ -15,14 +15,14 @@ import ssl
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from l7proxy import forwarding
+from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.exchange import Exchanges, Port
 from l7proxy.routing import PortIndex, Refused, RouteIndex
 from l7proxy.tasks import spawn
 from l7proxy.tls_server import ServerTLS, TLSRefused
-from l7proxy.upstream import Clusters
+from l7proxy.upstream import Clusters, ClusterStats
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
@@ -36,6 +36,8 @@ from mesh.model.nodeconfig import (
 
 _log = logging.getLogger("weft.proxy")
 Bind: TypeAlias = tuple[str, int]
+
+_NOTHING = ClusterStats(0, 0, 0, 0)
 
 # Seconds before the first probe, between probes; probes unanswered until the end.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
@@ -97,6 +99,7 @@ class Proxy:
         self._admission.idle.set()
         self._access_log = log
         self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log)
+        self._reported: dict[SectionKey, ClusterStats] = {}
         self._draining = False
 
     # --- configuration ------------------------------------------------------------------------
@@ -290,6 +293,22 @@ class Proxy:
         if (bound := self._state.bound.get(bind)) and bound.server is not None:
             bound.server.close()
             bound.server = bound.serves = None
+
+    # --- metrics ------------------------------------------------------------------------------
+
+    def report(self) -> None:
+        """Set the gauges of what clusters do now."""
+        stats = self._clusters.stats()
+        for key in self._reported.keys() - stats.keys():
+            stats[key] = _NOTHING
+        for key, now in stats.items():
+            if now == self._reported.get(key, _NOTHING):
+                continue
+            metrics.UPSTREAM_CONNECTIONS.labels(key).set(now.connections)
+            metrics.UPSTREAM_IDLE.labels(key).set(now.idle)
+            metrics.UPSTREAM_PENDING.labels(key).set(now.pending)
+            metrics.UPSTREAM_EJECTED.labels(key).set(now.ejected)
+        self._reported = {key: now for key, now in stats.items() if now != _NOTHING}
 
     # --- end ----------------------------------------------------------------------------------
 

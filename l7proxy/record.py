@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
 from l7proxy import metrics
-from l7proxy.accesslog import AccessLog, AccessLogEntry
+from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
 from l7proxy.routing import RouteMatchResult
 
+# What is counted by (gateway, route, rule, backend[, code]) lives as long as the process, also when
+# the route has gone. Further ones are counted together, under the gateway and these names.
+_MAX_SERIES = 20_000
+_OTHER = "(other)"
+_durations: dict[tuple[str, ...], Any] = {}
+_requests: dict[tuple[str, ...], Any] = {}
 
-@lru_cache(maxsize=16_384)
-def _duration(gateway: str, route: str, rule: str, backend: str) -> Any:
-    return metrics.DURATION.labels(gateway, route, rule, backend)
 
-
-@lru_cache(maxsize=32_768)
-def _requests(gateway: str, route: str, rule: str, backend: str, code: int) -> Any:
-    return metrics.REQUESTS.labels(gateway, route, rule, backend, code)
+def _series(known: dict[tuple[str, ...], Any], metric: Any, labels: tuple[str, ...]) -> Any:
+    series = known.get(labels)
+    if series is None:
+        if len(known) >= _MAX_SERIES:
+            labels = (labels[0], _OTHER, _OTHER, _OTHER, *labels[4:])
+        series = known[labels] = metric.labels(*labels)
+    return series
 
 
 class Record:
@@ -71,8 +76,9 @@ class Record:
         """Count the request, write its line. A client gone before a response counts as code 499."""
         elapsed = time.monotonic() - self.started
         code = self.status or 499
-        _requests(self.gateway, self.route, self.rule, self.backend, code).inc()
-        _duration(self.gateway, self.route, self.rule, self.backend).observe(elapsed)
+        labels = (self.gateway, self.route, self.rule, self.backend)
+        _series(_requests, metrics.REQUESTS, (*labels, str(code))).inc()
+        _series(_durations, metrics.DURATION, labels).observe(elapsed)
         if not log.wanted:
             return
         agent = next((value for name, value in self.head.headers if name == b"user-agent"), b"")
@@ -80,9 +86,9 @@ class Record:
             AccessLogEntry(
                 time=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 client=self.client,
-                method=self.head.method.decode("latin-1"),
-                host=self.host.decode("latin-1"),
-                path=self.path.decode("latin-1"),
+                method=cut(self.head.method, MAX_NAME),
+                host=cut(self.host, MAX_NAME),
+                path=cut(self.path),
                 protocol="HTTP/" + self.head.version.decode("latin-1"),
                 status=code,
                 duration_ms=round(elapsed * 1000, 3),
@@ -96,8 +102,8 @@ class Record:
                 backend=self.backend,
                 endpoint=self.endpoint,
                 attempts=self.attempts,
-                user_agent=agent.decode("latin-1"),
+                user_agent=cut(agent, MAX_NAME),
                 reason=self.reason,
-                detail=self.detail,
+                detail=self.detail[:MAX_NAME],
             )
         )

@@ -40,6 +40,8 @@ from mesh.model.nodeconfig import Ack, Delta
 
 _log = logging.getLogger("weft.worker")
 _PR_SET_NO_NEW_PRIVS = 38
+# How often the gauges of upstreams are set, seconds.
+_REPORT_S = 1.0
 
 
 def drop_root(user: str) -> None:
@@ -95,7 +97,10 @@ class Worker:
     def __init__(self, control: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self._control = control
         self._loop = loop
-        self._log = AccessLog(loop)
+        # Were standard output closed, its number could be a client's connection by now.
+        self._log = AccessLog(
+            loop, 1 if sys.stdout is not None else os.open(os.devnull, os.O_WRONLY)
+        )
         self._proxy = Proxy(loop, self._log)
         self._channel: ConfigChannel | None = None
         self._done = asyncio.Event()
@@ -104,8 +109,13 @@ class Worker:
         loop.add_signal_handler(signal.SIGTERM, self._start_drain, None)
 
     async def run(self) -> None:
+        self._report()
         await self._done.wait()
         self._log.close()
+
+    def _report(self) -> None:
+        self._proxy.report()
+        self._loop.call_later(_REPORT_S, self._report)
 
     def _control_ready(self) -> None:
         while not self._done.is_set():
@@ -167,7 +177,8 @@ def main() -> None:
     gc.freeze()  # what is imported stays: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(socket.socket(fileno=args.control_fd)))
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     # A thread that still writes the log to a stuck reader must not keep the process.
     os._exit(0)
 
