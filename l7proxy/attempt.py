@@ -18,19 +18,21 @@ from l7proxy.upstream import Lease
 _CONTINUE_WAIT_S = 1.0
 # A backend that keeps sending 1xx responses never comes to the point.
 _MAX_INTERIM = 50
-_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"))
+IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE", b"TRACE"))
 
 
 @dataclass(slots=True)
 class Failure:
     """An attempt that gave no response. `status` is what the client gets if nothing else is tried;
-    `repeatable` whether the request may be sent again without being asked to by configuration;
+    `repeatable` whether the request may be sent again without being asked to by configuration,
+    `retryable` where a route asks for retries (GEP-1731: connection errors, whatever its codes);
     `stale`: a kept connection ended as it was used again, which says nothing of the endpoint."""
 
     status: int
     reason: str
     detail: str
     repeatable: bool = False
+    retryable: bool = False
     stale: bool = False
 
 
@@ -60,9 +62,7 @@ class Attempt:
             if head.body is not Framing.NONE:
                 if head.expect_continue:
                     self._go_on = asyncio.Event()
-                self._upload = self._body.pump(
-                    self._send_body(self._body.attempt()), name="upload"
-                )
+                self._upload = self._body.pump(self._send_body(self._body.attempt()), name="upload")
             for _ in range(_MAX_INTERIM + 1):
                 response = await upstream.response()
                 if response.status >= 200 or response.status == 101:
@@ -78,8 +78,11 @@ class Attempt:
             if self._client_error is not None:
                 raise self._client_error from error
             self.lease.failed("reset")
-            repeatable = error.unprocessed or (error.reused and head.method in _IDEMPOTENT)
-            return Failure(502, "upstream_reset", str(error), repeatable, stale=error.reused)
+            retryable = error.unprocessed or head.method in IDEMPOTENT
+            repeatable = retryable and (error.unprocessed or error.reused)
+            return Failure(
+                502, "upstream_reset", str(error), repeatable, retryable, stale=error.reused
+            )
         except ProtocolError as error:
             self.abandon(error.detail)
             self.lease.failed("protocol")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from l7proxy import cors, filters, forwarding, metrics, session
 from l7proxy.accesslog import AccessLog
-from l7proxy.attempt import Attempt, Failure
+from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.record import Record
@@ -233,7 +233,11 @@ class _Exchange:
             failure = outcome if isinstance(outcome, Failure) else None
             status = outcome.status if isinstance(outcome, Failure) else outcome[1].status
             safe = failure is not None and failure.repeatable and repeats > 0
-            asked = retry is not None and status in retry.codes and retries < retry.attempts
+            asked = (
+                retry is not None
+                and retries < retry.attempts
+                and (status in retry.codes or (failure is not None and failure.retryable))
+            )
             if not (safe or asked) or not self._body.repeatable:
                 if isinstance(outcome, Failure):
                     raise _Reply(outcome.status, outcome.reason, outcome.detail)
@@ -279,12 +283,18 @@ class _Exchange:
                 response = await attempt.response(head)
         except UpstreamError as error:
             metrics.UPSTREAM_FAILURES.labels(key, error.reason).inc()
-            return Failure(error.status, error.reason, str(error))
+            # Nothing has been sent.
+            return Failure(error.status, error.reason, str(error), retryable=True)
         except TimeoutError:
             metrics.UPSTREAM_FAILURES.labels(key, "timeout").inc()
             if attempt is not None:
                 attempt.lease.failed("timeout")
-            return Failure(504, "backend_timeout", "no response in the route's backend timeout")
+            return Failure(
+                504,
+                "backend_timeout",
+                "no response in the route's backend timeout",
+                retryable=attempt is None or head.method in IDEMPOTENT,
+            )
         if isinstance(response, Failure):
             metrics.UPSTREAM_FAILURES.labels(key, response.reason).inc()
             return response

@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from support.proxy import (
@@ -313,6 +314,49 @@ async def test_retry_by_status_goes_elsewhere(proxy):
         answers = [await fetch(port, request) for _ in range(8)]
     assert {(answer.status, answer.body) for answer in answers} == {(200, body)}
     assert bad.requests
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("POST", 504)])
+async def test_retry_after_a_backend_timeout(proxy, method, status):
+    """HTTPRouteRetryBackendTimeout: what may have been acted on is repeated only if idempotent."""
+    hanging = asyncio.Event()
+
+    async def answer(request: Message) -> bytes:
+        if len(one.requests) == 1:
+            await hanging.wait()
+        return ok(b"at last")
+
+    async with backend(answer) as one:
+        port = await serve(
+            proxy,
+            cluster("one", one.port),
+            route("r", rule(to("one"), retry=Retry(attempts=1), backend_timeout_ms=100)),
+        )
+        request = f"{method} / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+        assert (await fetch(port, request)).status == status
+    assert len(one.requests) == (2 if status == 200 else 1)
+
+
+async def test_retry_after_connection_errors(proxy, unused_tcp_port):
+    """HTTPRouteRetryConnectionError: a backend that comes up in the meantime is found."""
+    port = await serve(
+        proxy,
+        cluster("one", unused_tcp_port),
+        route("r", rule(to("one"), retry=Retry(attempts=20, backoff_ms=50))),
+    )
+    request = asyncio.ensure_future(
+        fetch(port, "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi")
+    )
+    async with asyncio.timeout(10):
+        while b"connect_refused" not in await metrics_files(proxy):
+            await asyncio.sleep(0.02)  # a file tells nobody that it has changed
+    async with backend(lambda request: ok(request.body), port=unused_tcp_port):
+        answer = await request
+    assert (answer.status, answer.body) == (200, b"hi")
+
+
+async def metrics_files(proxy: WorkerProcess) -> bytes:
+    return b"".join(path.read_bytes() for path in Path(proxy.metrics_dir).iterdir())
 
 
 async def test_retries_end_and_the_last_answer_stands(proxy):
