@@ -81,7 +81,9 @@ def _programmed(view: View, one: ListenerState) -> Programmed:
         if bound is None:
             waiting.append(port)
         elif bound:
-            return Programmed(Problem("PortUnavailable", _unbound(port, bound)))
+            # Why, and what to do, is the supervisor's to say.
+            message = f"cannot listen on port {port[1]} of {port[0]}: {bound}"
+            return Programmed(Problem("PortUnavailable", message))
     for certificate in one.certificates:
         if refusal := view.get("refusals", certificate):
             message = f"the data plane refused {certificate}: {refusal}"
@@ -90,14 +92,6 @@ def _programmed(view: View, one: ListenerState) -> Programmed:
         places = ", ".join(f"{address}:{port}" for address, port in waiting)
         return Programmed(pending=f"waiting for {places} to be bound")
     return Programmed()
-
-
-def _unbound(port: PortKey, why: str) -> str:
-    address, number = port
-    return (
-        f"cannot listen on port {number} of {address}: {why}; free the port there, or use an"
-        " address of this host and another port"
-    )
 
 
 def _conditions(

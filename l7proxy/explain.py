@@ -43,6 +43,9 @@ from mesh.model.nodeconfig import (
     WeightedBackend,
 )
 
+# How far a rule is from being chosen, for the order in which the others are told: 0 lost to another
+# match, n is n things of its match that do not hold, then these.
+_OTHER_HOST, _OTHER_LISTENER = 100, 101
 # Smaller wins: the hostname's place among those that match, the type of path, the match's order.
 _Rank: TypeAlias = tuple[int, int, Order]
 _PATH_RANK = {"Exact": 0, "RegularExpression": 1, "PathPrefix": 2}
@@ -85,7 +88,7 @@ class Candidate(msgspec.Struct, frozen=True):
 class Explanation(msgspec.Struct, frozen=True):
     """What a request gets. `status` is set where the proxy answers itself, with `detail` saying
     why; then the fields below what was not reached are "" or empty. `route` is
-    "<kind>/<namespace>/<name>", `rule` its name or index."""
+    "<kind>/<namespace>/<name>", `rule` its name or index; `candidates` have the nearest first."""
 
     gateway: str = ""
     listener: str = ""
@@ -137,13 +140,15 @@ def explain(
     ]
     if not ports:
         where = f"port {port}" if address is None else f"{address} port {port}"
-        return Explanation(detail=f"nothing listens on {where} for {scheme}")
+        return Explanation(
+            detail=f"nothing listens on {where} for {scheme}; there is {_listening(sections)}"
+        )
     routes, refused = _routes(sections, ports)
     answers = [_on_port(sections, section, routes, head) for section in ports]
     # Without an address, the first port that has most to say stands for all.
     best = max(answers, key=lambda answer: (bool(answer.route), bool(answer.listener)))
     others = [c for answer in answers if answer is not best for c in answer.candidates]
-    return msgspec.structs.replace(best, candidates=(*best.candidates, *others, *refused))
+    return msgspec.structs.replace(best, candidates=(*refused, *best.candidates, *others))
 
 
 def _head(
@@ -170,6 +175,12 @@ def _head(
         end_to_end.headers,
         upgrade=end_to_end.upgrade,
     )
+
+
+def _listening(sections: Mapping[SectionKey, Section]) -> str:
+    ports = [section for section in sections.values() if isinstance(section, PortSection)]
+    found = sorted((port.port, port.protocol.lower(), port.address) for port in ports)
+    return ", ".join(f"{scheme} on {at} port {port}" for port, scheme, at in found) or "no listener"
 
 
 def _routes(
@@ -201,7 +212,8 @@ def _on_port(
     index = PortIndex(port)
     listener = index.select(head.host, _sni(head.host))
     found = routes.match(listener.id, head) if listener is not None else None
-    candidates = tuple(_candidates(port, listener, routes, head, found))
+    ranked = sorted(_candidates(port, listener, routes, head, found), key=lambda pair: pair[0])
+    candidates = tuple(candidate for _, candidate in ranked)
     if listener is None:
         return Explanation(
             gateway=port.gateway,
@@ -271,7 +283,7 @@ def _backend(
     endpoints: tuple[str, ...] = ()
     note = ""
     if backend.cluster is None:
-        note = "500: the reference does not resolve"
+        note = "500: the reference does not resolve; see ResolvedRefs in the route's status"
     elif not isinstance(cluster, ClusterSection) or not cluster.endpoints:
         note = "503: no ready endpoints"
     else:
@@ -299,8 +311,9 @@ def _candidates(
     routes: RouteIndex,
     head: RequestHead,
     found: RouteMatchResult | None,
-) -> Iterator[Candidate]:
-    """Every rule on the port but the one found, by listener, route and rule."""
+) -> Iterator[tuple[int, Candidate]]:
+    """Every rule on the port but the one found, by listener, route and rule; each with its
+    distance."""
     view = RequestView(head)
     patterns = list(host_patterns(head.host))
     attached: dict[str, list[tuple[CompiledRoute, set[bytes]]]] = {}
@@ -323,10 +336,10 @@ def _candidates(
                 if found is not None and listener is selected and rule is found.rule:
                     continue
                 if listener is not selected:
-                    reason = _not_selected(listener, selected, head)
+                    distance, reason = _OTHER_LISTENER, _not_selected(listener, selected, head)
                 else:
-                    reason = _reason(matches, hosts, patterns, view, winner)
-                yield Candidate(listener.id, route.ref.label, rule.label, reason)
+                    distance, reason = _reason(matches, hosts, patterns, view, winner)
+                yield distance, Candidate(listener.id, route.ref.label, rule.label, reason)
 
 
 def _winner(
@@ -360,22 +373,22 @@ def _reason(
     patterns: list[bytes],
     view: RequestView,
     winner: _Rank | None,
-) -> str:
+) -> tuple[int, str]:
     if not hosts.intersection(patterns):
         names = " and ".join(host.decode() for host in sorted(hosts))
-        return f"hostname {names} does not match {view.head.host.decode()}"
+        return _OTHER_HOST, f"hostname {names} does not match {view.head.host.decode()}"
     holding: list[CompiledMatch] = []
-    failures: dict[str, None] = {}
+    failures: dict[str, int] = {}
     for match in matches:
-        wrong = ", ".join(mismatches(match, view))
+        wrong = list(mismatches(match, view))
         if wrong:
-            failures[wrong] = None
+            failures[", ".join(wrong)] = len(wrong)
         else:
             holding.append(match)
     if not holding:
-        return "; ".join(failures)
+        return min(failures.values()), "; ".join(failures)
     assert winner is not None
     ours = min(_rank(match, hosts, patterns) for match in holding)
     pairs = zip((*winner[:2], *winner[2]), (*ours[:2], *ours[2]), strict=True)
     at = next(i for i, (won, lost) in enumerate(pairs) if won != lost)
-    return f"a more specific match won: {_WINS[at]}"
+    return 0, f"a more specific match won: {_WINS[at]}"

@@ -205,10 +205,16 @@ class Running:
         self.wanted = asyncio.Queue()
         self.rollout = Rollout(1, self.changed, lambda number, pid: None)
         plane = ControlPlane(Options())
-        self.node = Node(plane=plane, rollout=self.rollout, want=self.wanted.put_nowait)
+        self.ready = 0
+        self.node = Node(
+            plane=plane, rollout=self.rollout, want=self.wanted.put_nowait, ready=self.count_ready
+        )
 
     def changed(self):
         self.node.workers_changed()
+
+    def count_ready(self):
+        self.ready += 1
 
     def condition(self, kind, name, type):
         status = self.node.statuses.get(kind, ObjectKey("default", name))
@@ -249,11 +255,17 @@ async def test_statuses_wait_for_acknowledgement_and_ports():
         await settle(lambda: not running.rollout.in_flight)
         assert running.condition("Gateway", "gw", "Programmed") is None
         assert node.not_ready() == ["the ports have not been bound yet"]
+        assert running.ready == 0
         node.bound_changed(Bound((PortAddress("0.0.0.0", 8080),)))
         await settle(lambda: running.condition("Gateway", "gw", "Programmed") is not None)
         assert running.condition("Gateway", "gw", "Programmed").status == "True"
         assert running.condition("HTTPRoute", "r", "Accepted").status == "True"
         assert node.not_ready() == node.degraded() == []
+        assert running.ready == 1
+        node.source_changed(source_update(route("r", path="/new")))
+        end.ack((await end.receive()).version)
+        await settle(lambda: not running.rollout.in_flight)
+        assert running.ready == 1
 
 
 async def test_a_refused_route_is_never_reported_as_accepted():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import yaml
@@ -13,7 +15,16 @@ from mesh.agent.rundir import RunDir
 from mesh.cli import output, tables
 from mesh.cli.main import cli
 from mesh.model.decode import KINDS
-from tests.support.running import PROJECT, alarm, free_port, gateway, route, running, service
+from tests.support.running import (
+    PROJECT,
+    WAIT_S,
+    alarm,
+    free_port,
+    gateway,
+    route,
+    running,
+    service,
+)
 
 BROKEN = "{apiVersion: v1, kind: Service, metadata: {name: b}, spec: {ports: [{port: 80, x: 1}]}}"
 
@@ -170,7 +181,8 @@ def test_help_of_every_command_tells_its_exit_codes():
 
 
 def test_get_and_status(tmp_path, manifests):
-    (manifests / "gateway.yaml").write_text(gateway(free_port()))
+    port = free_port()
+    (manifests / "gateway.yaml").write_text(gateway(port))
     (manifests / "namespaced.yaml").write_text(
         "{apiVersion: v1, kind: ConfigMap, metadata: {name: c, namespace: other}, data: {a: b}}"
     )
@@ -180,10 +192,12 @@ def test_get_and_status(tmp_path, manifests):
         instance.await_status(lambda status: status["ready"] and not status["degraded"])
         code, text, _ = weft("get", "gtw", *at)
         assert code == 0
-        assert text.splitlines() == [
-            "NAME   CLASS   ADDRESS   ACCEPTED   PROGRAMMED",
-            "gw     weft    <none>    True       True",
+        assert [line.split() for line in text.splitlines()] == [
+            ["NAME", "CLASS", "ADDRESS", "ACCEPTED", "PROGRAMMED"],
+            ["gw", "weft", mock.ANY, "True", "True"],
         ]
+        # What it shows is where it is reached.
+        socket.create_connection((text.split()[7], port), WAIT_S).close()
         code, text, _ = weft("get", "httproutes.gateway.networking.k8s.io", "-o", "wide", *at)
         assert text.splitlines() == [
             "NAME   HOSTNAMES   ACCEPTED   RESOLVEDREFS   PARENTS   REASONS",
@@ -210,11 +224,13 @@ def test_get_and_status(tmp_path, manifests):
         assert code == 0
         assert "ready:      yes\n" in text
         assert f"manifests:  {manifests}\n" in text
+        assert text.splitlines()[-1].split() == ["0.0.0.0", str(port), "yes"]
         assert json.loads(weft("status", "-o", "json", *at)[1])["ready"] is True
         code, text, _ = weft("explain", "GET", "http://h/x", "--address", "192.0.2.1", *at)
         assert (code, text) == (
             1,
-            "answer:   none: nothing listens on 192.0.2.1 port 80 for http\n",
+            "answer:   none: nothing listens on 192.0.2.1 port 80 for http; "
+            f"there is http on 0.0.0.0 port {port}\n",
         )
 
         (manifests / "broken.yaml").write_text(BROKEN)

@@ -113,7 +113,7 @@ def test_the_whole_way_is_told() -> None:
     assert (found.rule, found.rule_index, found.match_index, found.status) == ("api", 1, 0, None)
     assert [(b.share, b.note) for b in found.backends] == [
         (0.6, ""),
-        (0.2, "500: the reference does not resolve"),
+        (0.2, "500: the reference does not resolve; see ResolvedRefs in the route's status"),
         (0.1, "503: no ready endpoints"),
         (0.1, "502: no CA"),
     ]
@@ -192,6 +192,26 @@ def test_an_earlier_rule_of_the_route_wins() -> None:
     ]
 
 
+def test_the_nearest_are_told_first() -> None:
+    sections = table(
+        route("a-other-listener", rule(), listener=FOO, hosts=("*.foo.com",)),
+        route("b-other-host", rule(), hosts=("one.org",)),
+        route("c-two-away", rule("/y", method="PUT")),
+        route("d-one-away", rule("/y")),
+        route("e-lost", rule(), rule()),
+        route("f-refused", rule("(", "RegularExpression")),
+    )
+    found = ask(sections, "/x")
+    assert [candidate.route.rpartition("/")[2] for candidate in found.candidates] == [
+        "f-refused",
+        "e-lost",
+        "d-one-away",
+        "c-two-away",
+        "b-other-host",
+        "a-other-listener",
+    ]
+
+
 def test_hosts_and_listeners() -> None:
     sections = table(
         route("any", rule()),
@@ -252,10 +272,13 @@ def test_what_is_no_request(fields: dict[str, str], status: int) -> None:
 
 def test_where_nothing_listens() -> None:
     sections = table(route("r", rule()))
-    assert ask(sections, port=81).detail == "nothing listens on port 81 for http"
-    assert ask(sections, scheme="https").detail == "nothing listens on port 80 for https"
+    there = f"there is http on {PORT.address} port 80"
+    assert ask(sections, port=81).detail == f"nothing listens on port 81 for http; {there}"
+    found = ask(sections, scheme="https")
+    assert found.detail == f"nothing listens on port 80 for https; {there}"
     found = ask(sections, address="10.0.0.8")
-    assert found.detail == "nothing listens on 10.0.0.8 port 80 for http"
+    assert found.detail == f"nothing listens on 10.0.0.8 port 80 for http; {there}"
+    assert ask({}).detail == "nothing listens on port 80 for http; there is no listener"
 
 
 def test_headers_are_taken_as_a_worker_takes_them() -> None:

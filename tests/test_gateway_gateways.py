@@ -151,12 +151,12 @@ def test_gateway_is_programmed_only_once_its_port_is_bound() -> None:
 
 
 def test_port_that_cannot_be_bound_says_why_and_what_to_do() -> None:
-    world = World(unbindable={"0.0.0.0": "Address already in use"})
+    world = World(unbindable={"0.0.0.0": "it is in use: stop who uses it"})
     world.apply(GATEWAY)
     assert world.listener("http")["Programmed"] == "False PortUnavailable"
-    message = world.message("Gateway", "gw", "Programmed", "http")
-    assert "port 80 of 0.0.0.0" in message
-    assert "Address already in use; free the port" in message
+    assert world.message("Gateway", "gw", "Programmed", "http") == (
+        "cannot listen on port 80 of 0.0.0.0: it is in use: stop who uses it"
+    )
     assert world.gateway()["Programmed"] == "False Invalid"
     world.change({}, binds={("0.0.0.0", 80): ""})
     assert world.gateway()["Programmed"] == "True"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mesh.agent.child import MAX_PAUSE_S, restart_pause
-from mesh.agent.ports import BindError, bind, holder
+from mesh.agent.ports import BindError, bind, holder, reached_at
 from mesh.agent.rundir import KEPT_DEAD, RunDir, RunDirError
 from mesh.model.channel import PortAddress
 from tests.support.running import PROJECT, free_port, gateway, route, running, stub_answer
@@ -216,6 +216,31 @@ def test_a_wildcard_takes_both_families():
         with pytest.raises(BindError, match="by this gateway itself, for another address"):
             bind(PortAddress("127.0.0.1", number))
     assert holder(number) is None
+
+
+def test_where_a_listener_is_reached():
+    assert reached_at("192.0.2.9") == ("192.0.2.9",)
+    assert reached_at("::1") == ("::1",)
+    for wildcard in ("0.0.0.0", "::"):
+        number = free_port()
+        with bind(PortAddress(wildcard, number)):
+            for address in reached_at(wildcard):
+                socket.create_connection((address, number)).close()
+
+
+def test_a_host_that_reaches_nobody_is_reached_by_itself():
+    code = "from mesh.agent.ports import *; print(reached_at('0.0.0.0'), reached_at('::'))"
+    alone = ["unshare", "--net", "--map-root-user"]
+    if subprocess.run([*alone, "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("no network namespace can be made here: run as root")
+    result = subprocess.run(
+        [*alone, sys.executable, "-c", code],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "('127.0.0.1',) ('127.0.0.1',)\n"
 
 
 def test_an_address_that_is_not_ours():

@@ -34,7 +34,8 @@ K = TypeVar("K")
 
 
 class Node:
-    """The state of the agent. `want(ports)` asks the supervisor for ports."""
+    """The state of the agent. `want(ports)` asks the supervisor for ports; `ready` is called once,
+    when the first whole configuration is in force."""
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Node:
         plane: ControlPlane,
         rollout: Rollout,
         want: Callable[[tuple[PortAddress, ...]], None],
+        ready: Callable[[], None],
     ) -> None:
         self.rollout = rollout
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
@@ -53,6 +55,7 @@ class Node:
         self.failures: Mapping[tuple[str, Any], Exception] = {}
         self._plane = plane
         self._want = want
+        self._ready = ready
         self._wanted: tuple[PortAddress, ...] = ()
         self._want_deadline = 0.0
         self._pending: dict[str, dict[ObjectKey, Object | None]] = {}
@@ -135,6 +138,7 @@ class Node:
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
             _log.info("ready: configuration %d is in force", self.rollout.config.version)
+            self._ready()
         return False
 
     def _ask(self, ports: tuple[PortAddress, ...]) -> None:

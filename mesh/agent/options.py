@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from gateway.control import Options
+from mesh.agent.ports import reached_at
 from mesh.agent.rundir import default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
@@ -77,11 +78,14 @@ def parse_admin(text: str) -> tuple[str, int] | None:
 
 
 def plane_options(args: argparse.Namespace) -> Options:
-    """The control plane's part of the command line."""
+    """The control plane's part of the command line; where it does not say what to advertise, the
+    addresses that this host has now."""
+    bind_address = check_address("--bind-address", args.bind_address)
+    advertise = tuple(check_address("--advertise", text) for text in args.advertise)
     return Options(
         addresses=tuple(check_pool(pool) for pool in args.address_pool),
-        bind_address=check_address("--bind-address", args.bind_address),
-        advertise=tuple(check_address("--advertise", text) for text in args.advertise),
+        bind_address=bind_address,
+        advertise=advertise or reached_at(bind_address),
         settings=read_settings(args.settings, access_log=args.access_log),
     )
 

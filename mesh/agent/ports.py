@@ -1,6 +1,6 @@
 """Binding listening sockets, and saying precisely why one cannot be bound.
 
-Knows sockets and /proc, nothing of what listens.
+Knows sockets, routes and /proc, nothing of what listens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from mesh.model.channel import PortAddress
 
 BACKLOG = 4096
 _TCP_LISTEN = "0A"  # /proc/net/tcp, column st
+
+
+# Documentation addresses (RFC 5737, RFC 3849): nobody's, so only a default route leads there.
+_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 
 class BindError(Exception):
@@ -32,6 +36,24 @@ def bind(port: PortAddress) -> socket.socket:
         return _bind(socket.AF_INET6 if ":" in port.address else socket.AF_INET, port)
     except (OSError, _NoIPv6) as error:
         raise BindError(_explain(error, port)) from None
+
+
+def reached_at(bind_address: str) -> tuple[str, ...]:
+    """The addresses at which others reach what listens on `bind_address`: itself, or for a wildcard
+    those this host sends from when it speaks to others, or 127.0.0.1 where it speaks to nobody."""
+    families = {"0.0.0.0": [socket.AF_INET], "::": [socket.AF_INET, socket.AF_INET6]}
+    if bind_address not in families:
+        return (bind_address,)
+    found = (_source(family) for family in families[bind_address])
+    return tuple(filter(None, found)) or ("127.0.0.1",)
+
+
+def _source(family: socket.AddressFamily) -> str | None:
+    # Connecting a datagram socket asks for a route and sends nothing.
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((_ELSEWHERE[family], 9))
+        return str(sock.getsockname()[0])
+    return None
 
 
 class _NoIPv6(Exception):
@@ -78,7 +100,8 @@ def _explain(error: Exception, port: PortAddress) -> str:
                 f"{port.address} is not an address of this host: add it (ip address add "
                 f"{port.address} dev lo), or choose another address or --address-pool"
             )
-    return f"cannot listen on {port.address} port {port.port}: {error}"
+    why = error.strerror if isinstance(error, OSError) else error
+    return f"{why}: choose another address or port"
 
 
 def holder(port: int) -> str | None:

@@ -30,6 +30,12 @@ def default_run_dir() -> Path:
     return Path(base, "weft") if base else Path(f"/tmp/weft-{os.geteuid()}")
 
 
+def name_process(name: str) -> None:
+    """What ps, top and "port in use by" call this process: Python's own name says little."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name)
+
+
 class RunDir:
     """Paths in a run directory."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from l7proxy.tasks import spawn
 from mesh.agent import ports
 from mesh.agent.child import Child
-from mesh.agent.rundir import RunDir, RunDirError, default_run_dir
+from mesh.agent.rundir import RunDir, RunDirError, default_run_dir, name_process
 from mesh.model.channel import (
     Bound,
     Channel,
@@ -242,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args, agent_arguments = parser().parse_known_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
+    name_process("weft")
     run_dir = RunDir(args.run_dir)
     about = {"started": time.time(), "workers": args.workers, "agent": agent_arguments}
     try:

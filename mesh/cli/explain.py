@@ -15,6 +15,9 @@ from mesh.cli.output import dump, note
 from mesh.cli.up import plane
 from mesh.cli.validate import load
 
+# Of the candidates not chosen, so many are for people.
+_SHOWN = 20
+
 Answer = dict[str, Any]
 
 
@@ -78,9 +81,11 @@ def _show(answer: Answer) -> None:
         click.echo(f"answer:   {status}: {answer['detail']}")
     if answer["candidates"]:
         click.echo("\nnot chosen:")
-    for one in answer["candidates"]:
+    for one in answer["candidates"][:_SHOWN]:
         rule = f" rule {one['rule']}" if one["rule"] else ""
         click.echo(f"  {one['route']}{rule} on {one['listener']}: {one['reason']}")
+    if (more := len(answer["candidates"]) - _SHOWN) > 0:
+        click.echo(f"  and {more} that are less near; -o json has them all")
 
 
 def _backend(backend: Answer) -> str:

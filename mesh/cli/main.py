@@ -37,7 +37,8 @@ def _plane_options(function: F) -> F:
             "--advertise",
             metavar="ADDRESS",
             multiple=True,
-            help="Address that Gateways show in their status when they listen on all addresses.",
+            help="Address that Gateways show in their status when they listen on the bind address;"
+            " may be repeated.  [default: the bind address, or this host's for 0.0.0.0 and ::]",
         ),
         click.option(
             "--bind-address",

@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-_GOOD = frozenset(("True", "ok"))
-_BAD = frozenset(("False", "failed"))
+_GOOD = frozenset(("True", "ok", "yes"))
+_BAD = frozenset(("False", "no"))
 
 
 class _Dumper(yaml.SafeDumper):

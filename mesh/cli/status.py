@@ -32,7 +32,7 @@ def _show(status: dict[str, Any]) -> None:
     objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
     click.echo(f"objects:    {objects or 'none'}")
     problems = status["problems"]
-    found = ", ".join(f"{count} {level}" for level, count in sorted(problems.items()))
+    found = ", ".join(_count(*pair) for pair in sorted(problems.items()))
     more = "; see 'weft get problems'" if found else ""
     click.echo(f"problems:   {found or 'none'}{more}")
     click.echo()
@@ -45,7 +45,7 @@ def _show(status: dict[str, Any]) -> None:
         table(
             ["ADDRESS", "PORT", "BOUND"],
             [
-                [port["address"], str(port["port"]), str(port["bound"])]
+                [port["address"], str(port["port"]), "yes" if port["bound"] else "no"]
                 for port in sorted(status["ports"], key=lambda one: (one["port"], one["address"]))
             ],
         )
@@ -56,6 +56,11 @@ def _show(status: dict[str, Any]) -> None:
             click.echo(f"! {text}")
 
 
+def _count(level: str, count: int) -> str:
+    plain = level == "unsupported" or count == 1
+    return f"{count} {level}" if plain else f"{count} {level}s"
+
+
 def _admin(address: str | None) -> str:
     return f"http://{address}/metrics" if address else "none"
 
@@ -63,6 +68,8 @@ def _admin(address: str | None) -> str:
 def _worker(worker: dict[str, Any], version: int) -> list[str]:
     if worker["lagging"]:
         state = "does not answer"
+    elif worker["version"] is None:
+        state = "starting"
     elif worker["version"] != version:
         state = "behind"
     else:
