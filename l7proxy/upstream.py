@@ -123,7 +123,8 @@ class Clusters:
         return self._clusters.get(key)
 
     def stats(self) -> dict[SectionKey, ClusterStats]:
-        return {key: cluster.stats() for key, cluster in self._clusters.items()}
+        """Of the clusters that have anything to tell; most of thousands have not."""
+        return {key: cluster.stats() for key, cluster in self._clusters.items() if cluster.in_use}
 
     def close(self) -> None:
         """Close what is idle; connections in use close when their streams have ended."""
@@ -171,6 +172,10 @@ class Cluster:
     def has(self, endpoint: str) -> bool:
         """`endpoint` is the id of one of the endpoints in force."""
         return endpoint in self._balancer.members
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self._pools or self._pending or self._balancer.ejected)
 
     def stats(self) -> ClusterStats:
         return ClusterStats(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import socket
 import ssl
 import struct
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import h2.events
 import pytest
@@ -39,6 +41,7 @@ from mesh.model.nodeconfig import (
     CertificateSection,
     ClientValidation,
     Listener,
+    Mirror,
     PathMatch,
     PortSection,
     Retry,
@@ -463,6 +466,56 @@ async def test_trailers_over_http1(proxy):
             )
             await reader.readuntil(b"\r\n\r\n")
             assert await reader.readuntil(b"\r\n\r\n") == b"2\r\nok\r\n0\r\nx-sum: 2\r\n\r\n"
+
+
+# --- mirrors ------------------------------------------------------------------------------------
+
+
+async def test_mirrors_that_do_not_keep_up_cost_the_request_nothing(proxy):
+    """One never reads, one cuts off at once, one takes all, trailers too."""
+    copy = bytearray()
+    whole = asyncio.Event()
+
+    async def stuck(reader, writer):
+        reader._transport.pause_reading()
+        await asyncio.Event().wait()
+
+    async def rude(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+
+    async def good(reader, writer):
+        while not copy.endswith(b"x-end: 1\r\n\r\n"):
+            copy.extend(await reader.read(65536))
+        whole.set()
+        writer.write(ok())
+        await writer.drain()
+
+    async with (
+        backend(lambda r: ok(b"%d" % len(r.body))) as one,
+        raw_backend(stuck) as a, raw_backend(rude) as b, raw_backend(good) as c,
+    ):  # fmt: skip
+        names = {"a": a, "b": b, "c": c}
+        mirrors = tuple(Mirror(cluster_key("Service", "default", name, 80)) for name in names)
+        port = await serve(
+            proxy,
+            cluster("one", one.port),
+            *(cluster(name, number) for name, number in names.items()),
+            route("r", rule(to("one"), filters=mirrors)),
+        )
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunk = b"2710\r\n" + bytes(10_000) + b"\r\n"
+        async with asyncio.timeout(10), connection(port) as (reader, writer):
+            writer.write(head)
+            for _ in range(1000):
+                writer.write(chunk)
+                await writer.drain()
+            writer.write(b"0\r\n\r\n")
+            assert (await read_message(reader)).body == b"10000000"
+            copy.clear()
+            writer.write(head + chunk + b"0\r\nx-end: 1\r\n\r\n")
+            assert (await read_message(reader)).body == b"10000"
+            await whole.wait()
+    assert copy.count(b"\0") == 10_000
 
 
 # --- configuration ------------------------------------------------------------------------------
@@ -954,6 +1007,79 @@ async def test_random_endings_leak_nothing(proxy):
         assert {answer.status for answer in answers} == {200}
         await proxy.metric(f"weft_upstream_connections{label}", lambda value: value == 0)
         assert proxy.metrics().get('weft_http_local_replies_total{reason="internal"}') is None
+
+
+async def test_no_handshake_but_bytes_at_a_tls_port(proxy):
+    chance = random.Random(5)
+    authority = Authority.create("test")
+    port = proxy.listen()
+    await proxy.apply(
+        https(port) | certificate(authority) | {SETTINGS_KEY: Settings(head_timeout_s=0.3)}
+    )
+
+    async def attack(data: bytes) -> None:
+        with suppress(OSError):
+            async with connection(port) as (reader, writer):
+                writer.write(data)
+                await reader.read()
+
+    await asyncio.gather(
+        *(attack(hostile(chance)) for _ in range(50)),
+        *(attack(b"\x16\x03\x01\0\x10" + chance.randbytes(40)) for _ in range(50)),
+    )
+    assert await over_tls(port, trusting(authority)) == 404
+    assert proxy.error_log() == ""
+
+
+async def test_worker_without_standard_streams():
+    """Log lines must not end in whatever has the number of standard output."""
+    async with worker(prefix=("sh", "-c", 'exec "$@" >&- 2>&-', "sh")) as proxy:
+        port = await serve(proxy)
+        async with connection(port) as (reader, writer):
+            for _ in range(20):
+                writer.write(get().encode())
+                answer = await read_message(reader)
+                assert (answer.status, answer.body) == (404, b"no route matches\n")
+                await asyncio.sleep(0.02)  # for the log to be written
+        proxy.drain(1)
+        assert await proxy.process.wait() == 0
+
+
+SMUGGLING = Path(__file__).parent.parent.parent / "shared/http/smuggling-requests.json"
+
+
+@pytest.mark.skipif(not SMUGGLING.exists(), reason="../shared is not there")
+async def test_published_smuggling_requests(proxy):
+    cases = [base64.b64decode(item) for item in json.loads(SMUGGLING.read_text())]
+    assert cases
+    async with backend(lambda request: ok(b"judged")) as one:
+        port = await serve(
+            proxy,
+            cluster("one", one.port),
+            route("r", rule(to("one"))),
+            {SETTINGS_KEY: Settings(head_timeout_s=0.2, body_timeout_s=0.2, idle_timeout_s=0.2)},
+        )
+
+        async def send(data: bytes) -> int:
+            """How many requests were answered by the backend."""
+            received = b""
+            with suppress(OSError):
+                async with connection(port) as (reader, writer):
+                    writer.write(data)
+                    received = await reader.read()
+            return received.count(b"judged")
+
+        answered = 0
+        for start in range(0, len(cases), 50):
+            answered += sum(
+                await asyncio.gather(*(send(case) for case in cases[start : start + 50]))
+            )
+        # Nothing has reached the backend beside what was judged and answered.
+        assert len(one.requests) <= answered + sum(b"HEAD" in case for case in cases)
+        for request in one.requests:
+            names = [name.lower() for name, _ in request.headers]
+            assert names.count("host") == 1
+            assert names.count("content-length") + names.count("transfer-encoding") <= 1
 
 
 def hostile(chance: random.Random) -> bytes:
