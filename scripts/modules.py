@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,11 +27,19 @@ def sentence(path: Path) -> str:
     return re.split(r"(?<=[a-z)\"`])\. (?=[A-Z`])", first)[0].rstrip(".")
 
 
+def modules(package: str) -> list[Path]:
+    """The package's modules: those that git knows, so that unfinished ones do not count."""
+    known = subprocess.run(
+        ["git", "ls-files", f"{package}/*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [ROOT / name for name in sorted(known.stdout.split())]
+
+
 def listing() -> str:
     lines = []
     for package in PACKAGES:
         lines += ["", f"### {package}/", ""]
-        for path in sorted((ROOT / package).rglob("*.py")):
+        for path in modules(package):
             if path.name != "__init__.py" or path.parent.name == package:
                 lines.append(f"- `{path.relative_to(ROOT)}`: {sentence(path)}.")
     return "\n".join(lines[1:]) + "\n"
