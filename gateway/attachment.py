@@ -69,7 +69,7 @@ def _parent(
             return None
         message = f"{ref.kind} {target} does not exist"
         return Parent(ref, None, (), Problem("NoMatchingParent", message))
-    attachments, problem = _attach(view, key, route, ref, parent)
+    attachments, problem = _attach(view, key, route, ref, target, parent)
     return Parent(ref, parent.gateway, attachments, parent.problem or problem)
 
 
@@ -78,6 +78,7 @@ def _attach(
     key: RouteKey,
     route: HTTPRoute | GRPCRoute,
     ref: ParentReference,
+    target: ObjectKey,
     parent: Doors,
 ) -> tuple[tuple[Attachment, ...], Problem | None]:
     selected = [
@@ -92,7 +93,7 @@ def _attach(
             if value is not None
         )
         has = ", ".join(f"{door.name} ({door.port})" for door in parent.doors)
-        message = f"{ref.kind} {ref.name} has no listener {wish} (it has {has})"
+        message = f"{ref.kind} {target} has no listener {wish} (it has {has})"
         return (), Problem("NoMatchingParent", message)
     allowed = [door for door in selected if _allows(view, door, key)]
     if not allowed:

@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from mesh.agent.rundir import RunDir
+from mesh.agent.unmet import unmet
 from mesh.cli import output, tables
 from mesh.cli.main import cli
 from mesh.model.decode import KINDS
@@ -73,12 +74,16 @@ def test_validate_names_file_document_object_field_and_rule(manifests):
 
 def test_validate_warns_of_what_would_not_be_accepted(manifests):
     (manifests / "more.yaml").write_text(route("lost", gateway="nowhere"))
+    (manifests / "typo.yaml").write_text(
+        gateway(80, name="typo").split("---")[1].replace('"weft"', '"weeft"')
+    )
     (manifests / "other.yaml").write_text("{apiVersion: x/v1, kind: Widget, metadata: {name: w}}")
     code, text, _ = weft("validate", manifests)
     assert code == 0
     assert "HTTPRoute/default/lost: Accepted: NoMatchingParent: " in text
     assert f"unsupported: {manifests}/other.yaml document 1: Widget/default/w: " in text
-    assert text.endswith("errors: 0, warnings: 2\n")
+    assert "Gateway/default/typo: GatewayClass weeft does not exist, so nobody serves" in text
+    assert text.endswith("errors: 0, warnings: 3\n")
 
 
 def test_validate_for_programs(manifests):
@@ -233,6 +238,18 @@ def test_get_and_status(tmp_path, manifests):
             f"there is http on 0.0.0.0 port {port}\n",
         )
 
+        (manifests / "routes.yaml").write_text(route("r", path="/x"))
+        instance.await_status(lambda status: status["problems"] == {"warning": 1})
+        code, text, _ = weft("status", *at)
+        assert code == 0
+        assert "problems:   1 warning; see 'weft get problems'\n" in text
+        assert weft("get", "problems", *at)[1] == (
+            f"warning: {manifests}/routes.yaml document 1: HTTPRoute/default/r: "
+            "ResolvedRefs: BackendNotFound: Service default/s does not exist\n"
+        )
+        (manifests / "routes.yaml").write_text(f"{route('r', path='/x')}\n---\n{service()}")
+        instance.await_status(lambda status: not status["problems"])
+
         (manifests / "broken.yaml").write_text(BROKEN)
         instance.await_status(lambda status: status["problems"])
         code, text, _ = weft("status", *at)
@@ -301,4 +318,28 @@ def test_the_worst_condition_is_shown():
     ):
         item = {"status": {"parents": [parent(status) for status in statuses]}}
         assert tables.conditions(item, "Accepted") == expected
-    assert tables.reasons({"status": {"parents": [parent("False")]}}) == "Accepted: R"
+
+
+def test_what_does_not_hold_is_said_once():
+    def condition(type, status, reason, message=""):
+        return {"type": type, "status": status, "reason": reason, "message": message}
+
+    assert unmet({"parents": [{"conditions": [condition("Accepted", "False", "R")]}]}) == (
+        "Accepted: R"
+    )
+    assert unmet({"conditions": [condition("Accepted", "True", "Accepted", "well")]}) == ""
+    listeners = [
+        {
+            "name": name,
+            "conditions": [
+                condition("Conflicted", conflicted, "HostnameConflict", f"{name} is taken"),
+                condition("Programmed", "False", "Invalid", f"{name} is taken"),
+            ],
+        }
+        for name, conflicted in (("a", "True"), ("b", "False"))
+    ]
+    gateway = [condition("Programmed", "False", "Invalid", "a is taken; b is taken")]
+    assert unmet({"listeners": listeners, "conditions": gateway}) == (
+        "listener a: Conflicted: HostnameConflict: a is taken; "
+        "listener b: Programmed: Invalid: b is taken"
+    )

@@ -59,7 +59,7 @@ class Agent:
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
-        self._api = Api(self._node, options, run_dir, self._admin)
+        self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
     async def run(self) -> None:
         """Until SIGTERM or the end of the supervisor."""

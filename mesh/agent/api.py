@@ -9,7 +9,8 @@ import asyncio
 import os
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import msgspec
 from aiohttp import web
@@ -21,18 +22,26 @@ from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions
 from mesh.agent.rundir import RunDir
 from mesh.agent.target import TargetError, parse_target
+from mesh.agent.unmet import warnings
 from mesh.model.decode import Object, encode
+from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import CertificateSection, Section
+from mesh.sources.documents import Problem
+
+Origin: TypeAlias = Callable[[str, ObjectKey], tuple[str, int]]
 
 
 class Api:
     """The server."""
 
-    def __init__(self, node: Node, options: AgentOptions, run_dir: RunDir, admin: Admin) -> None:
+    def __init__(
+        self, node: Node, options: AgentOptions, run_dir: RunDir, admin: Admin, origin: Origin
+    ) -> None:
         self._node = node
         self._options = options
         self._run_dir = run_dir
         self._admin = admin
+        self._origin = origin
         self._started = time.time()
         app = web.Application()
         app.router.add_get("/objects", self._objects)
@@ -110,12 +119,17 @@ class Api:
                     ),
                 ],
                 "objects": dict(node.object_counts()),
-                "problems": dict(Counter(problem.level for problem in node.problems)),
+                "problems": dict(Counter(problem.level for problem in self._all_problems())),
             }
         )
 
     async def _problems(self, _request: web.Request) -> web.Response:
-        return _json({"items": [problem._asdict() for problem in self._node.problems]})
+        return _json({"items": [problem._asdict() for problem in self._all_problems()]})
+
+    def _all_problems(self) -> list[Problem]:
+        """What is wrong in the files, and what of them is not in force as meant."""
+        node = self._node
+        return sorted([*node.problems, *warnings(node.objects, node.statuses.unmet, self._origin)])
 
     async def _explain(self, request: web.Request) -> web.Response:
         """?method=&url=&header=NAME:VALUE (several)&address=."""

@@ -11,13 +11,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway.status import with_transition_times
+from mesh.agent.unmet import unmet
+from mesh.model.decode import encode
 from mesh.model.meta import ObjectKey
 
 
 class StatusStore:
-    """Published statuses by kind and key."""
+    """Published statuses by kind and key; `unmet` says what does not hold in those where something
+    does not."""
 
     def __init__(self) -> None:
+        self.unmet: dict[tuple[str, ObjectKey], str] = {}
         self._statuses: dict[tuple[str, ObjectKey], Any] = {}
 
     def get(self, kind: str, key: ObjectKey) -> Any:
@@ -28,6 +32,9 @@ class StatusStore:
         """Put statuses in force (None: the object is gone)."""
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         for ident, status in statuses.items():
+            self.unmet.pop(ident, None)
+            if status is not None and (why := unmet(encode(status))):
+                self.unmet[ident] = why
             if status is None:
                 self._statuses.pop(ident, None)
             else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from mesh.agent.unmet import unmet
+
 Item = dict[str, Any]
 
 
@@ -28,20 +30,6 @@ def conditions(item: Item, type: str) -> str:
         if condition["type"] == type
     ]
     return next((value for value in ("False", "Unknown", "True") if value in values), "")
-
-
-def reasons(item: Item) -> str:
-    """Reasons and messages of all conditions that do not hold as they should."""
-    status = item.get("status") or {}
-    parts = ("parents", "ancestors", "listeners")
-    groups = [status, *(group for part in parts for group in status.get(part) or ())]
-    found = [
-        f"{condition['type']}: {condition['reason']}: {condition.get('message', '')}".rstrip(": ")
-        for group in groups
-        for condition in group.get("conditions") or ()
-        if condition["status"] == ("True" if condition["type"] == "Conflicted" else "False")
-    ]
-    return "; ".join(dict.fromkeys(found))
 
 
 def _condition(type: str) -> Column:
@@ -103,7 +91,7 @@ def _count(item: Item) -> str:
 
 
 _PARENTS = Column("PARENTS", lambda item: _references(item["spec"].get("parentRefs") or ()), True)
-_REASONS = Column("REASONS", reasons, True)
+_REASONS = Column("REASONS", lambda item: unmet(item.get("status") or {}), True)
 _ROUTE = (
     _spec("HOSTNAMES", "hostnames"),
     _condition("Accepted"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import click
 
 from gateway.control import ControlPlane, Options
+from mesh.agent.unmet import unmet, warnings
 from mesh.cli.output import dump
-from mesh.cli.tables import reasons
 from mesh.cli.up import plane
-from mesh.model.decode import encode
+from mesh.model.decode import Object, encode
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import NodeConfig
 from mesh.sources.directory import Manifests
@@ -34,34 +34,15 @@ def load(directory: Path, options: Options) -> Offline:
     plane = ControlPlane(options)
     first = plane.apply(update.changes)
     second = plane.apply({}, binds=dict.fromkeys(first.ports, ""))
-    statuses = {**first.statuses, **second.statuses}
+    statuses: dict[tuple[str, ObjectKey], Any] = {**first.statuses, **second.statuses}
     config, _ = NodeConfig.empty().change({**first.put, **second.put}, second.remove)
-    problems = [*update.problems, *_not_accepted(manifests, statuses)]
-    counts = {kind: len(objects) for kind, objects in sorted(update.changes.items())}
+    found = {ident: unmet(encode(status)) for ident, status in statuses.items() if status}
+    told = {ident: why for ident, why in found.items() if why}
+    # Nothing is ever gone in a first reading.
+    objects = cast(dict[str, dict[ObjectKey, Object]], update.changes)
+    problems = [*update.problems, *warnings(objects, told, manifests.origin)]
+    counts = {kind: len(ones) for kind, ones in sorted(objects.items())}
     return Offline(sorted(problems), config, counts)
-
-
-def _not_accepted(
-    manifests: Manifests, statuses: dict[tuple[str, ObjectKey], Any]
-) -> list[Problem]:
-    result = []
-    for (kind, key), status in statuses.items():
-        if status is None or not (why := reasons({"status": encode(status)})):
-            continue
-        file, document = manifests.origin(kind, key)
-        result.append(
-            Problem(
-                file,
-                document,
-                kind=kind,
-                namespace=key.namespace,
-                name=key.name,
-                rule="status",
-                message=why,
-                level="warning",
-            )
-        )
-    return result
 
 
 # Rules that only name where a problem was found; the message says it all.

@@ -101,7 +101,10 @@ class Manifests:
 
     def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]:
         """File and document of an object in force. KeyError: there is none."""
-        claim = self._claims[ObjectId(kind, key)][0]
+        claims = self._claims.get(ObjectId(kind, key))
+        if not claims:
+            raise KeyError((kind, key))
+        claim = claims[0]
         return str(self.root / claim.path), claim.document
 
     def affected(self, changed: Iterable[str]) -> list[str] | None:
@@ -283,6 +286,10 @@ class DirectorySource:
         self._watch: Watch | None = None
         self._watched: tuple[int, int] | None = None
         self._outside: tuple[set[Path], Watch | None] = (set(), None)
+
+    def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]:
+        """File and document of an object in force. KeyError: there is none."""
+        return self._manifests.origin(kind, key)
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """Until the caller closes it. A root that is not there yet, or goes, is waited for; what
