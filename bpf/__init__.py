@@ -1,1 +1,1 @@
-"""The eBPF data path. Empty until steering is built; its load-balancer entries are derived now."""
+"""The eBPF data path: programs, the loader that pins them, and the maps they read."""

@@ -1,0 +1,104 @@
+"""From the C in bpf/programs to instructions and maps, with bcc. Only the loader imports this.
+
+bcc and the clang in it take 120 MB: a process that imports this module should be short-lived.
+Shim headers in bpf/include stand in for a kernel source tree, over those of linux-libc-dev.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+from pathlib import Path
+
+from bpf import layout, reasons
+from bpf.errors import DatapathError
+
+_HERE = Path(__file__).parent
+_PROGRAMS = _HERE / "programs"
+_UAPI = Path("/usr/include")
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.MULTILINE)
+_INSTRUCTION_SIZE = 8
+# An instruction that loads a map's address: BPF_LD | BPF_DW | BPF_IMM from BPF_PSEUDO_MAP_FD.
+_LD_IMM64, _FROM_MAP_FD = 0x18, 1
+
+
+def source(main: Path) -> str:
+    """One text of a program and our headers, with the tables that Python owns. bcc rewrites map
+    accesses reliably only in one file; #line keeps places in messages true."""
+    seen: set[str] = set()
+
+    def text_of(path: Path) -> str:
+        text = f'#line 1 "{path.name}"\n' + path.read_text()
+
+        def insert(match: re.Match[str]) -> str:
+            name = match[1]
+            line = text[: match.start()].count("\n") + 1
+            back = f'#line {line} "{path.name}"\n'
+            if name in seen:
+                return back
+            seen.add(name)
+            checks = layout.c_checks() if name == "types.h" else ""
+            return text_of(_PROGRAMS / name) + checks + back
+
+        return _INCLUDE.sub(insert, text)
+
+    return layout.c_header() + reasons.c_header() + text_of(main)
+
+
+class Module:
+    """A compiled program file: its functions, and templates of its maps that exist in the kernel
+    for as long as this does."""
+
+    def __init__(self, main: Path) -> None:
+        """DatapathError: no bcc, no headers, or it does not compile (clang says why on stderr)."""
+        try:
+            import bcc
+        except ImportError as error:
+            raise DatapathError(
+                f"cannot compile the eBPF programs: {error}: apt-get install python3-bpfcc, and "
+                "use a virtual environment of /usr/bin/python3 with --system-site-packages"
+            ) from error
+        multiarch = _UAPI / (sysconfig.get_config_var("MULTIARCH") or "")
+        if not (_UAPI / "linux" / "types.h").exists():
+            raise DatapathError(
+                f"cannot compile the eBPF programs: no {_UAPI}/linux/types.h: "
+                "apt-get install linux-libc-dev"
+            )
+        # bcc looks for include/ below it, in place of the running kernel's source.
+        os.environ["BCC_KERNEL_SOURCE"] = str(_HERE)
+        flags = ["-Wall", "-Wextra", "-Werror"]
+        for directory in (_UAPI, multiarch):
+            flags += ["-idirafter", str(directory)]
+        try:
+            self._bpf = bcc.BPF(text=source(main), cflags=flags)
+        except Exception as error:  # bcc raises bare Exception
+            raise DatapathError(
+                f"cannot compile {main}: {error}: clang's messages stand above; without rights to "
+                "use bpf(2) the maps fail too: run as root"
+            ) from error
+        self._lib = bcc.lib
+
+    def functions(self) -> list[str]:
+        count = self._lib.bpf_num_functions(self._bpf.module)
+        names = (self._lib.bpf_function_name(self._bpf.module, index) for index in range(count))
+        return [name.decode() for name in names]
+
+    def map_fd(self, name: str) -> int:
+        """The descriptor of a map's template. KeyError: the program has no such map."""
+        fd: int = self._lib.bpf_table_fd(self._bpf.module, name.encode())
+        if fd < 0:
+            raise KeyError(name)
+        return fd
+
+    def instructions(self, function: str, maps: dict[int, int]) -> bytes:
+        """A function's code, with the descriptors of templates replaced as `maps` says."""
+        code = bytearray(self._bpf.dump_func(function))
+        at = 0
+        while at < len(code):
+            wide = code[at] == _LD_IMM64
+            if wide and code[at + 1] >> 4 == _FROM_MAP_FD:
+                template = int.from_bytes(code[at + 4 : at + 8], "little")
+                code[at + 4 : at + 8] = maps[template].to_bytes(4, "little")
+            at += 2 * _INSTRUCTION_SIZE if wide else _INSTRUCTION_SIZE
+        return bytes(code)

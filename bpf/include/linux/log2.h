@@ -1,0 +1,1 @@
+/* Empty on purpose: bcc includes it, networking programs need nothing of it. */

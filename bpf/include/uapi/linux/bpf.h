@@ -1,0 +1,1 @@
+/* Empty on purpose: bcc brings a linux/bpf.h of its own. */

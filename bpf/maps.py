@@ -1,0 +1,149 @@
+"""The pinned maps, typed. Needs pins and bpf(2), never bcc or clang.
+
+A map's methods raise OSError as bpf(2) does: ENOSPC or E2BIG is a full map.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+from bpf import layout, pins, syscall
+from bpf.errors import DatapathError
+from bpf.layout import Frontend, Layout, Number, OriginKey, Target
+from bpf.reasons import Reason
+
+K = TypeVar("K", Target, OriginKey, Number)
+V = TypeVar("V", Target, Frontend, Number)
+
+
+class Spec(NamedTuple):
+    """What the program file declares."""
+
+    key: Layout
+    value: Layout
+    entries: int
+
+
+MAPS = {
+    "frontends": Spec(layout.TARGET, layout.FRONTEND, layout.FRONTENDS),
+    "slots": Spec(layout.U32, layout.U64, layout.SLOTS),
+    "backends": Spec(layout.U32, layout.TARGET, layout.BACKENDS),
+    "origins": Spec(layout.ORIGIN_KEY, layout.TARGET, layout.ORIGINS),
+    "counters": Spec(layout.U32, layout.U64, len(Reason)),
+}
+
+
+def open_pinned(directory: Path, name: str) -> int:
+    """A descriptor of a pinned map. DatapathError: none, no rights, or another version's."""
+    path = pins.map_path(directory, name)
+    try:
+        fd = syscall.pinned(str(path))
+    except OSError as error:
+        raise DatapathError(
+            f"no map at {path}: {error.strerror}: run python -m bpf.loader --pin {directory} "
+            "--cgroup PATH first, as root"
+        ) from error
+    spec, info = MAPS[name], syscall.map_info(fd)
+    if (info.key_size, info.value_size, info.max_entries) != (
+        spec.key.size,
+        spec.value.size,
+        spec.entries,
+    ):
+        os.close(fd)
+        raise DatapathError(
+            f"the map at {path} is of another version of Weft: load the programs anew after "
+            f"python -m bpf.loader --remove --pin {directory}"
+        )
+    return fd
+
+
+class PinnedMap(Generic[K, V]):
+    """A hash or array map."""
+
+    def __init__(self, directory: Path, name: str, key: type[K], value: type[V]) -> None:
+        self._fd = open_pinned(directory, name)
+        self._spec = MAPS[name]
+        self._key: type[K] = key
+        self._value: type[V] = value
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def get(self, key: K) -> V | None:
+        data = syscall.lookup(self._fd, self._spec.key.pack(key), self._spec.value.size)
+        return None if data is None else self._spec.value.unpack(self._value, data)
+
+    def put(self, key: K, value: V) -> None:
+        syscall.update(self._fd, self._spec.key.pack(key), self._spec.value.pack(value))
+
+    def put_all(self, items: Iterable[tuple[K, V]]) -> None:
+        """Many at once; not atomic: others may see some of them before the rest."""
+        packed = [(self._spec.key.pack(key), self._spec.value.pack(value)) for key, value in items]
+        if packed:
+            keys, values = (b"".join(parts) for parts in zip(*packed, strict=True))
+            syscall.update_batch(self._fd, keys, values, len(packed))
+
+    def remove(self, key: K) -> bool:
+        """False: it was not there."""
+        return syscall.delete(self._fd, self._spec.key.pack(key))
+
+    def items(self) -> Iterator[tuple[K, V]]:
+        """All entries. An entry that others remove meanwhile may make some appear twice."""
+        size = self._spec.key.size
+        key = syscall.next_key(self._fd, None, size)
+        while key is not None:
+            data = syscall.lookup(self._fd, key, self._spec.value.size)
+            if data is not None:
+                value = self._spec.value.unpack(self._value, data)
+                yield self._spec.key.unpack(self._key, key), value
+            key = syscall.next_key(self._fd, key, size)
+
+
+class Slots:
+    """The array of Maglev tables, mapped into memory: writing costs no system call."""
+
+    def __init__(self, directory: Path) -> None:
+        fd = open_pinned(directory, "slots")
+        try:
+            self._memory = mmap.mmap(fd, layout.SLOTS * layout.U64.size)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._memory).cast("Q")
+
+    def close(self) -> None:
+        self._words.release()
+        self._memory.close()
+
+    def read(self, offset: int, size: int) -> list[int]:
+        return self._words[offset : offset + size].tolist()
+
+    def write(self, offset: int, words: array[int]) -> None:
+        """`words` has type code "Q"."""
+        self._words[offset : offset + len(words)] = memoryview(words)
+
+
+def counters(directory: Path) -> dict[Reason, int]:
+    """How often each reason was given, over all CPUs, since the maps were made. DatapathError."""
+    fd = open_pinned(directory, "counters")
+    try:
+        return {reason: _sum(fd, reason) for reason in Reason}
+    finally:
+        os.close(fd)
+
+
+def _sum(fd: int, reason: Reason) -> int:
+    size = layout.U64.size * _possible_cpus()
+    data = syscall.lookup(fd, layout.U32.pack(Number(reason)), size)
+    return 0 if data is None else sum(memoryview(data).cast("Q"))
+
+
+def _possible_cpus() -> int:
+    """The kernel's own number, which the size of per-CPU values follows, not that of CPUs at work:
+    "0-3", or "0,2-3"."""
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().rsplit(",")[-1]
+    return int(last.rsplit("-")[-1]) + 1

@@ -1,0 +1,81 @@
+"""The pin directory: a directory in bpffs whose files keep maps and attached programs alive.
+
+    <pin directory>/maps/<map>      see bpf/maps.py
+    <pin directory>/links/<hook>    a program attached to the cgroup; removing the file detaches it
+
+Whoever holds a pin directory needs no process of ours to be alive. Knows no maps by name, no bcc.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from bpf.errors import DatapathError
+
+_BPF_FS_MAGIC = 0xCAFE4A11
+_MNT_DETACH = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def map_path(directory: Path, name: str) -> Path:
+    return directory / "maps" / name
+
+
+def link_path(directory: Path, hook: str) -> Path:
+    return directory / "links" / hook
+
+
+def prepare(directory: Path) -> None:
+    """Makes the pin directory, mounting bpffs at it unless it lies in one. DatapathError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not is_bpffs(directory):
+            if any(directory.iterdir()):
+                raise DatapathError(
+                    f"{directory} has files in it and is no bpffs, so bpffs is not mounted there: "
+                    "give an empty directory, or one below /sys/fs/bpf"
+                )
+            _mount(directory)
+        for part in ("maps", "links"):
+            (directory / part).mkdir(exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise DatapathError(
+            f"cannot prepare the pin directory {directory}: {error.strerror}: it takes root "
+            "(CAP_SYS_ADMIN to mount bpffs) and a kernel with CONFIG_BPF_SYSCALL"
+        ) from error
+
+
+def remove(directory: Path) -> None:
+    """Detaches the programs, lets the maps go, and undoes the mount if there is one at the
+    directory. Nothing there: nothing to do."""
+    for part in ("links", "maps"):
+        inside = directory / part
+        if inside.is_dir():
+            for path in inside.iterdir():
+                path.unlink()
+            inside.rmdir()
+    if os.path.ismount(directory) and is_bpffs(directory):
+        _checked(_libc.umount2(os.fsencode(directory), _MNT_DETACH), directory)
+    if directory.is_dir():
+        directory.rmdir()
+
+
+def is_bpffs(directory: Path) -> bool:
+    """Whether the directory lies in a bpffs."""
+    # struct statfs begins with f_type, a long on every 64-bit architecture Linux has.
+    result = (ctypes.c_long * 32)()
+    _checked(_libc.statfs(os.fsencode(directory), ctypes.byref(result)), directory)
+    return bool(result[0] == _BPF_FS_MAGIC)
+
+
+def _mount(directory: Path) -> None:
+    _checked(_libc.mount(b"bpf", os.fsencode(directory), b"bpf", 0, b"mode=0700"), directory)
+
+
+def _checked(result: int, path: Path) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))

@@ -1,0 +1,54 @@
+/* Between the hooks' context and struct target. */
+#ifndef WEFT_ADDRESS_H
+#define WEFT_ADDRESS_H
+
+#include <linux/in.h>
+#include "types.h"
+
+#define MAPPED_PREFIX __builtin_bswap32(0xffff)
+
+static __always_inline int is_ipv4(const struct target *target)
+{
+	return !target->address[0] && !target->address[1] && target->address[2] == MAPPED_PREFIX;
+}
+
+/* Stream sockets of MPTCP and others have numbers that do not fit; they match no frontend. */
+static __always_inline u8 protocol_of(const struct bpf_sock_addr *ctx)
+{
+	return ctx->protocol < 256 ? ctx->protocol : 0;
+}
+
+static __always_inline void read4(const struct bpf_sock_addr *ctx, struct target *target)
+{
+	*target = (struct target){
+		.address = {0, 0, MAPPED_PREFIX, ctx->user_ip4},
+		.port = ctx->user_port,
+		.protocol = protocol_of(ctx),
+	};
+}
+
+static __always_inline void read6(const struct bpf_sock_addr *ctx, struct target *target)
+{
+	*target = (struct target){
+		.address = {ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]},
+		.port = ctx->user_port,
+		.protocol = protocol_of(ctx),
+	};
+}
+
+static __always_inline void write4(struct bpf_sock_addr *ctx, const struct target *target)
+{
+	ctx->user_ip4 = target->address[3];
+	ctx->user_port = target->port;
+}
+
+static __always_inline void write6(struct bpf_sock_addr *ctx, const struct target *target)
+{
+	ctx->user_ip6[0] = target->address[0];
+	ctx->user_ip6[1] = target->address[1];
+	ctx->user_ip6[2] = target->address[2];
+	ctx->user_ip6[3] = target->address[3];
+	ctx->user_port = target->port;
+}
+
+#endif

@@ -1,0 +1,55 @@
+/* Socket-level load balancing: the hooks of a cgroup, see bpf/hooks.py. */
+#include "steer.h"
+
+/* What the hook answers: go on, or fail the system call with the errno. */
+static __always_inline int verdict(int result)
+{
+	if (result >= 0)
+		return 1;
+	bpf_set_retval(result);
+	return 0;
+}
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return verdict(steer4(ctx));
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+	return verdict(steer6(ctx));
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return verdict(steer4(ctx));
+}
+
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return verdict(steer6(ctx));
+}
+
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	answer4(ctx);
+	return 1;
+}
+
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	answer6(ctx);
+	return 1;
+}
+
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	answer4(ctx);
+	return 1;
+}
+
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	answer6(ctx);
+	return 1;
+}

@@ -1,0 +1,50 @@
+/* From a frontend to one of its backends. */
+#ifndef WEFT_CHOOSE_H
+#define WEFT_CHOOSE_H
+
+#include "address.h"
+#include "count.h"
+
+/* Socket cookies count up; their bits are spread over the table (the finaliser of MurmurHash3). */
+static __always_inline u32 spread(u64 cookie)
+{
+	cookie ^= cookie >> 33;
+	cookie *= 0xff51afd7ed558ccdULL;
+	cookie ^= cookie >> 33;
+	cookie *= 0xc4ceb9fe1a85ec53ULL;
+	cookie ^= cookie >> 33;
+	return cookie;
+}
+
+/* 1: `backend` is filled in; 0: `asked` is no frontend; negative errno: refused, and counted.
+ * The same socket is given the same backend for as long as the table says so, which is what keeps
+ * a conversation over unconnected UDP in one place. */
+static __always_inline int choose(const struct target *asked, u64 cookie, struct target *backend)
+{
+	struct target key = *asked;
+	struct frontend *frontend = frontends.lookup(&key);
+	struct target *found;
+	u32 index;
+	u64 *slot;
+
+	if (!frontend) {
+		count(REASON_PASSED);
+		return 0;
+	}
+	if (!frontend->size)
+		return REFUSE(NO_BACKENDS);
+	index = frontend->offset + spread(cookie) % frontend->size;
+	slot = slots.lookup(&index);
+	if (!slot || !*slot)
+		return REFUSE(STALE_TABLE);
+	index = *slot;
+	found = backends.lookup(&index);
+	if (!found || !found->port)
+		return REFUSE(STALE_TABLE);
+	if (is_ipv4(asked) && !is_ipv4(found))
+		return REFUSE(WRONG_FAMILY);
+	*backend = *found;
+	return 1;
+}
+
+#endif

@@ -1,0 +1,42 @@
+"""Why the programs did what they did: the one table of reasons, for Python and, generated, for C.
+
+Each reason has a per-CPU counter of its number in the map `counters`. Those with an errno refuse:
+the caller's connect(2) or sendmsg(2) fails with it.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+
+
+class Reason(enum.IntEnum):
+    """Numbers are indices into the counters: append, never renumber."""
+
+    PASSED = 0, None, "the destination is no frontend; left as it was"
+    BALANCED = 1, None, "a backend was chosen for a frontend"
+    ANSWERED = 2, None, "getpeername or recvmsg answered the frontend the workload asked for"
+    NO_BACKENDS = 3, errno.ECONNREFUSED, "the frontend has no backends; kube-proxy rejects it too"
+    STALE_TABLE = 4, errno.ECONNREFUSED, "a frontend's table names no backend"
+    WRONG_FAMILY = 5, errno.ECONNREFUSED, "an IPv6 backend behind an IPv4 frontend"
+    NO_ORIGIN = 6, errno.ENOMEM, "the original destination could not be kept"
+
+    errno: int | None
+    meaning: str
+
+    def __new__(cls, number: int, code: int | None, meaning: str) -> Reason:
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.errno = code
+        member.meaning = meaning
+        return member
+
+
+def c_header() -> str:
+    """The table as C: REASON_<NAME>, ERRNO_<NAME> for those that refuse; REASONS is the count."""
+    lines = [f"#define REASONS {len(Reason)}"]
+    for reason in Reason:
+        lines.append(f"#define REASON_{reason.name} {int(reason)}")
+        if reason.errno is not None:
+            lines.append(f"#define ERRNO_{reason.name} {reason.errno}")
+    return "\n".join(lines) + "\n"

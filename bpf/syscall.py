@@ -1,0 +1,218 @@
+"""bpf(2): the commands Weft uses, through ctypes, so that who has pins needs no bcc or clang.
+
+Knows the layout of `union bpf_attr` (linux/bpf.h) for these commands and nothing of Weft's maps.
+No library from PyPI does this and is kept up; libbpf comes with bcc only. The interface is stable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from typing import NamedTuple
+
+_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+_MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
+_PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
+_INFO_BY_FD = 15
+_MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
+_LINK_CREATE, _LINK_UPDATE = 28, 29
+
+BPF_ANY = 0
+# The verifier's log: the end is kept, which is where the reason stands (log_level 1 is enough).
+_LOG_SIZE = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class VerifierError(OSError):
+    """The kernel refused a program; `log` is what the verifier said."""
+
+    def __init__(self, number: int, name: str, log: str) -> None:
+        super().__init__(number, os.strerror(number), name)
+        self.log = log
+
+
+class MapInfo(NamedTuple):
+    """What the kernel says of a map (struct bpf_map_info); sizes in bytes."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+
+
+def _call(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
+    number = _NUMBERS.get(platform.machine())
+    if number is None:
+        raise OSError(
+            f"the number of bpf(2) on {platform.machine()} is not known to bpf/syscall.py"
+        )
+    result: int = _libc.syscall(
+        ctypes.c_long(number),
+        ctypes.c_int(command),
+        ctypes.byref(attributes),
+        ctypes.c_uint(ctypes.sizeof(attributes)),
+    )
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+def _bpf(command: int, layout: str, *values: int | bytes) -> int:
+    packed = struct.pack(layout, *values)
+    return _call(command, ctypes.create_string_buffer(packed, len(packed)))
+
+
+def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(data, len(data))
+
+
+# --- maps ---------------------------------------------------------------------------------------
+
+
+def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """The value under a key, None if there is none. `value_size`: as read, all CPUs of a per-CPU
+    map."""
+    key_buffer, value = _buffer(key), ctypes.create_string_buffer(value_size)
+    try:
+        _bpf(
+            _MAP_LOOKUP,
+            "=I4xQQQ",
+            fd,
+            ctypes.addressof(key_buffer),
+            ctypes.addressof(value),
+            BPF_ANY,
+        )
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def update(fd: int, key: bytes, value: bytes, flags: int = BPF_ANY) -> None:
+    key_buffer, value_buffer = _buffer(key), _buffer(value)
+    _bpf(
+        _MAP_UPDATE,
+        "=I4xQQQ",
+        fd,
+        ctypes.addressof(key_buffer),
+        ctypes.addressof(value_buffer),
+        flags,
+    )
+
+
+def delete(fd: int, key: bytes) -> bool:
+    """False: there was no such key."""
+    key_buffer = _buffer(key)
+    try:
+        _bpf(_MAP_DELETE, "=I4xQQQ", fd, ctypes.addressof(key_buffer), 0, BPF_ANY)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def next_key(fd: int, key: bytes | None, key_size: int) -> bytes | None:
+    """The key after `key`, the first for None; None at the end. A key that is gone starts again."""
+    following = ctypes.create_string_buffer(key_size)
+    held = None if key is None else _buffer(key)
+    address = 0 if held is None else ctypes.addressof(held)
+    try:
+        _bpf(_MAP_NEXT_KEY, "=I4xQQQ", fd, address, ctypes.addressof(following), 0)
+    except FileNotFoundError:
+        return None
+    return following.raw
+
+
+def update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:
+    """Writes `count` packed keys and values; what was written before an error stays."""
+    key_buffer, value_buffer = _buffer(keys), _buffer(values)
+    _bpf(
+        _MAP_UPDATE_BATCH,
+        "=QQQQIIQQ",
+        0,
+        0,
+        ctypes.addressof(key_buffer),
+        ctypes.addressof(value_buffer),
+        count,
+        fd,
+        BPF_ANY,
+        0,
+    )
+
+
+def map_info(fd: int) -> MapInfo:
+    info = ctypes.create_string_buffer(40)
+    _bpf(_INFO_BY_FD, "=IIQ", fd, len(info), ctypes.addressof(info))
+    kind, _, key_size, value_size, max_entries, flags = struct.unpack_from("=6I", info)
+    return MapInfo(kind, key_size, value_size, max_entries, flags)
+
+
+# --- programs, links, pins ------------------------------------------------------------------------
+
+
+def load_program(name: str, kind: int, attach_type: int, code: bytes, licence: str) -> int:
+    """Loads eBPF instructions; a descriptor. VerifierError: refused by the verifier; OSError: not
+    even looked at (no rights, type unknown)."""
+    instructions, licence_text = _buffer(code), _buffer(licence.encode() + b"\0")
+    log = ctypes.create_string_buffer(_LOG_SIZE)
+
+    def attempt(level: int) -> int:
+        return _bpf(
+            _PROG_LOAD,
+            "=IIQQIIQII16sII",
+            kind,
+            len(code) // 8,
+            ctypes.addressof(instructions),
+            ctypes.addressof(licence_text),
+            level,
+            len(log) if level else 0,
+            ctypes.addressof(log) if level else 0,
+            0,
+            0,
+            name.encode()[:15],
+            0,
+            attach_type,
+        )
+
+    try:
+        return attempt(0)
+    except OSError:
+        try:
+            return attempt(1)
+        except OSError as error:
+            if not log.value:
+                raise
+            text = log.value.decode(errors="replace")
+            raise VerifierError(error.errno or 0, name, text) from None
+
+
+def pin(fd: int, path: str) -> None:
+    name = _buffer(os.fsencode(path) + b"\0")
+    _bpf(_OBJ_PIN, "=QII", ctypes.addressof(name), fd, 0)
+
+
+def pinned(path: str) -> int:
+    """A descriptor of what is pinned at a path."""
+    name = _buffer(os.fsencode(path) + b"\0")
+    return _bpf(_OBJ_GET, "=QII", ctypes.addressof(name), 0, 0)
+
+
+def link(program: int, target: int, attach_type: int) -> int:
+    """Attaches a program to a cgroup for as long as the returned descriptor or its pin lives."""
+    return _bpf(_LINK_CREATE, "=4I48x", program, target, attach_type, 0)
+
+
+def update_link(link_fd: int, program: int) -> None:
+    """Puts another program in a link's place at once: nothing passes in between unseen."""
+    _bpf(_LINK_UPDATE, "=4I", link_fd, program, 0, 0)
+
+
+def cgroup_of_link(link_fd: int) -> int:
+    """The id (inode number) of the cgroup that a link is attached to; 0: that cgroup is gone."""
+    info = ctypes.create_string_buffer(32)
+    _bpf(_INFO_BY_FD, "=IIQ", link_fd, len(info), ctypes.addressof(info))
+    number: int = struct.unpack_from("=Q", info, 16)[0]
+    return number

@@ -1,0 +1,240 @@
+"""The loader and the pins: layouts, errors, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from bpf_world import (
+    ROOT,
+    TIMEOUT_S,
+    cgroup_mount,
+    loader,
+    needs_bpf,
+    new_cgroup,
+    pin_directory,
+    steered,
+)
+
+from bpf import layout, maps, pins, reasons, syscall
+from bpf.balancer import Balancer
+from bpf.errors import DatapathError
+from bpf.layout import Frontend, Number, Target
+from bpf.reasons import Reason
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
+
+NOBODY = 65534
+
+
+# --- without a kernel -----------------------------------------------------------------------------
+
+
+def test_reasons_are_numbered_without_gaps():
+    assert [int(reason) for reason in Reason] == list(range(len(Reason)))
+
+
+def test_every_reason_is_used_in_c():
+    programs = (ROOT / "bpf" / "programs").iterdir()
+    text = "\n".join(path.read_text() for path in programs)
+    for reason in Reason:
+        used = f"REFUSE({reason.name})" if reason.errno else f"count(REASON_{reason.name})"
+        assert used in text, reason.name
+
+
+def test_targets_in_bytes():
+    target = Target.of("10.1.2.3", 8080, "TCP")
+    packed = layout.TARGET.pack(target)
+    assert packed == bytes(10) + b"\xff\xff\x0a\x01\x02\x03" + b"\x1f\x90" + b"\x06" + b"\0"
+    assert layout.TARGET.unpack(Target, packed) == target
+    assert Target.of("::ffff:10.1.2.3", 8080, "TCP") == target
+    v6 = Target.of("fd00::1", 53, "UDP")
+    assert v6 == Target(socket.inet_pton(socket.AF_INET6, "fd00::1"), 53, socket.IPPROTO_UDP)
+    assert target.is_ipv4
+    assert not v6.is_ipv4
+
+
+@pytest.mark.parametrize("address", ["x", "example.com", "10.1.2", "fe80::1%eth0"])
+def test_no_targets(address):
+    with pytest.raises(ValueError, match=address):
+        Target.of(address, 80, "TCP")
+
+
+# --- with one -------------------------------------------------------------------------------------
+
+
+@needs_bpf
+def test_everything_is_pinned_and_nothing_stays(tmp_path):
+    with new_cgroup() as cgroup:
+        pin = tmp_path / "run" / "pins"
+        done = loader("--pin", pin, "--cgroup", cgroup)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert os.path.ismount(pin)
+        assert {path.name for path in (pin / "maps").iterdir()} == set(maps.MAPS)
+        links = {path.name for path in (pin / "links").iterdir()}
+        assert {"connect4", "connect6", "sendmsg4", "recvmsg6", "getpeername4"} < links
+        done = loader("--pin", pin, "--remove")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert not pin.exists()
+        assert loader("--pin", pin, "--remove").returncode == 0
+
+
+@needs_bpf
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("target", {"address": "16s", "port": "I", "protocol": "B"}, "size of struct target"),
+        ("frontend", {"size": "I", "offset": "I"}, "offset of struct frontend.offset"),
+    ],
+)
+def test_layouts_that_differ_do_not_compile(name, fields, message):
+    """In a process of its own, where Python has another idea of the struct than C."""
+    code = (
+        "from pathlib import Path\n"
+        "from bpf import layout\n"
+        "from bpf.compiler import Module\n"
+        "layout.Layout.all.clear()\n"
+        f"layout.Layout({name!r}, '=', {fields!r})\n"
+        "Module(Path('bpf/programs/balance.c'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert done.returncode == 1
+    assert "static_assert failed" in done.stderr
+    assert message in done.stderr
+
+
+@needs_bpf
+def test_the_root_is_never_steered(tmp_path):
+    done = loader("--pin", tmp_path / "pins", "--cgroup", cgroup_mount())
+    assert done.returncode == 1
+    assert "root of cgroup v2: the hooks would catch every process" in done.stderr
+    assert not (tmp_path / "pins").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_only_cgroups_are_steered(tmp_path):
+    done = loader("--pin", tmp_path / "pins", "--cgroup", tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path} is not a cgroup v2 directory" in done.stderr
+
+
+@needs_bpf
+def test_a_directory_in_use_is_not_mounted_over(tmp_path):
+    (tmp_path / "precious").touch()
+    with new_cgroup() as cgroup:
+        done = loader("--pin", tmp_path, "--cgroup", cgroup)
+    assert done.returncode == 1
+    assert f"{tmp_path} has files in it and is no bpffs" in done.stderr
+    assert not os.path.ismount(tmp_path)
+
+
+@needs_bpf
+def test_without_rights_it_says_so(tmp_path):
+    with new_cgroup() as cgroup:
+        done = subprocess.run(
+            [sys.executable, "-m", "bpf.loader", "--pin", tmp_path / "x", "--cgroup", cgroup],
+            cwd=ROOT,
+            user=NOBODY,
+            group=NOBODY,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    assert done.returncode == 1
+    assert "run as root" in done.stderr or "takes root" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_bpf
+def test_the_verifier_is_quoted():
+    # r0 is never set: BPF_EXIT alone.
+    with pytest.raises(syscall.VerifierError) as caught:
+        syscall.load_program("nothing", 18, 10, b"\x95" + bytes(7), "GPL")
+    assert "R0 !read_ok" in caught.value.log
+
+
+@needs_bpf
+def test_maps_of_another_version_are_not_adopted(tmp_path):
+    with new_cgroup() as cgroup, pin_directory(tmp_path) as pin:
+        assert loader("--pin", pin, "--cgroup", cgroup).returncode == 0
+        other, path = pins.map_path(pin, "backends"), pins.map_path(pin, "frontends")
+        path.unlink()
+        syscall.pin(syscall.pinned(str(other)), str(path))
+        done = loader("--pin", pin, "--cgroup", cgroup)
+        assert done.returncode == 1
+        assert f"the map pinned at {path} is of another version" in done.stderr
+        with pytest.raises(DatapathError, match="another version"):
+            Balancer(pin)
+
+
+def test_maps_that_are_not_there(tmp_path):
+    with pytest.raises(DatapathError, match=r"no map at .*/frontends.*bpf\.loader"):
+        Balancer(tmp_path)
+
+
+@needs_bpf
+def test_maps_and_refused_entries(tmp_path):
+    with steered(tmp_path) as (pin, _, _):
+        table = maps.PinnedMap(pin, "frontends", Target, Frontend)
+        ones = {Target.of("10.0.0.1", port, "TCP"): Frontend(port, 0) for port in range(1, 50)}
+        table.put_all(ones.items())
+        table.put_all([])
+        assert dict(table.items()) == ones
+        first = Target.of("10.0.0.1", 1, "TCP")
+        table.put(first, Frontend(7, 0))
+        assert table.get(first) == Frontend(7, 0)
+        assert table.remove(first)
+        assert not table.remove(first)
+        assert table.get(first) is None
+        table.close()
+        array = maps.PinnedMap(pin, "backends", Number, Target)
+        assert array.get(Number(layout.BACKENDS)) is None
+        with pytest.raises(OSError, match="Argument list too long"):
+            array.put(Number(layout.BACKENDS), first)
+        array.close()
+
+        balancer = Balancer(pin)
+        good = LoadBalancerEntry("10.0.0.2", 80, "TCP", (EntryBackend("10.1.0.1", 80),), "x")
+        twin = LoadBalancerEntry("::ffff:10.0.0.2", 80, "TCP", (), "y")
+        mixed = LoadBalancerEntry("fd00::1", 80, "TCP", (EntryBackend("10.1.0.1", 80),), "z")
+        wrong = LoadBalancerEntry("no address", 80, "TCP", (), "w")
+        port = LoadBalancerEntry("10.0.0.3", 0, "TCP", (), "p")
+        put = {"good": good, "twin": twin, "mixed": mixed, "wrong": wrong, "port": port}
+        refused = balancer.replace(put)
+        assert refused.keys() == {"twin", "mixed", "wrong", "port"}
+        assert refused["twin"] == "the same address, port and protocol as good"
+        assert "different families" in refused["mixed"]
+        assert "no address" in refused["wrong"]
+        assert refused["port"] == "0 is not a port"
+        # The last good version of a refused entry stays; what goes makes room for its twin.
+        bad = LoadBalancerEntry("10.0.0.2", 80, "TCP", (EntryBackend("fd00::2", 80),), "x")
+        assert balancer.apply({"good": bad}).keys() == {"good"}
+        assert balancer.replace({"good": bad}).keys() == {"good"}
+        assert Target.of("10.0.0.2", 80, "TCP") in frontends(pin)
+        assert balancer.apply({"twin": twin}, ["good", "unknown"]) == {}
+        assert frontends(pin) == {Target.of("10.0.0.2", 80, "TCP"): Frontend(0, 0)}
+        # A key whose entry has another frontend now takes the former one away.
+        moved = LoadBalancerEntry("10.0.0.4", 80, "TCP", (), "y")
+        assert balancer.apply({"twin": moved}) == {}
+        assert frontends(pin) == {Target.of("10.0.0.4", 80, "TCP"): Frontend(0, 0)}
+        balancer.close()
+
+
+def frontends(pin):
+    table = maps.PinnedMap(pin, "frontends", Target, Frontend)
+    try:
+        return dict(table.items())
+    finally:
+        table.close()
+
+
+def test_header_of_reasons():
+    lines = reasons.c_header().splitlines()
+    assert lines[0] == f"#define REASONS {len(Reason)}"
+    assert "#define REASON_NO_BACKENDS 3" in lines
+    assert "#define ERRNO_NO_BACKENDS 111" in lines
+    assert not any(line.startswith("#define ERRNO_PASSED") for line in lines)
