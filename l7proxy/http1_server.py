@@ -26,7 +26,7 @@ _DISCARD_BYTES = 64 * 1024
 _LINGER_S = 2.0
 _LINGER_BYTES = 1024 * 1024
 # A TLS connection cannot be half-closed here, so that the client may wait for this to pass.
-_LINGER_TLS_S = 0.2
+_LINGER_SHORT_S = 0.2
 # An idle connection being drained may have a request in its socket that was not read yet.
 _DRAIN_GRACE_S = 0.05
 
@@ -240,12 +240,12 @@ class Http1Server(Link):
         self.timer.clear()
         self.hold_input(0)
         await self.half_close()
-        if not self.tls:
-            self.timer.set(_LINGER_S)
-        elif self.failure is None and self.codec.request_complete:
+        if self.tls and self.failure is None and self.codec.request_complete:
             self._lingering = -1
+        elif self.tls or (self._grace_over and self.codec.between_requests):
+            self.timer.set(_LINGER_SHORT_S)
         else:
-            self.timer.set(_LINGER_TLS_S)
+            self.timer.set(_LINGER_S)
         while not self.eof and self._lingering >= 0:
             await self.more_input()
         self.timer.close()

@@ -12,19 +12,20 @@ from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
 from l7proxy.routing import RouteMatchResult
 
-# What is counted by (gateway, route, rule, backend[, code]) lives as long as the process, also when
-# the route has gone. Further ones are counted together, under the gateway and these names.
+# Series live as long as the process, also when their route has gone. Further ones are counted
+# together, by gateway and code, under this name.
 _MAX_SERIES = 20_000
 _OTHER = "(other)"
 _durations: dict[tuple[str, ...], Any] = {}
 _requests: dict[tuple[str, ...], Any] = {}
 
 
-def _series(known: dict[tuple[str, ...], Any], metric: Any, labels: tuple[str, ...]) -> Any:
+def _series(known: dict[tuple[str, ...], Any], metric: Any, *labels: str) -> Any:
     series = known.get(labels)
     if series is None:
         if len(known) >= _MAX_SERIES:
-            labels = (labels[0], _OTHER, _OTHER, _OTHER, *labels[4:])
+            names = zip(metric._labelnames, labels, strict=True)
+            labels = tuple(one if name in ("gateway", "code") else _OTHER for name, one in names)
         series = known[labels] = metric.labels(*labels)
     return series
 
@@ -76,9 +77,16 @@ class Record:
         """Count the request, write its line. A client gone before a response counts as code 499."""
         elapsed = time.monotonic() - self.started
         code = self.status or 499
-        labels = (self.gateway, self.route, self.rule, self.backend)
-        _series(_requests, metrics.REQUESTS, (*labels, str(code))).inc()
-        _series(_durations, metrics.DURATION, labels).observe(elapsed)
+        _series(
+            _requests,
+            metrics.REQUESTS,
+            self.gateway,
+            self.route,
+            self.rule,
+            self.backend,
+            str(code),
+        ).inc()
+        _series(_durations, metrics.DURATION, self.gateway, self.backend).observe(elapsed)
         if not log.wanted:
             return
         agent = next((value for name, value in self.head.headers if name == b"user-agent"), b"")

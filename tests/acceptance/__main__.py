@@ -235,6 +235,9 @@ def main() -> int:
     except GatewayFailed as error:
         print(f"acceptance: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"acceptance: {error}; does another run use the addresses?", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("acceptance: interrupted", file=sys.stderr)
         return 2
