@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mesh.agent.rundir import default_run_dir
+from mesh.cli.lab import lab
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MANIFESTS = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -209,6 +210,9 @@ def version(output: str) -> None:
         click.echo(f"weft {version_of('weft')}")
     else:
         dump({"version": version_of("weft")}, output)
+
+
+cli.add_command(lab)
 
 
 def main() -> None:

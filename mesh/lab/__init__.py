@@ -1,0 +1,1 @@
+"""The lab: a cluster on one host out of network namespaces, veth pairs and cgroups."""

@@ -1,0 +1,108 @@
+"""The lab's Services and their endpoints as Kubernetes objects, for Weft's directory source.
+
+As in a cluster, EndpointSlices name all pods that a Service selects, ready or not. Each node has
+slices of its own, so that nobody has to write what another node knows. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from mesh.lab.plan import Plan, PodPlan, ServicePlan
+
+Object = dict[str, Any]
+_FAMILIES = ("IPv4", "IPv6")
+
+
+def to_yaml(objects: Iterable[Object]) -> bytes:
+    return yaml.safe_dump_all(objects, sort_keys=False).encode()
+
+
+def services(plan: Plan) -> Iterator[Object]:
+    """Namespaces and Services."""
+    namespaces = {pod.namespace for pod in plan.pods} | {one.namespace for one in plan.services}
+    for namespace in sorted(namespaces):
+        labels = {"kubernetes.io/metadata.name": namespace}
+        metadata = {"name": namespace, "labels": labels}
+        yield {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
+    for service in plan.services:
+        yield {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": service.name, "namespace": service.namespace},
+            "spec": {
+                "selector": service.selector,
+                "clusterIP": service.cluster_ips[0] if service.cluster_ips else "None",
+                "clusterIPs": list(service.cluster_ips) or ["None"],
+                "ipFamilies": list(_FAMILIES),
+                "ipFamilyPolicy": "RequireDualStack",
+                "sessionAffinity": service.session_affinity,
+                "ports": [
+                    {
+                        "name": port.name,
+                        "port": port.port,
+                        "targetPort": port.target_port or port.port,
+                        "protocol": port.protocol,
+                        **({"appProtocol": port.app_protocol} if port.app_protocol else {}),
+                    }
+                    for port in service.ports
+                ],
+            },
+        }
+
+
+def endpoint_slices(plan: Plan, node: str, ready: Mapping[str, bool]) -> Iterator[Object]:
+    """The slices of the node's pods; `ready` by the pods' keys."""
+    for service in plan.services:
+        # Pods whose ports of the same name have different numbers cannot share a slice.
+        by_ports: dict[tuple[int | None, ...], list[PodPlan]] = {}
+        for pod in plan.pods_of(node):
+            if service.selects(pod):
+                by_ports.setdefault(_target_ports(service, pod), []).append(pod)
+        for number, (ports, pods) in enumerate(by_ports.items()):
+            for family, address_type in enumerate(_FAMILIES):
+                suffix = f"-{number}" if number else ""
+                yield {
+                    "apiVersion": "discovery.k8s.io/v1",
+                    "kind": "EndpointSlice",
+                    "metadata": {
+                        "name": f"{service.name}-{node}-{address_type.lower()}{suffix}",
+                        "namespace": service.namespace,
+                        "labels": {"kubernetes.io/service-name": service.name},
+                    },
+                    "addressType": address_type,
+                    "endpoints": [_endpoint(pod, family, ready[pod.key]) for pod in pods],
+                    "ports": [
+                        {
+                            "name": port.name,
+                            "port": number,
+                            "protocol": port.protocol,
+                            **({"appProtocol": port.app_protocol} if port.app_protocol else {}),
+                        }
+                        for port, number in zip(service.ports, ports, strict=True)
+                        if number is not None
+                    ],
+                }
+
+
+def _target_ports(service: ServicePlan, pod: PodPlan) -> tuple[int | None, ...]:
+    """The pod's port for each of the Service's; None: it has no port of that name."""
+    named = {port.name: port.port for port in pod.ports}
+    return tuple(
+        named.get(port.target_port)
+        if isinstance(port.target_port, str)
+        else port.target_port or port.port
+        for port in service.ports
+    )
+
+
+def _endpoint(pod: PodPlan, family: int, ready: bool) -> Object:
+    return {
+        "addresses": [pod.addresses[family]],
+        "conditions": {"ready": ready, "serving": ready, "terminating": False},
+        "nodeName": pod.node,
+        "targetRef": {"kind": "Pod", "name": pod.name, "namespace": pod.namespace},
+    }

@@ -1,0 +1,162 @@
+"""What is remembered of a lab, in files: <run dir>/<lab>/...
+
+    plan.json        the journal: written before anything is made, removed after all else is gone
+    up               there once the lab was complete
+    manifests/       Namespaces, Services and EndpointSlices, for Weft's directory source
+    nodes/<node>.json  what the node's supervisor last said of its pods
+    nodes/<node>.log   what went wrong in the supervisor
+    logs/, etc/      output of the pods, and the files that they see in /etc
+
+Knows these files and nothing of the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from mesh.lab.errors import LabError
+from mesh.lab.plan import Plan, PodPlan
+from mesh.model.meta import Model
+
+DEFAULT_RUN_DIR = Path("/run/weft-lab")
+
+Phase = Literal["Pending", "Running", "Exited", "Failed"]
+
+
+class PodStatus(Model, frozen=True, kw_only=True):
+    """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed."""
+
+    key: str
+    phase: Phase
+    ready: bool = False
+    pid: int | None = None
+    exit_code: int | None = None
+    message: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """Nothing is to be waited for."""
+        return self.ready or self.phase in ("Exited", "Failed")
+
+
+class NodeStatus(Model, frozen=True, kw_only=True):
+    """`pid` is the supervisor's."""
+
+    pid: int
+    pods: tuple[PodStatus, ...]
+
+
+class LabDir:
+    """The files of one lab."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self.run_dir = Path(os.path.abspath(run_dir))
+        self.name = name
+        self.path = self.run_dir / name
+        self.manifests = self.path / "manifests"
+        self.nodes = self.path / "nodes"
+        self.logs = self.path / "logs"
+        self.up_mark = self.path / "up"
+        self._plan = self.path / "plan.json"
+
+    def log(self, pod: PodPlan) -> Path:
+        return self.logs / f"{pod.file_stem}.log"
+
+    def node_log(self, node: str) -> Path:
+        return self.nodes / f"{node}.log"
+
+    def etc(self, pod: PodPlan) -> Path:
+        return self.path / "etc" / pod.file_stem
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else makes or removes this lab meanwhile. LabError: somebody does.
+
+        What this process forks holds the lock until it executes another program, so none of it is
+        still on its way when somebody gets the lock after a kill.
+        """
+        file = self.run_dir / f"{self.name}.lock"
+        self.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        while True:
+            fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise LabError(
+                        f"another 'weft lab' command makes or removes lab {self.name}: wait for it"
+                    ) from None
+                # Whoever held it before may have removed the file that was opened here.
+                if not file.exists() or os.stat(fd).st_ino != file.stat().st_ino:
+                    continue
+                try:
+                    yield
+                finally:
+                    file.unlink()
+                return
+            finally:
+                os.close(fd)
+
+    def create(self, plan: Plan) -> None:
+        """Begin a lab: the journal first, then the other directories."""
+        self.path.mkdir(mode=0o755)
+        self.write(self._plan, msgspec.json.encode(plan))
+        for directory in (self.manifests, self.nodes, self.logs):
+            directory.mkdir()
+
+    def remove(self) -> None:
+        """Forget everything; only when nothing else is left of the lab."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path)
+
+    def plan(self) -> Plan | None:
+        """The journal; None: there is no such lab, not even half of one."""
+        try:
+            return msgspec.json.decode(self._plan.read_bytes(), type=Plan)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as error:
+            raise LabError(
+                f"{self._plan} is of another version of Weft ({error}): remove the lab with the "
+                "version that made it"
+            ) from None
+
+    def node_status(self, node: str) -> NodeStatus | None:
+        """What the node's supervisor last said; None: nothing yet."""
+        try:
+            return msgspec.json.decode(self._node_file(node).read_bytes(), type=NodeStatus)
+        except FileNotFoundError:
+            return None
+
+    def write_node_status(self, node: str, status: NodeStatus) -> None:
+        self.write(self._node_file(node), msgspec.json.encode(status))
+
+    def write(self, file: Path, content: bytes) -> None:
+        """Replace a file at once: readers see the old or the new one, whole."""
+        new = self.path / f".{file.name}.{os.getpid()}"
+        new.write_bytes(content)
+        new.replace(file)
+
+    def _node_file(self, node: str) -> Path:
+        return self.nodes / f"{node}.json"
+
+
+def find_lab(run_dir: Path, name: str | None) -> LabDir:
+    """The lab of that name, or the only one there is. LabError: none, or several to choose from."""
+    if name is not None:
+        return LabDir(run_dir, name)
+    # What an `up` left that was killed before it wrote its journal counts, so that `down` finds it.
+    labs = sorted({path.stem for path in run_dir.glob("*")})
+    if len(labs) > 1:
+        raise LabError(f"there are labs {', '.join(labs)}: say which with --name")
+    if not labs:
+        raise LabError(f"no lab in {run_dir}: start one with 'weft lab up'")
+    return LabDir(run_dir, labs[0])

@@ -1,0 +1,189 @@
+"""The supervisor of a node: adds its pods to the network, runs their commands, says how they are.
+
+What the kubelet is in a cluster, and the node's DNS server as well. One process for each node, in
+the node's network namespace, started by `weft lab up` and ended with the lab:
+
+    python -m mesh.lab.supervisor RUN_DIR LAB NODE
+
+which returns at once: the supervisor is nobody's child.
+
+A pod is ready while its process runs, from when all its ports are open for others than itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from mesh.lab import cni
+from mesh.lab.dns import Names, serve
+from mesh.lab.enter import enter_pod, pod_env, write_etc
+from mesh.lab.kernel import CLONE_NEWNET, create_netns, join
+from mesh.lab.manifests import endpoint_slices, to_yaml
+from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan, PodPlan, ServicePlan
+from mesh.lab.state import LabDir, NodeStatus, PodStatus
+
+IFNAME = "eth0"
+# Between two looks at the ports of a pod that is starting.
+_LOOK_S = 0.05
+# States of sockets that others can reach, in /proc/net (include/net/tcp_states.h): TCP_LISTEN, and
+# TCP_CLOSE, which is a UDP socket without peer.
+_OPEN = {"TCP": "0A", "UDP": "07"}
+_LOOPBACK = ("0100007F", "00000000000000000000000001000000")
+
+
+class Supervisor:
+    """One node at work."""
+
+    def __init__(self, lab: LabDir, plan: Plan, node: NodePlan) -> None:
+        self._lab = lab
+        self._plan = plan
+        self._node = node
+        self._pods = {pod.key: pod for pod in plan.pods_of(node.name)}
+        self._status = {key: PodStatus(key=key, phase="Pending") for key in self._pods}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._publishing = False
+
+    def add_pods(self) -> None:
+        """Everything that pods need before their processes start. Outside any event loop: pyroute2
+        has its own."""
+        for pod in self._pods.values():
+            try:
+                self._add(pod)
+            except (cni.CniError, OSError) as error:
+                self._change(pod.key, phase="Failed", message=str(error))
+
+    async def run(self) -> None:
+        """Until the process is killed."""
+        self._loop = asyncio.get_running_loop()
+        server = await serve(Names(self._plan, self._ready_pods), DNS_ADDRESS)
+        for pod in self._pods.values():
+            if self._status[pod.key].phase == "Failed":
+                continue
+            try:
+                self._start(pod)
+            except (OSError, subprocess.SubprocessError) as error:
+                self._set(pod.key, phase="Failed", message=str(error))
+            await asyncio.sleep(0)  # pods that already run are looked at meanwhile
+        self._publish()
+        await server.serve_forever()
+
+    def _add(self, pod: PodPlan) -> None:
+        Path(pod.cgroup).mkdir()
+        create_netns(Path(pod.netns))
+        config = cni.CniConfig(addresses=pod.addresses, node_addresses=self._node.addresses)
+        cni.add(pod.container_id, pod.netns, IFNAME, config)
+        write_etc(self._lab, pod)
+
+    def _start(self, pod: PodPlan) -> None:
+        if not pod.command:
+            self._set(pod.key, phase="Running", ready=True)
+            return
+
+        def enter() -> None:
+            try:
+                enter_pod(self._lab, pod)
+            except OSError as error:
+                # To the pod's log; all that Popen says is that this function failed.
+                os.write(2, f"weft: cannot enter the pod: {error}\n".encode())
+                raise
+
+        with open(self._lab.log(pod), "ab") as log:
+            process = subprocess.Popen(
+                pod.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._plan.directory,
+                env=pod_env(pod),
+                start_new_session=True,
+                preexec_fn=enter,
+            )
+        self._processes[pod.key] = process
+        self._set(pod.key, phase="Running", pid=process.pid)
+        pidfd = os.pidfd_open(process.pid)
+        self._loop.add_reader(pidfd, self._exited, pod.key, pidfd)
+        self._look(pod)
+
+    def _exited(self, key: str, pidfd: int) -> None:
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        code = self._processes.pop(key).wait()
+        self._set(key, phase="Exited", ready=False, pid=None, exit_code=code)
+
+    def _look(self, pod: PodPlan) -> None:
+        """Ready once all ports are open; looks again until then, or until the process ends."""
+        process = self._processes.get(pod.key)
+        if process is None:
+            return
+        if {(port.protocol, port.port) for port in pod.ports} <= set(_open_ports(process.pid)):
+            self._set(pod.key, ready=True)
+        else:
+            self._loop.call_later(_LOOK_S, self._look, pod)
+
+    def _change(self, key: str, **changes: object) -> None:
+        self._status[key] = msgspec.structs.replace(self._status[key], **changes)
+
+    def _set(self, key: str, **changes: object) -> None:
+        self._change(key, **changes)
+        if not self._publishing:
+            self._publishing = True
+            self._loop.call_soon(self._publish)
+
+    def _publish(self) -> None:
+        """Endpoints first: whoever sees a pod ready finds it among them."""
+        self._publishing = False
+        ready = {key: status.ready for key, status in self._status.items()}
+        slices = endpoint_slices(self._plan, self._node.name, ready)
+        file = self._lab.manifests / f"endpoints.{self._node.name}.yaml"
+        self._lab.write(file, to_yaml(slices))
+        status = NodeStatus(pid=os.getpid(), pods=tuple(self._status.values()))
+        self._lab.write_node_status(self._node.name, status)
+
+    def _ready_pods(self, service: ServicePlan) -> Iterator[Addresses]:
+        """On all nodes."""
+        statuses = map(self._lab.node_status, (node.name for node in self._plan.nodes))
+        ready = {pod.key for node in statuses if node for pod in node.pods if pod.ready}
+        return (
+            pod.addresses for pod in self._plan.pods if pod.key in ready and service.selects(pod)
+        )
+
+
+def _open_ports(pid: int) -> Iterator[tuple[str, int]]:
+    """Protocols and ports that others can reach in the network namespace of a process."""
+    for protocol, state in _OPEN.items():
+        for version in ("", "6"):
+            try:
+                table = Path(f"/proc/{pid}/net/{protocol.lower()}{version}").read_text()
+            except OSError:  # it ended just now
+                return
+            for line in table.splitlines()[1:]:
+                local, found = line.split()[1:4:2]
+                address, _, port = local.partition(":")
+                if found == state and address not in _LOOPBACK:
+                    yield protocol, int(port, 16)
+
+
+def main() -> None:
+    run_dir, name, node_name = sys.argv[1:]
+    lab = LabDir(Path(run_dir), name)
+    plan = lab.plan()
+    if plan is None:
+        sys.exit(f"no lab {name} in {run_dir}")
+    if os.fork():
+        os._exit(0)
+    node = plan.node(node_name)
+    join(node.netns, CLONE_NEWNET)
+    supervisor = Supervisor(lab, plan, node)
+    supervisor.add_pods()
+    asyncio.run(supervisor.run())
+
+
+if __name__ == "__main__":
+    main()

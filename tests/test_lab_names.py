@@ -1,0 +1,137 @@
+"""Services of a lab as manifests and as DNS names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from dnslib import EDNS0, QTYPE, RCODE, DNSRecord
+
+from mesh.lab.config import LabConfig
+from mesh.lab.dns import Names
+from mesh.lab.manifests import endpoint_slices, services, to_yaml
+from mesh.lab.plan import make_plan
+from mesh.model.meta import ObjectKey
+from mesh.model.schema import read
+from mesh.sources.directory import Manifests
+
+CONFIG = {
+    "nodes": [{"name": "a"}, {"name": "b"}],
+    "pods": [
+        {"name": "web", "namespace": "shop", "ports": [{"name": "http", "port": 8080}]},
+        {
+            "name": "new-web",
+            "namespace": "shop",
+            "node": "a",
+            "labels": {"app": "web"},
+            "ports": [{"name": "http", "port": 9090}],
+        },
+        {"name": "db", "namespace": "shop", "replicas": 30},
+        {"name": "web", "namespace": "other"},
+    ],
+    "services": [
+        {
+            "name": "web",
+            "namespace": "shop",
+            "sessionAffinity": "ClientIP",
+            "ports": [
+                {"name": "http", "port": 80, "targetPort": "http", "appProtocol": "http"},
+                {"name": "dns", "port": 53, "protocol": "UDP"},
+            ],
+        },
+        {"name": "db", "namespace": "shop", "headless": True},
+    ],
+}
+PLAN = make_plan(read(CONFIG, LabConfig), "t", Path("/"), Path("/cgroup"))
+DB = [pod.addresses for pod in PLAN.pods if pod.name.startswith("db-")]
+NAMES = Names(PLAN, lambda service: DB)
+
+
+def ask(name: str, kind: str = "A", names: Names = NAMES, **how: int) -> tuple[str, list[str]]:
+    """The response code and the addresses."""
+    question = DNSRecord.question(name, kind)
+    if "edns" in how:
+        question.add_ar(EDNS0(udp_len=how.pop("edns")))
+    answer = names.answer(question.pack(), **how)
+    assert answer is not None
+    reply = DNSRecord.parse(answer)
+    assert reply.header.id == question.header.id
+    assert {QTYPE[record.rtype] for record in reply.rr} <= {kind}
+    code = "truncated" if reply.header.tc else RCODE[reply.header.rcode]
+    return code, [str(record.rdata) for record in reply.rr]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "answer"),
+    [
+        ("web.shop.svc.cluster.local", "A", ("NOERROR", ["10.96.0.10"])),
+        ("web.shop.svc.cluster.local.", "AAAA", ("NOERROR", ["fd00:10:96::a"])),
+        ("WEB.Shop.svc.CLUSTER.local", "A", ("NOERROR", ["10.96.0.10"])),
+        ("web.shop.svc.cluster.local", "TXT", ("NOERROR", [])),
+        ("shop.svc.cluster.local", "A", ("NOERROR", [])),
+        ("cluster.local", "A", ("NOERROR", [])),
+        ("web.other.svc.cluster.local", "A", ("NXDOMAIN", [])),
+        ("other.svc.cluster.local", "A", ("NXDOMAIN", [])),
+        ("x.web.shop.svc.cluster.local", "A", ("NXDOMAIN", [])),
+        ("web.shop", "A", ("NXDOMAIN", [])),
+        ("web", "A", ("NXDOMAIN", [])),
+        ("example.org", "AAAA", ("NXDOMAIN", [])),
+    ],
+)
+def test_names(name: str, kind: str, answer: tuple[str, list[str]]) -> None:
+    assert ask(name, kind) == answer
+
+
+def test_a_headless_name_is_cut_to_what_the_client_takes() -> None:
+    name = "db.shop.svc.cluster.local"
+    everything = [v6 for _, v6 in DB]
+    assert ask(name, "AAAA")[0] == "truncated"
+    assert ask(name, "AAAA", edns=4096) == ("NOERROR", everything)
+    assert ask(name, "AAAA", limit=65535) == ("NOERROR", everything)
+
+
+def test_a_headless_name_without_ready_pods() -> None:
+    name = "db.shop.svc.cluster.local"
+    assert ask(name, names=Names(PLAN, lambda service: ())) == ("NOERROR", [])
+
+
+@pytest.mark.parametrize("cut", range(1, 42, 3))
+def test_what_is_no_query_gets_no_answer(cut: int) -> None:
+    query = DNSRecord.question("web.shop.svc.cluster.local").pack()
+    assert NAMES.answer(query[:cut]) is None
+    assert NAMES.answer(DNSRecord.parse(query).reply().pack()) is None
+
+
+def test_the_source_reads_the_manifests_as_they_are_meant(tmp_path: Path) -> None:
+    ready = {pod.key: pod.name != "new-web" for pod in PLAN.pods}
+    (tmp_path / "services.yaml").write_bytes(to_yaml(services(PLAN)))
+    for node in PLAN.nodes:
+        slices = endpoint_slices(PLAN, node.name, ready)
+        (tmp_path / f"{node.name}.yaml").write_bytes(to_yaml(slices))
+    update = Manifests(tmp_path).scan()
+    assert update.problems == ()
+    objects = update.changes
+    assert {str(key) for key in objects["Namespace"]} == {"shop", "other"}
+    web = objects["Service"][ObjectKey("shop", "web")].spec
+    assert web.cluster_ips == ("10.96.0.10", "fd00:10:96::a")
+    assert web.session_affinity == "ClientIP"
+    assert [(one.port, one.target_port, one.app_protocol) for one in web.ports] == [
+        (80, "http", "http"),
+        (53, 53, None),
+    ]
+    assert objects["Service"][ObjectKey("shop", "db")].spec.cluster_ip == "None"
+    found = {
+        (address, port.port, endpoint.conditions.ready, endpoint.node_name)
+        for one in objects["EndpointSlice"].values()
+        if one.metadata.labels["kubernetes.io/service-name"] == "web"
+        for endpoint in one.endpoints
+        for address in endpoint.addresses
+        for port in one.ports
+        if port.name == "http"
+    }
+    assert found == {
+        ("10.244.0.2", 8080, True, "a"),
+        ("fd00:10:244::2", 8080, True, "a"),
+        ("10.244.0.3", 9090, False, "a"),
+        ("fd00:10:244::3", 9090, False, "a"),
+    }
