@@ -1,8 +1,8 @@
 """The access log: one line a request on standard output.
 
-A reader that does not read must never stop the proxy, so lines of bounded length gather in a bounded
-list that a thread writes out; what does not fit is lost and counted. All workers share one output:
-lines go out in pieces that a pipe takes whole (PIPE_BUF, pipe(7)), so that they do not mix.
+A reader that does not read must never stop the proxy, so lines of bounded length gather in a
+bounded list that a thread writes out; what does not fit is lost and counted. All workers share one
+output: lines go out in pieces that a pipe takes whole (PIPE_BUF, pipe(7)), so that they do not mix.
 """
 
 from __future__ import annotations
