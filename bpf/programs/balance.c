@@ -1,4 +1,4 @@
-/* Socket-level load balancing: the hooks of a cgroup, see bpf/hooks.py. */
+/* Socket-level load balancing: the hooks of a cgroup; HOOKS in bpf/loader.py attaches them. */
 #include "steer.h"
 
 /* What the hook answers: go on, or fail the system call with the errno. */

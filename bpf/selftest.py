@@ -1,0 +1,205 @@
+"""The self-test of the data path on this kernel: one check for each fact that it relies on.
+
+It loads the real programs from a pin directory of its own onto a cgroup of its own, and a process
+in a network namespace of its own connects (bpf.selftest_probe). Nothing of a running data path is
+touched, and everything goes away again; what a killed self-test left, the next one removes.
+`python -m bpf.selftest --directory DIR --cgroup PARENT` prints the checks; exit status 1: one
+failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import select
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
+
+from bpf import layout, maps, pins
+from bpf.balancer import Balancer
+from bpf.errors import DatapathError
+from bpf.layout import Number, Target
+from bpf.selftest_probe import FRONTENDS, LOOPBACK, PORT, REFUSED_PORT
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
+
+# In the order in which they are checked; the first three are needed by all that follow.
+FACTS = {
+    "cgroup": "a cgroup of version 2 can be made",
+    "programs": "the programs compile, pass the verifier, attach and are pinned",
+    "maps": "a table written through memory is the table that bpf(2) reads",
+    "connect4": "connect(2) can be sent elsewhere, IPv4",
+    "connect6": "connect(2) can be sent elsewhere, IPv6",
+    "mapped": "connect(2) of an IPv6 socket to an IPv4 frontend too",
+    "getpeername4": "a socket cookie finds the original destination again, IPv4",
+    "getpeername6": "a socket cookie finds the original destination again, IPv6",
+    "udp4": "datagrams go to a backend, and answers come from the frontend, IPv4",
+    "udp6": "datagrams go to a backend, and answers come from the frontend, IPv6",
+    "refusal": "a program chooses the errno of a connection it refuses",
+    "detach": "a program without pin is detached",
+}
+_NAME = "selftest"
+_LOADER_S = 60
+_PROBE_S = 30
+
+
+class Check(NamedTuple):
+    """One fact of FACTS on this kernel; `why` not, and what to do, if it is not `ok`."""
+
+    name: str
+    ok: bool
+    why: str
+
+
+class _Failed(Exception):
+    """Why a check failed."""
+
+
+T = TypeVar("T", int, str)
+
+
+def run(directory: Path, cgroup: Path) -> list[Check]:
+    """All checks, in the order of FACTS. `directory` and `cgroup` (of version 2) are where the
+    self-test makes a directory and a cgroup called "selftest". Blocks for a second or two."""
+    why: dict[str, str] = {}
+    stage = "cgroup"
+    try:
+        with _own_cgroup(cgroup / _NAME) as own:
+            why["cgroup"] = ""
+            stage = "programs"
+            with _own_pins(directory / _NAME) as pin:
+                _load(pin, own)
+                why["programs"] = ""
+                stage = "maps"
+                with _probe(own) as probe:
+                    _fill(pin, probe.ask("serve", int))
+                    why["maps"] = ""
+                    stage = "connect4"
+                    why |= probe.ask("steered", str)
+                    stage = "detach"
+                    pins.remove(pin)
+                    why |= probe.ask("detached", str)
+    except (_Failed, DatapathError) as error:
+        why[stage] = str(error)
+    except OSError as error:
+        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}: it takes root"
+    not_tried = f"not tried, because of {stage}"
+    whys = {name: why.get(name, not_tried) for name in FACTS}
+    return [Check(name, not reason, reason) for name, reason in whys.items()]
+
+
+@contextlib.contextmanager
+def _own_cgroup(path: Path) -> Iterator[Path]:
+    if not (path.parent / "cgroup.controllers").exists():
+        raise _Failed(f"{path.parent} is not a directory of cgroup v2: mount it, or name another")
+    if path.is_dir():
+        path.rmdir()
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        path.rmdir()
+
+
+@contextlib.contextmanager
+def _own_pins(path: Path) -> Iterator[Path]:
+    pins.remove(path)
+    try:
+        yield path
+    finally:
+        pins.remove(path)
+
+
+def _load(pin: Path, cgroup: Path) -> None:
+    command = [sys.executable, "-m", "bpf.loader", "--pin", str(pin), "--cgroup", str(cgroup)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LOADER_S)
+    except subprocess.TimeoutExpired:
+        raise _Failed(f"the loader did not end within {_LOADER_S} s") from None
+    if done.returncode:
+        raise _Failed(done.stderr.strip())
+
+
+def _fill(pin: Path, ports: dict[str, int]) -> None:
+    """Frontends for the probe; `ports` are its servers', "TCP4" for example."""
+    entries: dict[str, LoadBalancerEntry] = {}
+    for server, port in ports.items():
+        protocol: Literal["TCP", "UDP"] = "TCP" if server.startswith("TCP") else "UDP"
+        version = server[-1]
+        backend = EntryBackend(LOOPBACK[version], port)
+        for asked, backends in ((PORT, (backend,)), (REFUSED_PORT, ())):
+            entries[f"{server}/{asked}"] = LoadBalancerEntry(
+                FRONTENDS[version], asked, protocol, backends, "self-test"
+            )
+    balancer = Balancer(pin)
+    try:
+        refused = balancer.replace(entries)
+    finally:
+        balancer.close()
+    if refused:
+        raise _Failed("; ".join(refused.values()))
+    frontends = maps.PinnedMap(pin, "frontends", Target, layout.Frontend)
+    slots = maps.PinnedMap(pin, "slots", Number, Number)
+    try:
+        for _, (offset, size) in frontends.items():
+            if any(slots.get(Number(offset + at)) == Number(0) for at in (0, size - 1) if size):
+                raise _Failed("a slot written through memory is empty when read with bpf(2)")
+    finally:
+        frontends.close()
+        slots.close()
+
+
+class _Probe:
+    """The process that connects."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def ask(self, what: str, kind: type[T]) -> dict[str, T]:
+        """The answer to a command, whose values are of a kind. _Failed: there is none."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: then it does not answer either
+            self._process.stdin.write(what + "\n")
+            self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], _PROBE_S)[0]:
+            raise _Failed(f"the probe did not answer within {_PROBE_S} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise _Failed("the probe ended; its last words are on stderr")
+        answers = msgspec.json.decode(line, type=dict[str, int | str])
+        return {name: kind(answer) for name, answer in answers.items()}
+
+
+@contextlib.contextmanager
+def _probe(cgroup: Path) -> Iterator[_Probe]:
+    command = [sys.executable, "-m", "bpf.selftest_probe", str(cgroup)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with process:
+        try:
+            yield _Probe(process)
+        finally:
+            process.kill()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bpf.selftest", description="Tests the data path on this kernel."
+    )
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="where to pin; made if missing"
+    )
+    parser.add_argument("--cgroup", type=Path, required=True, help="a cgroup v2 directory")
+    args = parser.parse_args()
+    checks = run(args.directory, args.cgroup)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'} {check.name:13} {check.why or FACTS[check.name]}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
