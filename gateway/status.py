@@ -27,6 +27,7 @@ from mesh.model.nodeconfig import port_key
 from mesh.model.references import GROUP, RouteGroupKind
 
 Status = TypeVar("Status", bound=msgspec.Struct)
+AnyListenerStatus = TypeVar("AnyListenerStatus", ListenerStatus, ListenerEntryStatus)
 
 
 class Programmed(NamedTuple):
@@ -94,26 +95,27 @@ def _programmed(view: View, one: ListenerState) -> Programmed:
     return Programmed()
 
 
-def _conditions(
-    view: View, one: ListenerState, programmed: Programmed, generation: int | None
-) -> tuple[Condition, ...]:
+def _listener(
+    status: type[AnyListenerStatus],
+    view: View,
+    one: ListenerState,
+    programmed: Programmed,
+    generation: int | None,
+) -> AnyListenerStatus:
     conflict = one.conflict
-    return (
-        condition("Accepted", generation, one.accepted),
-        programmed.condition(generation),
-        condition("ResolvedRefs", generation, one.resolved),
-        make("Conflicted", "True", conflict.reason, conflict.message, generation)
-        if conflict is not None
-        else make("Conflicted", "False", "NoConflicts", "", generation),
+    return status(
+        name=one.name,
+        supported_kinds=tuple(RouteGroupKind(group=GROUP, kind=kind) for kind in one.kinds),
+        attached_routes=len(view.bucket("routes_on", one.id)),
+        conditions=(
+            condition("Accepted", generation, one.accepted),
+            programmed.condition(generation),
+            condition("ResolvedRefs", generation, one.resolved),
+            make("Conflicted", "True", conflict.reason, conflict.message, generation)
+            if conflict is not None
+            else make("Conflicted", "False", "NoConflicts", "", generation),
+        ),
     )
-
-
-def _kinds(one: ListenerState) -> tuple[RouteGroupKind, ...]:
-    return tuple(RouteGroupKind(group=GROUP, kind=kind) for kind in one.kinds)
-
-
-def _attached(view: View, one: ListenerState) -> int:
-    return len(view.bucket("routes_on", one.id))
 
 
 # --- Gateway -------------------------------------------------------------------------------------
@@ -155,13 +157,7 @@ def gateway_status(view: View, key: ObjectKey) -> GatewayStatus:
         addresses=tuple(one for one in place.status if one.value not in dead) if place else (),
         conditions=tuple(conditions),
         listeners=tuple(
-            ListenerStatus(
-                name=one.name,
-                supported_kinds=_kinds(one),
-                attached_routes=_attached(view, one),
-                conditions=_conditions(view, one, programmed[one.id], generation),
-            )
-            for one in own
+            _listener(ListenerStatus, view, one, programmed[one.id], generation) for one in own
         ),
         attached_listener_sets=sum(any(map(_valid, ones)) for ones in by_set.values()),
     )
@@ -263,13 +259,7 @@ def listener_set_status(view: View, key: ObjectKey) -> ListenerSetStatus:
     return ListenerSetStatus(
         conditions=_set_conditions(problem, own, list(programmed.values()), generation),
         listeners=tuple(
-            ListenerEntryStatus(
-                name=one.name,
-                supported_kinds=_kinds(one),
-                attached_routes=_attached(view, one),
-                conditions=_conditions(view, one, programmed[one.id], generation),
-            )
-            for one in own
+            _listener(ListenerEntryStatus, view, one, programmed[one.id], generation) for one in own
         ),
     )
 
