@@ -14,7 +14,7 @@ from mesh.cli.client import CliError, UsageError
 from mesh.cli.output import dump, note, table
 
 if TYPE_CHECKING:
-    from mesh.lab.lab import LabStatus
+    from mesh.lab.status import LabStatus
 
 F = TypeVar("F", bound=Callable[..., Any])
 # In a source tree, whose examples are not installed.
@@ -55,6 +55,8 @@ def lab() -> None:
     """A cluster on this host: nodes, pods and Services in network namespaces and cgroups.
 
     Needs root, and nothing else: no container runtime, no internet, nothing of the host's network.
+
+    Exit codes: 0 well, 1 a problem was found, 2 wrong usage; of exec the command's.
     """
 
 
@@ -121,7 +123,7 @@ def status(name: str | None, output: str, run_dir: Path) -> None:
 
     Exit codes: 0 all is well, 1 something is not or there is no lab, 2 wrong usage.
     """
-    from mesh.lab.lab import status as look
+    from mesh.lab.status import status as look
 
     found = look(run_dir, name)
     if output == "table":
@@ -140,9 +142,11 @@ def exec(where: str, command: tuple[str, ...], name: str | None, run_dir: Path) 
     """Run a command in a pod: weft lab exec cart-1 -- curl http://catalog/
 
     POD is NAME or NAMESPACE/NAME; node/NAME and outside/NAME are a node and a client outside.
-    Options stand before POD. The exit code is the command's; 127: no such command.
+    Options stand before POD.
+
+    Exit codes: the command's; 1 no such lab or pod, 2 wrong usage, 127 no such command.
     """
-    from mesh.lab.lab import execute
+    from mesh.lab.use import execute
 
     execute(run_dir, name, where, command[1:] if command[0] == "--" else command)
 
@@ -157,7 +161,7 @@ def logs(pod: str, follow: bool, name: str | None, run_dir: Path) -> None:
 
     Exit codes: 0 shown, 1 no such lab or pod, 2 wrong usage.
     """
-    from mesh.lab.lab import log_file
+    from mesh.lab.use import log_file
 
     file = log_file(run_dir, name, pod)
     if not file.exists():

@@ -30,6 +30,7 @@ GATEWAYS = ("169.254.1.1", "fe80::1")
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _LENGTHS = (32, 128)
 _NODAD = 0x02  # IFA_F_NODAD: usable at once; nobody else can have these addresses
+_UP = 0x10001  # IFF_UP and IFF_LOWER_UP: the other end is up as well
 _MAIN_TABLE = 254
 # What a pod sends from its own address is routed as ever, all else from it is refused.
 _RULE_PRIORITIES = (100, 101)
@@ -142,6 +143,9 @@ def check(container_id: str, netns: str, ifname: str, config: CniConfig) -> None
         for family, address, length in zip(_FAMILIES, config.addresses, _LENGTHS, strict=True):
             if not _has_route(node, family, address, length, host):
                 raise CniError(f"{where}: on the node: no route to {address} through {host}")
+        rules = node.get_rules(family=socket.AF_INET6, iifname=host)
+        if tuple(sorted(rule.get("priority") for rule in rules)) != _RULE_PRIORITIES:
+            raise CniError(f"{where}: on the node: the rules against spoofing are gone")
         with inside(netns), IPRoute() as pod:
             _check_link(pod, ifname, f"{where}: in {netns}")
             index = pod.link_lookup(ifname=ifname)[0]
@@ -210,7 +214,7 @@ def _check_link(netlink: Any, name: str, where: str) -> None:
     found = netlink.link_lookup(ifname=name)
     if not found:
         raise CniError(f"{where}: no interface {name}")
-    if netlink.get_links(found[0])[0].get("operstate") != "UP":
+    if netlink.get_links(found[0])[0]["flags"] & _UP != _UP:
         raise CniError(f"{where}: {name} is not up")
 
 

@@ -1,4 +1,4 @@
-"""Making a lab, looking at it, and removing it with everything in it.
+"""Making a lab, and removing it with everything in it.
 
 A lab consists of its cgroups (with all processes in them), its network namespaces (with all links
 in them) and its files. Each has a name that follows from the lab's, and the journal is written
@@ -7,49 +7,22 @@ before the first of them is made, so removing works the same after `up` was kill
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
-
-from pyroute2.netlink.exceptions import NetlinkError
 
 from mesh.lab import network
 from mesh.lab.cgroups import cgroup_root, join_cgroup, members, remove_tree
 from mesh.lab.config import read_config
-from mesh.lab.enter import enter_place, enter_pod, pod_env
-from mesh.lab.errors import LabError, NoSuchCommand
+from mesh.lab.errors import LabError, explained, require_root
 from mesh.lab.kernel import remove_netns
 from mesh.lab.manifests import services, to_yaml
-from mesh.lab.plan import NETNS_DIR, NodePlan, Plan, PodPlan, make_plan, netns_prefix
-from mesh.lab.state import LabDir, NodeStatus, PodStatus, find_lab
-from mesh.model.meta import Model
+from mesh.lab.plan import NETNS_DIR, NodePlan, Plan, make_plan, netns_prefix
+from mesh.lab.state import LabDir, find_lab
+from mesh.lab.status import LabStatus, look
 
 _LOOK_S = 0.05
-
-
-class LabStatus(Model, frozen=True, kw_only=True):
-    """`supervisors` tells by node whether its supervisor runs; `complete` whether `up` came to its
-    end."""
-
-    plan: Plan
-    complete: bool
-    supervisors: dict[str, bool]
-    pods: dict[str, PodStatus]
-
-    @property
-    def healthy(self) -> bool:
-        pods = self.pods.values()
-        return (
-            self.complete
-            and all(self.supervisors.values())
-            and all(pod.ready or (pod.phase == "Exited" and pod.exit_code == 0) for pod in pods)
-        )
 
 
 def up(file: Path, run_dir: Path, name: str | None, wait_s: float) -> LabStatus:
@@ -58,102 +31,40 @@ def up(file: Path, run_dir: Path, name: str | None, wait_s: float) -> LabStatus:
 
     LabError: it cannot be made (and nothing is left of it), or is there already.
     """
-    _require_root()
+    require_root()
     config = read_config(file)
     lab = LabDir(run_dir, name or config.name)
     plan = make_plan(config, lab.name, file.parent, cgroup_root())
     with lab.locked():
         old = lab.plan()
-        if old is not None and all(_look(lab, old).supervisors.values()) and lab.up_mark.exists():
+        if old is not None and all(look(lab, old).supervisors.values()) and lab.up_mark.exists():
             raise LabError(f"lab {lab.name} is up: remove it with 'weft lab down' first")
         _remove(lab, old)
         _refuse_foreign(plan)
         lab.create(plan)
         try:
-            with _explained():
+            with explained():
                 _build(lab, plan)
             _wait(lab, plan, wait_s)
         except BaseException:
             _remove(lab, plan)
             raise
         lab.up_mark.touch()
-    return _look(lab, plan)
+    return look(lab, plan)
 
 
 def down(run_dir: Path, name: str | None) -> str:
     """Remove a lab, whole or not; its name. LabError: there is none, or it cannot be removed."""
-    _require_root()
+    require_root()
     lab = find_lab(run_dir, name)
     with lab.locked():
         plan = lab.plan()
         if plan is None:
             lab.remove()
             raise LabError(f"no lab {lab.name} in {run_dir}")
-        with _explained():
+        with explained():
             _remove(lab, plan)
     return lab.name
-
-
-def status(run_dir: Path, name: str | None) -> LabStatus:
-    """LabError: there is no such lab."""
-    lab = find_lab(run_dir, name)
-    return _look(lab, _plan(lab))
-
-
-def log_file(run_dir: Path, name: str | None, pod: str) -> Path:
-    """Where the output of a pod's process goes. LabError: no such lab or pod, or it is no pod."""
-    lab = find_lab(run_dir, name)
-    place = _plan(lab).place(pod)
-    if isinstance(place, PodPlan):
-        return lab.log(place)
-    if isinstance(place, NodePlan):
-        return lab.node_log(place.name)
-    raise LabError(f"{place.key} is no pod: only pods and nodes have logs")
-
-
-def execute(run_dir: Path, name: str | None, where: str, command: tuple[str, ...]) -> NoReturn:
-    """Become `command` in a pod (NAME or NAMESPACE/NAME), node (node/NAME) or client
-    (outside/NAME). LabError: no such place or command."""
-    _require_root()
-    lab = find_lab(run_dir, name)
-    plan = _plan(lab)
-    place = plan.place(where)
-    env = dict(os.environ)
-    with _explained():
-        if isinstance(place, PodPlan):
-            terminal = {"TERM": env["TERM"]} if "TERM" in env else {}
-            env = {**terminal, **pod_env(place)}
-            pod = _look(lab, plan).pods[place.key]
-            enter_pod(lab, place, pod.pid)
-            os.chdir(plan.directory)
-        else:
-            enter_place(place)
-        program = shutil.which(command[0], path=env.get("PATH"))
-        if program is None:
-            raise NoSuchCommand(f"{place.key} has no program {command[0]}")
-        os.execve(program, command, env)
-
-
-def _require_root() -> None:
-    if os.geteuid() != 0:
-        raise LabError("only root can make namespaces and enter them: run this as root")
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except NetlinkError as error:
-        raise LabError(f"the kernel refuses a part of the lab's network: {error}") from error
-    except OSError as error:
-        raise LabError(f"{error.filename or 'the kernel'}: {error.strerror}") from error
-
-
-def _plan(lab: LabDir) -> Plan:
-    plan = lab.plan()
-    if plan is None:
-        raise LabError(f"no lab {lab.name} in {lab.run_dir}: start it with 'weft lab up'")
-    return plan
 
 
 def _netns_of(name: str) -> list[Path]:
@@ -210,24 +121,6 @@ def _wait(lab: LabDir, plan: Plan, wait_s: float) -> None:
                 log = lab.node_log(node.name).read_text().strip()
                 raise LabError(f"the supervisor of node {node.name} ended:\n{log}")
         time.sleep(_LOOK_S)
-
-
-def _look(lab: LabDir, plan: Plan) -> LabStatus:
-    statuses = {node.name: lab.node_status(node.name) for node in plan.nodes}
-    pods = {pod.key: PodStatus(key=pod.key, phase="Pending") for pod in plan.pods}
-    for status in statuses.values():
-        if status is not None:
-            pods.update((pod.key, pod) for pod in status.pods)
-    return LabStatus(
-        plan=plan,
-        complete=lab.up_mark.exists(),
-        supervisors={node.name: _runs(node, statuses[node.name]) for node in plan.nodes},
-        pods=pods,
-    )
-
-
-def _runs(node: NodePlan, status: NodeStatus | None) -> bool:
-    return status is not None and status.pid in members(node.system_cgroup)
 
 
 def _remove(lab: LabDir, plan: Plan | None) -> None:

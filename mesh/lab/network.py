@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from mesh.lab.config import Range
+from mesh.lab.errors import LabError
 from mesh.lab.kernel import create_netns, inside, write_sysctls
 from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan
 
@@ -38,8 +40,15 @@ _ROUTER = {
 
 
 def build(plan: Plan) -> None:
-    """Make the namespaces of fabric, nodes and clients, and connect them. OSError: the kernel
-    refuses something."""
+    """Make the namespaces of fabric, nodes and clients, and connect them. OSError, LabError: the
+    kernel refuses something."""
+    try:
+        _build(plan)
+    except NetlinkError as error:
+        raise LabError(f"the kernel refuses a part of the lab's network: {error}") from error
+
+
+def _build(plan: Plan) -> None:
     fabric = plan.fabric
     create_netns(Path(fabric.netns))
     with inside(fabric.netns):

@@ -129,6 +129,13 @@ class LabDir:
                 "version that made it"
             ) from None
 
+    def existing_plan(self) -> Plan:
+        """The journal. LabError: there is no such lab."""
+        plan = self.plan()
+        if plan is None:
+            raise LabError(f"no lab {self.name} in {self.run_dir}: start it with 'weft lab up'")
+        return plan
+
     def node_status(self, node: str) -> NodeStatus | None:
         """What the node's supervisor last said; None: nothing yet."""
         try:

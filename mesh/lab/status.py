@@ -1,0 +1,54 @@
+"""What is the case in a lab: the plan, which supervisors run, how the pods are. Only looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mesh.lab.cgroups import members
+from mesh.lab.plan import NodePlan, Plan
+from mesh.lab.state import LabDir, NodeStatus, PodStatus, find_lab
+from mesh.model.meta import Model
+
+
+class LabStatus(Model, frozen=True, kw_only=True):
+    """`supervisors` tells by node whether its supervisor runs; `complete` whether `up` came to its
+    end."""
+
+    plan: Plan
+    complete: bool
+    supervisors: dict[str, bool]
+    pods: dict[str, PodStatus]
+
+    @property
+    def healthy(self) -> bool:
+        pods = self.pods.values()
+        return (
+            self.complete
+            and all(self.supervisors.values())
+            and all(pod.ready or (pod.phase == "Exited" and pod.exit_code == 0) for pod in pods)
+        )
+
+
+def status(run_dir: Path, name: str | None) -> LabStatus:
+    """LabError: there is no such lab."""
+    lab = find_lab(run_dir, name)
+    return look(lab, lab.existing_plan())
+
+
+def look(lab: LabDir, plan: Plan) -> LabStatus:
+    """A lab that may be half made."""
+    statuses = {node.name: lab.node_status(node.name) for node in plan.nodes}
+    pods = {pod.key: PodStatus(key=pod.key, phase="Pending") for pod in plan.pods}
+    for status in statuses.values():
+        if status is not None:
+            pods.update((pod.key, pod) for pod in status.pods)
+    return LabStatus(
+        plan=plan,
+        complete=lab.up_mark.exists(),
+        supervisors={node.name: _runs(node, statuses[node.name]) for node in plan.nodes},
+        pods=pods,
+    )
+
+
+def _runs(node: NodePlan, status: NodeStatus | None) -> bool:
+    return status is not None and status.pid in members(node.system_cgroup)
