@@ -2,7 +2,7 @@
 
 After "Maglev: A Fast and Reliable Software Network Load Balancer" (NSDI 2016), section 3.4: each
 backend fills slots in an order of its own, so a backend that comes or goes moves few of the others'
-slots. Weights as Envoy's: a backend of half the weight takes every second turn. Pure computation.
+slots. A backend of half the weight takes every second turn. Pure computation.
 """
 
 from __future__ import annotations
@@ -26,34 +26,43 @@ def size_for(weights: Sequence[int]) -> int:
     return next((size for size in SIZES if size >= wanted), SIZES[-1])
 
 
+def shares(weights: Sequence[int], size: int) -> list[int]:
+    """How many slots each of the positive weights has: less than one from its exact share, but one
+    at least. Of equal remainders the first is rounded up."""
+    total = sum(weights)
+    slots = [max(1, size * weight // total) for weight in weights]
+    by_lack = sorted(range(len(weights)), key=lambda at: slots[at] * total - size * weights[at])
+    left = size - sum(slots)
+    for at in by_lack[: max(left, 0)]:
+        slots[at] += 1
+    # What the lightest were given beyond their shares is taken from the heaviest.
+    for _ in range(-left):
+        slots[slots.index(max(slots))] -= 1
+    return slots
+
+
 def table(backends: Sequence[tuple[bytes, int]], size: int) -> list[int]:
     """A table of `size` (a prime, not less than there are backends) slots, each a position in
-    `backends`: distinct names with positive weights. The same for any order of the backends, but
-    for the positions."""
-    turns = sorted(range(len(backends)), key=lambda position: backends[position][0])
-    heaviest = max(weight for _, weight in backends)
-    weights = [weight for _, weight in backends]
+    `backends`: distinct names in order, with positive weights."""
+    turns = shares([weight for _, weight in backends], size)
     at, step = [], []
     for name, _ in backends:
         digest = hashlib.blake2b(name, digest_size=16).digest()
         at.append(int.from_bytes(digest[:8], "big") % size)
         step.append(int.from_bytes(digest[8:], "big") % (size - 1) + 1)
     slots = [-1] * size
-    # What each has saved for a turn, which costs the heaviest's weight. All can pay for their
-    # first, so none is left out.
-    saved = [heaviest - weight for weight in weights]
-    left = size
-    while True:
-        for position in turns:
-            saved[position] += weights[position]
-            if saved[position] < heaviest:
+    # A turn costs as many rounds' savings as make the largest share: who has it, has one a round.
+    most = max(turns)
+    saved = [0] * len(backends)
+    for _ in range(most):
+        for position, turn in enumerate(turns):
+            saved[position] += turn
+            if saved[position] < most:
                 continue
-            saved[position] -= heaviest
+            saved[position] -= most
             slot = at[position]
             while slots[slot] >= 0:
                 slot = (slot + step[position]) % size
             slots[slot] = position
             at[position] = (slot + step[position]) % size
-            left -= 1
-            if not left:
-                return slots
+    return slots

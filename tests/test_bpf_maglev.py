@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bpf import maglev
@@ -16,7 +16,7 @@ def names(count: int) -> list[bytes]:
     return [f"10.0.0.{number}:80".encode() for number in range(count)]
 
 
-def shares(weights: list[int], size: int) -> list[int]:
+def found_shares(weights: list[int], size: int) -> list[int]:
     backends = list(zip(names(len(weights)), weights, strict=True))
     counts = Counter(maglev.table(backends, size))
     assert sum(counts.values()) == size
@@ -25,21 +25,21 @@ def shares(weights: list[int], size: int) -> list[int]:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 20, 81])
 def test_equal_weights_have_equal_shares(count):
-    found = shares([1] * count, maglev.size_for([1] * count))
+    found = found_shares([1] * count, maglev.size_for([1] * count))
     assert max(found) - min(found) <= 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=12))
 def test_shares_follow_weights(weights):
     size = maglev.size_for(weights)
-    for weight, found in zip(weights, shares(weights, size), strict=True):
-        # One slot is not divisible; the end of the last round is shared by turns, not by weight.
-        assert abs(found - size * weight / sum(weights)) <= 2
+    for weight, found in zip(weights, found_shares(weights, size), strict=True):
+        assert abs(found - size * weight / sum(weights)) < 1
 
 
 def test_the_lightest_is_never_left_out():
     weights = [1, 1_000_000]
-    assert shares(weights, maglev.size_for(weights))[0] == 1
+    assert found_shares(weights, maglev.size_for(weights))[0] == 1
 
 
 @pytest.mark.parametrize("count", [4, 10])
@@ -52,13 +52,6 @@ def test_a_backend_that_goes_moves_few_of_the_others(count):
     moved = sum(was != now for was, now in zip(before, after, strict=True)) - own
     # The paper measures a few per cent with tables of a hundred slots per backend.
     assert moved <= size // 8
-
-
-def test_order_does_not_matter():
-    backends = list(zip(names(7), [1, 2, 3, 4, 5, 6, 7], strict=True))
-    table = maglev.table(backends, 1021)
-    reverse = maglev.table(backends[::-1], 1021)
-    assert table == [6 - position for position in reverse]
 
 
 def test_sizes_are_primes_that_fill_their_blocks():
@@ -82,6 +75,22 @@ def test_size_for(weights, size):
     assert maglev.size_for(weights) == size
 
 
+@pytest.mark.parametrize(
+    ("weights", "size", "slots"),
+    [
+        ([1], 7, [7]),
+        ([1, 1], 7, [4, 3]),
+        ([1, 1, 1], 7, [3, 2, 2]),
+        ([1, 1000, 1], 7, [1, 5, 1]),
+        ([5, 1, 1], 7, [5, 1, 1]),
+        ([1, 500, 500, 500], 11, [1, 4, 3, 3]),
+        ([1] * 7, 7, [1] * 7),
+    ],
+)
+def test_shares(weights, size, slots):
+    assert maglev.shares(weights, size) == slots
+
+
 # --- extents ------------------------------------------------------------------------------------
 
 
@@ -98,6 +107,7 @@ def test_room_runs_out_and_comes_back():
     assert extents.take(1021) == Extent(0, 1021)
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 300), st.none()), max_size=60))
 def test_extents_never_overlap_and_survive_a_restart(steps):
     """Numbers take that much, None releases the oldest; after each step, a fresh allocator told of
