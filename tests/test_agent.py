@@ -180,6 +180,11 @@ def test_options(tmp_path):
     [
         ("idle_timeot_s: 5", "there is no setting idle_timeot_s; the settings are access_log, "),
         ("max_headers: many", "Expected `int`, got `str` - at `$.max_headers`"),
+        ("idle_timeout_s: 0", "idle_timeout_s is 0.0; it must be 0.001 or more"),
+        ("max_headers: -1", "max_headers is -1; it must be"),
+        ("head_timeout_s: .inf", "head_timeout_s is inf; it must be"),
+        ("body_timeout_s: .nan", "body_timeout_s is nan; it must be"),
+        ("trusted_ranges: [banana]", "trusted_ranges[0]: 'banana' is not a range"),
         ("[1]", "must be one mapping"),
         ("a: [", "not YAML"),
         ("max_headers: 1\n---\nmax_headers: 2", "must be one mapping"),
@@ -192,6 +197,14 @@ def test_settings_that_cannot_be_used(tmp_path, text, message):
         read_settings(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_settings_at_their_least(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(
+        "max_body_bytes: 0\ndrain_timeout_s: 0\ntrusted_hops: 0\nmerge_slashes: false\n"
+    )
+    assert read_settings(path) == Settings(max_body_bytes=0, drain_timeout_s=0, merge_slashes=False)
 
 
 def test_empty_settings_are_the_defaults(tmp_path):

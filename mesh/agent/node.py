@@ -118,6 +118,8 @@ class Node:
         if self._pending or refusals != self._refusals or binds != self._binds or first:
             changes, self._pending = self._pending, {}
             before = self._refusals, self._binds
+            for key, why in refusals.items() - self._refusals.items():
+                _log.error("%s is refused by the proxy: %s", key, why)
             self._refusals, self._binds = refusals, binds
             outcome = self._plane.apply(
                 changes,

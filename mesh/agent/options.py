@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from gateway.control import Options
+from l7proxy import forwarding
+from l7proxy.field_rules import Refused
 from mesh.agent.ports import reached_at
 from mesh.agent.rundir import default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
 DEFAULT_ADMIN = "127.0.0.1:15090"
+# The least that makes sense, where it is not a millisecond or 1.
+_LEAST = {"max_head_bytes": 256, "max_body_bytes": 0, "drain_timeout_s": 0, "trusted_hops": 0}
 
 
 class OptionError(Exception):
@@ -130,6 +135,12 @@ def read_settings(path: Path | None, *, access_log: str | None = None) -> Settin
     if access_log is not None:
         values = {**values, "access_log": access_log}
     try:
-        return msgspec.convert(values, Settings)
-    except msgspec.ValidationError as error:
+        settings = msgspec.convert(values, Settings)
+        forwarding.check(settings)
+    except (msgspec.ValidationError, Refused) as error:
         raise OptionError(f"--settings {path}: {error}") from None
+    for name in sorted(values.keys() - {"merge_slashes"}):
+        value, least = getattr(settings, name), _LEAST.get(name, 1e-3)
+        if isinstance(value, int | float) and not least <= value < math.inf:
+            raise OptionError(f"--settings {path}: {name} is {value}; it must be {least:g} or more")
+    return settings
