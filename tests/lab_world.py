@@ -24,10 +24,10 @@ def _why_not() -> str | None:
     if os.geteuid() != 0:
         return "only root can make namespaces"
     try:
-        os.access(cgroup_root(), os.W_OK)
+        root = cgroup_root()
     except LabError as error:
         return str(error)
-    return None
+    return None if os.access(root, os.W_OK) else f"{root} cannot be written"
 
 
 needs_root = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "")

@@ -9,6 +9,7 @@ import pytest
 from mesh.lab.config import read_config
 from mesh.lab.errors import LabError
 from mesh.lab.plan import Plan, make_plan
+from mesh.lab.state import LabDir
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "lab" / "lab.yaml"
 
@@ -135,6 +136,37 @@ def test_no_two_places_share_a_name_or_an_address() -> None:
     addresses = [one for place in (*plans[0].pods, *plans[0].nodes) for one in place.addresses]
     addresses += [one for service in plans[0].services for one in service.cluster_ips]
     assert len(set(addresses)) == len(addresses)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", "a.b", "a" * 33])
+def test_names_of_labs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(LabError, match="cannot name a lab"):
+        LabDir(tmp_path, name)
+
+
+def test_what_is_no_lab_is_not_removed(tmp_path: Path) -> None:
+    precious = tmp_path / "mine" / "file"
+    precious.parent.mkdir()
+    precious.touch()
+    plan = make_plan(read_config(EXAMPLE), "mine", tmp_path, Path("/cgroup"))
+    with pytest.raises(LabError, match="mine exists and is no lab: choose another"):
+        LabDir(tmp_path, "mine").create(plan)
+    LabDir(tmp_path, "mine").remove()
+    assert precious.exists()
+
+
+def test_the_journal_goes_last(tmp_path: Path) -> None:
+    plan = make_plan(read_config(EXAMPLE), "mine", tmp_path, Path("/cgroup"))
+    lab = LabDir(tmp_path, "mine")
+    lab.create(plan)
+    assert lab.plan() == plan
+    lab.remove()
+    assert list(tmp_path.iterdir()) == []
+    # Killed before there was a journal.
+    lab.path.mkdir()
+    (lab.path / ".plan.json.7").touch()
+    lab.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_places_by_name(tmp_path: Path) -> None:

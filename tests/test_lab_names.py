@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from dnslib import EDNS0, QTYPE, RCODE, DNSRecord
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mesh.lab.config import LabConfig
 from mesh.lab.dns import Names
@@ -100,6 +102,13 @@ def test_what_is_no_query_gets_no_answer(cut: int) -> None:
     query = DNSRecord.question("web.shop.svc.cluster.local").pack()
     assert NAMES.answer(query[:cut]) is None
     assert NAMES.answer(DNSRecord.parse(query).reply().pack()) is None
+
+
+@given(st.binary(max_size=100), st.binary(max_size=20), st.integers(0, 60))
+def test_no_message_breaks_the_server(noise: bytes, patch: bytes, at: int) -> None:
+    query = DNSRecord.question("web.shop.svc.cluster.local").pack()
+    NAMES.answer(noise)
+    NAMES.answer(query[:at] + patch + query[at + len(patch) :])
 
 
 def test_the_source_reads_the_manifests_as_they_are_meant(tmp_path: Path) -> None:

@@ -27,8 +27,10 @@
         sessionAffinity: None     # or ClientIP
         ports: [{name: http, port: 80, targetPort: http, protocol: TCP, appProtocol: http}]
 
-Field names and meanings are those of Kubernetes' Pod and Service where it has them. Knows the
-format and what must hold of it, nothing of addresses that are given out or of the kernel.
+Field names and meanings are those of Kubernetes' Pod and Service where it has them. Pods share
+files and process ids with the host; network, cgroup, host name and /etc/resolv.conf are their own.
+
+Knows the format and what must hold of it, nothing of addresses that are given out or of the kernel.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ from mesh.model.meta import Model
 from mesh.model.schema import read
 from mesh.sources.manifest import UnreadableError, read_documents
 
+# Of a lab.
+MAX_NAME = 32
 # A node's range: IPv4 leaves 253 addresses for pods.
 NODE_PREFIXES = (24, 64)
 MAX_PODS_PER_NODE = 253
@@ -57,7 +61,7 @@ MAX_PODS_PER_NODE = 253
 RESERVED_NAMESPACES = ("node", "outside")
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=63, pattern=s.DNS_LABEL)]
-LabName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=32, pattern=s.DNS_LABEL)]
+LabName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_NAME, pattern=s.DNS_LABEL)]
 Protocol: TypeAlias = Literal["TCP", "UDP"]
 # An IPv4 and an IPv6 range.
 Range: TypeAlias = Annotated[tuple[str, ...], Meta(min_length=2, max_length=2)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ from typing import Literal
 
 import msgspec
 
+from mesh.lab.config import MAX_NAME
 from mesh.lab.errors import LabError
 from mesh.lab.plan import Plan, PodPlan
+from mesh.model import scalars as s
 from mesh.model.meta import Model
 
 DEFAULT_RUN_DIR = Path("/run/weft-lab")
@@ -55,9 +58,14 @@ class NodeStatus(Model, frozen=True, kw_only=True):
 
 
 class LabDir:
-    """The files of one lab."""
+    """The files of one lab. LabError: it cannot have that name."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
+        if len(name) > MAX_NAME or not re.match(s.DNS_LABEL, name):
+            raise LabError(
+                f"{name!r} cannot name a lab: write up to {MAX_NAME} small letters, digits and "
+                "hyphens, with a letter or digit at both ends"
+            )
         self.run_dir = Path(os.path.abspath(run_dir))
         self.name = name
         self.path = self.run_dir / name
@@ -106,16 +114,32 @@ class LabDir:
                 os.close(fd)
 
     def create(self, plan: Plan) -> None:
-        """Begin a lab: the journal first, then the other directories."""
-        self.path.mkdir(mode=0o755)
+        """Begin a lab: the journal first, then the other directories. LabError: there is a
+        directory of that name, which is no lab's."""
+        try:
+            self.path.mkdir(mode=0o755)
+        except FileExistsError:
+            raise LabError(
+                f"{self.path} exists and is no lab: choose another --name or --run-dir"
+            ) from None
         self.write(self._plan, msgspec.json.encode(plan))
         for directory in (self.manifests, self.nodes, self.logs):
             directory.mkdir()
 
     def remove(self) -> None:
-        """Forget everything; only when nothing else is left of the lab."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path)
+        """Forget everything, the journal last; only when nothing else is left of the lab. A
+        directory that has no journal and is not empty is no lab's and stays."""
+        if self._plan.exists():
+            for path in set(self.path.iterdir()) - {self._plan}:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            self._plan.unlink()
+        for new in self.path.glob(".plan.json.*"):
+            new.unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def plan(self) -> Plan | None:
         """The journal; None: there is no such lab, not even half of one."""
@@ -161,7 +185,7 @@ def find_lab(run_dir: Path, name: str | None) -> LabDir:
     if name is not None:
         return LabDir(run_dir, name)
     # What an `up` left that was killed before it wrote its journal counts, so that `down` finds it.
-    labs = sorted({path.stem for path in run_dir.glob("*")})
+    labs = sorted({path.stem for path in (*run_dir.glob("*/"), *run_dir.glob("*.lock"))})
     if len(labs) > 1:
         raise LabError(f"there are labs {', '.join(labs)}: say which with --name")
     if not labs:
