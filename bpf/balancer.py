@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 
 from bpf import layout, maglev
 from bpf.extents import Extent, Extents
-from bpf.layout import Frontend, Number, Target
+from bpf.layout import Frontend, Member, Number, Target
 from bpf.maps import PinnedMap, Slots
 from mesh.model.nodeconfig import LoadBalancerEntry, SectionKey
 
@@ -38,6 +38,7 @@ class _InForce(NamedTuple):
 
     key: SectionKey | None
     wanted: _Backends | None
+    affinity_s: int
     extent: Extent | None
     backends: frozenset[int]
 
@@ -49,16 +50,17 @@ class Balancer:
         """Adopts what the maps hold. DatapathError: the maps are not there."""
         self._frontends = PinnedMap(directory, "frontends", Target, Frontend)
         self._backends = PinnedMap(directory, "backends", Number, Target)
+        self._members = PinnedMap(directory, "members", Member, Number)
         self._slots = Slots(directory)
         self._in_force: dict[Target, _InForce] = {}
         self._by_key: dict[SectionKey, Target] = {}
         self._uses: Counter[int] = Counter()
         self._ids: dict[Target, int] = {}
         self._targets: dict[int, Target] = {}
-        for frontend, (offset, size) in self._frontends.items():
+        for frontend, (offset, size, affinity_s) in self._frontends.items():
             ids = frozenset(self._slots.read(offset, size))
             extent = Extent(offset, size) if size else None
-            self._in_force[frontend] = _InForce(None, None, extent, ids)
+            self._in_force[frontend] = _InForce(None, None, affinity_s, extent, ids)
             self._uses.update(ids)
         for number in self._uses:
             backend = self._backends.get(Number(number))
@@ -70,11 +72,17 @@ class Balancer:
         # Never given out before those that were not used for longest; 0 is no backend.
         self._free_ids = deque(n for n in range(1, layout.BACKENDS) if n not in self._uses)
         self._left: list[_InForce] = []
+        # An earlier process may have ended between taking a backend away and forgetting it here.
+        members = (self._members_of(*item) for item in self._in_force.items())
+        known = set().union(*members)
+        for stale in [member for member, _ in self._members.items() if member not in known]:
+            self._members.remove(stale)
 
     def close(self) -> None:
         """Lets go of the maps; the kernel goes on with what is in them."""
         self._frontends.close()
         self._backends.close()
+        self._members.close()
         self._slots.close()
 
     def replace(self, entries: Mapping[SectionKey, LoadBalancerEntry]) -> dict[SectionKey, str]:
@@ -99,7 +107,8 @@ class Balancer:
             frontend = None
             try:
                 frontend = _target(entry.address, entry.port, entry.protocol)
-                self._put(key, frontend, _backends(frontend, entry), gone)
+                wanted = _backends(frontend, entry)
+                self._put(key, frontend, wanted, entry.affinity_s or 0, gone)
             except _Refused as error:
                 refused[key] = str(error)
             except OSError as error:
@@ -111,20 +120,29 @@ class Balancer:
             self._leave(frontend)
         return refused
 
-    def _put(self, key: SectionKey, frontend: Target, wanted: _Backends, gone: set[Target]) -> None:
+    def _put(
+        self,
+        key: SectionKey,
+        frontend: Target,
+        wanted: _Backends,
+        affinity_s: int,
+        gone: set[Target],
+    ) -> None:
         current = self._in_force.get(frontend)
         if current is not None and current.key not in (None, key) and frontend not in gone:
             raise _Refused(f"the same address, port and protocol as {current.key}")
-        if current is None or current.wanted != wanted:
-            new = self._write(wanted)
+        if current is None or (current.wanted, current.affinity_s) != (wanted, affinity_s):
+            new = self._write(wanted, affinity_s)
             try:
+                members = self._members_of(frontend, new)
+                self._members.put_all((member, Number(1)) for member in members)
                 offset, size = new.extent or (0, 0)
-                self._frontends.put(frontend, Frontend(offset, size))
+                self._frontends.put(frontend, Frontend(offset, size, affinity_s))
             except OSError:
-                self._left.append(new)
+                self._abandon(frontend, new, current)
                 raise
             if current is not None:
-                self._leave(frontend)
+                self._leave(frontend, new)
             current = new
         elif current.key is not None:
             del self._by_key[current.key]
@@ -135,10 +153,10 @@ class Balancer:
         self._in_force[frontend] = current._replace(key=key)
         self._by_key[key] = frontend
 
-    def _write(self, wanted: _Backends) -> _InForce:
+    def _write(self, wanted: _Backends, affinity_s: int) -> _InForce:
         """Backends and a table of them, where no frontend points yet."""
         if not wanted:
-            return _InForce(None, wanted, None, frozenset())
+            return _InForce(None, wanted, affinity_s, None, frozenset())
         fresh = [backend for backend, _ in wanted if backend not in self._ids]
         if len(fresh) > len(self._free_ids):
             raise _Refused(f"more than {layout.BACKENDS - 1} backends on this node")
@@ -158,13 +176,26 @@ class Balancer:
         self._uses.update(ids)
         positions = maglev.table([(layout.TARGET.pack(b), weight) for b, weight in wanted], size)
         self._slots.write(extent.offset, array("Q", [ids[position] for position in positions]))
-        return _InForce(None, wanted, extent, frozenset(ids))
+        return _InForce(None, wanted, affinity_s, extent, frozenset(ids))
 
-    def _leave(self, frontend: Target) -> None:
-        """What the frontend used is no longer in force."""
+    def _members_of(self, frontend: Target, force: _InForce | None) -> set[Member]:
+        if force is None or not force.affinity_s:
+            return set()
+        packed = layout.TARGET.pack(frontend)
+        targets = (self._targets[number] for number in force.backends)
+        return {Member(packed, layout.TARGET.pack(target)) for target in targets}
+
+    def _leave(self, frontend: Target, following: _InForce | None = None) -> None:
+        """What the frontend used is no longer in force, but `following` may be."""
         former = self._in_force.pop(frontend)
         if former.key is not None and self._by_key[former.key] == frontend:
             del self._by_key[former.key]
+        self._abandon(frontend, former, following)
+
+    def _abandon(self, frontend: Target, former: _InForce, other: _InForce | None) -> None:
+        """The frontend does not use `former`, but perhaps some of it in `other`."""
+        for member in self._members_of(frontend, former) - self._members_of(frontend, other):
+            self._members.remove(member)
         self._left.append(former)
 
     def _reclaim(self) -> None:

@@ -38,10 +38,12 @@ class Target(NamedTuple):
 
 
 class Frontend(NamedTuple):
-    """struct frontend: its backends are in slots[offset : offset + size]; size 0: none."""
+    """struct frontend: its backends are in slots[offset : offset + size]; size 0: none. Clients
+    keep their backend until they have not connected for `affinity_s` seconds; 0: they do not."""
 
     offset: int
     size: int
+    affinity_s: int
 
 
 class OriginKey(NamedTuple):
@@ -51,13 +53,34 @@ class OriginKey(NamedTuple):
     peer: bytes
 
 
+class Member(NamedTuple):
+    """struct member: two packed Targets."""
+
+    frontend: bytes
+    backend: bytes
+
+
+class AffinityKey(NamedTuple):
+    """struct affinity_key: the cookie of the client's network namespace, and a packed Target."""
+
+    client: int
+    frontend: bytes
+
+
+class Affinity(NamedTuple):
+    """struct affinity: when the client last connected (CLOCK_MONOTONIC, ns), a packed Target."""
+
+    used_ns: int
+    backend: bytes
+
+
 class Number(NamedTuple):
     """A bare u32 or u64: indices, slots, counters."""
 
     value: int
 
 
-T = TypeVar("T", Target, Frontend, OriginKey, Number)
+T = TypeVar("T", Target, Frontend, OriginKey, Member, AffinityKey, Affinity, Number)
 
 
 class Layout:
@@ -84,7 +107,7 @@ class Layout:
             for index, name in enumerate(self.fields)
         }
 
-    def pack(self, value: Target | Frontend | OriginKey | Number) -> bytes:
+    def pack(self, value: T) -> bytes:
         return self.format.pack(*value)
 
     def unpack(self, kind: type[T], data: bytes) -> T:
@@ -92,21 +115,33 @@ class Layout:
 
 
 TARGET = Layout("target", "!", {"address": "16s", "port": "H", "protocol": "B", "zero": "x"})
-FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I"})
+FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I"})
 ORIGIN_KEY = Layout("origin_key", "=", {"cookie": "Q", "peer": "20s", "zero": "4x"})
+MEMBER = Layout("member", "=", {"frontend": "20s", "backend": "20s"})
+AFFINITY_KEY = Layout("affinity_key", "=", {"client": "Q", "frontend": "20s", "zero": "4x"})
+AFFINITY = Layout("affinity", "=", {"used_ns": "Q", "backend": "20s", "zero": "4x"})
 U32 = Layout("u32", "=", {"value": "I"})
 U64 = Layout("u64", "=", {"value": "Q"})
 
-# Sizes of the maps, in entries. A slot takes 8 bytes, a backend 24, an origin about 120.
+# Sizes of the maps, in entries. A slot takes 8 bytes, a backend 24, the others about 120.
 FRONTENDS = 1 << 14
 SLOTS = 1 << 20
 BACKENDS = 1 << 16
 ORIGINS = 1 << 16
+AFFINITIES = 1 << 16
+MEMBERS = 1 << 16
 
 
 def c_header() -> str:
     """Sizes as C."""
-    sizes = {"FRONTENDS": FRONTENDS, "SLOTS": SLOTS, "BACKENDS": BACKENDS, "ORIGINS": ORIGINS}
+    sizes = {
+        "FRONTENDS": FRONTENDS,
+        "SLOTS": SLOTS,
+        "BACKENDS": BACKENDS,
+        "ORIGINS": ORIGINS,
+        "AFFINITIES": AFFINITIES,
+        "MEMBERS": MEMBERS,
+    }
     return "".join(f"#define {name} {size}\n" for name, size in sizes.items())
 
 

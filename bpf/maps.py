@@ -14,11 +14,20 @@ from typing import Generic, NamedTuple, TypeVar
 
 from bpf import layout, pins, syscall
 from bpf.errors import DatapathError
-from bpf.layout import Frontend, Layout, Number, OriginKey, Target
+from bpf.layout import (
+    Affinity,
+    AffinityKey,
+    Frontend,
+    Layout,
+    Member,
+    Number,
+    OriginKey,
+    Target,
+)
 from bpf.reasons import Reason
 
-K = TypeVar("K", Target, OriginKey, Number)
-V = TypeVar("V", Target, Frontend, Number)
+K = TypeVar("K", Target, OriginKey, Member, AffinityKey, Number)
+V = TypeVar("V", Target, Frontend, Affinity, Number)
 
 
 class Spec(NamedTuple):
@@ -34,6 +43,8 @@ MAPS = {
     "slots": Spec(layout.U32, layout.U64, layout.SLOTS),
     "backends": Spec(layout.U32, layout.TARGET, layout.BACKENDS),
     "origins": Spec(layout.ORIGIN_KEY, layout.TARGET, layout.ORIGINS),
+    "affinities": Spec(layout.AFFINITY_KEY, layout.AFFINITY, layout.AFFINITIES),
+    "members": Spec(layout.MEMBER, layout.U32, layout.MEMBERS),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import pytest
 from bpf_world import Actor, loader, needs_bpf, new_actor, new_cgroup, steered
 
-from bpf import maps
+from bpf import layout, maps
 from bpf.balancer import Balancer
+from bpf.layout import Affinity, AffinityKey, Member, Number, Target
 from bpf.reasons import Reason
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, entry_key
 
@@ -59,12 +61,16 @@ def counted(world: World):
 
 
 def entry(
-    frontend: str, backends: dict[int, int], protocol: str = "TCP", port: int = PORT
+    frontend: str,
+    backends: dict[int, int],
+    protocol: str = "TCP",
+    port: int = PORT,
+    affinity_s: int | None = None,
 ) -> dict[str, LoadBalancerEntry]:
     """Loopback backends of the frontend's family: port -> weight."""
     address = LOOPBACK[frontend]
     made = tuple(EntryBackend(address, backend, weight) for backend, weight in backends.items())
-    value = LoadBalancerEntry(frontend, port, protocol, made, "Service/x/y")
+    value = LoadBalancerEntry(frontend, port, protocol, made, "Service/x/y", affinity_s)
     return {entry_key(frontend, port, protocol): value}
 
 
@@ -183,6 +189,86 @@ def test_programs_are_replaced_under_traffic(world, balancer, counted):
     assert (done.returncode, done.stderr) == (0, "")
     assert world.actor.result() == {"one": 2000}
     assert counted() == {Reason.BALANCED: 2000}
+
+
+@pytest.mark.parametrize(("frontend", "asked"), [(V4, V4), (V6, V6), (V4, MAPPED)])
+def test_a_client_keeps_its_backend(world, balancer, frontend, asked):
+    ports = {world.actor("serve_tcp", LOOPBACK[frontend], name): 1 for name in ("a", "b", "c")}
+    balancer.apply(entry(frontend, ports, affinity_s=1000))
+    first = world.actor("connect_often", asked, PORT, 40)
+    assert len(first) == 1
+    # More weight elsewhere moves nobody who is settled.
+    mine = list(ports)["abc".index(*first)]
+    heavy = {port: 1 if port == mine else 1000 for port in ports}
+    balancer.apply(entry(frontend, heavy, affinity_s=1000))
+    assert world.actor("connect_often", asked, PORT, 40) == first
+    # The agent's restart neither.
+    balancer.replace(entry(frontend, heavy, affinity_s=1000))
+    restarted = Balancer(world.pin)
+    restarted.replace(entry(frontend, ports, affinity_s=1000))
+    restarted.close()
+    assert world.actor("connect_often", asked, PORT, 40) == first
+
+
+def test_a_backend_that_goes_or_has_no_weight_keeps_nobody(world, balancer):
+    ports = [world.actor("serve_tcp", "127.0.0.1", name) for name in ("a", "b")]
+    for weights in ({ports[0]: 0, ports[1]: 1}, {ports[1]: 1}, {}):
+        balancer.apply(entry(V4, {ports[0]: 1}, affinity_s=1000))
+        assert world.actor("connect_often", V4, PORT, 3) == {"a": 3}
+        balancer.apply(entry(V4, weights, affinity_s=1000))
+        expected = {"b": 3} if weights else {"ECONNREFUSED": 3}
+        assert world.actor("connect_often", V4, PORT, 3) == expected
+    balancer.replace({})
+    with members(world.pin) as table:
+        assert list(table.items()) == []
+
+
+def test_affinity_ends(world, balancer):
+    """Not by waiting: the time of the client's last connection is put back."""
+    old, new = (world.actor("serve_tcp", "127.0.0.1", name) for name in ("old", "new"))
+    balancer.apply(entry(V4, {old: 1}, affinity_s=60))
+    assert world.actor("connect", V4, PORT)["name"] == "old"
+    balancer.apply(entry(V4, {old: 1, new: 10_000}, affinity_s=60))
+    table = maps.PinnedMap(world.pin, "affinities", AffinityKey, Affinity)
+    frontend = layout.TARGET.pack(Target.of(V4, PORT, "TCP"))
+    [(key, last)] = [item for item in table.items() if item[0].frontend == frontend]
+    table.put(key, last._replace(used_ns=last.used_ns - 50 * 10**9))
+    assert world.actor("connect", V4, PORT)["name"] == "old"
+    [renewed] = [value for found, value in table.items() if found == key]
+    assert renewed.used_ns > last.used_ns
+    table.put(key, renewed._replace(used_ns=renewed.used_ns - 61 * 10**9))
+    assert world.actor("connect_often", V4, PORT, 20) == {"new": 20}
+    table.close()
+
+
+def test_another_pod_is_another_client(world, balancer):
+    """Two network namespaces with backends of the same addresses."""
+    ports = [world.actor("serve_tcp", "127.0.0.1", name) for name in ("a", "b")]
+    with new_actor(world.cgroup) as other:
+        balancer.apply(entry(V4, {ports[0]: 1}, affinity_s=1000))
+        assert world.actor("connect", V4, PORT)["name"] == "a"
+        port = other("serve_tcp", "127.0.0.1", "theirs")
+        balancer.apply(entry(V4, {ports[0]: 1, port: 10_000}, affinity_s=1000))
+        assert other("connect_often", V4, PORT, 20) == {"theirs": 20}
+        assert world.actor("connect_often", V4, PORT, 20) == {"a": 20}
+
+
+def test_members_left_by_a_process_that_ended_are_forgotten(world, balancer):
+    gone, there = (world.actor("serve_tcp", "127.0.0.1", name) for name in ("gone", "there"))
+    balancer.apply(entry(V4, {gone: 1}, affinity_s=1000))
+    assert world.actor("connect", V4, PORT)["name"] == "gone"
+    with members(world.pin) as table:
+        [(left, one)] = table.items()
+        balancer.apply(entry(V4, {there: 1}, affinity_s=1000))
+        table.put(left, one)
+        assert world.actor("connect", V4, PORT)["name"] == "gone"
+        Balancer(world.pin).close()
+        assert left not in dict(table.items())
+    assert world.actor("connect", V4, PORT)["name"] == "there"
+
+
+def members(pin: Path) -> contextlib.closing[maps.PinnedMap[Member, Number]]:
+    return contextlib.closing(maps.PinnedMap(pin, "members", Member, Number))
 
 
 def test_only_the_cgroup_is_steered(world, balancer):

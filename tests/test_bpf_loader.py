@@ -86,7 +86,11 @@ def test_everything_is_pinned_and_nothing_stays(tmp_path):
     ("name", "fields", "message"),
     [
         ("target", {"address": "16s", "port": "I", "protocol": "B"}, "size of struct target"),
-        ("frontend", {"size": "I", "offset": "I"}, "offset of struct frontend.offset"),
+        (
+            "frontend",
+            {"size": "I", "offset": "I", "affinity_s": "I"},
+            "offset of struct frontend.offset",
+        ),
     ],
 )
 def test_layouts_that_differ_do_not_compile(name, fields, message):
@@ -180,13 +184,13 @@ def test_maps_that_are_not_there(tmp_path):
 def test_maps_and_refused_entries(tmp_path):
     with steered(tmp_path) as (pin, _, _):
         table = maps.PinnedMap(pin, "frontends", Target, Frontend)
-        ones = {Target.of("10.0.0.1", port, "TCP"): Frontend(port, 0) for port in range(1, 50)}
+        ones = {Target.of("10.0.0.1", port, "TCP"): Frontend(port, 0, 0) for port in range(1, 50)}
         table.put_all(ones.items())
         table.put_all([])
         assert dict(table.items()) == ones
         first = Target.of("10.0.0.1", 1, "TCP")
-        table.put(first, Frontend(7, 0))
-        assert table.get(first) == Frontend(7, 0)
+        table.put(first, Frontend(7, 0, 0))
+        assert table.get(first) == Frontend(7, 0, 0)
         assert table.remove(first)
         assert not table.remove(first)
         assert table.get(first) is None
@@ -216,11 +220,11 @@ def test_maps_and_refused_entries(tmp_path):
         assert balancer.replace({"good": bad}).keys() == {"good"}
         assert Target.of("10.0.0.2", 80, "TCP") in frontends(pin)
         assert balancer.apply({"twin": twin}, ["good", "unknown"]) == {}
-        assert frontends(pin) == {Target.of("10.0.0.2", 80, "TCP"): Frontend(0, 0)}
+        assert frontends(pin) == {Target.of("10.0.0.2", 80, "TCP"): Frontend(0, 0, 0)}
         # A key whose entry has another frontend now takes the former one away.
         moved = LoadBalancerEntry("10.0.0.4", 80, "TCP", (), "y")
         assert balancer.apply({"twin": moved}) == {}
-        assert frontends(pin) == {Target.of("10.0.0.4", 80, "TCP"): Frontend(0, 0)}
+        assert frontends(pin) == {Target.of("10.0.0.4", 80, "TCP"): Frontend(0, 0, 0)}
         balancer.close()
 
 

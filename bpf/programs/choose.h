@@ -3,6 +3,7 @@
 #define WEFT_CHOOSE_H
 
 #include "address.h"
+#include "affinity.h"
 #include "count.h"
 
 /* Socket cookies count up; their bits are spread over the table (the finaliser of MurmurHash3). */
@@ -16,21 +17,14 @@ static __always_inline u32 spread(u64 cookie)
 	return cookie;
 }
 
-/* 1: `backend` is filled in; 0: `asked` is no frontend; negative errno: refused, and counted.
- * The same socket is given the same backend for as long as the table says so, which is what keeps
- * a conversation over unconnected UDP in one place. */
-static __always_inline int choose(const struct target *asked, u64 cookie, struct target *backend)
+/* The backend that a frontend's table has for a cookie; 0 or negative errno. */
+static __always_inline int table_backend(const struct frontend *frontend, u64 cookie,
+					 struct target *backend)
 {
-	struct target key = *asked;
-	struct frontend *frontend = frontends.lookup(&key);
 	struct target *found;
 	u32 index;
 	u64 *slot;
 
-	if (!frontend) {
-		count(REASON_PASSED);
-		return 0;
-	}
 	if (!frontend->size)
 		return REFUSE(NO_BACKENDS);
 	index = frontend->offset + spread(cookie) % frontend->size;
@@ -41,9 +35,34 @@ static __always_inline int choose(const struct target *asked, u64 cookie, struct
 	found = backends.lookup(&index);
 	if (!found || !found->port)
 		return REFUSE(STALE_TABLE);
-	if (is_ipv4(asked) && !is_ipv4(found))
-		return REFUSE(WRONG_FAMILY);
 	*backend = *found;
+	return 0;
+}
+
+/* 1: `backend` is filled in; 0: `asked` is no frontend; negative errno: refused, and counted.
+ * The same socket is given the same backend for as long as the table says so, which is what keeps
+ * a conversation over unconnected UDP in one place. */
+static __always_inline int choose(struct bpf_sock_addr *ctx, u64 cookie,
+				  const struct target *asked, struct target *backend)
+{
+	struct affinity_key key = {.frontend = *asked};
+	struct frontend *frontend = frontends.lookup(&key.frontend);
+	int result;
+
+	if (!frontend) {
+		count(REASON_PASSED);
+		return 0;
+	}
+	key.client = bpf_get_netns_cookie(ctx);
+	if (!frontend->affinity_s || !affine_backend(frontend, &key, backend)) {
+		result = table_backend(frontend, cookie, backend);
+		if (result < 0)
+			return result;
+	}
+	if (is_ipv4(asked) && !is_ipv4(backend))
+		return REFUSE(WRONG_FAMILY);
+	if (frontend->affinity_s)
+		keep_affinity(&key, backend);
 	return 1;
 }
 

@@ -12,6 +12,9 @@ BPF_F_TABLE("array", u32, struct target, backends, BACKENDS, 0);
 /* What a socket asked for, by its cookie and the backend it was given: evicted when long unused,
  * never deleted, because a proxy may ask after the workload has closed. */
 BPF_F_TABLE("lru_hash", struct origin_key, struct target, origins, ORIGINS, 0);
+/* Which backend a client of a frontend had last: valid while it is a member, and used lately. */
+BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity, affinities, AFFINITIES, 0);
+BPF_F_TABLE("hash", struct member, u32, members, MEMBERS, BPF_F_NO_PREALLOC);
 /* By reason, see bpf/reasons.py. */
 BPF_F_TABLE("percpu_array", u32, u64, counters, REASONS, 0);
 

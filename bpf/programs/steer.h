@@ -10,7 +10,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, const struct target 
 				 struct target *backend)
 {
 	u64 cookie = bpf_get_socket_cookie(ctx);
-	int result = choose(asked, cookie, backend);
+	int result = choose(ctx, cookie, asked, backend);
 
 	if (result <= 0)
 		return result;

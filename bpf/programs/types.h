@@ -14,6 +14,26 @@ struct target {
 struct frontend {
 	u32 offset;
 	u32 size;
+	u32 affinity_s; /* 0: none */
+};
+
+/* `backend` belongs to `frontend`; only kept for frontends with affinity. */
+struct member {
+	struct target frontend;
+	struct target backend;
+};
+
+/* A client is a network namespace: that of a pod. */
+struct affinity_key {
+	u64 client;
+	struct target frontend;
+	u32 zero;
+};
+
+struct affinity {
+	u64 used_ns; /* CLOCK_MONOTONIC */
+	struct target backend;
+	u32 zero;
 };
 
 struct origin_key {

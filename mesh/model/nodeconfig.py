@@ -307,13 +307,16 @@ class EntryBackend(_Part, frozen=True):
 
 class LoadBalancerEntry(msgspec.Struct, frozen=True, omit_defaults=True, tag="entry"):
     """A frontend and its weighted backends: a Service's ClusterIP port, or a Gateway's address and
-    port (backend: the proxy's own). For the bpf maps; the proxy does not read it."""
+    port (backend: the proxy's own). For the bpf maps; the proxy does not read it. With `affinity_s`
+    a client keeps its backend until it has not connected for so many seconds (Service
+    spec.sessionAffinity ClientIP)."""
 
     address: str
     port: int
     protocol: Literal["TCP", "UDP"]
     backends: tuple[EntryBackend, ...]
     source: str
+    affinity_s: int | None = None
 
 
 # --- settings ------------------------------------------------------------------------------------

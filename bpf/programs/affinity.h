@@ -1,0 +1,38 @@
+/* Session affinity: a client's next connection goes where its last one went. */
+#ifndef WEFT_AFFINITY_H
+#define WEFT_AFFINITY_H
+
+#include "maps.h"
+
+#define SECOND_NS 1000000000ULL
+
+/* 1: `backend` is the one that the client of this frontend had within the timeout. */
+static __always_inline int affine_backend(const struct frontend *frontend,
+					  const struct affinity_key *key, struct target *backend)
+{
+	struct affinity_key mine = *key;
+	struct affinity *last = affinities.lookup(&mine);
+	struct member member = {.frontend = key->frontend};
+	u64 now = bpf_ktime_get_ns();
+
+	if (!last || now - last->used_ns > frontend->affinity_s * SECOND_NS)
+		return 0;
+	member.backend = last->backend;
+	if (!members.lookup(&member))
+		return 0;
+	*backend = member.backend;
+	return 1;
+}
+
+/* The timeout runs from the last connection. A full map forgets who connected longest ago, and a
+ * client that is forgotten is balanced anew, so a failure to write is none to report. */
+static __always_inline void keep_affinity(const struct affinity_key *key,
+					  const struct target *backend)
+{
+	struct affinity_key mine = *key;
+	struct affinity last = {.used_ns = bpf_ktime_get_ns(), .backend = *backend};
+
+	affinities.update(&mine, &last);
+}
+
+#endif
