@@ -1,14 +1,15 @@
 """Accepts connections on one port: limits, protocol choice, drain.
 
 A connection becomes HTTP/2 by ALPN or by its preface (prior knowledge, RFC 9113 §3.3), else
-HTTP/1.1. This module knows connections, not requests. Of TLS connections it hears when their
-handshake has ended: unfinished ones count for no limit and end by their timer.
+HTTP/1.1. Every connection counts from its first moment, a TLS one before its handshake. This
+module knows connections, not requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from l7proxy import metrics
 from l7proxy.http1_server import Http1Server
 from l7proxy.http2_server import Http2Server
 from l7proxy.streams import ConnectionInfo, Handler
+from l7proxy.tasks import spawn
 from l7proxy.tls_server import ServerTLS
 from mesh.model.nodeconfig import Settings
 
@@ -26,6 +28,10 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _BUSY = (
     b"HTTP/1.1 %s\r\ncontent-type: text/plain\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
 )
+
+
+# Connections taken in one go, before others get their turn.
+_BATCH = 32
 
 
 class Drainable(Protocol):
@@ -63,7 +69,7 @@ class Admission:
 
 
 class Acceptor:
-    """Makes a protocol for every connection of one port, and remembers the open ones.
+    """Takes the connections of one port, and remembers the open ones.
 
     `context` is for the connections that come next, None without TLS. Once drained it lets nobody
     in any more, those who are in the middle of a handshake included.
@@ -84,8 +90,62 @@ class Acceptor:
         self.draining = False
         self.open: set[Drainable] = set()
 
-    def __call__(self) -> asyncio.Protocol:
-        return _Undecided(self)
+    def accept(self, listening: socket.socket) -> None:
+        """Take what waits on a listening socket (not blocking), a bounded number: other workers
+        accept on it too. OSError: no descriptor or memory is left for another connection."""
+        for _ in range(_BATCH):
+            try:
+                sock, peer = listening.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionAbortedError:
+                continue
+            self._take(sock, _plain(peer))
+
+    def _take(self, sock: socket.socket, client: tuple[str, int]) -> None:
+        settings = self.settings()
+        if refused := self.admission.enter(client[0], settings):
+            self._refuse(sock, refused)
+            return
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        spawn(self._begin(sock, client, settings), name="accept")
+
+    async def _begin(
+        self, sock: socket.socket, client: tuple[str, int], settings: Settings
+    ) -> None:
+        connection = _Undecided(self, client, settings)
+        context = self.context
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection,
+                sock,
+                ssl=context,
+                ssl_handshake_timeout=settings.head_timeout_s if context else None,
+                ssl_shutdown_timeout=settings.connect_timeout_s if context else None,
+            )
+        except OSError:  # of the handshake; it has closed the socket
+            _count_refused("tls_handshake")
+            connection.leave(connection)
+        except BaseException:
+            connection.leave(connection)
+            raise
+
+    def _refuse(self, sock: socket.socket, reason: str) -> None:
+        _count_refused(reason)
+        with sock:
+            if self.context is None:
+                status = (
+                    b"429 Too Many Requests"
+                    if reason == "max_connections_per_client"
+                    else b"503 Service Unavailable"
+                )
+                text = b"too many connections\n"
+                try:
+                    sock.send(_BUSY % (status, len(text), text), socket.MSG_DONTWAIT)
+                    sock.shutdown(socket.SHUT_WR)
+                except OSError:
+                    pass  # gone already
 
     def drain(self) -> None:
         self.draining = True
@@ -96,29 +156,23 @@ class Acceptor:
 class _Undecided(asyncio.Protocol):
     """A connection until it is known which protocol it speaks."""
 
-    def __init__(self, port: Acceptor) -> None:
+    def __init__(self, port: Acceptor, client: tuple[str, int], settings: Settings) -> None:
         self._port = port
-        self._settings = port.settings()
+        self._client: tuple[str, int] | None = client
+        self._settings = settings
         self._received = b""
-        self._client: str | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._chosen = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        peer = transport.get_extra_info("peername")
         local = transport.get_extra_info("sockname")
-        if not peer or not local or self._port.draining:  # already gone, or too late
+        if not local or self._client is None or self._port.draining:  # already gone, or too late
             transport.close()
             return
-        client = _plain(peer)
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-        if refused := self._port.admission.enter(client[0], self._settings):
-            self._refuse(refused, tls is not None)
-            return
-        self._client = client[0]
         self._info = ConnectionInfo(
-            peer=client,
+            peer=self._client,
             local=_plain(local),
             tls=tls is not None,
             sni=ServerTLS.sni_of(tls) if tls else None,
@@ -132,21 +186,7 @@ class _Undecided(asyncio.Protocol):
             self._settings.head_timeout_s, self._too_slow
         )
 
-    def _refuse(self, reason: str, tls: bool) -> None:
-        metrics.REFUSED.labels(reason).inc()
-        if not tls:
-            status = (
-                b"429 Too Many Requests"
-                if reason == "max_connections_per_client"
-                else b"503 Service Unavailable"
-            )
-            text = b"too many connections\n"
-            self._transport.write(_BUSY % (status, len(text), text))
-        self._transport.close()
-
     def data_received(self, data: bytes) -> None:
-        if self._client is None:
-            return
         self._received += data
         if self._received.startswith(_PREFACE):
             self._choose(http2=True)
@@ -164,7 +204,7 @@ class _Undecided(asyncio.Protocol):
             self._settings,
             scheme=scheme,
             on_refused=_count_refused,
-            on_closed=lambda: self._leave(connection),
+            on_closed=lambda: self.leave(connection),
         )
         self._port.open.discard(self)
         self._port.open.add(connection)
@@ -178,15 +218,16 @@ class _Undecided(asyncio.Protocol):
         return None  # nothing was asked for: close
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._chosen and self._client is not None:
+        if not self._chosen:
             if self._timer is not None:
                 self._timer.cancel()
-            self._leave(self)
+            self.leave(self)
 
-    def _leave(self, connection: Drainable) -> None:
+    def leave(self, connection: Drainable) -> None:
+        """`connection`, this one or what it has become, is over. Idempotent."""
         self._port.open.discard(connection)
         if self._client is not None:
-            self._port.admission.leave(self._client)
+            self._port.admission.leave(self._client[0])
             self._client = None
 
     def _too_slow(self) -> None:

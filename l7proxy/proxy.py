@@ -1,7 +1,7 @@
 """What a worker has in force: ports, certificates, routes, clusters, settings.
 
-Takes deltas section by section, refuses what cannot be enforced (the value before stays), and keeps
-a server on every port that is both configured and handed over by the supervisor. It knows no
+Takes deltas section by section, refuses what cannot be enforced (the value before stays), and
+accepts on every port that is both configured and handed over by the supervisor. It knows no
 requests (`exchange`) and no processes (`worker`).
 """
 
@@ -11,7 +11,6 @@ import asyncio
 import functools
 import logging
 import socket
-import ssl
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,7 +19,6 @@ from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.exchange import Exchanges, Port
 from l7proxy.routing import PortIndex, Refused, RouteIndex
-from l7proxy.tasks import spawn
 from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.upstream import Clusters, ClusterStats
 from mesh.model.nodeconfig import (
@@ -42,9 +40,8 @@ _NOTHING = ClusterStats(0, 0, 0, 0)
 # Seconds before the first probe, between probes; probes unanswered until the end.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
-# The event loop calls listen(2) again, and must not shorten the supervisor's queue. The kernel cuts
-# it at net.core.somaxconn.
-_BACKLOG = 65_535
+# How long nothing is accepted once descriptors or memory have run out, in seconds.
+_PAUSE_S = 0.5
 
 # What others build on comes first.
 _ORDER: dict[type, int] = {
@@ -61,15 +58,6 @@ def _position(item: tuple[SectionKey, Section]) -> int:
 
 
 @dataclass(slots=True)
-class _Bound:
-    """A listening socket, and the server on it while the configuration has the port."""
-
-    sock: socket.socket
-    server: asyncio.AbstractServer | None = None
-    serves: tuple[Acceptor, ssl.SSLContext | None] | None = None
-
-
-@dataclass(slots=True)
 class _Served:
     """A configured port: what the exchange needs, and who accepts."""
 
@@ -82,7 +70,7 @@ class _State:
     settings: Settings = field(default_factory=Settings)
     certificates: dict[SectionKey, CertificateSection] = field(default_factory=dict)
     served: dict[Bind, _Served] = field(default_factory=dict)
-    bound: dict[Bind, _Bound] = field(default_factory=dict)
+    bound: dict[Bind, socket.socket] = field(default_factory=dict)
     keys: dict[SectionKey, Section] = field(default_factory=dict)
     refused: dict[SectionKey, str] = field(default_factory=dict)
 
@@ -184,7 +172,7 @@ class Proxy:
             case PortSection(address=address, port=port):
                 served = state.served.pop((address, port))
                 served.acceptor.drain()
-                self._close_server((address, port))
+                self._stop_accepting((address, port))
         return set()
 
     def _ports_with(self, certificate: SectionKey) -> set[Bind]:
@@ -204,7 +192,7 @@ class Proxy:
         before = state.served.get(bind)
         if before is None:
             state.served[bind] = _Served(port, self._acceptor(port, tls))
-            self._start_server(bind)
+            self._start_accepting(bind)
             return
         was = before.port.section
         before.port.section, before.port.index = section, port.index
@@ -214,7 +202,6 @@ class Proxy:
             # Who was let in under other rules must come in again.
             before.acceptor.drain()
             before.acceptor = self._acceptor(before.port, tls)
-        self._start_server(bind)
 
     def _acceptor(self, port: Port, tls: ServerTLS | None) -> Acceptor:
         return Acceptor(
@@ -235,7 +222,6 @@ class Proxy:
             _log.error("port %s:%d keeps its certificates: %s", *bind, error)
             return
         served.acceptor.context = tls.context
-        self._start_server(bind)
 
     # --- sockets ------------------------------------------------------------------------------
 
@@ -251,48 +237,30 @@ class Proxy:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._state.bound[bind] = _Bound(sock)
-        self._start_server(bind)
+        self._state.bound[bind] = sock
+        self._start_accepting(bind)
 
     def unlisten(self, bind: Bind) -> None:
-        if bound := self._state.bound.pop(bind, None):
-            if bound.server is not None:
-                bound.server.close()
-            bound.sock.close()
+        self._stop_accepting(bind)
+        if sock := self._state.bound.pop(bind, None):
+            sock.close()
 
-    def _start_server(self, bind: Bind) -> None:
-        if bind in self._state.bound and bind in self._state.served:
-            spawn(self._serve(bind), name=f"server {bind[0]}:{bind[1]}")
+    def _start_accepting(self, bind: Bind) -> None:
+        if (sock := self._state.bound.get(bind)) and bind in self._state.served:
+            self._loop.add_reader(sock.fileno(), self._accept, bind)
 
-    async def _serve(self, bind: Bind) -> None:
-        """Accept as the configuration has it now, then stop accepting as before. Both share the
-        kernel's queue of the socket, so no connection is lost in between."""
-        bound, served = self._state.bound.get(bind), self._state.served.get(bind)
-        if bound is None or served is None:  # gone again before this task ran
-            return
-        acceptor, context = served.acceptor, served.acceptor.context
-        if bound.serves == (acceptor, context):
-            return
-        settings = self._state.settings
-        server = await self._loop.create_server(
-            acceptor,
-            sock=bound.sock.dup(),
-            backlog=_BACKLOG,
-            ssl=context,
-            ssl_handshake_timeout=settings.head_timeout_s if context else None,
-            ssl_shutdown_timeout=settings.connect_timeout_s if context else None,
-        )
-        if self._state.bound.get(bind) is not bound or self._state.served.get(bind) is not served:
-            server.close()
-            return
-        before, bound.server, bound.serves = bound.server, server, (acceptor, context)
-        if before is not None:
-            before.close()
+    def _stop_accepting(self, bind: Bind) -> None:
+        if sock := self._state.bound.get(bind):
+            self._loop.remove_reader(sock.fileno())
 
-    def _close_server(self, bind: Bind) -> None:
-        if (bound := self._state.bound.get(bind)) and bound.server is not None:
-            bound.server.close()
-            bound.server = bound.serves = None
+    def _accept(self, bind: Bind) -> None:
+        try:
+            self._state.served[bind].acceptor.accept(self._state.bound[bind])
+        except OSError as error:
+            _log.error("nothing is accepted on %s port %d for a moment: %s", *bind, error)
+            metrics.REFUSED.labels("accept_failed").inc()
+            self._stop_accepting(bind)
+            self._loop.call_later(_PAUSE_S, self._start_accepting, bind)
 
     # --- metrics ------------------------------------------------------------------------------
 
