@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from lab_world import LIMIT_S, Lab, host_links, lab_of, needs_root, processes_with, until
 
+from mesh.lab.cgroups import cgroup_root
 from mesh.sources.directory import Manifests
 
 pytestmark = needs_root
@@ -279,6 +280,60 @@ services: [{{name: p, ports: [{{port: 80}}]}}]
         until(lambda: ready() == {False})
         until(lambda: "Exited 5" in lab.weft("status").stdout)
         assert lab.weft("status").returncode == 1
+
+
+def test_a_pod_stops_and_starts_as_in_a_cluster(tmp_path: Path) -> None:
+    serve = """
+import signal, socket, sys
+server = socket.create_server(("", 80))
+signal.signal(signal.SIGTERM, lambda *_: (server.accept()[0].send(b"last"), sys.exit()))
+server.listen()
+while True:
+    signal.pause()
+"""
+    config = f"""
+nodes: [{{name: a}}]
+pods:
+  - {{name: p, command: [python3, -c, {json.dumps(serve)}], ports: [{{port: 80}}]}}
+  - {{name: q}}
+services: [{{name: p, ports: [{{port: 80}}]}}, {{name: h, headless: true, selector: {{app: p}}}}]
+"""
+
+    def conditions() -> set[tuple[bool | None, ...]]:
+        manifests = lab.run_dir / lab.name / "manifests"
+        slices = Manifests(manifests).scan().changes.get("EndpointSlice", {}).values()
+        found = [one.conditions for part in slices for one in part.endpoints]
+        return {(one.ready, one.serving, one.terminating) for one in found}
+
+    def state() -> dict:
+        return next(pod["status"] for pod in status_of(lab)["pods"] if pod["name"] == "p")
+
+    with lab_of(tmp_path, "stops", config) as lab:
+        assert lab.up().returncode == 0
+        assert conditions() == {(True, True, False)}
+        assert json.loads(lab.python("q", _RESOLVE, "h"))["h"] == ["10.244.0.2", "fd00:10:244::2"]
+        done = lab.weft("start", "p")
+        assert (done.returncode, done.stderr) == (1, "weft: default/p is running: stop it first\n")
+        links = lab.run("node/a", "ls", "/proc/self/net/dev_snmp6").stdout.split()
+        with subprocess.Popen(lab.arguments("stop", "p"), stderr=subprocess.DEVNULL) as stopping:
+            until(lambda: conditions() == {(False, True, True)})
+            # While it is terminating it serves who comes to its address, and has no name any more.
+            assert isinstance(json.loads(lab.python("q", _RESOLVE, "h"))["h"], int)
+            assert lab.python("q", _ASK.replace("8080", "80"), "10.244.0.2") == "last"
+            assert stopping.wait(LIMIT_S) == 0
+        assert conditions() == set()
+        assert state()["phase"] == "Stopped"
+        assert lab.weft("status").returncode == 0
+        gone = lab.run("node/a", "ls", "/proc/self/net/dev_snmp6").stdout.split()
+        assert len(gone) == len(links) - 1
+        assert not (cgroup_root() / lab.name / "a" / "default.p").exists()
+        assert not Path(f"/run/netns/weft.{lab.name}.pod.default.p").exists()
+        assert "default/p is stopped: start it" in lab.run("p", "true").stderr
+        assert lab.weft("stop", "p").returncode == 0
+        done = lab.weft("start", "p")
+        assert (done.returncode, done.stderr) == (0, "default/p is ready\n")
+        assert conditions() == {(True, True, False)}
+        assert lab.weft("stop", "node/a").returncode == 1
 
 
 def test_pods_that_fail_are_told(tmp_path: Path) -> None:

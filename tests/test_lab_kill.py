@@ -44,7 +44,7 @@ def kill_up(lab: Lab, after_s: float) -> None:
 
 
 # Moments spread over the whole of it, and a little past.
-@pytest.mark.parametrize("part", [part / 10 for part in range(1, 12)])
+@pytest.mark.parametrize("part", [part / 7 for part in range(1, 9)])
 def test_down_after_a_kill(tmp_path: Path, whole_s: float, part: float) -> None:
     links = host_links()
     with lab_of(tmp_path, "killed", CONFIG) as lab:

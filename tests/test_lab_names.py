@@ -13,6 +13,7 @@ from mesh.lab.config import LabConfig
 from mesh.lab.dns import Names
 from mesh.lab.manifests import endpoint_slices, services, to_yaml
 from mesh.lab.plan import make_plan
+from mesh.lab.state import PodStatus
 from mesh.model.meta import ObjectKey
 from mesh.model.schema import read
 from mesh.sources.directory import Manifests
@@ -112,10 +113,13 @@ def test_no_message_breaks_the_server(noise: bytes, patch: bytes, at: int) -> No
 
 
 def test_the_source_reads_the_manifests_as_they_are_meant(tmp_path: Path) -> None:
-    ready = {pod.key: pod.name != "new-web" for pod in PLAN.pods}
+    statuses = {
+        pod.key: PodStatus(key=pod.key, phase="Running", ready=pod.name != "new-web")
+        for pod in PLAN.pods
+    }
     (tmp_path / "services.yaml").write_bytes(to_yaml(services(PLAN)))
     for node in PLAN.nodes:
-        slices = endpoint_slices(PLAN, node.name, ready)
+        slices = endpoint_slices(PLAN, node.name, statuses)
         (tmp_path / f"{node.name}.yaml").write_bytes(to_yaml(slices))
     update = Manifests(tmp_path).scan()
     assert update.problems == ()

@@ -94,7 +94,7 @@ def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
     )
     if not status.healthy:
         for pod in status.pods.values():
-            if not pod.ready and not (pod.phase == "Exited" and pod.exit_code == 0):
+            if not pod.well:
                 note(f"! {pod.key} is not ready ({_state(pod)}): see 'weft lab logs {pod.key}'")
         raise SystemExit(1)
 
@@ -131,6 +131,36 @@ def status(name: str | None, output: str, run_dir: Path) -> None:
     else:
         dump(_plain(found), output)
     raise SystemExit(0 if found.healthy else 1)
+
+
+@lab.command()
+@click.argument("pod")
+@_name_option
+@_run_dir_option
+def stop(pod: str, name: str | None, run_dir: Path) -> None:
+    """Stop a pod as a cluster does; its endpoints are terminating, then gone.
+
+    Its process gets SIGTERM and five seconds. The pod keeps its addresses for 'weft lab start'.
+
+    Exit codes: 0 stopped, 1 no such lab or pod, 2 wrong usage.
+    """
+    from mesh.lab.use import stop as end
+
+    note(f"{end(run_dir, name, pod)} is stopped")
+
+
+@lab.command()
+@click.argument("pod")
+@_name_option
+@_run_dir_option
+def start(pod: str, name: str | None, run_dir: Path) -> None:
+    """Start a pod that was stopped or has ended, and wait until it is ready.
+
+    Exit codes: 0 it is ready, 1 it is not, it runs already or does not exist, 2 wrong usage.
+    """
+    from mesh.lab.use import start as begin
+
+    note(f"{begin(run_dir, name, pod)} is ready")
 
 
 @lab.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mesh.lab.plan import Plan, PodPlan, ServicePlan
+from mesh.lab.state import PodStatus
 
 Object = dict[str, Any]
 _FAMILIES = ("IPv4", "IPv6")
@@ -54,13 +55,13 @@ def services(plan: Plan) -> Iterator[Object]:
         }
 
 
-def endpoint_slices(plan: Plan, node: str, ready: Mapping[str, bool]) -> Iterator[Object]:
-    """The slices of the node's pods; `ready` by the pods' keys."""
+def endpoint_slices(plan: Plan, node: str, statuses: Mapping[str, PodStatus]) -> Iterator[Object]:
+    """The slices of the node's pods; statuses by the pods' keys. A stopped pod is none any more."""
     for service in plan.services:
         # Pods whose ports of the same name have different numbers cannot share a slice.
         by_ports: dict[tuple[int | None, ...], list[PodPlan]] = {}
         for pod in plan.pods_of(node):
-            if service.selects(pod):
+            if service.selects(pod) and statuses[pod.key].phase != "Stopped":
                 by_ports.setdefault(_target_ports(service, pod), []).append(pod)
         for number, (ports, pods) in enumerate(by_ports.items()):
             for family, address_type in enumerate(_FAMILIES):
@@ -74,7 +75,7 @@ def endpoint_slices(plan: Plan, node: str, ready: Mapping[str, bool]) -> Iterato
                         "labels": {"kubernetes.io/service-name": service.name},
                     },
                     "addressType": address_type,
-                    "endpoints": [_endpoint(pod, family, ready[pod.key]) for pod in pods],
+                    "endpoints": [_endpoint(pod, family, statuses[pod.key]) for pod in pods],
                     "ports": [
                         {
                             "name": port.name,
@@ -99,10 +100,15 @@ def _target_ports(service: ServicePlan, pod: PodPlan) -> tuple[int | None, ...]:
     )
 
 
-def _endpoint(pod: PodPlan, family: int, ready: bool) -> Object:
+def _endpoint(pod: PodPlan, family: int, status: PodStatus) -> Object:
+    terminating = status.phase == "Terminating"
     return {
         "addresses": [pod.addresses[family]],
-        "conditions": {"ready": ready, "serving": ready, "terminating": False},
+        "conditions": {
+            "ready": status.ready,
+            "serving": status.ready or terminating,
+            "terminating": terminating,
+        },
         "nodeName": pod.node,
         "targetRef": {"kind": "Pod", "name": pod.name, "namespace": pod.namespace},
     }

@@ -5,6 +5,7 @@
     manifests/       Namespaces, Services and EndpointSlices, for Weft's directory source
     nodes/<node>.json  what the node's supervisor last said of its pods
     nodes/<node>.log   what went wrong in the supervisor
+    nodes/<node>.sock  where the supervisor takes orders
     logs/, etc/      output of the pods, and the files that they see in /etc
 
 Knows these files and nothing of the kernel.
@@ -31,11 +32,12 @@ from mesh.model.meta import Model
 
 DEFAULT_RUN_DIR = Path("/run/weft-lab")
 
-Phase = Literal["Pending", "Running", "Exited", "Failed"]
+Phase = Literal["Pending", "Running", "Exited", "Failed", "Terminating", "Stopped"]
 
 
 class PodStatus(Model, frozen=True, kw_only=True):
-    """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed."""
+    """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed. A pod
+    that is Terminating still serves; one that is Stopped has no process, network or cgroup."""
 
     key: str
     phase: Phase
@@ -47,7 +49,13 @@ class PodStatus(Model, frozen=True, kw_only=True):
     @property
     def settled(self) -> bool:
         """Nothing is to be waited for."""
-        return self.ready or self.phase in ("Exited", "Failed")
+        return self.ready or self.phase in ("Exited", "Failed", "Stopped")
+
+    @property
+    def well(self) -> bool:
+        """As it was meant to be."""
+        ended = self.phase == "Exited" and self.exit_code == 0
+        return self.ready or ended or self.phase == "Stopped"
 
 
 class NodeStatus(Model, frozen=True, kw_only=True):
@@ -80,6 +88,9 @@ class LabDir:
 
     def node_log(self, node: str) -> Path:
         return self.nodes / f"{node}.log"
+
+    def orders(self, node: str) -> Path:
+        return self.nodes / f"{node}.sock"
 
     def etc(self, pod: PodPlan) -> Path:
         return self.path / "etc" / pod.file_stem

@@ -21,11 +21,10 @@ class LabStatus(Model, frozen=True, kw_only=True):
 
     @property
     def healthy(self) -> bool:
-        pods = self.pods.values()
         return (
             self.complete
             and all(self.supervisors.values())
-            and all(pod.ready or (pod.phase == "Exited" and pod.exit_code == 0) for pod in pods)
+            and all(pod.well for pod in self.pods.values())
         )
 
 

@@ -13,23 +13,29 @@ A pod is ready while its process runs, from when all its ports are open for othe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from mesh.lab import cni
+from mesh.lab.cgroups import remove_tree
 from mesh.lab.dns import Names, serve
 from mesh.lab.enter import enter_pod, pod_env, write_etc
-from mesh.lab.kernel import CLONE_NEWNET, create_netns, join
+from mesh.lab.errors import LabError
+from mesh.lab.kernel import CLONE_NEWNET, create_netns, join, remove_netns
 from mesh.lab.manifests import endpoint_slices, to_yaml
 from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan, PodPlan, ServicePlan
 from mesh.lab.state import LabDir, NodeStatus, PodStatus
 
 IFNAME = "eth0"
+# What a pod gets to end by itself, and to become ready when it is started again.
+GRACE_S = 5.0
+START_S = 30.0
 # Between two looks at the ports of a pod that is starting.
 _LOOK_S = 0.05
 # States of sockets that others can reach, in /proc/net (include/net/tcp_states.h): TCP_LISTEN, and
@@ -49,6 +55,8 @@ class Supervisor:
         self._status = {key: PodStatus(key=key, phase="Pending") for key in self._pods}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._publishing = False
+        self._ordered = asyncio.Lock()
+        self._changed = asyncio.Event()
 
     def add_pods(self) -> None:
         """Everything that pods need before their processes start. Outside any event loop: pyroute2
@@ -72,7 +80,66 @@ class Supervisor:
                 self._set(pod.key, phase="Failed", message=str(error))
             await asyncio.sleep(0)  # pods that already run are looked at meanwhile
         self._publish()
-        await server.serve_forever()
+        orders = self._lab.orders(self._node.name)
+        async with await asyncio.start_unix_server(self._take_order, orders):
+            await server.serve_forever()
+
+    async def _take_order(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One line, "stop KEY" or "start KEY"; the answer is what went wrong, or nothing."""
+        order, key = (await reader.readline()).decode().split()
+        answer = ""
+        async with self._ordered:
+            try:
+                await (self._stop if order == "stop" else self._start_again)(self._pods[key])
+            except (LabError, cni.CniError, OSError, subprocess.SubprocessError) as error:
+                answer = str(error)
+        writer.write(answer.encode())
+        writer.close()
+        await writer.wait_closed()
+
+    async def _stop(self, pod: PodPlan) -> None:
+        """No new connections first, then SIGTERM, then SIGKILL to all that is left, then the
+        network."""
+        if self._status[pod.key].phase == "Stopped":
+            return
+        self._set(pod.key, phase="Terminating", ready=False)
+        process = self._processes.get(pod.key)
+        if process is not None:
+            self._publish()
+            process.terminate()
+            await self._until(lambda: pod.key not in self._processes, GRACE_S)
+        # In a thread for pyroute2's sake; a thread is in the network namespace of its creator.
+        await asyncio.to_thread(self._remove, pod)
+        self._set(pod.key, phase="Stopped", pid=None)
+        self._publish()
+
+    async def _start_again(self, pod: PodPlan) -> None:
+        """With its addresses as before; waits until it is ready."""
+        if self._status[pod.key].phase == "Running":
+            raise LabError(f"{pod.key} is running: stop it first")
+        await self._stop(pod)
+        try:
+            await asyncio.to_thread(self._add, pod)
+            self._start(pod)
+        except (cni.CniError, OSError, subprocess.SubprocessError) as error:
+            self._set(pod.key, phase="Failed", message=str(error))
+            raise
+        await self._until(lambda: self._status[pod.key].settled, START_S)
+        self._publish()
+
+    async def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
+        """Wait for something, and no longer than that."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while not condition():
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _remove(self, pod: PodPlan) -> None:
+        """What is left of it, if anything."""
+        remove_tree(Path(pod.cgroup))
+        cni.delete(pod.container_id, IFNAME)
+        remove_netns(Path(pod.netns))
 
     def _add(self, pod: PodPlan) -> None:
         Path(pod.cgroup).mkdir()
@@ -115,7 +182,9 @@ class Supervisor:
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
         code = self._processes.pop(key).wait()
-        self._set(key, phase="Exited", ready=False, pid=None, exit_code=code)
+        self._changed.set()
+        if self._status[key].phase == "Running":
+            self._set(key, phase="Exited", ready=False, pid=None, exit_code=code)
 
     def _look(self, pod: PodPlan) -> None:
         """Ready once all ports are open; looks again until then, or until the process ends."""
@@ -132,6 +201,7 @@ class Supervisor:
 
     def _set(self, key: str, **changes: object) -> None:
         self._change(key, **changes)
+        self._changed.set()
         if not self._publishing:
             self._publishing = True
             self._loop.call_soon(self._publish)
@@ -139,8 +209,7 @@ class Supervisor:
     def _publish(self) -> None:
         """Endpoints first: whoever sees a pod ready finds it among them."""
         self._publishing = False
-        ready = {key: status.ready for key, status in self._status.items()}
-        slices = endpoint_slices(self._plan, self._node.name, ready)
+        slices = endpoint_slices(self._plan, self._node.name, self._status)
         file = self._lab.manifests / f"endpoints.{self._node.name}.yaml"
         self._lab.write(file, to_yaml(slices))
         status = NodeStatus(pid=os.getpid(), pods=tuple(self._status.values()))

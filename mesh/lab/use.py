@@ -1,9 +1,10 @@
-"""Using a lab: running commands in it, finding its logs."""
+"""Using a lab: running commands in it, finding its logs, stopping and starting its pods."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +13,9 @@ from mesh.lab.errors import LabError, NoSuchCommand, explained, require_root
 from mesh.lab.plan import NodePlan, PodPlan
 from mesh.lab.state import find_lab
 from mesh.lab.status import look
+
+# More than the supervisor itself waits for anything.
+_ORDER_S = 60.0
 
 
 def log_file(run_dir: Path, name: str | None, pod: str) -> Path:
@@ -23,6 +27,41 @@ def log_file(run_dir: Path, name: str | None, pod: str) -> Path:
     if isinstance(place, NodePlan):
         return lab.node_log(place.name)
     raise LabError(f"{place.key} is no pod: only pods and nodes have logs")
+
+
+def stop(run_dir: Path, name: str | None, pod: str) -> str:
+    """End a pod as a cluster does: its endpoints are terminating, it gets SIGTERM and a few
+    seconds, then its network and cgroup are removed. Its key; LabError: no such lab or pod."""
+    return _order(run_dir, name, "stop", pod)
+
+
+def start(run_dir: Path, name: str | None, pod: str) -> str:
+    """Make a pod that was stopped or has ended again, with the addresses it had, and wait until it
+    is ready. Its key; LabError: no such lab or pod, or it runs, or does not become ready."""
+    return _order(run_dir, name, "start", pod)
+
+
+def _order(run_dir: Path, name: str | None, order: str, where: str) -> str:
+    require_root()
+    lab = find_lab(run_dir, name)
+    plan = lab.existing_plan()
+    pod = plan.place(where)
+    if not isinstance(pod, PodPlan):
+        raise LabError(f"{pod.key} is no pod: only pods are stopped and started")
+    try:
+        with socket.socket(socket.AF_UNIX) as supervisor:
+            supervisor.settimeout(_ORDER_S)
+            supervisor.connect(str(lab.orders(pod.node)))
+            supervisor.sendall(f"{order} {pod.key}\n".encode())
+            answer = b"".join(iter(lambda: supervisor.recv(4096), b"")).decode()
+    except OSError as error:
+        raise LabError(
+            f"the supervisor of node {pod.node} does not answer ({error}): see 'weft lab status'"
+        ) from None
+    now = look(lab, plan).pods[pod.key]
+    if answer or not now.well:
+        raise LabError(answer or f"{pod.key} is not ready: see 'weft lab logs {pod.key}'")
+    return pod.key
 
 
 def execute(run_dir: Path, name: str | None, where: str, command: tuple[str, ...]) -> NoReturn:
@@ -38,6 +77,8 @@ def execute(run_dir: Path, name: str | None, where: str, command: tuple[str, ...
             terminal = {"TERM": env["TERM"]} if "TERM" in env else {}
             env = {**terminal, **pod_env(place)}
             pod = look(lab, plan).pods[place.key]
+            if pod.phase == "Stopped":
+                raise LabError(f"{place.key} is stopped: start it with 'weft lab start'")
             enter_pod(lab, place, pod.pid)
             os.chdir(plan.directory)
         else:
