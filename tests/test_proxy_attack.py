@@ -1142,3 +1142,24 @@ async def test_hostile_bytes_reach_nobody(proxy, alpn):
             assert re.fullmatch(r"[!-~]+ [!-~]+ HTTP/1\.1", request.start)
     assert proxy.metrics().get('weft_http_local_replies_total{reason="internal"}') is None
     assert proxy.process.returncode is None
+
+
+async def test_unfinished_handshakes_count_as_connections(proxy):
+    authority = Authority.create("test")
+    port = proxy.listen()
+    await proxy.apply(
+        {SETTINGS_KEY: Settings(max_connections_per_client=2, head_timeout_s=2)}
+        | certificate(authority)
+        | https(port)
+    )
+    async with connection(port) as (first, _), connection(port):
+        async with connection(port) as (reader, writer):
+            writer.write(b"\x16")
+            with suppress(ConnectionError):
+                assert await reader.read() == b""  # at once: the others still hold their places
+        assert not first.at_eof()
+        refused = 'weft_downstream_refused_total{reason="max_connections_per_client"}'
+        await proxy.metric(refused, lambda value: value == 1)
+        # Nobody waits for ever for a client who does not go on.
+        assert await first.read() == b""
+    await proxy.metric("weft_downstream_connections", lambda value: value == 0)
