@@ -108,7 +108,10 @@ class Balancer:
             try:
                 frontend = _target(entry.address, entry.port, entry.protocol)
                 wanted = _backends(frontend, entry)
-                self._put(key, frontend, wanted, entry.affinity_s or 0, gone)
+                affinity_s = entry.affinity_s or 0
+                if not 0 <= affinity_s < 1 << 32:
+                    raise _Refused(f"session affinity for {affinity_s} seconds")
+                self._put(key, frontend, wanted, affinity_s, gone)
             except _Refused as error:
                 refused[key] = str(error)
             except OSError as error:

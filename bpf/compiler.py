@@ -71,7 +71,7 @@ class Module:
         for directory in (_UAPI, multiarch):
             flags += ["-idirafter", str(directory)]
         try:
-            self._bpf = bcc.BPF(text=source(main), cflags=flags)
+            self._bpf = bcc.BPF(text=source(main).encode(), cflags=flags)
         except Exception as error:  # bcc raises bare Exception
             raise DatapathError(
                 f"cannot compile {main}: {error}: clang's messages stand above; without rights to "
@@ -93,7 +93,7 @@ class Module:
 
     def instructions(self, function: str, maps: dict[int, int]) -> bytes:
         """A function's code, with the descriptors of templates replaced as `maps` says."""
-        code = bytearray(self._bpf.dump_func(function))
+        code = bytearray(self._bpf.dump_func(function.encode()))
         at = 0
         while at < len(code):
             wide = code[at] == _LD_IMM64

@@ -143,6 +143,14 @@ def udp_connected(address: str, port: int) -> list:
         return [data.decode(), peer(sender), peer(client.getpeername())]
 
 
+def udp_connected_anew(address: str, port: int, then: str, then_port: int) -> list:
+    """Who a socket says it is connected to, at first and when it is connected elsewhere."""
+    with opened(address, port, socket.SOCK_DGRAM) as client:
+        first = peer(client.getpeername())
+        client.connect((then, then_port))
+        return [first, peer(client.getpeername())]
+
+
 def main() -> None:
     enter(sys.argv[1])
     print(json.dumps("ready"), flush=True)

@@ -105,6 +105,14 @@ def test_a_connected_datagram_socket_believes_in_its_frontend(world, balancer, f
     assert world.actor("udp_connected", asked, PORT) == ["one", [asked, PORT], [asked, PORT]]
 
 
+@pytest.mark.parametrize("frontend", [V4, V6])
+def test_a_socket_connected_anew_believes_in_its_new_peer(world, balancer, frontend):
+    backend = LOOPBACK[frontend], world.actor("serve_udp", LOOPBACK[frontend], "one")
+    balancer.apply(entry(frontend, {backend[1]: 1}, "UDP"))
+    peers = world.actor("udp_connected_anew", frontend, PORT, *backend)
+    assert peers == [[frontend, PORT], list(backend)]
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 def test_what_is_no_frontend_passes(world, balancer, counted, address):
     port = world.actor("serve_tcp", address, "direct")

@@ -207,13 +207,18 @@ def test_maps_and_refused_entries(tmp_path):
         mixed = LoadBalancerEntry("fd00::1", 80, "TCP", (EntryBackend("10.1.0.1", 80),), "z")
         wrong = LoadBalancerEntry("no address", 80, "TCP", (), "w")
         port = LoadBalancerEntry("10.0.0.3", 0, "TCP", (), "p")
+        late = LoadBalancerEntry("10.0.0.4", 80, "TCP", (), "l", -1)
+        light = LoadBalancerEntry("10.0.0.5", 80, "TCP", (EntryBackend("10.1.0.1", 80, -1),), "b")
         put = {"good": good, "twin": twin, "mixed": mixed, "wrong": wrong, "port": port}
+        put |= {"late": late, "light": light}
         refused = balancer.replace(put)
-        assert refused.keys() == {"twin", "mixed", "wrong", "port"}
+        assert refused.keys() == put.keys() - {"good"}
         assert refused["twin"] == "the same address, port and protocol as good"
         assert "different families" in refused["mixed"]
         assert "no address" in refused["wrong"]
         assert refused["port"] == "0 is not a port"
+        assert refused["late"] == "session affinity for -1 seconds"
+        assert refused["light"] == "the backend 10.1.0.1 has the weight -1"
         # The last good version of a refused entry stays; what goes makes room for its twin.
         bad = LoadBalancerEntry("10.0.0.2", 80, "TCP", (EntryBackend("fd00::2", 80),), "x")
         assert balancer.apply({"good": bad}).keys() == {"good"}

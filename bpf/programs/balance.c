@@ -12,22 +12,22 @@ static __always_inline int verdict(int result)
 
 int connect4(struct bpf_sock_addr *ctx)
 {
-	return verdict(steer4(ctx));
+	return verdict(steer4(ctx, CONNECT));
 }
 
 int connect6(struct bpf_sock_addr *ctx)
 {
-	return verdict(steer6(ctx));
+	return verdict(steer6(ctx, CONNECT));
 }
 
 int sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return verdict(steer4(ctx));
+	return verdict(steer4(ctx, SENDMSG));
 }
 
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	return verdict(steer6(ctx));
+	return verdict(steer6(ctx, SENDMSG));
 }
 
 int recvmsg4(struct bpf_sock_addr *ctx)

@@ -10,7 +10,7 @@ BPF_F_TABLE("hash", struct target, struct frontend, frontends, FRONTENDS, BPF_F_
 BPF_F_TABLE("array", u32, u64, slots, SLOTS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct target, backends, BACKENDS, 0);
 /* What a socket asked for, by its cookie and the backend it was given: evicted when long unused,
- * never deleted, because a proxy may ask after the workload has closed. */
+ * not deleted when a socket closes, because a proxy may ask after that. */
 BPF_F_TABLE("lru_hash", struct origin_key, struct target, origins, ORIGINS, 0);
 /* Which backend a client of a frontend had last: valid while it is a member, and used lately. */
 BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity, affinities, AFFINITIES, 0);

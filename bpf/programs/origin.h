@@ -13,6 +13,14 @@ static __always_inline int remember(u64 cookie, const struct target *backend,
 	return origins.update(&key, &origin) ? REFUSE(NO_ORIGIN) : 0;
 }
 
+/* A socket can be connected anew, to an address that was once its backend. */
+static __always_inline void forget(u64 cookie, const struct target *peer)
+{
+	struct origin_key key = {.cookie = cookie, .peer = *peer};
+
+	origins.delete(&key);
+}
+
 /* The target that the socket asked for when it was given `peer`, or null. */
 static __always_inline struct target *recall(u64 cookie, const struct target *peer)
 {

@@ -5,13 +5,19 @@
 #include "choose.h"
 #include "origin.h"
 
-/* As choose(); 1 also means that the origin is kept. */
-static __always_inline int steer(struct bpf_sock_addr *ctx, const struct target *asked,
-				 struct target *backend)
+enum calls { CONNECT, SENDMSG };
+
+/* As choose(); with 1 the origin is kept. A connection to what is no frontend ends what was kept
+ * for it, a datagram does not: sendmsg4 also sees those that a connected IPv6 socket with an IPv4
+ * peer sends, with the backend as their destination. */
+static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
+				 const struct target *asked, struct target *backend)
 {
 	u64 cookie = bpf_get_socket_cookie(ctx);
 	int result = choose(ctx, cookie, asked, backend);
 
+	if (!result && call == CONNECT)
+		forget(cookie, asked);
 	if (result <= 0)
 		return result;
 	result = remember(cookie, backend, asked);
@@ -21,25 +27,25 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, const struct target 
 	return 1;
 }
 
-static __always_inline int steer4(struct bpf_sock_addr *ctx)
+static __always_inline int steer4(struct bpf_sock_addr *ctx, enum calls call)
 {
 	struct target asked, backend;
 	int result;
 
 	read4(ctx, &asked);
-	result = steer(ctx, &asked, &backend);
+	result = steer(ctx, call, &asked, &backend);
 	if (result > 0)
 		write4(ctx, &backend);
 	return result;
 }
 
-static __always_inline int steer6(struct bpf_sock_addr *ctx)
+static __always_inline int steer6(struct bpf_sock_addr *ctx, enum calls call)
 {
 	struct target asked, backend;
 	int result;
 
 	read6(ctx, &asked);
-	result = steer(ctx, &asked, &backend);
+	result = steer(ctx, call, &asked, &backend);
 	if (result > 0)
 		write6(ctx, &backend);
 	return result;
