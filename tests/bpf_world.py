@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bpf import pins
+from bpf import pins, syscall
 
 ROOT = Path(__file__).resolve().parents[1]
 ACTOR = Path(__file__).with_name("bpf_actor.py")
@@ -38,8 +38,15 @@ def missing() -> str | None:
         return "needs root"
     if importlib.util.find_spec("bcc") is None:
         return "needs python3-bpfcc"
-    if cgroup_mount() is None:
-        return "needs cgroup v2"
+    mount = cgroup_mount()
+    if mount is None or not os.access(mount, os.W_OK):
+        return "needs cgroup v2, writable"
+    try:
+        syscall.pinned("/nowhere/to/be/found")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"needs bpf(2): {error.strerror}"
     return None
 
 

@@ -22,7 +22,7 @@ from bpf_world import (
 from bpf import layout, maps, pins, reasons, syscall
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
-from bpf.layout import Frontend, Number, Target
+from bpf.layout import Frontend, Member, Number, Target
 from bpf.reasons import Reason
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 
@@ -230,6 +230,60 @@ def test_maps_and_refused_entries(tmp_path):
         moved = LoadBalancerEntry("10.0.0.4", 80, "TCP", (), "y")
         assert balancer.apply({"twin": moved}) == {}
         assert frontends(pin) == {Target.of("10.0.0.4", 80, "TCP"): Frontend(0, 0, 0)}
+        balancer.close()
+
+
+@needs_bpf
+def test_room_runs_out_for_what_is_new_only(tmp_path):
+    def entry(port: int) -> dict[str, LoadBalancerEntry]:
+        # Weights so far apart that the table is large: 64 of them fill the slots.
+        backends = (EntryBackend("10.1.0.1", 80), EntryBackend("10.1.0.2", 80, 1_000_000))
+        return {f"entry/{port}": LoadBalancerEntry("10.0.0.1", port, "TCP", backends, "x")}
+
+    with steered(tmp_path) as (pin, _, _):
+        balancer = Balancer(pin)
+        many = {key: value for port in range(1, 67) for key, value in entry(port).items()}
+        refused = balancer.apply(many)
+        assert list(refused) == ["entry/65", "entry/66"]
+        assert refused["entry/65"].startswith("no room for a table of 16381 slots")
+        assert len(frontends(pin)) == 64
+        # What goes may still be read by a program: the room is there for the next change.
+        assert balancer.apply(entry(65), ["entry/1"]).keys() == {"entry/65"}
+        assert balancer.apply(entry(65)) == {}
+        assert len(frontends(pin)) == 64
+        balancer.close()
+        # A restarted agent knows what is taken.
+        balancer = Balancer(pin)
+        assert balancer.apply(entry(66)).keys() == {"entry/66"}
+        balancer.close()
+
+
+@needs_bpf
+def test_a_full_map_refuses_and_what_was_in_force_stays(tmp_path):
+    def entry(*hosts: int) -> dict[str, LoadBalancerEntry]:
+        backends = tuple(EntryBackend(f"10.1.0.{host}", 80) for host in hosts)
+        return {"entry/x": LoadBalancerEntry("10.0.0.1", 80, "TCP", backends, "x", 60)}
+
+    with steered(tmp_path) as (pin, _, _):
+        balancer = Balancer(pin)
+        assert balancer.apply(entry(1)) == {}
+        before = frontends(pin)
+        table = maps.PinnedMap(pin, "members", Member, Number)
+        [(own, one)] = table.items()
+        strangers = [
+            Member(bytes(20), number.to_bytes(20, "big")) for number in range(layout.MEMBERS - 1)
+        ]
+        table.put_all((stranger, one) for stranger in strangers)
+        refused = balancer.apply(entry(1, 2, 3))
+        assert refused == {"entry/x": "the kernel's maps do not take it: Argument list too long"}
+        assert frontends(pin) == before
+        assert table.get(own) == one
+        # Two places: enough now, and nothing of the refused change is in the way.
+        for stranger in strangers[:2]:
+            table.remove(stranger)
+        assert balancer.apply(entry(1, 2, 3)) == {}
+        assert frontends(pin) != before
+        table.close()
         balancer.close()
 
 
