@@ -36,8 +36,12 @@ def whole_s(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def kill_up(lab: Lab, after_s: float) -> None:
-    """Start `up`, and kill -9 it after a while."""
-    with subprocess.Popen(lab.arguments("up", str(lab.file)), stderr=subprocess.PIPE) as process:
+    kill(lab.arguments("up", str(lab.file)), after_s)
+
+
+def kill(command: list[str], after_s: float) -> None:
+    """Start a command, and kill -9 it after a while."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(after_s)
         process.kill()
@@ -67,6 +71,15 @@ def test_up_after_kills(tmp_path: Path, whole_s: float) -> None:
         cgroup = cgroup_root() / lab.name
         assert {len(members(cgroup / "_system" / node)) for node in "ab"} == {1}
         assert {len(members(pod["cgroup"])) for pod in status["pods"]} == {1}
+
+
+def test_down_after_kills_of_down(tmp_path: Path, whole_s: float) -> None:
+    with lab_of(tmp_path, "halfway", CONFIG) as lab:
+        assert lab.up().returncode == 0
+        for part in (0.2, 0.3, 0.4):
+            kill(lab.arguments("down"), whole_s * part * random.uniform(0.8, 1.2))
+        lab.weft("down")
+        assert lab.leftovers() == []
 
 
 def test_interrupted_up_removes_what_it_made(tmp_path: Path) -> None:
