@@ -50,7 +50,7 @@ def load(directory: Path, cgroup: Path) -> None:
     pins.prepare(directory)
     for name, fd in templates.items():
         if adopted[name] is None:
-            syscall.pin(fd, str(pins.map_path(directory, name)))
+            _pin(fd, pins.map_path(directory, name))
     target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     for hook, program in programs.items():
         _attach(directory, hook, program, target, cgroup)
@@ -87,6 +87,16 @@ def _adopt(directory: Path, name: str, template: int) -> int | None:
             f"what uses it, then remove it: python -m bpf.loader --remove --pin {directory}"
         )
     return adopted
+
+
+def _pin(fd: int, path: Path) -> None:
+    try:
+        syscall.pin(fd, str(path))
+    except OSError as error:
+        raise DatapathError(
+            f"cannot pin a map at {path}: {error.strerror}: it takes a bpffs, and "
+            "no other loader at work on it"
+        ) from error
 
 
 def _program(hook: str, attach_type: int, code: bytes) -> int:

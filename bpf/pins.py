@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 from bpf.errors import DatapathError
 
 _BPF_FS_MAGIC = 0xCAFE4A11
 _MNT_DETACH = 2
+# What our mounts call their device, by which they are known again.
+_SOURCE = b"weft"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,18 +52,24 @@ def prepare(directory: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Detaches the programs, lets the maps go, and undoes the mount if there is one at the
-    directory. Nothing there: nothing to do."""
-    for part in ("links", "maps"):
-        inside = directory / part
-        if inside.is_dir():
-            for path in inside.iterdir():
-                path.unlink()
-            inside.rmdir()
-    if os.path.ismount(directory) and is_bpffs(directory):
-        _checked(_libc.umount2(os.fsencode(directory), _MNT_DETACH), directory)
-    if directory.is_dir():
-        directory.rmdir()
+    """Detaches the programs, lets the maps go, and undoes the mount if `prepare` made one. Nothing
+    there: nothing to do. Only files in bpffs are ever deleted. DatapathError."""
+    try:
+        for part in ("links", "maps"):
+            inside = directory / part
+            if inside.is_dir() and is_bpffs(inside):
+                for path in inside.iterdir():
+                    path.unlink()
+                inside.rmdir()
+        if _mounted_by_us(directory):
+            _checked(_libc.umount2(os.fsencode(directory), _MNT_DETACH), directory)
+        if directory.is_dir() and not os.path.ismount(directory):
+            directory.rmdir()
+    except OSError as error:
+        raise DatapathError(
+            f"cannot remove the pin directory {directory}: {error.strerror}: it takes root, and "
+            "other files in it have to go first"
+        ) from error
 
 
 def is_bpffs(directory: Path) -> bool:
@@ -72,7 +81,18 @@ def is_bpffs(directory: Path) -> bool:
 
 
 def _mount(directory: Path) -> None:
-    _checked(_libc.mount(b"bpf", os.fsencode(directory), b"bpf", 0, b"mode=0700"), directory)
+    _checked(_libc.mount(_SOURCE, os.fsencode(directory), b"bpf", 0, b"mode=0700"), directory)
+
+
+def _mounted_by_us(directory: Path) -> bool:
+    for line in Path("/proc/self/mounts").read_bytes().splitlines():
+        source, escaped, kind, *_ = line.split(b" ")
+        if (source, kind) == (_SOURCE, b"bpf"):
+            # Blanks and backslashes are octal there; the rest is bytes as they are.
+            where = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), escaped)
+            if where == os.fsencode(directory.resolve()):
+                return True
+    return False
 
 
 def _checked(result: int, path: Path) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -53,10 +54,24 @@ def missing() -> str | None:
 needs_bpf = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
+def sweep(mount: Path) -> None:
+    """Takes away what a test run that was killed left."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    left = [*map(Path, mounts), *mount.glob("weft-test-*")]
+    for path in left:
+        found = re.fullmatch(r"weft-(?:pins|test)-(\d+)-\d+", path.name)
+        if found and not Path("/proc", found[1]).exists():
+            if path.parent == mount:
+                path.rmdir()
+            else:
+                pins.remove(path)
+
+
 @contextlib.contextmanager
 def new_cgroup() -> Iterator[Path]:
     mount = cgroup_mount()
     assert mount is not None
+    sweep(mount)
     path = mount / f"weft-test-{os.getpid()}-{next(_numbers)}"
     path.mkdir()
     try:
@@ -67,7 +82,7 @@ def new_cgroup() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def pin_directory(parent: Path) -> Iterator[Path]:
-    path = parent / f"pins-{next(_numbers)}"
+    path = parent / f"weft-pins-{os.getpid()}-{next(_numbers)}"
     try:
         yield path
     finally:

@@ -137,6 +137,31 @@ def test_a_directory_in_use_is_not_mounted_over(tmp_path):
 
 
 @needs_bpf
+def test_only_pins_are_removed(tmp_path):
+    precious = tmp_path / "maps" / "precious"
+    precious.parent.mkdir()
+    precious.touch()
+    done = loader("--pin", tmp_path, "--remove")
+    assert done.returncode == 1
+    assert f"cannot remove the pin directory {tmp_path}: Directory not empty" in done.stderr
+    assert precious.exists()
+
+
+@needs_bpf
+def test_a_mount_of_others_stays(tmp_path):
+    """Pins below a bpffs that is already there, in a directory with a blank in its name."""
+    with new_cgroup() as cgroup, pin_directory(tmp_path / "a b") as mounted:
+        pins.prepare(mounted)
+        pin = mounted / "node"
+        assert loader("--pin", pin, "--cgroup", cgroup).returncode == 0
+        assert not os.path.ismount(pin)
+        assert loader("--pin", pin, "--remove").returncode == 0
+        assert not pin.exists()
+        assert os.path.ismount(mounted)
+    assert not mounted.exists()
+
+
+@needs_bpf
 def test_without_rights_it_says_so(tmp_path):
     with new_cgroup() as cgroup:
         done = subprocess.run(
