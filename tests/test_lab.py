@@ -280,6 +280,10 @@ services: [{{name: p, ports: [{{port: 80}}]}}]
         until(lambda: ready() == {False})
         until(lambda: "Exited 5" in lab.weft("status").stdout)
         assert lab.weft("status").returncode == 1
+        assert lab.weft("start", "p").returncode == 0
+        assert ready() == {True}
+        now = next(pod["status"] for pod in status_of(lab)["pods"] if pod["name"] == "p")
+        assert (now["phase"], now["exitCode"]) == ("Running", None)
 
 
 def test_a_pod_stops_and_starts_as_in_a_cluster(tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def test_what_is_no_lab_is_not_removed(tmp_path: Path) -> None:
     assert precious.exists()
 
 
+def test_a_run_directory_that_is_too_long(tmp_path: Path) -> None:
+    plan = make_plan(read_config(EXAMPLE), "mine", tmp_path, Path("/cgroup"))
+    with pytest.raises(LabError, match="is too long for a socket"):
+        LabDir(tmp_path / ("long" * 30), "mine").create(plan)
+
+
 def test_the_journal_goes_last(tmp_path: Path) -> None:
     plan = make_plan(read_config(EXAMPLE), "mine", tmp_path, Path("/cgroup"))
     lab = LabDir(tmp_path, "mine")

@@ -32,6 +32,9 @@ from mesh.model.meta import Model
 
 DEFAULT_RUN_DIR = Path("/run/weft-lab")
 
+# sun_path of unix(7), without the NUL at its end.
+_MAX_SOCKET_PATH = 107
+
 Phase = Literal["Pending", "Running", "Exited", "Failed", "Terminating", "Stopped"]
 
 
@@ -126,7 +129,13 @@ class LabDir:
 
     def create(self, plan: Plan) -> None:
         """Begin a lab: the journal first, then the other directories. LabError: there is a
-        directory of that name, which is no lab's."""
+        directory of that name, which is no lab's, or its path is too long."""
+        for path in (self.orders(node.name) for node in plan.nodes):
+            if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+                raise LabError(
+                    f"{path} is too long for a socket (at most {_MAX_SOCKET_PATH} bytes): choose "
+                    "another --run-dir, or shorter names"
+                )
         try:
             self.path.mkdir(mode=0o755)
         except FileExistsError:

@@ -71,18 +71,18 @@ class Supervisor:
         """Until the process is killed."""
         self._loop = asyncio.get_running_loop()
         server = await serve(Names(self._plan, self._ready_pods), DNS_ADDRESS)
-        for pod in self._pods.values():
-            if self._status[pod.key].phase == "Failed":
-                continue
-            try:
-                self._start(pod)
-            except (OSError, subprocess.SubprocessError) as error:
-                self._set(pod.key, phase="Failed", message=str(error))
-            await asyncio.sleep(0)  # pods that already run are looked at meanwhile
-        self._publish()
-        orders = self._lab.orders(self._node.name)
-        async with await asyncio.start_unix_server(self._take_order, orders):
-            await server.serve_forever()
+        await asyncio.start_unix_server(self._take_order, self._lab.orders(self._node.name))
+        async with self._ordered:
+            for pod in self._pods.values():
+                if self._status[pod.key].phase == "Failed":
+                    continue
+                try:
+                    self._start(pod)
+                except (OSError, subprocess.SubprocessError) as error:
+                    self._set(pod.key, phase="Failed", message=str(error))
+                await asyncio.sleep(0)  # pods that already run are looked at meanwhile
+            self._publish()
+        await server.serve_forever()
 
     async def _take_order(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One line, "stop KEY" or "start KEY"; the answer is what went wrong, or nothing."""
@@ -173,9 +173,10 @@ class Supervisor:
                 preexec_fn=enter,
             )
         self._processes[pod.key] = process
-        self._set(pod.key, phase="Running", pid=process.pid)
+        self._status[pod.key] = PodStatus(key=pod.key, phase="Running", pid=process.pid)
         pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(pidfd, self._exited, pod.key, pidfd)
+        self._set(pod.key)
         self._look(pod)
 
     def _exited(self, key: str, pidfd: int) -> None:
@@ -189,7 +190,7 @@ class Supervisor:
     def _look(self, pod: PodPlan) -> None:
         """Ready once all ports are open; looks again until then, or until the process ends."""
         process = self._processes.get(pod.key)
-        if process is None:
+        if process is None or self._status[pod.key].phase != "Running":
             return
         if {(port.protocol, port.port) for port in pod.ports} <= set(_open_ports(process.pid)):
             self._set(pod.key, ready=True)
