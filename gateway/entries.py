@@ -16,6 +16,9 @@ from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, PortSection
 
 Frontend: TypeAlias = tuple[str, int, Literal["TCP", "UDP"]]
 
+# What Kubernetes sets where the Service leaves it open (ClientIPConfig.timeoutSeconds).
+_AFFINITY_S = 10_800
+
 
 def service_frontends(key: ObjectKey, service: Service) -> Iterator[Frontend]:
     """The frontends of a Service (for an index): each cluster IP with each port."""
@@ -45,7 +48,16 @@ def service_entry(view: View, frontend: Frontend) -> LoadBalancerEntry:
             if (":" in endpoint.address) == (":" in address)
         ),
         source=f"Service/{key}",
+        affinity_s=_affinity_s(service),
     )
+
+
+def _affinity_s(service: Service) -> int | None:
+    if service.spec.session_affinity != "ClientIP":
+        return None
+    config = service.spec.session_affinity_config
+    timeout = config.client_ip.timeout_seconds if config and config.client_ip else None
+    return _AFFINITY_S if timeout is None else timeout
 
 
 def gateway_frontends(

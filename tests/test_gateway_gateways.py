@@ -605,6 +605,25 @@ def test_entries_of_services_and_gateways() -> None:
     assert world.sections["entry/10.96.0.7|80/TCP"].backends == ()
 
 
+@pytest.mark.parametrize(
+    ("affinity", "seconds"),
+    [
+        ("sessionAffinity: None", None),
+        ("sessionAffinity: ClientIP", 10_800),
+        (
+            "sessionAffinity: ClientIP\n  sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}",
+            60,
+        ),
+    ],
+)
+def test_entries_keep_clients_where_the_service_asks_for_it(
+    affinity: str, seconds: int | None
+) -> None:
+    world = World()
+    world.apply(BACKEND.replace("spec:", f"spec:\n  {affinity}", 1))
+    assert world.sections["entry/10.96.0.7|80/TCP"].affinity_s == seconds
+
+
 # --- transition times ---------------------------------------------------------------------------
 
 

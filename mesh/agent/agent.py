@@ -20,6 +20,7 @@ from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
+from mesh.agent.datapath import Datapath
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
@@ -56,6 +57,7 @@ class Agent:
             rollout=rollout,
             want=self._want,
             ready=_keep,
+            datapath=Datapath(*options.steer) if options.steer is not None else None,
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
@@ -74,11 +76,15 @@ class Agent:
                 group.create_task(self._node.run(), name="node"),
                 group.create_task(self._follow_source(), name="source"),
             ]
+            if (datapath := self._node.datapath) is not None:
+                work.append(group.create_task(datapath.start(), name="datapath"))
             await self._stop.wait()
             for task in work:
                 task.cancel()
         await self._admin.close()
         await self._api.close()
+        if datapath is not None:
+            datapath.close()
 
     async def _follow_source(self) -> None:
         async with contextlib.aclosing(self._source.updates()) as updates:

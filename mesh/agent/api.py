@@ -100,6 +100,7 @@ class Api:
                 if address and not self._admin.error
                 else None,
                 "ready": not not_ready,
+                "steered": str(node.datapath.cgroup) if node.datapath is not None else None,
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {

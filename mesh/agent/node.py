@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
+from mesh.agent.datapath import Datapath
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
@@ -44,8 +45,10 @@ class Node:
         rollout: Rollout,
         want: Callable[[tuple[PortAddress, ...]], None],
         ready: Callable[[], None],
+        datapath: Datapath | None,
     ) -> None:
         self.rollout = rollout
+        self.datapath = datapath
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
         self.statuses = StatusStore()
@@ -129,6 +132,8 @@ class Node:
             self._unpublished.update(outcome.statuses)
             if outcome.put or outcome.remove:
                 self.rollout.publish(outcome.put, outcome.remove)
+                if self.datapath is not None:
+                    self.datapath.publish(outcome.put, outcome.remove)
             self._note_failures(outcome.failures)
             ports = tuple(PortAddress(address, port) for address, port in sorted(outcome.ports))
             if first or ports != self._wanted:
@@ -208,6 +213,11 @@ class Node:
             ]
         refusals = self.rollout.refusals()
         result += [f"{key} is refused by the proxy: {why}" for key, why in refusals.items()]
+        if self.datapath is not None:
+            refusals = self.datapath.refused
+            result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
+            if self.datapath.failure is not None:
+                result.append(self.datapath.failure)
         result += [
             f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
             for (table, key), error in self.failures.items()

@@ -31,7 +31,7 @@ class OptionError(Exception):
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port."""
+    """`admin` None: no admin port; `steer` None: no eBPF, else a cgroup and its pin directory."""
 
     manifests: Path
     run_dir: Path
@@ -39,6 +39,7 @@ class AgentOptions(NamedTuple):
     workers: int
     plane: Options
     admin: tuple[str, int] | None
+    steer: tuple[Path, Path] | None
 
 
 def parse(arguments: list[str]) -> AgentOptions:
@@ -54,6 +55,8 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--admin", default=DEFAULT_ADMIN)
     parser.add_argument("--settings", type=Path)
     parser.add_argument("--access-log", choices=("json", "text", "off"))
+    parser.add_argument("--steer", type=Path)
+    parser.add_argument("--pins", type=Path)
     args = parser.parse_args(arguments)
     return AgentOptions(
         manifests=args.manifests.absolute(),
@@ -62,6 +65,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         workers=args.workers,
         plane=plane_options(args),
         admin=parse_admin(args.admin),
+        steer=(args.steer, args.pins or args.run_dir / "bpf") if args.steer is not None else None,
     )
 
 

@@ -84,6 +84,19 @@ def cli() -> None:
 )
 @click.option("--access-log", type=click.Choice(["json", "text", "off"]), help="On stdout.")
 @click.option(
+    "--steer",
+    metavar="CGROUP",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="cgroup v2 directory of workloads that reach Services by ClusterIP, with eBPF.",
+)
+@click.option(
+    "--pins",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where eBPF programs and maps are pinned, with --steer: in bpffs, or an empty directory"
+    " to mount it at.  [default: bpf in the run directory]",
+)
+@click.option(
     "--drain-timeout",
     type=click.FloatRange(0),
     default=30.0,

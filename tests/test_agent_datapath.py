@@ -1,0 +1,100 @@
+"""`weft up --steer`: workloads of a cgroup reach Services by ClusterIP.
+
+The workload has a network namespace of its own, so that nothing leaves it where steering fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+from bpf_world import needs_bpf, new_actor, new_cgroup, pin_directory
+from support.running import running, service
+
+pytestmark = needs_bpf
+VIP = "10.96.0.10"
+
+
+def write(directory, target: int, vip: str = VIP) -> None:
+    """A Service with a ClusterIP, and its one endpoint."""
+    first, second = service(target=target).split("\n---\n")
+    manifest = json.loads(first)
+    manifest["spec"] |= {"clusterIP": vip, "clusterIPs": [vip]}
+    draft = directory / "draft"
+    draft.write_text(f"{json.dumps(manifest)}\n---\n{second}")
+    draft.rename(directory / "service.yaml")
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Manifests, a workload in a cgroup, and the arguments that steer it."""
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    with (
+        new_cgroup() as cgroup,
+        pin_directory(tmp_path) as pins,
+        new_actor(cgroup) as workload,
+    ):
+        arguments = (f"--manifests={manifests}", "--admin=off", "--workers=1")
+        yield manifests, workload, (*arguments, f"--steer={cgroup}", f"--pins={pins}")
+
+
+def test_workload_reaches_a_cluster_ip_and_follows_its_endpoints(tmp_path, world):
+    manifests, workload, arguments = world
+    one, two = (workload("serve_tcp", "127.0.0.1", name) for name in ("one", "two"))
+    write(manifests, one)
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        kept = workload("connect", VIP, 80, True)
+        assert (kept["name"], kept["peer"]) == ("one", [VIP, 80])
+
+        write(manifests, two)
+        version = weft.await_status(lambda status: status["config"]["version"] > 1)
+        assert version["steered"]
+        assert version["degraded"] == []
+        assert workload("connect", VIP, 80)["name"] == "two"
+        assert workload("echo", kept["id"], "still here") == ["still here", [VIP, 80]]
+
+
+def test_kernel_goes_on_without_agent_and_the_next_agent_takes_over(tmp_path, world):
+    manifests, workload, arguments = world
+    one, two = (workload("serve_tcp", "127.0.0.1", name) for name in ("one", "two"))
+    write(manifests, one)
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        agent = weft.await_status(lambda status: status["ready"])["agent"]["pid"]
+        os.kill(agent, signal.SIGKILL)
+        assert workload("connect", VIP, 80)["name"] == "one"
+        weft.await_line("are steered")
+        assert workload("connect", VIP, 80)["name"] == "one"
+    # All of Weft has ended, and the world has changed when it comes back.
+    assert workload("connect", VIP, 80)["name"] == "one"
+    write(manifests, two, vip="10.96.0.11")
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        assert workload("connect", "10.96.0.11", 80)["name"] == "two"
+        assert workload("connect", VIP, 80) == {"errno": "ENETUNREACH"}
+
+
+def test_service_without_endpoints_refuses_at_once(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, 9)
+    (manifests / "service.yaml").write_text(
+        (manifests / "service.yaml").read_text().split("\n---\n")[0]
+    )
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        assert workload("connect", VIP, 80) == {"errno": "ECONNREFUSED"}
+
+
+def test_what_cannot_be_steered_is_said_and_the_gateway_goes_on(tmp_path):
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    with running(
+        tmp_path / "run", f"--manifests={manifests}", "--admin=off", f"--steer={tmp_path}"
+    ) as weft:
+        weft.await_line("not a cgroup v2 directory")
+        status = weft.await_status(lambda status: status["ready"])
+        assert any("not a cgroup v2 directory" in text for text in status["degraded"])
