@@ -207,7 +207,11 @@ class Running:
         plane = ControlPlane(Options())
         self.ready = 0
         self.node = Node(
-            plane=plane, rollout=self.rollout, want=self.wanted.put_nowait, ready=self.count_ready
+            plane=plane,
+            rollout=self.rollout,
+            want=self.wanted.put_nowait,
+            ready=self.count_ready,
+            datapath=None,
         )
 
     def changed(self):
