@@ -102,9 +102,11 @@ def cluster(view: View, ref: ClusterRef) -> ClusterSection | None:
     )
 
 
-def endpoints(view: View, service: ObjectKey, port: ServicePort) -> tuple[Endpoint, ...]:
-    """The ready endpoints of a Service port, in order. A pod with an address in each family stands
-    once, with its IPv4 address."""
+def endpoints(
+    view: View, service: ObjectKey, port: ServicePort, family: str | None = None
+) -> tuple[Endpoint, ...]:
+    """The ready endpoints of a Service port, in order: those of one address family, or of all; then
+    a pod with an address in each stands once, with its IPv4 address."""
     slices = sorted(
         ((view.get("EndpointSlice", key), key) for key in view.bucket("slices_of", service)),
         key=lambda found: (found[0].address_type, found[1]),
@@ -112,7 +114,7 @@ def endpoints(view: View, service: ObjectKey, port: ServicePort) -> tuple[Endpoi
     pods: dict[str, str] = {}  # pod: the family it stands with
     result: dict[tuple[str, int], Endpoint] = {}
     for piece, _ in slices:
-        if piece.address_type == "FQDN":
+        if piece.address_type == "FQDN" or (family and piece.address_type != family):
             continue
         for number in _numbers(piece, port):
             for endpoint in piece.endpoints:

@@ -44,8 +44,7 @@ def service_entry(view: View, frontend: Frontend) -> LoadBalancerEntry:
         protocol=protocol,
         backends=tuple(
             EntryBackend(endpoint.address, endpoint.port)
-            for endpoint in endpoints(view, key, port)
-            if (":" in endpoint.address) == (":" in address)
+            for endpoint in endpoints(view, key, port, "IPv6" if ":" in address else "IPv4")
         ),
         source=f"Service/{key}",
         affinity_s=_affinity_s(service),

@@ -56,6 +56,7 @@ class RequestBody:
 
     def __init__(self, stream: ServerStream) -> None:
         self._stream = stream
+        self._length = stream.head.body if isinstance(stream.head.body, int) else None
         self._kept: list[bytes] = []
         self._kept_size = 0
         self._whole = False
@@ -76,7 +77,8 @@ class RequestBody:
 
     @property
     def trailers(self) -> Headers:
-        return self._stream.trailers
+        """Valid once the body has come whole; one of known length has none (RFC 9112 §6.5)."""
+        return self._stream.trailers if self._length is None else []
 
     async def _more(self) -> bytes:
         """The next bytes from the client, b"" at the end; kept and copied as they pass."""
@@ -94,10 +96,15 @@ class RequestBody:
                 self._kept.clear()
             else:
                 self._kept.append(chunk)
-        self._whole = not chunk
-        for feed in self._feeds:
-            feed.trailers = self._stream.trailers if not chunk else []
-            feed.put(chunk)
+        if chunk:
+            for feed in self._feeds:
+                feed.put(chunk)
+        if not chunk or self.received == self._length:
+            # Known here and now: the backend's answer may come before the end is asked for.
+            self._whole = True
+            for feed in self._feeds:
+                feed.trailers = self.trailers
+                feed.put(b"")
         return chunk
 
     async def tunnelled(self) -> bytes:

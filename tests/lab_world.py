@@ -63,13 +63,15 @@ class Lab:
         return done.stdout.strip()
 
     def leftovers(self) -> list[str]:
-        """Network namespaces, cgroups, files and processes of the lab."""
+        """Network namespaces, cgroups, files, mounts and processes of the lab."""
         found = [
             *Path("/run/netns").glob(f"weft.{self.name}.*"),
             *cgroup_root().glob(self.name),
             *self.run_dir.glob("*"),
         ]
-        return [*map(str, found), *processes_with(str(self.run_dir))]
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+        mounted = [line for line in mounts if str(self.run_dir) in line]
+        return [*map(str, found), *mounted, *processes_with(str(self.run_dir))]
 
 
 def until(condition: Callable[[], bool]) -> None:

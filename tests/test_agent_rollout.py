@@ -215,7 +215,7 @@ class Running:
         )
 
     def changed(self):
-        self.node.workers_changed()
+        self.node.look_again()
 
     def count_ready(self):
         self.ready += 1

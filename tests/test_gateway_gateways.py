@@ -605,6 +605,26 @@ def test_entries_of_services_and_gateways() -> None:
     assert world.sections["entry/10.96.0.7|80/TCP"].backends == ()
 
 
+def test_entries_have_the_endpoints_of_their_own_family() -> None:
+    world = World()
+    world.apply(
+        BACKEND.replace("clusterIP: 10.96.0.7", "clusterIPs: [10.96.0.7, fd00::7]")
+        + """---
+kind: EndpointSlice
+metadata:
+  name: backend-6
+  labels: {kubernetes.io/service-name: backend}
+addressType: IPv6
+ports: [{name: http, port: 8080}]
+endpoints:
+- {addresses: [fd01::1], conditions: {ready: true}, targetRef: {kind: Pod, name: backend-a}}
+"""
+    )
+    four, six = (world.sections[f"entry/{vip}|80/TCP"] for vip in ("10.96.0.7", "fd00::7"))
+    assert [backend.address for backend in four.backends] == ["10.0.0.1", "10.0.0.2"]
+    assert [backend.address for backend in six.backends] == ["fd01::1"]
+
+
 @pytest.mark.parametrize(
     ("affinity", "seconds"),
     [

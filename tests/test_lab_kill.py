@@ -59,17 +59,27 @@ def test_down_after_a_kill(tmp_path: Path, whole_s: float, part: float) -> None:
         assert host_links() == links
 
 
+def supervisors(lab: Lab, node: str) -> list[int]:
+    """Of a node; its Weft runs beside them."""
+    found = []
+    for pid in members(cgroup_root() / lab.name / "_system" / node):
+        with contextlib.suppress(OSError):
+            if b"mesh.lab.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
 def test_up_after_kills(tmp_path: Path, whole_s: float) -> None:
     with lab_of(tmp_path, "again", CONFIG) as lab:
         for _ in range(5):
             kill_up(lab, whole_s * random.uniform(0.2, 0.9))
         done = lab.up()
-        assert done.returncode == 0, done.stderr
+        # The last kill may have come too late.
+        assert done.returncode == 0 or "is up" in done.stderr
         status = json.loads(lab.weft("status", "-o", "json").stdout)
         assert all(pod["status"]["ready"] for pod in status["pods"])
         # Just one supervisor in each node, and one process in each pod.
-        cgroup = cgroup_root() / lab.name
-        assert {len(members(cgroup / "_system" / node)) for node in "ab"} == {1}
+        assert {len(supervisors(lab, node)) for node in "ab"} == {1}
         assert {len(members(pod["cgroup"])) for pod in status["pods"]} == {1}
 
 
@@ -86,7 +96,7 @@ def test_interrupted_up_removes_what_it_made(tmp_path: Path) -> None:
     config = CONFIG.replace("[sleep", '[sh, -c, "exec sleep 1000", x').replace(
         "replicas: 6", "replicas: 1, ports: [{port: 1}]"
     )
-    with lab_of(tmp_path, "interrupted", config) as lab:
+    with lab_of(tmp_path, "cut", config) as lab:
         with subprocess.Popen(
             lab.arguments("up", str(lab.file)), stderr=subprocess.PIPE
         ) as process:
@@ -117,9 +127,9 @@ def test_only_one_makes_a_lab(tmp_path: Path) -> None:
 def test_a_lab_whose_supervisor_died_is_replaced(tmp_path: Path) -> None:
     with lab_of(tmp_path, "headless", CONFIG) as lab:
         assert lab.up().returncode == 0
-        (pid,) = members(cgroup_root() / lab.name / "_system" / "a")
+        (pid,) = supervisors(lab, "a")
         os.kill(pid, signal.SIGKILL)
-        until(lambda: not members(cgroup_root() / lab.name / "_system" / "a"))
+        until(lambda: not supervisors(lab, "a"))
         status = lab.weft("status")
         assert status.returncode == 1
         assert "False" in status.stdout

@@ -419,6 +419,25 @@ async def test_mirrors_get_copies_and_change_nothing(proxy):
     assert two.requests[0].start == "POST /m HTTP/1.1"
 
 
+async def test_mirrors_of_requests_that_are_answered_at_once_come_whole(proxy):
+    async with backend() as one, backend() as two:
+        mirror = Mirror(cluster_key("Service", "default", "b", 80))
+        port = await serve(
+            proxy,
+            cluster("a", one.port),
+            cluster("b", two.port),
+            route("r", rule(to("a"), filters=(mirror,))),
+        )
+        async with connection(port) as (reader, writer):
+            for _ in range(100):
+                writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n")
+                writer.write(b"body")
+                assert (await read_message(reader)).status == 200
+        async with asyncio.timeout(10):
+            await two.wait_for(100)
+    assert {request.body for request in two.requests} == {b"body"}
+
+
 async def test_session_cookie_pins_an_endpoint(proxy):
     async with backend(lambda r: ok(b"1")) as one, backend(lambda r: ok(b"2")) as two:
         port = await serve(

@@ -56,7 +56,7 @@ class Agent:
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
-            ready=_keep,
+            ready=_ready,
             datapath=Datapath(*options.steer) if options.steer is not None else None,
         )
         self._source = DirectorySource(options.manifests)
@@ -77,7 +77,7 @@ class Agent:
                 group.create_task(self._follow_source(), name="source"),
             ]
             if (datapath := self._node.datapath) is not None:
-                work.append(group.create_task(datapath.start(), name="datapath"))
+                work.append(group.create_task(self._start(datapath), name="datapath"))
             await self._stop.wait()
             for task in work:
                 task.cancel()
@@ -91,8 +91,12 @@ class Agent:
             async for update in updates:
                 self._node.source_changed(update)
 
+    async def _start(self, datapath: Datapath) -> None:
+        await datapath.start()
+        self._node.look_again()
+
     def _workers_changed(self) -> None:
-        self._node.workers_changed()
+        self._node.look_again()
 
     def _worker_lost(self, number: int, pid: int) -> None:
         """The supervisor makes a new channel, if the worker is still there. Not at once: one that
@@ -133,10 +137,17 @@ class Agent:
                 os.close(fd)
 
 
-def _keep() -> None:
-    """What is in force now stays for long: the collector need not look at it again."""
+def _ready() -> None:
+    """Tell whoever started Weft and asked for it (sd_notify(3), NotifyAccess=all)."""
+    # What is in force now stays for long: the collector need not look at it again.
     gc.collect()
     gc.freeze()
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            try:
+                notify.sendto(b"READY=1", address.replace("@", "\0", 1))
+            except OSError as error:
+                _log.error("NOTIFY_SOCKET %s: %s", address, error)
 
 
 def main() -> int:

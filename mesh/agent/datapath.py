@@ -21,12 +21,14 @@ _log = logging.getLogger("weft.agent")
 
 
 class Datapath:
-    """`failure`: why nothing is steered, None if all is well; `refused`: entries not in force."""
+    """`loading`: until `start` has ended. `failure`: why nothing is steered, None if all is well;
+    `refused`: entries not in force."""
 
     def __init__(self, cgroup: Path, pins: Path) -> None:
         self.cgroup = cgroup
         self.refused: dict[SectionKey, str] = {}
-        self.failure: str | None = "the eBPF programs are being loaded"
+        self.loading = True
+        self.failure: str | None = None
         self._pins = pins
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._synced = False
@@ -41,9 +43,9 @@ class Datapath:
             self.failure = f"workloads in {self.cgroup} are not steered: {error}"
             _log.error("%s", self.failure)
         else:
-            self.failure = None
             self._replace()
             _log.info("workloads in %s are steered", self.cgroup)
+        self.loading = False
 
     async def _load(self) -> None:
         loader = await asyncio.create_subprocess_exec(

@@ -87,7 +87,8 @@ class Node:
         self.bound = bound
         self._wake.set()
 
-    def workers_changed(self) -> None:
+    def look_again(self) -> None:
+        """Workers or the data path have changed."""
         self._wake.set()
 
     # --- the work --------------------------------------------------------------------------------
@@ -193,6 +194,8 @@ class Node:
         ]
         if not self._bound_answers():
             reasons.append("the ports have not been bound yet")
+        if self.datapath is not None and self.datapath.loading:
+            reasons.append("the eBPF programs are being loaded")
         return reasons
 
     def degraded(self) -> list[str]:

@@ -17,7 +17,7 @@ from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
 from mesh.agent.ports import reached_at
-from mesh.agent.rundir import default_run_dir
+from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
@@ -65,7 +65,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         workers=args.workers,
         plane=plane_options(args),
         admin=parse_admin(args.admin),
-        steer=(args.steer, args.pins or args.run_dir / "bpf") if args.steer is not None else None,
+        steer=(args.steer, args.pins or RunDir(args.run_dir).pins) if args.steer else None,
     )
 
 

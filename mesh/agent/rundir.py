@@ -44,6 +44,7 @@ class RunDir:
         self.lock_file = self.path / "supervisor.lock"
         self.api_socket = self.path / "agent.sock"
         self.metrics = self.path / "metrics"
+        self.pins = self.path / "bpf"
         self._dead: deque[int] = deque()
 
     def holder(self) -> dict[str, Any] | None:

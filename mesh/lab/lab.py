@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from bpf import pins
 from mesh.lab import network
 from mesh.lab.cgroups import cgroup_root, join_cgroup, members, remove_tree
 from mesh.lab.config import read_config
@@ -129,4 +130,6 @@ def _remove(lab: LabDir, plan: Plan | None) -> None:
         remove_tree(Path(plan.cgroup))
         for path in _netns_of(lab.name):
             remove_netns(path)
+        for node in plan.nodes:
+            pins.remove(lab.weft(node.name).pins)
     lab.remove()

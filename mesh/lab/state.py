@@ -6,6 +6,8 @@
     nodes/<node>.json  what the node's supervisor last said of its pods
     nodes/<node>.log   what went wrong in the supervisor
     nodes/<node>.sock  where the supervisor takes orders
+    nodes/<node>.weft/, nodes/<node>.weft.log
+                     the run directory of the node's Weft, eBPF pins included, and what it says
     logs/, etc/      output of the pods, and the files that they see in /etc
 
 Knows these files and nothing of the kernel.
@@ -24,6 +26,7 @@ from typing import Literal
 
 import msgspec
 
+from mesh.agent.rundir import RunDir
 from mesh.lab.config import MAX_NAME
 from mesh.lab.errors import LabError
 from mesh.lab.plan import Plan, PodPlan
@@ -95,6 +98,12 @@ class LabDir:
     def orders(self, node: str) -> Path:
         return self.nodes / f"{node}.sock"
 
+    def weft(self, node: str) -> RunDir:
+        return RunDir(self.nodes / f"{node}.weft")
+
+    def weft_log(self, node: str) -> Path:
+        return self.nodes / f"{node}.weft.log"
+
     def etc(self, pod: PodPlan) -> Path:
         return self.path / "etc" / pod.file_stem
 
@@ -130,7 +139,7 @@ class LabDir:
     def create(self, plan: Plan) -> None:
         """Begin a lab: the journal first, then the other directories. LabError: there is a
         directory of that name, which is no lab's, or its path is too long."""
-        for path in (self.orders(node.name) for node in plan.nodes):
+        for path in (self.weft(node.name).api_socket for node in plan.nodes):
             if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
                 raise LabError(
                     f"{path} is too long for a socket (at most {_MAX_SOCKET_PATH} bytes): choose "

@@ -1,7 +1,8 @@
-"""The supervisor of a node: adds its pods to the network, runs their commands, says how they are.
+"""The supervisor of a node: starts its Weft, adds its pods to the network, runs their commands,
+says how they are.
 
-What the kubelet is in a cluster, and the node's DNS server as well. One process for each node, in
-the node's network namespace, started by `weft lab up` and ended with the lab:
+What systemd and the kubelet are in a cluster, and the node's DNS server as well. One process for
+each node, in the node's network namespace, started by `weft lab up` and ended with the lab:
 
     python -m mesh.lab.supervisor RUN_DIR LAB NODE
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -57,6 +59,35 @@ class Supervisor:
         self._publishing = False
         self._ordered = asyncio.Lock()
         self._changed = asyncio.Event()
+
+    def start_weft(self) -> None:
+        """Start the node's Weft and wait until it is ready, so that pods are steered from their
+        first connection."""
+        run_dir = self._lab.weft(self._node.name).path
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
+            open(self._lab.weft_log(self._node.name), "ab") as log,
+        ):
+            # An abstract address of the kernel's choice; it is one of the node's namespace.
+            ready.bind("")
+            ready.settimeout(START_S)
+            address = "@" + ready.getsockname()[1:].decode()
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "mesh.agent.supervisor", "--workers=1"),
+                    f"--manifests={self._lab.manifests}",
+                    f"--run-dir={run_dir}",
+                    f"--steer={self._node.cgroup}",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "NOTIFY_SOCKET": address},
+            )
+            try:
+                ready.recv(64)
+            except TimeoutError:
+                print(f"Weft was not ready after {START_S:.0f} s", file=sys.stderr)
 
     def add_pods(self) -> None:
         """Everything that pods need before their processes start. Outside any event loop: pyroute2
@@ -251,6 +282,7 @@ def main() -> None:
     node = plan.node(node_name)
     join(node.netns, CLONE_NEWNET)
     supervisor = Supervisor(lab, plan, node)
+    supervisor.start_weft()
     supervisor.add_pods()
     asyncio.run(supervisor.run())
 
