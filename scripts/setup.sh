@@ -22,10 +22,14 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 
 # --- Debian packages -----------------------------------------------------------------------------
 # python3-venv: to make .venv. python3-bpfcc: bcc exists for Debian's own Python only, which is why
-# .venv is made from /usr/bin/python3 and sees the system's packages.
+# .venv is made from /usr/bin/python3 and sees the system's packages. linux-libc-dev: the kernel's
+# headers that eBPF programs are compiled with. Tests use curl, and other people's HTTP clients as
+# peers and attackers: nghttp and slowhttptest.
+packages="python3-venv python3-bpfcc linux-libc-dev"
+[ "$what" != dev ] || packages="$packages curl nghttp2-client slowhttptest"
 if command -v dpkg-query >/dev/null 2>&1; then
     missing=""
-    for package in python3-venv python3-bpfcc; do
+    for package in $packages; do
         installed "$package" || missing="$missing $package"
     done
     if [ -n "$missing" ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -43,8 +47,8 @@ if command -v dpkg-query >/dev/null 2>&1; then
                 "They are installed as root: sudo apt-get update && sudo apt-get install$missing" \
                 "Then run make again." ;;
         *)
-            say "note: python3-bpfcc is not installed; the ingress gateway does without it."
-            say "      To install it: sudo apt-get install python3-bpfcc" ;;
+            say "note: not installed:$missing; the ingress gateway does without."
+            say "      To install: sudo apt-get install$missing" ;;
         esac
     fi
 else
