@@ -330,6 +330,7 @@ class _Stream:
         self.responded = True
         self.tunnel = head.status == 101 and head.upgrade is not None
         if self.tunnel:
+            self._ended = False  # the request may have been read to its end; the tunnel begins
             await self._send((block,))
         elif self._connection.gone:
             raise StreamReset("the client is gone")

@@ -366,6 +366,24 @@ def test_tunnel(run: Run) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("length", [b"", b"Content-Length: 0\r\n"])
+def test_a_tunnel_after_the_end_of_the_request_was_read(run: Run, length: bytes) -> None:
+    async def main() -> None:
+        async def upgrade(stream: ServerStream, info: ConnectionInfo) -> None:
+            assert await stream.read() == b""  # as an upload of an empty body does
+            await stream.respond(ResponseHead(101, [], upgrade=stream.head.upgrade))
+            while chunk := await stream.read():
+                await stream.write(chunk.upper())
+            await stream.finish([])
+
+        async with serving(upgrade) as server:
+            head = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n"
+            got = await talk(server.port, head + length + b"\r\nearly", half_close=True)
+            assert got.partition(b"\r\n\r\n")[2] == b"EARLY"
+
+    run(main)
+
+
 def test_an_aborted_response_does_not_look_whole(run: Run) -> None:
     async def main() -> None:
         async def give_up(stream: ServerStream, info: ConnectionInfo) -> None:
