@@ -7,6 +7,7 @@ there were; a double free in uvloop would abort it.
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import random
 import sys
 
@@ -15,9 +16,10 @@ import uvloop
 from l7proxy.message import Framing, ProtocolError, ResponseHead
 from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
 from mesh.model.nodeconfig import Settings
-from tests.support.http1 import connect, peer_of, reset, serving, shutdown
+from tests.support.http1 import Listening, connect, peer_of, reset, serving, shutdown
 
 _CLIENTS = 40
+_PATIENCE_S = 20.0  # what still runs so long after the storm will not end: the process does
 _SETTINGS = Settings(head_timeout_s=0.5, body_timeout_s=0.5, idle_timeout_s=0.5)
 _UPGRADE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
 _UPLOAD = b"PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n\r\n"
@@ -57,17 +59,22 @@ def _relay(port: int) -> Handler:
             except Exception as error:
                 upstream.abort(str(error))
 
-        uploading = asyncio.ensure_future(up())
+        uploading: asyncio.Future[None] | None = None
         try:
             await upstream.request(stream.head)
+            if stream.head.upgrade is None:
+                uploading = asyncio.ensure_future(up())
             await stream.respond(await upstream.response())
+            if uploading is None:  # before the 101 there was a request without a body to read
+                uploading = asyncio.ensure_future(up())
             while chunk := await upstream.read():
                 await stream.write(chunk)
             await stream.finish([])
         except StreamReset as error:
             stream.abort(str(error))
         finally:
-            uploading.cancel()
+            if uploading is not None:
+                uploading.cancel()
             upstream.abort("over")
 
     return handle
@@ -104,17 +111,27 @@ async def _client(port: int, until: float) -> int:
     return count
 
 
+async def _all_made(listening: Listening) -> None:
+    """Return when every accepted connection has its transport: one without cannot be aborted,
+    and would outlive the abort of all that ends `serving`."""
+    while any(connection.transport is None for connection in listening.connections):
+        await asyncio.sleep(0)
+
+
 async def _storm(seconds: float) -> None:
     until = asyncio.get_running_loop().time() + seconds
     # Small kernel buffers, so that bytes wait in the transports when connections end.
-    async with (
-        serving(_backend, _SETTINGS, send_buffer=4096) as behind,
-        serving(_relay(behind.port), _SETTINGS, send_buffer=4096) as front,
-    ):
-        counts = await asyncio.gather(*(_client(front.port, until) for _ in range(_CLIENTS)))
+    async with serving(_backend, _SETTINGS, send_buffer=4096) as behind:
+        async with serving(_relay(behind.port), _SETTINGS, send_buffer=4096) as front:
+            counts = await asyncio.gather(*(_client(front.port, until) for _ in range(_CLIENTS)))
+            await _all_made(front)
+        await _all_made(behind)
     print(sum(counts))
 
 
 if __name__ == "__main__":
+    duration = float(sys.argv[1])
+    faulthandler.dump_traceback_later(duration + _PATIENCE_S, exit=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_storm(float(sys.argv[1])))
+        runner.run(_storm(duration))
+    faulthandler.cancel_dump_traceback_later()
