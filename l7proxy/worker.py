@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import encodings.idna  # noqa: F401  (looked up lazily by name, which fails without root)
 import gc
@@ -168,6 +169,8 @@ def main() -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format=f"worker {args.id}: %(message)s"
     )
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write("weft-worker")  # what ps, top and "port in use by" call it
     # Ctrl-C reaches the whole foreground group; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

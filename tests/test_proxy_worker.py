@@ -98,6 +98,7 @@ async def test_worker_started_by_root_has_no_rights(proxy):
     assert status["Groups"].strip() == ""
     assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
     assert status["NoNewPrivs"] == "1"
+    assert status["Name"] == "weft-worker"
 
 
 async def test_new_channel_brings_the_whole_value_and_drops_what_went(proxy):
