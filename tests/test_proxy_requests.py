@@ -238,7 +238,8 @@ async def test_interim_responses_pass(proxy):
     assert last.body == b"done"
 
 
-async def test_websocket_upgrade_is_a_tunnel(proxy):
+@pytest.mark.parametrize("more", [(), ("Content-Length: 0",)])
+async def test_websocket_upgrade_is_a_tunnel(proxy, more):
     async def handle(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"upgrade: websocket" in head.lower()
@@ -256,7 +257,8 @@ async def test_websocket_upgrade_is_a_tunnel(proxy):
         cluster("one", server.sockets[0].getsockname()[1], protocol="ws"),
         route("r", rule(to("one"), request_timeout_ms=50)),
     )) as (reader, writer):  # fmt: skip
-        writer.write(get("/", "a", "Connection: Upgrade", "Upgrade: websocket").encode())
+        asked = get("/", "a", "Connection: Upgrade", "Upgrade: websocket", *more)
+        writer.write(asked.encode())
         answer = await read_message(reader, head_only=True)
         assert answer.status == 101
         assert answer.header("upgrade").lower() == "websocket"

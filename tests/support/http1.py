@@ -62,6 +62,9 @@ async def serving(
         yield listening
     finally:
         server.close()
+        # uvloop gives a connection just accepted its transport one round of the loop later.
+        while any(connection.transport is None for connection in listening.connections):
+            await asyncio.sleep(0)
         for connection in listening.connections:
             connection.abort()
         if listening.closed < len(listening.connections):
