@@ -787,7 +787,7 @@ async def test_log_reader_that_does_not_read_stops_nothing():
         async with worker(stdout=writes) as proxy:
             port = await serve(proxy)
             async with connection(port) as (reader, writer):
-                for _ in range(120):
+                for _ in range(250):  # more than two full lists of lines
                     writer.write(get().encode() * 100)
                     for _ in range(100):
                         assert (await read_message(reader)).status == 404
