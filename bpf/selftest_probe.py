@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,15 +79,22 @@ def steered() -> dict[str, str]:
 
 
 def detached() -> dict[str, str]:
-    """Checks after the pins are gone."""
-    why = ""
+    """Checks after the pins are gone. The kernel detaches a moment later (bpf_link_put leaves it to
+    a work queue)."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while (why := _still_steered()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return {"detach": why}
+
+
+def _still_steered() -> str:
     try:
         _connected(FRONTENDS["4"]).close()
-        why = "a connection is still sent elsewhere"
     except OSError as error:
-        if error.errno != errno.ENETUNREACH:
-            why = f"connecting fails with {error}, where ENETUNREACH was expected"
-    return {"detach": why}
+        if error.errno == errno.ENETUNREACH:
+            return ""
+        return f"connecting fails with {error}, where ENETUNREACH was expected"
+    return "a connection is still sent elsewhere"
 
 
 def _tried(check: Callable[[], str]) -> str:
