@@ -18,13 +18,13 @@ from support.proxy import (
     connection,
     fetch,
     get,
-    http_port,
     ok,
+    proxy_fixture,
     read_message,
     route,
     rule,
+    serve,
     to,
-    worker,
 )
 
 from mesh.model.nodeconfig import (
@@ -47,24 +47,11 @@ from mesh.model.nodeconfig import (
 )
 
 
-async def serve(process: WorkerProcess, *sections: dict) -> int:
-    """A port of the worker with these sections in force."""
-    port = process.listen()
-    put = http_port(port)
-    for section in sections:
-        put |= section
-    assert await process.apply(put) == {}
-    return port
-
-
 def prefix(path: str) -> tuple[RouteMatch, ...]:
     return (RouteMatch(PathMatch("PathPrefix", path)),)
 
 
-@pytest.fixture
-async def proxy():
-    async with worker() as process:
-        yield process
+proxy = proxy_fixture
 
 
 async def test_request_reaches_the_routes_backend_and_its_answer_comes_back(proxy):

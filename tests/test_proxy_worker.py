@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 from support.proxy import (
-    WorkerProcess,
+    CERTIFICATE,
     backend,
+    certificate,
+    client_context,
     cluster,
     connection,
     fetch,
     get,
-    http_port,
+    https_port,
     ok,
+    proxy_fixture,
     read_message,
     route,
     rule,
+    serve,
     to,
     worker,
 )
@@ -28,57 +32,13 @@ from certs.selfsigned import Authority
 from mesh.model.nodeconfig import (
     SETTINGS_KEY,
     CertificateSection,
-    Listener,
-    PortSection,
     Settings,
-    certificate_key,
     cluster_key,
     port_key,
     route_key,
 )
 
-CERTIFICATE = certificate_key("default", "shop")
-
-
-@pytest.fixture
-async def proxy():
-    async with worker() as process:
-        yield process
-
-
-async def serve(process: WorkerProcess, *sections: dict) -> int:
-    port = process.listen()
-    put = http_port(port)
-    for section in sections:
-        put |= section
-    assert await process.apply(put) == {}
-    return port
-
-
-def https_port(port: int, *hostnames: str | None) -> dict:
-    section = PortSection(
-        address="127.0.0.1",
-        port=port,
-        protocol="HTTPS",
-        gateway="default/gw",
-        listeners=tuple(
-            Listener(f"Gateway/default/gw/http{i or ''}", hostname, (CERTIFICATE,))
-            for i, hostname in enumerate(hostnames)
-        ),
-    )
-    return {port_key("127.0.0.1", port): section}
-
-
-def certificate(authority: Authority, *names: str) -> dict:
-    chain, key = authority.issue(dns=list(names))
-    return {CERTIFICATE: CertificateSection(chain, key)}
-
-
-def client_context(authority: Authority, *alpn: str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cadata=authority.certificate_pem)
-    if alpn:
-        context.set_alpn_protocols(list(alpn))
-    return context
+proxy = proxy_fixture
 
 
 async def test_worker_started_by_root_has_no_rights(proxy):

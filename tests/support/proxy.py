@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import socket
+import ssl
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from certs.selfsigned import Authority
 from mesh.model.channel import (
     Channel,
     Drain,
@@ -30,6 +33,7 @@ from mesh.model.channel import (
 from mesh.model.nodeconfig import (
     Ack,
     Attachment,
+    CertificateSection,
     ClusterSection,
     Endpoint,
     Listener,
@@ -41,12 +45,14 @@ from mesh.model.nodeconfig import (
     Section,
     SectionKey,
     WeightedBackend,
+    certificate_key,
     cluster_key,
     port_key,
     route_key,
 )
 
 LISTENER = "Gateway/default/gw/http"
+CERTIFICATE = certificate_key("default", "shop")
 
 
 class WorkerProcess:
@@ -199,6 +205,23 @@ async def worker(
         await process.stop()
 
 
+@pytest.fixture(name="proxy")
+async def proxy_fixture() -> AsyncIterator[WorkerProcess]:
+    """A worker of the test's own. A test file takes it with `proxy = proxy_fixture`."""
+    async with worker() as process:
+        yield process
+
+
+async def serve(process: WorkerProcess, *sections: Mapping[SectionKey, Section]) -> int:
+    """A port of the worker with these sections in force."""
+    port = process.listen()
+    put = http_port(port)
+    for section in sections:
+        put |= section
+    assert await process.apply(put) == {}
+    return port
+
+
 # --- configurations -----------------------------------------------------------------------------
 
 
@@ -211,6 +234,33 @@ def http_port(port: int, *listeners: Listener, address: str = "127.0.0.1") -> di
         listeners=listeners or (Listener(LISTENER),),
     )
     return {port_key(address, port): section}
+
+
+def https_port(port: int, *hostnames: str | None, **rest: object) -> dict[str, Section]:
+    """A listener for each host name, or one for all."""
+    section = PortSection(
+        address="127.0.0.1",
+        port=port,
+        protocol="HTTPS",
+        gateway="default/gw",
+        listeners=tuple(
+            Listener(f"{LISTENER}{i or ''}", hostname, (CERTIFICATE,))
+            for i, hostname in enumerate(hostnames or (None,))
+        ),
+        **rest,  # type: ignore[arg-type]
+    )
+    return {port_key("127.0.0.1", port): section}
+
+
+def certificate(authority: Authority, *names: str) -> dict[str, Section]:
+    return {CERTIFICATE: CertificateSection(*authority.issue(dns=list(names)))}
+
+
+def client_context(authority: Authority, *alpn: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cadata=authority.certificate_pem)
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    return context
 
 
 def cluster(name: str, *ports: int, **rest: object) -> dict[str, Section]:
@@ -308,6 +358,15 @@ async def fetch(port: int, request: str | bytes = "GET / HTTP/1.1\r\nHost: a\r\n
         message = await read_message(reader, head_only=request[:4] in ("HEAD", b"HEAD"))
         assert message is not None, "the proxy closed without an answer"
         return message
+
+
+async def over_tls(port: int, context: ssl.SSLContext) -> int:
+    """The status of one request for host a.x."""
+    async with connection(port, ssl=context, server_hostname="a.x") as (reader, writer):
+        writer.write(get("/", "a.x").encode())
+        message = await read_message(reader)
+        assert message is not None
+        return message.status
 
 
 def get(path: str = "/", host: str = "a", *headers: str) -> str:
