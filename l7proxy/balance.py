@@ -125,9 +125,6 @@ class Balancer:
 
     # --- ejection -----------------------------------------------------------------------------
 
-    def succeeded(self, member: Member) -> None:
-        member.failures = 0
-
     def failed(self, member: Member, now: float, settings: Settings) -> bool:
         """Count a failure; True if the member is ejected for it."""
         member.failures += 1

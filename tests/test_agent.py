@@ -90,6 +90,26 @@ def test_api_and_admin_port(tmp_path, manifests):
         assert f"port/0.0.0.0|{port}" in config["sections"]
 
 
+def test_manifests_are_never_written(tmp_path, manifests):
+    """Statuses live with the gateway: what the user wrote stays to the byte and the moment."""
+
+    def state():
+        files = sorted(manifests.rglob("*"))
+        return [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+
+    (manifests / "a.yaml").write_text(
+        f"{gateway(free_port())}\n---\n{route('r')}\n---\n{service()}"
+    )
+    (manifests / "b.yaml").write_text("nonsense")
+    before = state()
+    with started(tmp_path, manifests, "--admin=off") as weft:
+        weft.await_status(lambda status: status["ready"])
+        (shown,) = weft.ask("/objects", kind="Gateway")["items"]
+        assert shown["status"]["conditions"]
+        assert state() == before
+    assert state() == before
+
+
 def test_keys_are_never_shown(tmp_path, manifests):
     secret, key = tls_secret("cert", "a.example")
     port = free_port()
