@@ -15,10 +15,12 @@ from typing import TypeAlias
 
 import msgspec
 
+from mesh.model.flow import Flows
 from mesh.model.nodeconfig import Ack, Delta
 
 MAX_FRAME = 256 * 1024 * 1024
 MAX_PACKET = 1024 * 1024
+_MAX_FDS = 8
 
 
 class PortAddress(msgspec.Struct, frozen=True, array_like=True):
@@ -65,20 +67,28 @@ class Unlisten(msgspec.Struct, frozen=True, tag="unlisten"):
     port: PortAddress
 
 
+class Handles(msgspec.Struct, frozen=True, tag="handles"):
+    """Agent to supervisor, and supervisor to every worker: descriptors of what the eBPF data path
+    has for proxies, in the order of `names` (bpf.proxy.HANDLES). The supervisor keeps them for
+    workers to come; a later message replaces them."""
+
+    names: tuple[str, ...]
+
+
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
     """Supervisor to worker: accept nothing new, finish what there is, exit by `deadline_s`."""
 
     deadline_s: float
 
 
-Control: TypeAlias = Want | Bound | Worker | Channel | Listen | Unlisten | Drain
+Control: TypeAlias = Want | Bound | Worker | Channel | Listen | Unlisten | Handles | Drain
 
 _encoder = msgspec.msgpack.Encoder()
 _control = msgspec.msgpack.Decoder(Control)
-_frame = msgspec.msgpack.Decoder(Delta | Ack)
+_frame = msgspec.msgpack.Decoder(Delta | Ack | Flows)
 
 
-def encode_frame(message: Delta | Ack) -> bytes:
+def encode_frame(message: Delta | Ack | Flows) -> bytes:
     body = _encoder.encode(message)
     return len(body).to_bytes(4, "big") + body
 
@@ -89,7 +99,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def receive(self, data: bytes) -> Iterator[Delta | Ack]:
+    def receive(self, data: bytes) -> Iterator[Delta | Ack | Flows]:
         """Take bytes; yield the messages that are complete. ValueError: not this protocol."""
         self._buffer += data
         while len(self._buffer) >= 4:
@@ -114,7 +124,7 @@ def receive_control(sock: socket.socket) -> tuple[Control, list[int]] | None:
     """Receive one message and the descriptors that came with it (the caller owns them); None when
     the other side is gone. BlockingIOError as usual on a non-blocking socket."""
     try:
-        packet, fds, _flags, _address = socket.recv_fds(sock, MAX_PACKET, 4)
+        packet, fds, _flags, _address = socket.recv_fds(sock, MAX_PACKET, _MAX_FDS)
     except ConnectionResetError:
         return None
     if not packet:

@@ -39,7 +39,27 @@ def entry_key(address: str, port: int, protocol: str) -> SectionKey:
     return f"entry/{address}|{port}/{protocol}"
 
 
+def service_key(namespace: str, name: str, port: int) -> SectionKey:
+    return f"service/{namespace}/{name}/{port}"
+
+
+def workload_key(namespace: str, name: str) -> SectionKey:
+    return f"workload/{namespace}/{name}"
+
+
 SETTINGS_KEY: SectionKey = "settings"
+
+# Where this node's proxy takes the connections of workloads, on its mesh addresses.
+MESH_HTTP_PORT = 15001
+MESH_RELAY_PORT = 15002
+
+
+def service_listener(namespace: str, name: str, port: int, consumer: str | None = None) -> str:
+    """The id of a Service port as a listener that mesh routes attach to. Routes of the Service's
+    own namespace attach to the one for everybody; those of another namespace (`consumer`) to the
+    one that only clients of that namespace see (GEP-1324, producer and consumer routes)."""
+    own = f"Service/{namespace}/{name}/{port}"
+    return own if consumer is None else f"{own}/{consumer}"
 
 
 class _Part(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -100,6 +120,52 @@ class CertificateSection(msgspec.Struct, frozen=True, tag="certificate"):
 
     def __repr__(self) -> str:
         return "CertificateSection(…)"
+
+
+# --- the mesh --------------------------------------------------------------------------------------
+
+
+class MeshPort(msgspec.Struct, frozen=True, omit_defaults=True, tag="mesh-port"):
+    """A port of the proxy that takes steered connections of this node's workloads. What they asked
+    for is known by the socket (bpf), not by the port. "relay" passes bytes on as they are."""
+
+    address: str
+    port: int
+    kind: Literal["http", "relay"]
+
+
+class ServiceSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="service"):
+    """A Service port whose HTTP requests the proxy routes, as the parent of mesh routes.
+
+    A request to one of `addresses` (cluster IPs) and `port` is routed by the routes attached to
+    `service_listener(namespace, name, port, consumer=<the client's namespace>)` if that namespace
+    stands in `consumers`; else by those of `service_listener(namespace, name, port)` if `producers`
+    is true; else it goes to `cluster`, the Service's own endpoints, as it is.
+    """
+
+    namespace: str
+    name: str
+    port: int
+    addresses: tuple[str, ...]
+    cluster: SectionKey
+    producers: bool = False
+    consumers: tuple[str, ...] = ()
+
+
+class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="workload"):
+    """A pod: who stands behind `addresses` (the primary one first). `identity` is the number of its
+    set of labels on this node; `local`: it runs on this node; `sockmap` False: its sockets are kept
+    off the redirect path, as its annotation asks."""
+
+    namespace: str
+    name: str
+    addresses: tuple[str, ...]
+    node: str = ""
+    local: bool = False
+    service_account: str = "default"
+    labels: dict[str, str] = {}
+    identity: int = 0
+    sockmap: bool = True
 
 
 # --- filters ------------------------------------------------------------------------------------
@@ -243,7 +309,8 @@ class Attachment(_Part, frozen=True):
 
 
 class RouteSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="route"):
-    """One HTTPRoute or GRPCRoute. `created` (RFC 3339, "" if unknown) and the name break ties."""
+    """One HTTPRoute or GRPCRoute. `created` (RFC 3339, "" if unknown) and the name break ties.
+    `client_headers`: mesh requests tell the backend the client's address and identity."""
 
     kind: Literal["HTTPRoute", "GRPCRoute"]
     namespace: str
@@ -251,6 +318,7 @@ class RouteSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="route")
     created: str
     attachments: tuple[Attachment, ...]
     rules: tuple[RouteRule, ...]
+    client_headers: bool = False
 
 
 # --- clusters: where requests go -----------------------------------------------------------------
@@ -300,16 +368,23 @@ class ClusterSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="clust
 
 
 class EntryBackend(_Part, frozen=True):
+    """`remote`: a meshed pod of another node, reached through the relays of both; `sockmap`: a pod
+    of this node whose port declares HTTP/1, so that the proxy may send to it by redirect."""
+
     address: str
     port: int
     weight: int = 1
+    remote: bool = False
+    sockmap: bool = False
 
 
 class LoadBalancerEntry(msgspec.Struct, frozen=True, omit_defaults=True, tag="entry"):
     """A frontend and its weighted backends: a Service's ClusterIP port, or a Gateway's address and
     port (backend: the proxy's own). For the bpf maps; the proxy does not read it. With `affinity_s`
     a client keeps its backend until it has not connected for so many seconds (Service
-    spec.sessionAffinity ClientIP)."""
+    spec.sessionAffinity ClientIP). `http`: TCP connections go to this node's proxy, which routes
+    their requests; `sockmap`: and the port declares HTTP/1, so that the proxy may answer by
+    redirect. A pod's address and port is a frontend too, with itself as the only backend."""
 
     address: str
     port: int
@@ -317,6 +392,8 @@ class LoadBalancerEntry(msgspec.Struct, frozen=True, omit_defaults=True, tag="en
     backends: tuple[EntryBackend, ...]
     source: str
     affinity_s: int | None = None
+    http: bool = False
+    sockmap: bool = False
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -349,12 +426,29 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True, tag="settings"):
 
 
 Section: TypeAlias = (
-    PortSection | CertificateSection | RouteSection | ClusterSection | LoadBalancerEntry | Settings
+    PortSection
+    | CertificateSection
+    | MeshPort
+    | ServiceSection
+    | WorkloadSection
+    | RouteSection
+    | ClusterSection
+    | LoadBalancerEntry
+    | Settings
 )
 
 # Which sections a destination is sent.
-PROXY_SECTIONS = (PortSection, CertificateSection, RouteSection, ClusterSection, Settings)
-BPF_SECTIONS = (LoadBalancerEntry,)
+PROXY_SECTIONS = (
+    PortSection,
+    CertificateSection,
+    MeshPort,
+    ServiceSection,
+    WorkloadSection,
+    RouteSection,
+    ClusterSection,
+    Settings,
+)
+BPF_SECTIONS = (LoadBalancerEntry, WorkloadSection)
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
