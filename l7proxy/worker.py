@@ -24,6 +24,7 @@ from typing import cast
 
 import uvloop
 
+from bpf.proxy import ProxyHandles
 from l7proxy import metrics
 from l7proxy.accesslog import AccessLog
 from l7proxy.proxy import Proxy
@@ -148,8 +149,6 @@ class Worker:
 
     def _take_handles(self, descriptors: dict[str, int]) -> None:
         """The kernel's answers come from these from now on; those before are let go."""
-        from bpf.proxy import ProxyHandles
-
         self._proxy.use(ProxyHandles(descriptors))
         for fd in self._descriptors:
             os.close(fd)

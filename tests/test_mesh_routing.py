@@ -216,6 +216,7 @@ async def test_pods_nobody_asks_for_any_more_are_forgotten():
         await ask(port, client="127.0.1.2")
         assert all(map(mesh.proxy._clusters.get, keys))
         advance(21)
+        await asyncio.sleep(0)  # timers are looked at
         await asyncio.sleep(0)
         assert mesh.proxy._clusters.get(keys[0]) is None
         assert mesh.proxy._clusters.get(keys[1]) is not None

@@ -14,9 +14,10 @@ import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from bpf.layout import Target
+from bpf.proxy import Origin
 from l7proxy.accesslog import AccessLog
 from l7proxy.proxy import Proxy
 from mesh.model.nodeconfig import (
@@ -40,14 +41,6 @@ from support.proxy import Message, get, read_message
 
 SHOP = "10.96.0.10"  # what most tests ask for: Service shop/web, port 80
 CLIENT = "127.0.1.1"  # from where they do
-
-
-class Origin(NamedTuple):
-    asked: Target
-    backend: Target | None
-    cookie: int
-    netns: int
-    enrolled: bool
 
 
 class Origins:
@@ -78,7 +71,7 @@ class Origins:
             enrolled is not None,
         )
 
-    def origin(self, fd: int) -> Any:
+    def origin(self, fd: int) -> Origin | None:
         with socket.socket(fileno=os.dup(fd)) as own:
             return self.known.get(own.getpeername()[0])
 
