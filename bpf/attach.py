@@ -53,7 +53,8 @@ def _opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _program(directory: Path, name: str) -> int:
+def open_program(directory: Path, name: str) -> int:
+    """A descriptor of a pinned program. DatapathError: it is not there."""
     path = pins.program_path(directory, name)
     try:
         return syscall.pinned(str(path))
@@ -67,7 +68,7 @@ def _program(directory: Path, name: str) -> int:
 def _attach(directory: Path, name: str, cgroup: Path) -> None:
     path = pins.link_path(directory, name)
     with (
-        _opened(_program(directory, name)) as program,
+        _opened(open_program(directory, name)) as program,
         _opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
     ):
         try:
@@ -90,7 +91,7 @@ def _attach_verdict(directory: Path) -> None:
     """To the sockets of this version: the link stays with the map as long as that is pinned."""
     path = pins.map_path(directory, "verdict")
     with (
-        _opened(_program(directory, "verdict")) as program,
+        _opened(open_program(directory, "verdict")) as program,
         _opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,
     ):
         try:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bpf_world import loader, new_cgroup, pin_directory
 
-from bpf import maps, pins, syscall
+from bpf import maps
 from bpf.balancer import Balancer
-from bpf.proxy import HANDLES, ProxyHandles
+from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, entry_key
@@ -83,16 +83,10 @@ class World:
             packed = socket.inet_pton(socket.AF_INET6, NODE6)
             fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("=16sIi", packed, 128, 1))
 
-    # --- in the process ----------------------------------------------------------------------------
+    # --- in the process ---------------------------------------------------------------------------
 
     def handles(self) -> ProxyHandles:
-        paths = {
-            name: pins.program_path(self.pin, name)
-            if name == "queue"
-            else pins.map_path(self.pin, name)
-            for name in HANDLES
-        }
-        return ProxyHandles({name: syscall.pinned(str(path)) for name, path in paths.items()})
+        return ProxyHandles(descriptors(self.pin))
 
     def counted(self, reason: Reason) -> int:
         return maps.counters(self.pin)[reason]
