@@ -103,11 +103,11 @@ def test_add_that_fails_leaves_nothing(
 
 def test_del_removes_all_of_it_any_number_of_times(pod: str) -> None:
     before = state()
-    cni.delete(ID, "eth0")
+    cni.delete(ID, "eth0", CONFIG)
     cni.add(ID, pod, "eth0", CONFIG)
     assert state() != before
     for _ in range(2):
-        cni.delete(ID, "eth0")
+        cni.delete(ID, "eth0", CONFIG)
         assert state() == before
 
 
@@ -115,14 +115,14 @@ def test_del_after_the_namespace_is_gone(pod: str) -> None:
     before = state()
     cni.add(ID, pod, "eth0", CONFIG)
     remove_netns(Path(pod))
-    cni.delete(ID, "eth0")
+    cni.delete(ID, "eth0", CONFIG)
     assert state() == before
 
 
 def test_del_leaves_other_pods_alone(pod: str) -> None:
     cni.add(ID, pod, "eth0", CONFIG)
-    cni.delete("pod-2", "eth0")
-    cni.delete(ID, "eth1")
+    cni.delete("pod-2", "eth0", CONFIG)
+    cni.delete(ID, "eth1", CONFIG)
     cni.check(ID, pod, "eth0", CONFIG)
 
 
@@ -145,7 +145,7 @@ def test_check_finds_what_is_amiss(pod: str, where: str, command: str, error: st
         subprocess.run(["ip", *command.split()], check=True)
     with pytest.raises(cni.CniError, match=error):
         cni.check(ID, pod, "eth0", CONFIG)
-    cni.delete(ID, "eth0")
+    cni.delete(ID, "eth0", CONFIG)
 
 
 def test_check_without_add(pod: str) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from bpf.podfilter import is_loaded
 from mesh.lab import cni
 from mesh.lab.cgroups import remove_tree
 from mesh.lab.dns import Names, serve
@@ -176,15 +177,23 @@ class Supervisor:
     def _remove(self, pod: PodPlan) -> None:
         """What is left of it, if anything."""
         remove_tree(Path(pod.cgroup))
-        cni.delete(pod.container_id, IFNAME)
+        cni.delete(pod.container_id, IFNAME, self._network(pod))
         remove_netns(Path(pod.netns))
 
     def _add(self, pod: PodPlan) -> None:
         Path(pod.cgroup).mkdir()
         create_netns(Path(pod.netns))
-        config = cni.CniConfig(addresses=pod.addresses, node_addresses=self._node.addresses)
-        cni.add(pod.container_id, pod.netns, IFNAME, config)
+        cni.add(pod.container_id, pod.netns, IFNAME, self._network(pod))
         write_etc(self._lab, pod)
+
+    def _network(self, pod: PodPlan) -> cni.CniConfig:
+        directory = self._lab.weft(self._node.name).pins
+        return cni.CniConfig(
+            addresses=pod.addresses,
+            node_addresses=self._node.addresses,
+            # Where Weft has no rights to load eBPF programs, pods run without.
+            pins=str(directory) if is_loaded(directory) else None,
+        )
 
     def _start(self, pod: PodPlan) -> None:
         if not pod.command:
