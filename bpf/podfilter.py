@@ -11,7 +11,6 @@ their interfaces.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bpf import pins, syscall
+from bpf.attach import opened, pinned_program
 from bpf.errors import DatapathError
 from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap
@@ -58,9 +58,9 @@ def attach(directory: Path, pod: Pod, cookie: int) -> None:
         for name in FILTERS:
             path = pins.link_path(directory, _link(pod, name))
             path.unlink(missing_ok=True)
-            with _program(directory, name) as program:
+            with opened(pinned_program(directory, name)) as program:
                 attach_type = PROGRAMS[name].attach_type
-                with _opened(syscall.link(program, index, attach_type)) as link:
+                with opened(syscall.link(program, index, attach_type)) as link:
                     syscall.pin(link, str(path))
 
 
@@ -105,10 +105,10 @@ def renew(directory: Path) -> None:
     with _maps(directory) as maps:
         known = {index.value for _, index in maps.interfaces.items()}
     for name in FILTERS:
-        with _program(directory, name) as program:
+        with opened(pinned_program(directory, name)) as program:
             for path in (directory / "links").glob(f"*_{name}"):
-                with _opened(syscall.pinned(str(path))) as link:
-                    if syscall.tcx_link(link).index in known:
+                with opened(syscall.pinned(str(path))) as link:
+                    if syscall.tcx_link(link).interface in known:
                         syscall.update_link(link, program)
 
 
@@ -124,28 +124,6 @@ class _Maps:
 def _maps(directory: Path) -> Iterator[_Maps]:
     with contextlib.ExitStack() as stack:
         yield _Maps(directory, stack)
-
-
-@contextlib.contextmanager
-def _opened(fd: int) -> Iterator[int]:
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def _program(directory: Path, name: str) -> Iterator[int]:
-    path = pins.program_path(directory, name)
-    try:
-        program = syscall.pinned(str(path))
-    except OSError as error:
-        raise DatapathError(
-            f"no program at {path}: {error.strerror}: run python -m bpf.loader --pin {directory} "
-            "first, as root"
-        ) from error
-    with _opened(program):
-        yield program
 
 
 @contextlib.contextmanager
@@ -175,7 +153,7 @@ def _attached(directory: Path, pod: Pod, name: str) -> int | None:
         link = syscall.pinned(str(pins.link_path(directory, _link(pod, name))))
     except FileNotFoundError:
         return None
-    with _opened(link), _program(directory, name) as program:
+    with opened(link), opened(pinned_program(directory, name)) as program:
         found = syscall.tcx_link(link)
         wanted = syscall.program_id(program), PROGRAMS[name].attach_type
-        return found.index if (found.program, found.attach_type) == wanted else None
+        return found.interface if (found.program, found.attach_type) == wanted else None

@@ -3,6 +3,7 @@
 #ifndef WEFT_FILTER_H
 #define WEFT_FILTER_H
 
+#include <linux/errno.h>
 #include <linux/icmpv6.h>
 #include <linux/if_ether.h>
 #include <linux/ip.h>
@@ -37,7 +38,13 @@ static __always_inline void *head(struct __sk_buff *skb, u32 size)
 	return start + size <= (void *)(long)skb->data_end ? start : 0;
 }
 
-/* Whether it is an IP packet, whole as far as its fixed header, which every fragment has. */
+static __always_inline int is_mapped(const struct address *address)
+{
+	return !address->words[0] && !address->words[1] && address->words[2] == MAPPED_PREFIX;
+}
+
+/* Whether it is an IP packet, whole as far as its fixed header, which every fragment has. IPv6 has
+ * no packets with IPv4-mapped addresses: those here are IPv4's. */
 static __always_inline int read_ends(struct __sk_buff *skb, struct ends *ends)
 {
 	if (skb->protocol == __builtin_bswap16(ETH_P_IP)) {
@@ -58,7 +65,7 @@ static __always_inline int read_ends(struct __sk_buff *skb, struct ends *ends)
 		ip = (void *)ip + ETH_HLEN;
 		__builtin_memcpy(&ends->source, &ip->saddr, sizeof(ends->source));
 		__builtin_memcpy(&ends->destination, &ip->daddr, sizeof(ends->destination));
-		return 1;
+		return !is_mapped(&ends->source) && !is_mapped(&ends->destination);
 	}
 	return 0;
 }
@@ -136,8 +143,10 @@ static __always_inline int filter_from_pod(struct __sk_buff *skb)
 	}
 	/* Neither does what is no IP go on: IP may be hidden in it, such as in VLAN tags. */
 	if (!read_ends(skb, &ends) ||
-	    (!is_of_pod(skb, &ends.source) && !keeps_link(skb, &ends.source)))
-		return refuse(REASON_SPOOFED, ERRNO_SPOOFED);
+	    (!is_of_pod(skb, &ends.source) && !keeps_link(skb, &ends.source))) {
+		count(REASON_SPOOFED);
+		return -EPERM;
+	}
 	count(REASON_FILTER_FROM_POD);
 	return judge(&ends);
 }

@@ -6,10 +6,9 @@ process's own, on the pod's namespace, which is given by path. A pod gets a veth
     pod:  eth0 with its addresses; default routes to 169.254.1.1 and fe80::1, which every node is
     node: a veth named after the container, with those two addresses and a route to the pod's
 
-A pod can send from its own addresses only. The eBPF filter (bpf/podfilter.py) on the node's end of the
-veth sees to that, or, on a node without a pin directory, reverse path filtering for IPv4 and routing
-rules for what is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections
-2 and 5.
+A pod can send from its own addresses only. The eBPF filter (bpf/podfilter.py) at the node's end of
+the veth sees to that; where there is none, reverse path filtering for IPv4 and routing rules for
+what is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2 and 5.
 """
 
 from __future__ import annotations
