@@ -54,8 +54,8 @@ def opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def pinned_program(directory: Path, name: str) -> int:
-    """A descriptor. DatapathError: none, or no rights."""
+def open_program(directory: Path, name: str) -> int:
+    """A descriptor of a pinned program. DatapathError: it is not there."""
     path = pins.program_path(directory, name)
     try:
         return syscall.pinned(str(path))
@@ -69,7 +69,7 @@ def pinned_program(directory: Path, name: str) -> int:
 def _attach(directory: Path, name: str, cgroup: Path) -> None:
     path = pins.link_path(directory, name)
     with (
-        opened(pinned_program(directory, name)) as program,
+        opened(open_program(directory, name)) as program,
         opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
     ):
         try:
@@ -92,7 +92,7 @@ def _attach_verdict(directory: Path) -> None:
     """To the sockets of this version: the link stays with the map as long as that is pinned."""
     path = pins.map_path(directory, "verdict")
     with (
-        opened(pinned_program(directory, "verdict")) as program,
+        opened(open_program(directory, "verdict")) as program,
         opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,
     ):
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bpf import pins, syscall
-from bpf.attach import opened, pinned_program
+from bpf.attach import opened, open_program
 from bpf.errors import DatapathError
 from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap
@@ -58,7 +58,7 @@ def attach(directory: Path, pod: Pod, cookie: int) -> None:
         for name in FILTERS:
             path = pins.link_path(directory, _link(pod, name))
             path.unlink(missing_ok=True)
-            with opened(pinned_program(directory, name)) as program:
+            with opened(open_program(directory, name)) as program:
                 attach_type = PROGRAMS[name].attach_type
                 with opened(syscall.link(program, index, attach_type)) as link:
                     syscall.pin(link, str(path))
@@ -105,7 +105,7 @@ def renew(directory: Path) -> None:
     with _maps(directory) as maps:
         known = {index.value for _, index in maps.interfaces.items()}
     for name in FILTERS:
-        with opened(pinned_program(directory, name)) as program:
+        with opened(open_program(directory, name)) as program:
             for path in (directory / "links").glob(f"*_{name}"):
                 with opened(syscall.pinned(str(path))) as link:
                     if syscall.tcx_link(link).interface in known:
@@ -153,7 +153,7 @@ def _attached(directory: Path, pod: Pod, name: str) -> int | None:
         link = syscall.pinned(str(pins.link_path(directory, _link(pod, name))))
     except FileNotFoundError:
         return None
-    with opened(link), opened(pinned_program(directory, name)) as program:
+    with opened(link), opened(open_program(directory, name)) as program:
         found = syscall.tcx_link(link)
         wanted = syscall.program_id(program), PROGRAMS[name].attach_type
         return found.interface if (found.program, found.attach_type) == wanted else None

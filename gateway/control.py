@@ -67,6 +67,8 @@ class Options(msgspec.Struct, frozen=True):
     bind_address: str = "0.0.0.0"
     advertise: tuple[str, ...] = ()
     settings: Settings = Settings()
+    node: str = ""
+    mesh_addresses: tuple[str, ...] = ()
 
 
 class Outcome(NamedTuple):

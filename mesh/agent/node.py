@@ -145,6 +145,8 @@ class Node:
             self._unpublished = {}
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
+            if self.datapath is not None:
+                self.datapath.enforce()
             _log.info("ready: configuration %d is in force", self.rollout.config.version)
             self._ready()
         return False
@@ -195,7 +197,7 @@ class Node:
         if not self._bound_answers():
             reasons.append("the ports have not been bound yet")
         if self.datapath is not None and self.datapath.loading:
-            reasons.append("the eBPF programs are being loaded")
+            reasons.append("the eBPF data path is being tested and loaded")
         return reasons
 
     def degraded(self) -> list[str]:
@@ -219,8 +221,7 @@ class Node:
         if self.datapath is not None:
             refusals = self.datapath.refused
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
-            if self.datapath.failure is not None:
-                result.append(self.datapath.failure)
+            result += self.datapath.failures
         result += [
             f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
             for (table, key), error in self.failures.items()
