@@ -11,6 +11,8 @@ from bpf import layout
 from bpf.layout import Target
 from bpf.reasons import Reason
 
+_REASONS = {int(reason): reason for reason in Reason}
+
 
 class SocketEvent(NamedTuple):
     """`time_ns` by CLOCK_MONOTONIC. A workload in the network namespace with cookie `netns` and
@@ -30,7 +32,9 @@ def decode(record: bytes) -> SocketEvent:
     if len(record) != layout.EVENT.size:
         raise ValueError(f"an event of {len(record)} bytes, not {layout.EVENT.size}")
     event = layout.EVENT.unpack(layout.Event, record)
+    if event.reason not in _REASONS:
+        raise ValueError(f"an event with reason {event.reason}")
     source, asked, peer = (
         layout.TARGET.unpack(Target, packed) for packed in (event.source, event.asked, event.peer)
     )
-    return SocketEvent(event.time_ns, event.netns, source, asked, peer, Reason(event.reason))
+    return SocketEvent(event.time_ns, event.netns, source, asked, peer, _REASONS[event.reason])

@@ -3,14 +3,14 @@
 How the memory is laid out and shared (kernel: Documentation/bpf/ringbuf.rst, kernel/bpf/ringbuf.c):
 a page with the consumer's position, which user space writes; a page with the producer's, which it
 may only read; then the data, mapped twice in a row, so that a record that runs over the end of the
-buffer still lies in one piece. Positions are bytes since the beginning and never wrap. A record is a
-header of 8 bytes (its length and two flags) and its bytes, padded to 8.
+buffer still lies in one piece. Positions are bytes since the beginning and never wrap. A record is
+a header of 8 bytes (its length and two flags) and its bytes, padded to 8.
 
-Order of memory accesses: the kernel marks a record BUSY, moves its position past it, fills it in and
-takes the mark away, each step a release. We read position, header, record in this order, and move
-our position past a record only when we have read it. x86 keeps such an order by itself; elsewhere
-`_fence` does. A wake-up is not lost, although the kernel wakes only a consumer that has caught up:
-epoll asks the kernel again each time, if it is level-triggered (asyncio's add_reader is).
+Order of memory accesses: the kernel marks a record BUSY, moves its position past it, fills it in
+and takes the mark away, each step a release. We read position, header, record in this order, and
+move our position past a record only when we have read it. x86 keeps such an order by itself;
+elsewhere `_fence` does. A wake-up is not lost, although the kernel wakes only a consumer that has
+caught up: epoll asks it again each time, if it is level-triggered (asyncio's add_reader is).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class RingBuffer:
         """Up to `limit` records, oldest first; fewer: there are no more now."""
         position, end = self._taken[0], self._written[0]
         self._fence()
-        places = []
+        places: list[tuple[int, int]] = []
         while position < end and len(places) < limit:
             at = position % self._size
             header = self._headers[at // 4]

@@ -21,6 +21,9 @@ from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.datapath import Datapath
+from mesh.agent.flow_peers import Peers, own_addresses
+from mesh.agent.flows import FlowStore
+from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
@@ -51,14 +54,18 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         run_dir = RunDir(options.run_dir)
-        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost)
+        peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
+        flows = FlowStore(peers, options.plane.node, options.flow_buffer)
+        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
             ready=_ready,
             datapath=Datapath(*options.steer) if options.steer is not None else None,
+            flows=flows,
         )
+        self._kernel = KernelFlows(options.steer[1], flows) if options.steer is not None else None
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
 from mesh.agent.datapath import Datapath
+from mesh.agent.flows import FlowStore
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
@@ -46,8 +47,10 @@ class Node:
         want: Callable[[tuple[PortAddress, ...]], None],
         ready: Callable[[], None],
         datapath: Datapath | None,
+        flows: FlowStore,
     ) -> None:
         self.rollout = rollout
+        self.flows = flows
         self.datapath = datapath
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
@@ -132,6 +135,7 @@ class Node:
             )
             self._unpublished.update(outcome.statuses)
             if outcome.put or outcome.remove:
+                self.flows.peers.publish(outcome.put, outcome.remove)
                 self.rollout.publish(outcome.put, outcome.remove)
                 if self.datapath is not None:
                     self.datapath.publish(outcome.put, outcome.remove)
