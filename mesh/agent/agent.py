@@ -54,8 +54,7 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         run_dir = RunDir(options.run_dir)
-        peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
-        flows = FlowStore(peers, options.plane.node, options.flow_buffer)
+        flows = FlowStore(Peers(own_addresses()), options.flow_buffer)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._node = Node(
             plane=ControlPlane(options.plane),
@@ -64,8 +63,8 @@ class Agent:
             ready=_ready,
             datapath=Datapath(*options.steer) if options.steer is not None else None,
             flows=flows,
+            kernel=KernelFlows(options.steer[1], flows) if options.steer is not None else None,
         )
-        self._kernel = KernelFlows(options.steer[1], flows) if options.steer is not None else None
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
@@ -90,6 +89,8 @@ class Agent:
                 task.cancel()
         await self._admin.close()
         await self._api.close()
+        if self._node.kernel is not None:
+            self._node.kernel.close()
         if datapath is not None:
             datapath.close()
 
@@ -100,6 +101,8 @@ class Agent:
 
     async def _start(self, datapath: Datapath) -> None:
         await datapath.start()
+        if self._node.kernel is not None and datapath.failure is None:
+            self._node.kernel.start()
         self._node.look_again()
 
     def _workers_changed(self) -> None:

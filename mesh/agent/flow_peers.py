@@ -1,7 +1,7 @@
 """Who stands behind an address, and which Service behind a frontend, by the configuration.
 
 An address that is no pod's is `host` (this node's own) or `world`, with the numbers and labels that
-Cilium gives these: reserved identities, which no pod has. Knows sections, not where flows come from.
+Cilium gives these: reserved identities, which no pod has. Knows sections, not whence flows come.
 """
 
 from __future__ import annotations

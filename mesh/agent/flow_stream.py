@@ -1,4 +1,4 @@
-"""GET /flows of the agent API: flow records as newline-delimited JSON, one mesh.agent.flows.Line each.
+"""GET /flows of the agent API: flow records as lines of JSON, a mesh.agent.flows.Line each.
 
 ?from= &to= &verdict= … (mesh.agent.flow_filter.FILTERS, each may be repeated), &since=, &after=
 (nanoseconds since 1970: only later ones), &last=N (0: none of those there are), &follow=1. Records

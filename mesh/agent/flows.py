@@ -89,7 +89,7 @@ class FlowStore:
     """`seen` counts records by verdict, `lost` those that never came here or did not reach a
     follower, `overwritten` those that made room for newer ones."""
 
-    def __init__(self, peers: Peers, node: str = "", capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(self, peers: Peers, capacity: int = DEFAULT_CAPACITY, node: str = "") -> None:
         self.peers = peers
         self.seen: dict[Verdict, int] = dict.fromkeys(get_args(Verdict), 0)
         self.lost: dict[Where, int] = dict.fromkeys(get_args(Where), 0)

@@ -1,7 +1,7 @@
 """What the eBPF data path tells: its events as flow records, its counters by reason.
 
-Reads the pinned ring buffer and the pinned counters; loads and attaches nothing. Observability fails
-open: where these cannot be read, traffic goes on, and `failure` says why.
+Reads the pinned ring buffer and the pinned counters; loads and attaches nothing. Observability
+fails open: where these cannot be read, traffic goes on, and `failure` says why.
 """
 
 from __future__ import annotations

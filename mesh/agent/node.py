@@ -18,6 +18,7 @@ from gateway.control import ControlPlane
 from gateway.keys import PortKey
 from mesh.agent.datapath import Datapath
 from mesh.agent.flows import FlowStore
+from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
@@ -48,9 +49,11 @@ class Node:
         ready: Callable[[], None],
         datapath: Datapath | None,
         flows: FlowStore,
+        kernel: KernelFlows | None = None,
     ) -> None:
         self.rollout = rollout
         self.flows = flows
+        self.kernel = kernel
         self.datapath = datapath
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
@@ -225,6 +228,8 @@ class Node:
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
             if self.datapath.failure is not None:
                 result.append(self.datapath.failure)
+        if self.kernel is not None and self.kernel.failure is not None:
+            result.append(self.kernel.failure)
         result += [
             f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
             for (table, key), error in self.failures.items()

@@ -16,6 +16,7 @@ import msgspec
 from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
+from mesh.agent.flows import DEFAULT_CAPACITY
 from mesh.agent.ports import reached_at
 from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
@@ -31,7 +32,8 @@ class OptionError(Exception):
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF, else a cgroup and its pin directory."""
+    """`admin` None: no admin port; `steer` None: no eBPF, else a cgroup and its pin directory;
+    `flow_buffer`: flow records held."""
 
     manifests: Path
     run_dir: Path
@@ -40,6 +42,7 @@ class AgentOptions(NamedTuple):
     plane: Options
     admin: tuple[str, int] | None
     steer: tuple[Path, Path] | None
+    flow_buffer: int
 
 
 def parse(arguments: list[str]) -> AgentOptions:
@@ -57,6 +60,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--access-log", choices=("json", "text", "off"))
     parser.add_argument("--steer", type=Path)
     parser.add_argument("--pins", type=Path)
+    parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     args = parser.parse_args(arguments)
     return AgentOptions(
         manifests=args.manifests.absolute(),
@@ -66,6 +70,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         plane=plane_options(args),
         admin=parse_admin(args.admin),
         steer=(args.steer, args.pins or RunDir(args.run_dir).pins) if args.steer else None,
+        flow_buffer=args.flow_buffer,
     )
 
 
