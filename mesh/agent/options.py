@@ -16,6 +16,7 @@ import msgspec
 from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
+from mesh.agent.flows import DEFAULT_CAPACITY
 from mesh.agent.ports import reached_at
 from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
@@ -42,7 +43,7 @@ class Steering(NamedTuple):
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF."""
+    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
 
     manifests: Path
     run_dir: Path
@@ -51,6 +52,7 @@ class AgentOptions(NamedTuple):
     plane: Options
     admin: tuple[str, int] | None
     steer: Steering | None
+    flow_buffer: int
 
 
 def parse(arguments: list[str]) -> AgentOptions:
@@ -70,6 +72,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
+    parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     args = parser.parse_args(arguments)
     return AgentOptions(
         manifests=args.manifests.absolute(),
@@ -79,6 +82,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         plane=plane_options(args),
         admin=parse_admin(args.admin),
         steer=steering(args),
+        flow_buffer=args.flow_buffer,
     )
 
 
