@@ -23,6 +23,7 @@ from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
 DEFAULT_ADMIN = "127.0.0.1:15090"
+DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
 _LEAST = {"max_head_bytes": 256, "max_body_bytes": 0, "drain_timeout_s": 0, "trusted_hops": 0}
 
@@ -69,6 +70,8 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--settings", type=Path)
     parser.add_argument("--access-log", choices=("json", "text", "off"))
     parser.add_argument("--steer", type=Path)
+    parser.add_argument("--node", default="")
+    parser.add_argument("--mesh-address", action="append", default=[])
     parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
@@ -120,7 +123,19 @@ def plane_options(args: argparse.Namespace) -> Options:
         bind_address=bind_address,
         advertise=advertise or reached_at(bind_address),
         settings=read_settings(args.settings, access_log=args.access_log),
+        node=args.node,
+        mesh_addresses=mesh_addresses(args),
     )
+
+
+def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:
+    """Where workloads are sent to: none without --steer, loopback if no address is given."""
+    given = tuple(check_address("--mesh-address", text) for text in args.mesh_address)
+    if args.steer is None:
+        if given:
+            raise OptionError("--mesh-address goes with --steer, whose workloads are sent there")
+        return ()
+    return given or DEFAULT_MESH_ADDRESSES
 
 
 def check_address(option: str, text: str) -> str:
