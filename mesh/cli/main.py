@@ -99,8 +99,8 @@ def cli() -> None:
     "--mesh-address",
     metavar="ADDRESS",
     multiple=True,
-    help="Address of this node on which the proxy takes the connections of workloads of --steer; one"
-    " of each family at most.  [default: 127.0.0.1 and ::1]",
+    help="Address of this node on which the proxy takes the connections of workloads of --steer;"
+    " one of each family at most.  [default: 127.0.0.1 and ::1]",
 )
 @click.option(
     "--pins",
