@@ -152,6 +152,8 @@ class Node:
             self._unpublished = {}
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
+            if self.datapath is not None:
+                self.datapath.enforce()
             _log.info("ready: configuration %d is in force", self.rollout.config.version)
             self._ready()
         return False
@@ -202,7 +204,7 @@ class Node:
         if not self._bound_answers():
             reasons.append("the ports have not been bound yet")
         if self.datapath is not None and self.datapath.loading:
-            reasons.append("the eBPF programs are being loaded")
+            reasons.append("the eBPF data path is being tested and loaded")
         return reasons
 
     def degraded(self) -> list[str]:
@@ -226,8 +228,7 @@ class Node:
         if self.datapath is not None:
             refusals = self.datapath.refused
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
-            if self.datapath.failure is not None:
-                result.append(self.datapath.failure)
+            result += self.datapath.failures
         if self.kernel is not None and self.kernel.failure is not None:
             result.append(self.kernel.failure)
         result += [

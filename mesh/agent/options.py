@@ -9,7 +9,7 @@ import argparse
 import ipaddress
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -31,9 +31,19 @@ class OptionError(Exception):
     """An option cannot be used; which, why, what to do."""
 
 
+class Steering(NamedTuple):
+    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, and where it is
+    pinned. `mode`: "auto" sends to workloads by redirect if the self-test says so, "kernel" insists
+    on it, "proxy" never does."""
+
+    cgroup: Path
+    proxy_cgroup: Path
+    pins: Path
+    mode: Literal["auto", "kernel", "proxy"]
+
+
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF, else a cgroup and its pin directory;
-    `flow_buffer`: flow records held."""
+    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
 
     manifests: Path
     run_dir: Path
@@ -41,7 +51,7 @@ class AgentOptions(NamedTuple):
     workers: int
     plane: Options
     admin: tuple[str, int] | None
-    steer: tuple[Path, Path] | None
+    steer: Steering | None
     flow_buffer: int
 
 
@@ -59,7 +69,9 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--settings", type=Path)
     parser.add_argument("--access-log", choices=("json", "text", "off"))
     parser.add_argument("--steer", type=Path)
+    parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
+    parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     args = parser.parse_args(arguments)
     return AgentOptions(
@@ -69,9 +81,16 @@ def parse(arguments: list[str]) -> AgentOptions:
         workers=args.workers,
         plane=plane_options(args),
         admin=parse_admin(args.admin),
-        steer=(args.steer, args.pins or RunDir(args.run_dir).pins) if args.steer else None,
+        steer=steering(args),
         flow_buffer=args.flow_buffer,
     )
+
+
+def steering(args: argparse.Namespace) -> Steering | None:
+    if args.steer is None:
+        return None
+    pins = args.pins or RunDir(args.run_dir).pins
+    return Steering(args.steer, args.proxy_cgroup, pins, args.datapath)
 
 
 def parse_admin(text: str) -> tuple[str, int] | None:

@@ -1,4 +1,4 @@
-"""A flow record as a line for people, and as JSON for programs. Knows records, not their way here."""
+"""A flow record as a line for people, and as JSON for programs. Knows records, not their way."""
 
 from __future__ import annotations
 

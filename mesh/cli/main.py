@@ -97,6 +97,21 @@ def cli() -> None:
     " to mount it at.  [default: bpf in the run directory]",
 )
 @click.option(
+    "--proxy-cgroup",
+    metavar="CGROUP",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="cgroup v2 directory for Weft's own processes, with --steer; made if missing."
+    "  [default: that of --steer with .proxy appended]",
+)
+@click.option(
+    "--datapath",
+    type=click.Choice(["auto", "kernel", "proxy"]),
+    default="auto",
+    show_default=True,
+    help="How the proxy sends to workloads of this node, with --steer: by redirect in the kernel"
+    " if this kernel passes the self-test, by that or nothing, or by TCP.",
+)
+@click.option(
     "--flow-buffer",
     metavar="N",
     type=click.IntRange(1, 10_000_000),
