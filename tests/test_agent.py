@@ -207,7 +207,7 @@ def test_the_mesh_comes_with_steering(tmp_path):
     assert steered.node == socket.gethostname().lower()
     named = plane(tmp_path, "--steer=/x", "--node=n1", "--mesh-address=10.0.0.1")
     assert (named.node, named.mesh_addresses) == ("n1", ("10.0.0.1",))
-    with pytest.raises(OptionError, match="nothing is steered there without --steer"):
+    with pytest.raises(OptionError, match="--mesh-address goes with --steer"):
         plane(tmp_path, "--mesh-address=127.0.0.1")
     with pytest.raises(OptionError, match="--mesh-address here: "):
         plane(tmp_path, "--steer=/x", "--mesh-address=here")

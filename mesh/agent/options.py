@@ -24,8 +24,7 @@ from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
 DEFAULT_ADMIN = "127.0.0.1:15090"
-# Where the proxy takes workloads' connections: one of each family that the host has.
-DEFAULT_MESH = ("127.0.0.1", "::1")
+DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
 _LEAST = {"max_head_bytes": 256, "max_body_bytes": 0, "drain_timeout_s": 0, "trusted_hops": 0}
 
@@ -72,10 +71,10 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--settings", type=Path)
     parser.add_argument("--access-log", choices=("json", "text", "off"))
     parser.add_argument("--steer", type=Path)
-    parser.add_argument("--proxy-cgroup", type=Path)
-    parser.add_argument("--pins", type=Path)
     parser.add_argument("--node")
     parser.add_argument("--mesh-address", action="append", default=[])
+    parser.add_argument("--proxy-cgroup", type=Path)
+    parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     args = parser.parse_args(arguments)
@@ -117,24 +116,32 @@ def parse_admin(text: str) -> tuple[str, int] | None:
 
 def plane_options(args: argparse.Namespace) -> Options:
     """The control plane's part of the command line; where it does not say what to advertise, the
-    addresses that this host has now. A mesh needs steering; for what works without a gateway, which
-    has no such option, its addresses are enough."""
+    addresses that this host has now."""
     bind_address = check_address("--bind-address", args.bind_address)
     advertise = tuple(check_address("--advertise", text) for text in args.advertise)
-    mesh = tuple(check_address("--mesh-address", text) for text in args.mesh_address)
-    steered = getattr(args, "steer", None) is not None
-    if mesh and hasattr(args, "steer") and not steered:
-        raise OptionError("--mesh-address: nothing is steered there without --steer CGROUP")
-    if steered and not mesh:
-        mesh = tuple(filter(is_here, DEFAULT_MESH))
     return Options(
         addresses=tuple(check_pool(pool) for pool in args.address_pool),
         bind_address=bind_address,
         advertise=advertise or reached_at(bind_address),
         settings=read_settings(args.settings, access_log=args.access_log),
-        node=args.node or (socket.gethostname().lower() if steered else ""),
-        mesh_addresses=mesh,
+        node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
+        mesh_addresses=mesh_addresses(args),
     )
+
+
+def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:
+    """Where workloads are sent to: with --steer, loopback if no address is given, as far as the
+    host has it; without, nowhere. Commands without that option ask what would be if there were."""
+    given = tuple(check_address("--mesh-address", text) for text in args.mesh_address)
+    if given and hasattr(args, "steer") and not _steered(args):
+        raise OptionError("--mesh-address goes with --steer, whose workloads are sent there")
+    if _steered(args):
+        return given or tuple(filter(is_here, DEFAULT_MESH_ADDRESSES))
+    return given
+
+
+def _steered(args: argparse.Namespace) -> bool:
+    return getattr(args, "steer", None) is not None
 
 
 def check_address(option: str, text: str) -> str:
