@@ -6,6 +6,7 @@ the worker has started and are replaced when the agent pins new programs. Knows 
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 from collections.abc import Callable
@@ -46,24 +47,29 @@ class Destination(NamedTuple):
 
 
 class Steered(NamedTuple):
-    """Of a workload's connection: what it asked for, the backend that the kernel has chosen (None:
-    the proxy chooses) and, where the proxy sends by redirect, the workload's socket cookie."""
+    """Of a workload's connection: what it asked for, and the backend that the kernel has chosen
+    (None: the proxy chooses). `unread`: what the proxy sends goes by redirect, and this tells how
+    many bytes of memory the workload's socket holds of it."""
 
     asked: Destination
     backend: Destination | None = None
-    enrolled: int | None = None
+    unread: Callable[[], int] | None = None
 
 
 class Kernel:
-    """The handles in force, None until they are there."""
+    """The handles in force, None until they are there. Connections keep those they began with: the
+    maps before may be others, and still have their sockets."""
 
     def __init__(self) -> None:
         self.handles: Handles | None = None
 
     def steered(self, fd: int) -> Steered | None:
         """Of an accepted connection; None: nobody was steered here, as far as we are told."""
+        handles = self.handles
+        if handles is None:
+            return None
         try:
-            origin = self.handles.origin(fd) if self.handles is not None else None
+            origin = handles.origin(fd)
         except OSError as error:
             _log.error("the kernel does not tell who connected: %s", error)
             return None
@@ -72,16 +78,8 @@ class Kernel:
         return Steered(
             _text(origin.asked),
             _text(origin.backend) if origin.backend is not None else None,
-            origin.cookie if origin.enrolled else None,
+            functools.partial(handles.queued, origin.cookie) if origin.enrolled else None,
         )
-
-    def queue_of(self, cookie: int) -> Callable[[], int]:
-        """What tells how many bytes that workload's socket holds unread."""
-
-        def unread() -> int:
-            return self.handles.queued(cookie) if self.handles is not None else 0
-
-        return unread
 
 
 @lru_cache(maxsize=4096)

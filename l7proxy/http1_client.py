@@ -27,11 +27,17 @@ class Http1Client(Link):
     """A backend's connection.
 
     `on_change` is told when a stream gave its place back, and when the connection closes of itself.
-    Bytes that nobody asked for close it: they are no response to any request of ours.
+    Bytes that nobody asked for close it: they are no response to any request of ours. `unread` as
+    in `Link`.
     """
 
-    def __init__(self, settings: Settings, on_change: Callable[[ClientConnection], None]) -> None:
-        super().__init__(None)
+    def __init__(
+        self,
+        settings: Settings,
+        on_change: Callable[[ClientConnection], None],
+        unread: Callable[[], int] | None = None,
+    ) -> None:
+        super().__init__(None, unread)
         self.codec = ClientCodec(settings)
         self.broken = False  # by an error, not by an orderly close
         self.answered = False  # a byte came since the request was sent
@@ -195,9 +201,9 @@ class _Stream:
 
     async def _send(self, pieces: Sequence[bytes]) -> None:
         connection = self._connection
-        if connection.transport is None or connection.gone or self._released:
+        if connection.gone or self._released:
             raise self._reset("the backend is gone")
-        connection.transport.writelines(pieces)
+        connection.write(pieces)
         if connection.write_paused:
             await connection.room()
 

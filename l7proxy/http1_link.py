@@ -1,7 +1,8 @@
 """What the HTTP/1.1 drivers of both sides share: waiting, flow control and half-close on asyncio.
 
-One task reads and one writes at a time. The transport's own half-close is never used: uvloop frees
-a handle twice if a close follows while data is queued (a regression test reproduces it).
+Writers wait for the transport and, where bytes go by redirect, for the receiver (`redirect`). One
+task reads and one writes at a time. The transport's own half-close is never used: uvloop frees a
+handle twice if a close follows while data is queued (a regression test reproduces it).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
+
+from l7proxy.redirect import RedirectQueue
 
 # Received bytes beyond which reading pauses, and written ones beyond which writers wait.
 READ_AHEAD = 64 * 1024
@@ -62,10 +65,10 @@ class Link(asyncio.Protocol):
     """A connection's transport. `lost`: it is gone; `eof`: the peer sends no more.
 
     With `stall_s` a peer that takes none of the bytes that wait for it for that long is cut off,
-    after `stalled` was told.
+    after `stalled` was told. `unread`, where bytes go by redirect, tells how many the peer holds.
     """
 
-    def __init__(self, stall_s: float | None) -> None:
+    def __init__(self, stall_s: float | None, unread: Callable[[], int] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
         self.lost = False
@@ -74,6 +77,8 @@ class Link(asyncio.Protocol):
         self._input: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self.write_paused = False
+        self._transport_full = False
+        self._redirect = RedirectQueue(unread, self._check_room) if unread is not None else None
         self._read_paused = False
         self._stall_s = stall_s
         self._stall = Deadline(self.loop, self._check_progress)
@@ -94,19 +99,36 @@ class Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost = self.eof = True
         self._stall.close()
+        if self._redirect is not None:
+            self._redirect.close()
         self.wake()
         self._wake_writer()
 
     def pause_writing(self) -> None:
-        self.write_paused = True
-        if self._stall_s is not None and self.transport is not None:
-            self._waiting_bytes = self.transport.get_write_buffer_size()
-            self._stall.set(self._stall_s)
+        self._transport_full = True
+        self._check_room()
 
     def resume_writing(self) -> None:
-        self.write_paused = False
-        self._stall.clear()
-        self._wake_writer()
+        self._transport_full = False
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """The transport or the receiver has become full, or is not full any more."""
+        full = self._transport_full or (self._redirect is not None and self._redirect.full)
+        if full is self.write_paused:
+            return
+        self.write_paused = full
+        if not full:
+            self._stall.clear()
+            self._wake_writer()
+        elif self._stall_s is not None:
+            self._waiting_bytes = self._untaken()
+            self._stall.set(self._stall_s)
+
+    def _untaken(self) -> int:
+        """Bytes that the peer has not taken, as far as is known here."""
+        size = self.transport.get_write_buffer_size() if self.transport is not None else 0
+        return size + (self._redirect.unread() if self._redirect is not None else 0)
 
     def stalled(self) -> None:
         """The peer is about to be cut off."""
@@ -114,7 +136,7 @@ class Link(asyncio.Protocol):
     def _check_progress(self) -> None:
         if self.transport is None or self._stall_s is None or not self.write_paused:
             return
-        size = self.transport.get_write_buffer_size()
+        size = self._untaken()
         if size < self._waiting_bytes:
             self._waiting_bytes = size
             self._stall.set(self._stall_s)
@@ -157,6 +179,13 @@ class Link(asyncio.Protocol):
 
     # --- writing ---------------------------------------------------------------------------------
 
+    def write(self, pieces: Sequence[bytes]) -> None:
+        """Hand bytes to the transport; only while there is one."""
+        assert self.transport is not None
+        self.transport.writelines(pieces)
+        if self._redirect is not None:
+            self._redirect.sent(sum(map(len, pieces)))
+
     async def room(self) -> None:
         """Wait until more may be written, or the connection is lost."""
         while self.write_paused and not self.lost:
@@ -176,6 +205,9 @@ class Link(asyncio.Protocol):
         afterwards. Not for TLS, whose transports cannot tell; their `close` flushes."""
         if self.transport is None or self.gone or self.tls:
             return
+        if self._redirect is not None:  # it gets no more, so it need not have read
+            self._redirect.close()
+            self._check_room()
         self.transport.set_write_buffer_limits(0)  # pauses unless there is nothing to wait for
         await self.room()
 

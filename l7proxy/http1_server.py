@@ -48,7 +48,7 @@ class Http1Server(Link):
         on_refused: Callable[[str], None],
         on_closed: Callable[[], None],
     ) -> None:
-        super().__init__(settings.body_timeout_s)
+        super().__init__(settings.body_timeout_s, info.steered.unread if info.steered else None)
         self.settings = settings
         self.codec = ServerCodec(scheme, settings)
         self.timer = Deadline(self.loop, self._expired)
@@ -231,7 +231,7 @@ class Http1Server(Link):
         """Answer in the handler's place."""
         self.fail(error)
         if self.transport is not None and not self.gone:
-            self.transport.write(self.codec.error(error))
+            self.write((self.codec.error(error),))
 
     async def _linger(self) -> None:
         """Close so that the client gets the last response, whatever it is still sending."""
@@ -312,14 +312,14 @@ class _Stream:
             connection.fail(connection.failure)
 
     def inform(self, head: ResponseHead) -> None:
-        transport = self._connection.transport
-        if self.responded or transport is None or self._connection.gone:
+        connection = self._connection
+        if self.responded or connection.gone:
             return
         if head.status == 100:
             if not self._continue_due:
                 return
             self._continue_due = False
-        transport.write(self._connection.codec.informational(head))
+        connection.write((connection.codec.informational(head),))
 
     async def respond(self, head: ResponseHead) -> None:
         codec = self._connection.codec
@@ -340,9 +340,8 @@ class _Stream:
             self._connection.loop.call_soon(self._send_held)
 
     def _send_held(self) -> None:
-        transport = self._connection.transport
-        if self._held and transport is not None and not self._connection.gone:
-            transport.write(self._held)
+        if self._held and not self._connection.gone:
+            self._connection.write((self._held,))
         self._held = b""
 
     async def write(self, data: bytes) -> None:
@@ -360,12 +359,12 @@ class _Stream:
 
     async def _send(self, pieces: Sequence[bytes]) -> None:
         connection = self._connection
-        if connection.transport is None or connection.gone:
+        if connection.gone:
             raise StreamReset("the client is gone")
         if self._held:
             pieces = (self._held, *pieces)
             self._held = b""
-        connection.transport.writelines(pieces)
+        connection.write(pieces)
         if connection.write_paused:
             await connection.room()
             if connection.lost:

@@ -124,8 +124,9 @@ class Http2Client(Http2Connection[Http2ClientStream]):
         on_change: Callable[[ClientConnection], None],
         *,
         scheme: bytes,
+        unread: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, unread)
         self.scheme = scheme
         self._on_change = on_change
         self._waiting: set[Http2ClientStream] = set()  # opened, but nothing sent yet

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from typing import ClassVar, Generic, TypeVar, cast
 
 from h2.config import H2Configuration
@@ -37,6 +38,7 @@ from l7proxy import http2_frames as frames
 from l7proxy.http2_fields import FieldDecoder
 from l7proxy.http2_stream import Http2Stream
 from l7proxy.message import Headers
+from l7proxy.redirect import RedirectQueue
 from mesh.model.nodeconfig import Settings
 
 # Receive windows: what one stream may leave unread in our memory, and all of a connection. Eight
@@ -68,10 +70,13 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
     client_side: ClassVar[bool]
     guard_scale: ClassVar[float] = 1.0
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, unread: Callable[[], int] | None = None) -> None:
+        """`unread`, where bytes go by redirect, tells how many the peer holds of them."""
         self.settings = settings
         self.streams: dict[int, S] = {}
-        self.paused = False
+        self.paused = False  # by the transport or by the receiver
+        self._transport_full = False
+        self._redirect = RedirectQueue(unread, self._check_room) if unread is not None else None
         self.closing = False  # GOAWAY was sent for good, or the transport is gone
         self._loop = asyncio.get_running_loop()
         self._guard = frames.FloodGuard(self._loop.time(), scale=self.guard_scale)
@@ -146,7 +151,7 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         if not self.client_side:
             values[SettingCodes.MAX_CONCURRENT_STREAMS] = self.settings.h2_max_concurrent_streams
         preface = frames.PREFACE if self.client_side else b""
-        self._transport.write(
+        self._write(
             preface
             + SettingsFrame(
                 0, settings={int(key): value for key, value in values.items()}
@@ -232,13 +237,25 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
             found.wake()
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._transport_full = True
+        self._check_room()
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._transport_full = False
         if self.closing:
             self._shut()
-        self._wake(0)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """The transport or the receiver has become full, or is not full any more."""
+        self.paused = self._transport_full or (self._redirect is not None and self._redirect.full)
+        if not self.paused:
+            self._wake(0)
+
+    def _write(self, data: bytes) -> None:
+        self._transport.write(data)
+        if self._redirect is not None:
+            self._redirect.sent(len(data))
 
     def eof_received(self) -> bool | None:
         return None  # the transport closes itself
@@ -247,6 +264,8 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         self.closing = True
         if self._linger is not None:
             self._linger.cancel()
+        if self._redirect is not None:
+            self._redirect.close()
         self.on_lost()
 
     # --- sending --------------------------------------------------------------------------------
@@ -306,8 +325,11 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         data = self._h2.data_to_send()
         if not data or self.closing or self._transport.is_closing():
             return
-        self._transport.write(data)
-        if self._transport.get_write_buffer_size() > _MAX_BACKLOG:
+        self._write(data)
+        backlog = self._transport.get_write_buffer_size()
+        if self._redirect is not None:
+            backlog += self._redirect.overdrawn
+        if backlog > _MAX_BACKLOG:
             self.refused("h2_write_backlog")
             self.closing = True
             self._transport.abort()
@@ -319,7 +341,7 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         self._flush()
         if not self._transport.is_closing():
             frame = GoAwayFrame(0, last_stream_id=last_stream_id, error_code=code)
-            self._transport.write(frame.serialize())
+            self._write(frame.serialize())
 
     def fail(self, violation: frames.Violation) -> None:
         """The peer broke the protocol: GOAWAY, and all streams with it."""

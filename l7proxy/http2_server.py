@@ -115,7 +115,7 @@ class Http2Server(Http2Connection[Http2ServerStream]):
         on_refused: Callable[[str], None],
         on_closed: Callable[[], None],
     ) -> None:
-        super().__init__(settings)
+        super().__init__(settings, info.steered.unread if info.steered else None)
         self._on_refused = on_refused
         self._handler = handler
         self._info = info

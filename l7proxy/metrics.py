@@ -87,6 +87,10 @@ RELAYED = Counter(
     "Connections of workloads that were relayed and have ended, by how",
     ("outcome",),
 )
+PLAIN = Counter(
+    "weft_upstream_plain_total",
+    "Connections left because the kernel did not show the far socket in time",
+)
 FLOWS_LOST = Counter(
     "weft_worker_flows_lost_total",
     "Flow records that were not sent: no agent, or one that does not read",

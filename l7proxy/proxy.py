@@ -93,12 +93,12 @@ class Proxy:
         self._loop = loop
         self._state = _State()
         self._routes = RouteIndex()
-        self._clusters = Clusters(self._state.settings)
+        self._kernel = Kernel()
+        self._clusters = Clusters(self._state.settings, self._kernel)
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
         self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log, flows)
-        self._kernel = Kernel()
         self._mesh = Mesh(self._clusters)
         self._reported: dict[str, ClusterStats] = {}
         self._draining = False

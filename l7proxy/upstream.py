@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import select
-import ssl
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from l7proxy.balance import Balancer, Member
-from l7proxy.http1_client import Http1Client
-from l7proxy.http2_client import Http2Client
+from l7proxy.connect import connect_to
+from l7proxy.handles import Kernel
 from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
-from l7proxy.tls_client import ClientTLS, PeerRefused, TLSRefused, refusal
+from l7proxy.tls_client import ClientTLS, TLSRefused
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
@@ -116,8 +115,9 @@ class Lease:
 class Clusters:
     """The clusters in force, by section key."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, kernel: Kernel | None = None) -> None:
         self.settings = settings
+        self._kernel = kernel or Kernel()
         self._clusters: dict[SectionKey, Cluster] = {}
 
     def put(self, key: SectionKey, section: ClusterSection, *, label: str | None = None) -> None:
@@ -125,7 +125,9 @@ class Clusters:
         force."""
         cluster = self._clusters.get(key)
         if cluster is None:
-            self._clusters[key] = Cluster(key, section, lambda: self.settings, label=label or key)
+            self._clusters[key] = Cluster(
+                key, section, lambda: self.settings, kernel=self._kernel, label=label or key
+            )
         else:
             cluster.replace(section)
 
@@ -161,12 +163,14 @@ class Cluster:
         section: ClusterSection,
         settings: Callable[[], Settings],
         *,
+        kernel: Kernel | None = None,
         label: str = "",
     ) -> None:
         self.key = key
         self.label = label or key
         self.http2 = section.protocol == "h2c"
         self._settings = settings
+        self._kernel = kernel or Kernel()
         self._pending = 0
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
@@ -296,7 +300,9 @@ class Cluster:
         async def connect(
             on_change: Callable[[ClientConnection], None],
         ) -> tuple[ClientConnection, select.poll]:
-            return await _connect(member, tls, self._settings(), on_change, http2=http2)
+            return await connect_to(
+                member, tls, self._settings(), self._kernel, on_change, http2=http2
+            )
 
         def on_empty() -> None:
             self._pools.discard(pool)
@@ -351,49 +357,3 @@ def _checked_tls(
         return {None: ClientTLS(section.tls, None, http2=section.protocol == "h2c")}
     except TLSRefused as error:
         raise TLSRefused(f"{key}: {error}") from None
-
-
-async def _connect(
-    member: Member,
-    tls: ClientTLS | None,
-    settings: Settings,
-    on_change: Callable[[ClientConnection], None],
-    *,
-    http2: bool,
-) -> tuple[ClientConnection, select.poll]:
-    def protocol() -> Http1Client | Http2Client:
-        if http2:
-            return Http2Client(settings, on_change, scheme=b"https" if tls else b"http")
-        return Http1Client(settings, on_change)
-
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(settings.connect_timeout_s):
-            transport, connection = await loop.create_connection(
-                protocol,
-                member.endpoint.address,
-                member.endpoint.port,
-                ssl=tls.context if tls is not None else None,
-                server_hostname=tls.server_hostname if tls is not None else None,
-                ssl_shutdown_timeout=settings.connect_timeout_s if tls is not None else None,
-            )
-    except TimeoutError:
-        why = f"not connected within {settings.connect_timeout_s:g} s"
-        raise ConnectFailed(member.id, "connect_timeout", why) from None
-    except ssl.SSLError as error:
-        refused = refusal(error)
-        raise ConnectFailed(member.id, refused.reason, str(refused)) from None
-    except OSError as error:
-        reason = (
-            "connect_refused" if isinstance(error, ConnectionRefusedError) else "connect_failed"
-        )
-        raise ConnectFailed(member.id, reason, error.strerror or str(error)) from None
-    if tls is not None:
-        try:
-            tls.check(transport.get_extra_info("ssl_object"))
-        except PeerRefused as refused:
-            transport.abort()
-            raise ConnectFailed(member.id, refused.reason, str(refused)) from None
-    peer_gone = select.poll()
-    peer_gone.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-    return connection, peer_gone

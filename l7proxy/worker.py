@@ -20,6 +20,7 @@ import resource
 import signal
 import socket
 import sys
+import weakref
 from typing import cast
 
 import uvloop
@@ -115,7 +116,6 @@ class Worker:
         self._flows = FlowLog(loop)
         self._proxy = Proxy(loop, self._log, self._flows)
         self._channel: ConfigChannel | None = None
-        self._descriptors: tuple[int, ...] = ()
         self._done = asyncio.Event()
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._control_ready)
@@ -157,11 +157,11 @@ class Worker:
                     _log.error("control message %s is not for a worker", type(message).__name__)
 
     def _take_handles(self, descriptors: dict[str, int]) -> None:
-        """The kernel's answers come from these from now on; those before are let go."""
-        self._proxy.use(ProxyHandles(descriptors))
-        for fd in self._descriptors:
-            os.close(fd)
-        self._descriptors = tuple(descriptors.values())
+        """The kernel's answers come from these from now on. Those before are closed once no
+        connection asks them any more."""
+        handles = ProxyHandles(descriptors)
+        weakref.finalize(handles, _close, tuple(descriptors.values()))
+        self._proxy.use(handles)
 
     async def _take_channel(self, sock: socket.socket) -> None:
         before, self._channel = self._channel, ConfigChannel(self._proxy, self._flows)
@@ -181,6 +181,11 @@ class Worker:
         self._flows.flush()
         await asyncio.sleep(0)  # in which the transport writes
         self._done.set()
+
+
+def _close(descriptors: tuple[int, ...]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def main() -> None:

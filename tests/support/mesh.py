@@ -53,6 +53,7 @@ class Origins:
         self.unread: Counter[int] = Counter()
         self.pairs: dict[int, list[int | None]] = {}
         self.plain: list[Target] = []
+        self.marks_hold = True  # marked backends are plain from then on
         self.asked_queue = 0
 
     def steer(
@@ -87,6 +88,8 @@ class Origins:
 
     def mark_plain(self, backend: Target) -> None:
         self.plain.append(backend)
+        if self.marks_hold:
+            self.pairs[backend.port] = [0]
 
 
 class MeshProxy:

@@ -1,0 +1,68 @@
+"""Sending by redirect, where the kernel holds nobody back.
+
+A workload's enrolled socket takes whatever the proxy sends, and writability never ends. So every so
+many bytes the proxy asks how much the receiver holds unread, and sends nothing while that is much.
+Between two answers at most LONG and one write are sent, so that a receiver that does not read holds
+at most twice LONG and one write of ours. Knows bytes, no protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+# A receiver that holds more than so many bytes is not sent to; sent without asking are as many.
+LONG = 256 * 1024
+# When to look again, in seconds; doubling from the first to the last.
+_FIRST_LOOK_S = 0.0005
+_LAST_LOOK_S = 0.02
+
+
+class RedirectQueue:
+    """What one receiver has not read. `unread` asks it, in bytes of memory; `on_change` is told
+    when `full` has changed."""
+
+    __slots__ = ("_loop", "_on_change", "_sent", "_timer", "_wait_s", "full", "unread")
+
+    def __init__(self, unread: Callable[[], int], on_change: Callable[[], None]) -> None:
+        self.unread = unread
+        self.full = False  # nothing should be sent
+        self._on_change = on_change
+        self._loop = asyncio.get_running_loop()
+        self._sent = 0  # since the receiver was last known not to hold much
+        self._wait_s = _FIRST_LOOK_S
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def overdrawn(self) -> int:
+        """Bytes sent although it is full, and before that without asking."""
+        return self._sent if self.full else 0
+
+    def sent(self, size: int) -> None:
+        """So many bytes were sent."""
+        self._sent += size
+        if self._sent <= LONG or self.full:
+            return
+        if self.unread() <= LONG:
+            self._sent = 0
+            return
+        self.full = True
+        self._wait_s = _FIRST_LOOK_S
+        self._timer = self._loop.call_later(self._wait_s, self._look)
+        self._on_change()
+
+    def _look(self) -> None:
+        if self.unread() <= LONG:
+            self.close()
+            self._on_change()
+            return
+        self._wait_s = min(2 * self._wait_s, _LAST_LOOK_S)
+        self._timer = self._loop.call_later(self._wait_s, self._look)
+
+    def close(self) -> None:
+        """Nothing more is sent, or as if the receiver had read: it is not full."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.full = False
+        self._sent = 0
