@@ -511,7 +511,7 @@ def test_gateways_keep_off_the_meshs_ports(address: str, port: int, ours: bool) 
         assert "is the mesh's" in found.message("Gateway", "gw", "Accepted", "http")
 
 
-# --- the conformance suite's manifests --------------------------------------------------------------
+# --- the conformance suite's manifests -----------------------------------------------------------
 
 SHARED = Path(__file__).parents[2] / "shared/gateway-api/conformance"
 MANIFESTS = sorted(SHARED.glob("tests/mesh/*.yaml"))
