@@ -220,6 +220,12 @@ def status(output: str, run_dir: Path) -> None:
 @click.option("-H", "--header", metavar="'NAME: VALUE'", multiple=True, help="May be repeated.")
 @click.option("--address", help="The address that is connected to, where several Gateways listen.")
 @click.option(
+    "--from",
+    "client",
+    metavar="NAMESPACE/POD",
+    help="The pod that asks: the URL names a Service as pods know it, or an address.",
+)
+@click.option(
     "--manifests", type=_MANIFESTS, help="Explain for this directory; no gateway need run."
 )
 @_plane_options
@@ -230,6 +236,7 @@ def explain(
     url: str,
     header: tuple[str, ...],
     address: str | None,
+    client: str | None,
     manifests: Path | None,
     output: str,
     run_dir: Path,
@@ -242,7 +249,7 @@ def explain(
     """
     from mesh.cli.explain import run
 
-    run(run_dir, method, url, header, address, manifests, output, options)
+    run(run_dir, method, url, header, address, client, manifests, output, options)
 
 
 @cli.command()
