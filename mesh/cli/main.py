@@ -103,22 +103,6 @@ def cli() -> None:
     help="cgroup v2 directory of workloads that reach Services by ClusterIP, with eBPF.",
 )
 @click.option(
-<<<<<<< HEAD
-    "--node",
-    metavar="NAME",
-    default="",
-    help="Which node of the cluster this is: whose pods (spec.nodeName) are local.",
-)
-@click.option(
-    "--mesh-address",
-    metavar="ADDRESS",
-    multiple=True,
-    help="Address of this node on which the proxy takes the connections of workloads of --steer;"
-    " one of each family at most.  [default: 127.0.0.1 and ::1]",
-)
-@click.option(
-=======
->>>>>>> gamma
     "--pins",
     metavar="DIRECTORY",
     type=click.Path(path_type=Path, file_okay=False),
