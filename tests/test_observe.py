@@ -347,3 +347,16 @@ def test_an_answer_that_breaks_off_is_an_error(tmp_path):
         with pytest.raises(CliError):
             next(lines)
         thread.join()
+
+
+def test_status_tells_of_flows(node):
+    node.tell(request(), request(), connection(verdict="DROPPED"), lost=3)
+    done = subprocess.run(
+        [*WEFT, "status", "--run-dir", str(node.run_dir)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "flows:      2 FORWARDED, 1 DROPPED; lost: 3 worker\n" in done.stdout
+    assert "datapath:" not in done.stdout
