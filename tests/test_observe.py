@@ -60,6 +60,10 @@ def known(flow):
             "shop/web-1:41234 -> shop/cart:80 http-request ERROR "
             "(HTTP/1.1 GET http://cart/items) 404 3.2ms no-route",
         ),
+        (
+            connection(to="10.96.0.10", port=80, service="shop/cart:80", verdict="DROPPED"),
+            "shop/web-1 -> shop/cart:80 tcp-connection DROPPED",
+        ),
         (connection(), "shop/web-1 -> shop/cart-1:8080 tcp-connection FORWARDED"),
         (
             connection(source="", to="2001:db8::1", verdict="DROPPED", reason="NO_BACKENDS"),
