@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bpf import pins, syscall
-from bpf.attach import opened, open_program
+from bpf.attach import open_program, opened
 from bpf.errors import DatapathError
 from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap

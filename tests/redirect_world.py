@@ -53,8 +53,8 @@ class World:
 
     def __init__(self, pin: Path, workloads: Path, proxies: Path) -> None:
         self.pin = pin
-        self._workloads = workloads
-        self._proxies = proxies
+        self.workloads = workloads
+        self.proxies = proxies
 
     def run(self, scenario: Callable[[World], None]) -> None:
         """In a process of its own; what goes wrong there fails here."""
@@ -63,7 +63,7 @@ class World:
         if pid == 0:
             code = 1
             try:
-                enter(self._workloads)
+                enter(self.workloads)
                 self._addresses()
                 self.balancer = Balancer(self.pin)
                 scenario(self)
@@ -94,11 +94,11 @@ class World:
     @contextlib.contextmanager
     def as_proxy(self) -> Iterator[None]:
         """Sockets made in here are the proxy's."""
-        (self._proxies / "cgroup.procs").write_text("0")
+        (self.proxies / "cgroup.procs").write_text("0")
         try:
             yield
         finally:
-            (self._workloads / "cgroup.procs").write_text("0")
+            (self.workloads / "cgroup.procs").write_text("0")
 
     def listen(self, address: str, port: int = 0) -> socket.socket:
         server = socket.create_server((address, port), family=family_of(address), backlog=64)

@@ -22,6 +22,9 @@ from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.datapath import Datapath
+from mesh.agent.flow_peers import Peers, own_addresses
+from mesh.agent.flows import FlowStore
+from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
@@ -53,13 +56,16 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         run_dir = RunDir(options.run_dir)
-        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost)
+        flows = FlowStore(Peers(own_addresses()), options.flow_buffer, options.plane.node)
+        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
             ready=_ready,
             datapath=self._datapath(options),
+            flows=flows,
+            kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
@@ -90,6 +96,8 @@ class Agent:
                 task.cancel()
         await self._admin.close()
         await self._api.close()
+        if self._node.kernel is not None:
+            self._node.kernel.close()
         if datapath is not None:
             datapath.close()
 
@@ -100,6 +108,8 @@ class Agent:
 
     async def _serve(self, datapath: Datapath) -> None:
         await datapath.start()
+        if self._node.kernel is not None and datapath.opened:
+            self._node.kernel.start()
         self._node.look_again()
         await datapath.tidy()
 

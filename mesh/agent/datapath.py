@@ -127,6 +127,11 @@ class Datapath:
             raise DatapathError(why or f"{module} ended with status {process.returncode}")
         return said
 
+    @property
+    def opened(self) -> bool:
+        """The maps are there, and filled."""
+        return self._maps is not None
+
     def _fail(self, why: str) -> None:
         self.failures.append(why)
         _log.error("%s", why)

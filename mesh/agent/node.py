@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
 from mesh.agent.datapath import Datapath
+from mesh.agent.flows import FlowStore
+from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
@@ -46,8 +48,12 @@ class Node:
         want: Callable[[tuple[PortAddress, ...]], None],
         ready: Callable[[], None],
         datapath: Datapath | None,
+        flows: FlowStore,
+        kernel: KernelFlows | None = None,
     ) -> None:
         self.rollout = rollout
+        self.flows = flows
+        self.kernel = kernel
         self.datapath = datapath
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
@@ -132,6 +138,7 @@ class Node:
             )
             self._unpublished.update(outcome.statuses)
             if outcome.put or outcome.remove:
+                self.flows.peers.publish(outcome.put, outcome.remove)
                 self.rollout.publish(outcome.put, outcome.remove)
                 if self.datapath is not None:
                     self.datapath.publish(outcome.put, outcome.remove)
@@ -222,6 +229,8 @@ class Node:
             refusals = self.datapath.refused
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
             result += self.datapath.failures
+        if self.kernel is not None and self.kernel.failure is not None:
+            result.append(self.kernel.failure)
         result += [
             f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
             for (table, key), error in self.failures.items()
