@@ -83,6 +83,7 @@ class Supervisor:
                     # Gateways are reached at the node's addresses.
                     "--bind-address=::",
                     f"--steer={self._node.cgroup}",
+                    f"--proxy-cgroup={self._node.proxy_cgroup}",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
