@@ -35,7 +35,8 @@ class TLS:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`host` is the Host or :authority field; `protocol` HTTP/1.1, H2 or H2C_PRIOR_KNOWLEDGE."""
+    """`host` is the Host or :authority field; `protocol` HTTP/1.1, H2 or H2C_PRIOR_KNOWLEDGE.
+    `family`: which addresses of a name to take, such as socket.AF_INET6; 0 for any."""
 
     address: str
     port: int
@@ -46,6 +47,7 @@ class Request:
     body: bytes = b""
     protocol: str = "HTTP/1.1"
     tls: TLS | None = None
+    family: int = 0
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ async def _round_trip(request: Request) -> Response:
     reader, writer = await asyncio.open_connection(
         request.address,
         request.port,
+        family=request.family,
         ssl=context,
         server_hostname=request.tls.server_name if request.tls else None,
     )
