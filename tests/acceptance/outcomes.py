@@ -10,7 +10,6 @@ from typing import NamedTuple
 from acceptance.cases import Case
 
 PASS, FAIL, NOT_SUPPORTED, SKIPPED = "PASS", "FAIL", "not supported", "skipped"
-_NO_PROFILE = "no profile"
 
 
 class Outcome(NamedTuple):
@@ -51,8 +50,10 @@ def summary(outcomes: list[Outcome]) -> list[str]:
     are, and how many are not of the test data."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        for profile in outcome.profiles or ((f"MESH, {_NO_PROFILE}",) if outcome.mesh else ()):
+        for profile in outcome.profiles:
             groups.setdefault(profile, []).append(outcome)
+    if others := [outcome for outcome in outcomes if outcome.mesh and not outcome.profiles]:
+        groups["MESH, in no profile"] = others
     lines = []
     for profile, members in groups.items():
         counts = Counter(outcome.result for outcome in members)
