@@ -103,7 +103,9 @@ class Balancer:
         """Puts these entries in force and takes away all others; see `apply`. A refused entry's
         frontend, if it has one in force, stays."""
         refused = self._change(entries, set(self._in_force))
-        left = [one for one, _ in self._fast.items() if layout.TARGET.pack(one) not in self._fast_uses]
+        left = [
+            one for one, _ in self._fast.items() if layout.TARGET.pack(one) not in self._fast_uses
+        ]
         for stale in left:
             self._fast.remove(stale)
         return refused

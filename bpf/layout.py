@@ -225,9 +225,7 @@ class Layout:
 
 
 TARGET = Layout("target", "!", {"address": "16s", "port": "H", "protocol": "B", "zero": "x"})
-FRONTEND = Layout(
-    "frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I"}
-)
+FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I"})
 BACKEND = Layout("backend", "=", {"target": "20s", "flags": "I"})
 ORIGIN = Layout("origin", "=", {"asked": "20s", "backend": "20s", "flags": "I"})
 ORIGIN_KEY = Layout("origin_key", "=", {"cookie": "Q", "peer": "20s", "zero": "4x"})

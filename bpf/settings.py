@@ -25,7 +25,7 @@ _NOWHERE = bytes(layout.TARGET.size)
 def steer_to_proxy(directory: Path, addresses: Iterable[str], *, sockmap: bool) -> None:
     """From now on new connections to HTTP frontends go to the proxy on these addresses, at most one
     of each family. DatapathError, OSError."""
-    by_version = {ip_address(address).version: address for address in addresses}
+    by_version: dict[int, str] = {ip_address(address).version: address for address in addresses}
 
     def at(version: int, port: int) -> bytes:
         address = by_version.get(version)

@@ -8,9 +8,11 @@ from typing import Any
 
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
+from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
-from l7proxy.routing import RouteMatchResult
+from l7proxy.route_compile import NO_ROUTE
+from mesh.model.nodeconfig import Endpoint
 
 # Series live as long as the process, also when their route has gone. Further ones are counted
 # together, by gateway and code, under this name.
@@ -34,9 +36,9 @@ class Record:
     """Filled in while the exchange goes on; `close` counts and logs it."""
 
     __slots__ = (
-        "attempts", "backend", "bytes_in", "bytes_out", "client", "detail", "endpoint", "gateway",
-        "head", "host", "listener", "path", "reason", "request_id", "route", "rule", "started",
-        "status",
+        "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
+        "endpoint", "gateway", "head", "host", "listener", "path", "reason", "request_id", "route",
+        "rule", "service", "started", "status",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, client: ClientAddress, gateway: str) -> None:
@@ -52,6 +54,8 @@ class Record:
         self.rule = ""
         self.backend = ""
         self.endpoint = ""
+        self.destination: Endpoint | None = None
+        self.service = ""
         self.attempts = 0
         self.status = 0
         self.bytes_in = 0
@@ -59,9 +63,12 @@ class Record:
         self.reason = ""
         self.detail = ""
 
-    def matched(self, match: RouteMatchResult) -> None:
-        self.route = match.route.label
-        self.rule = match.rule.label
+    def selected(self, selected: Selection) -> None:
+        self.listener = selected.listener
+        self.service = selected.service
+        if (match := selected.match) is not None and match.route is not NO_ROUTE:
+            self.route = match.route.label
+            self.rule = match.rule.label
 
     def replied(self, status: int, reason: str, detail: str, *, whole: bool) -> None:
         """The proxy answered `status` itself, or (not `whole`) broke a response off."""

@@ -24,6 +24,7 @@ from typing import cast
 
 import uvloop
 
+from bpf.proxy import ProxyHandles
 from l7proxy import metrics
 from l7proxy.accesslog import AccessLog
 from l7proxy.proxy import Proxy
@@ -32,6 +33,7 @@ from mesh.model.channel import (
     Channel,
     Drain,
     FrameReader,
+    Handles,
     Listen,
     Unlisten,
     encode_frame,
@@ -104,6 +106,7 @@ class Worker:
         )
         self._proxy = Proxy(loop, self._log)
         self._channel: ConfigChannel | None = None
+        self._descriptors: tuple[int, ...] = ()
         self._done = asyncio.Event()
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._control_ready)
@@ -136,11 +139,20 @@ class Worker:
                     self._proxy.listen((port.address, port.port), socket.socket(fileno=fds[0]))
                 case Unlisten(port):
                     self._proxy.unlisten((port.address, port.port))
+                case Handles(names):
+                    self._take_handles(dict(zip(names, fds, strict=True)))
                 case Drain(deadline_s):
                     self._start_drain(deadline_s)
                     return
                 case _:
                     _log.error("control message %s is not for a worker", type(message).__name__)
+
+    def _take_handles(self, descriptors: dict[str, int]) -> None:
+        """The kernel's answers come from these from now on; those before are let go."""
+        self._proxy.use(ProxyHandles(descriptors))
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors = tuple(descriptors.values())
 
     async def _take_channel(self, sock: socket.socket) -> None:
         before, self._channel = self._channel, ConfigChannel(self._proxy)

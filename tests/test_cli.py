@@ -129,7 +129,7 @@ def test_explain_offline(manifests):
     [
         (("explain", "GET", "ftp://x"), "weft: ftp://x: not a URL like http://host/path"),
         (("explain", "GET", "http://x", "-H", "bad"), "weft: -H 'bad': not 'name: value'"),
-        (("get", "pods"), "weft: there is no kind 'pods' in Weft: it has backendtlspolicies, "),
+        (("get", "nodes"), "weft: there is no kind 'nodes' in Weft: it has backendtlspolicies, "),
         (("up", "--manifests", "/", "--admin", "x"), "weft: --admin x: not ADDRESS:PORT"),
         (
             ("up", "--manifests", "/", "--address-pool", "10.0.0.1/8"),
@@ -304,6 +304,26 @@ def test_yaml_writes_what_appears_twice_twice(capsys):
 
 def test_every_kind_has_its_columns():
     assert tables.COLUMNS.keys() == {info.kind for info in KINDS.values()}
+
+
+def test_pods_are_shown_as_kubectl_does():
+    pod = {
+        "metadata": {"name": "p", "namespace": "shop"},
+        "spec": {"nodeName": "n1"},
+        "status": {
+            "phase": "Running",
+            "podIP": "10.0.0.1",
+            "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+            "conditions": [{"type": "Ready", "status": "False"}],
+        },
+    }
+    going = {"metadata": {"name": "q", "namespace": "shop", "deletionTimestamp": "t"}, "spec": {}}
+    headers, lines = tables.rows("Pod", [pod, going], namespaces=True, wide=False)
+    assert headers == ["NAMESPACE", "NAME", "READY", "STATUS", "IP", "NODE"]
+    assert lines == [
+        ["shop", "p", "False", "Running", "10.0.0.1,fd00::1", "n1"],
+        ["shop", "q", "<none>", "Terminating", "<none>", "<none>"],
+    ]
 
 
 def test_the_worst_condition_is_shown():

@@ -13,6 +13,7 @@
 #ifndef WEFT_ENROL_H
 #define WEFT_ENROL_H
 
+#include "address.h"
 #include "count.h"
 #include "origin.h"
 #include "socket.h"
@@ -68,7 +69,9 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 	value.netns = bpf_get_netns_cookie(ctx);
 	value.asked = origin->asked;
 	value.backend = origin->backend;
-	if (origin->flags & FRONTEND_SOCKMAP && redirects() && !opted_out(&tuple.opener))
+	/* Every network namespace has the same loopback tuples. */
+	if (origin->flags & FRONTEND_SOCKMAP && redirects() && !is_loopback(&tuple.opener) &&
+	    !opted_out(&tuple.opener))
 		value.state = STATE_WANTED;
 	incoming.update(&tuple, &value);
 }

@@ -2,11 +2,9 @@
 #ifndef WEFT_SOCKET_H
 #define WEFT_SOCKET_H
 
-#include <linux/in.h>
-#include "types.h"
+#include "address.h"
 
 #define AF_INET 2
-#define MAPPED_WORD __builtin_bswap32(0xffff)
 
 /* The verifier wants to see the offset in each access to the context; clang would join those of two
  * branches into one through a pointer. */
@@ -21,7 +19,7 @@ static __always_inline void local_end(struct bpf_sock_ops *ctx, struct target *e
 	*end = (struct target){.protocol = IPPROTO_TCP};
 	end->port = __builtin_bswap16((u16)ctx->local_port);
 	if (ctx->family == AF_INET) {
-		end->address[2] = MAPPED_WORD;
+		end->address[2] = MAPPED_PREFIX;
 		end->address[3] = kept_apart(ctx->local_ip4);
 	} else {
 		end->address[0] = ctx->local_ip6[0];
@@ -37,7 +35,7 @@ static __always_inline void remote_end(struct bpf_sock_ops *ctx, struct target *
 	/* In network order, in the upper half (sock_ops_convert_ctx_access, little endian). */
 	end->port = ctx->remote_port >> 16;
 	if (ctx->family == AF_INET) {
-		end->address[2] = MAPPED_WORD;
+		end->address[2] = MAPPED_PREFIX;
 		end->address[3] = kept_apart(ctx->remote_ip4);
 	} else {
 		end->address[0] = ctx->remote_ip6[0];
