@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gateway import services
-from gateway.annotations import client_headers
+from gateway.annotations import client_headers, misused
 from gateway.attachment import Attached, Parent
 from gateway.conditions import Problem, condition, make, problem_text
 from gateway.keys import ClusterRef, MeshListener, RouteKey, mesh_listener
@@ -157,8 +157,11 @@ def _accepted(
         if trouble is not None and trouble.pending:
             return make("Accepted", "Unknown", *trouble.problem, generation)
         problem = trouble.problem if trouble is not None else None
-        if problem is None and route.spec.hostnames:
-            message = "spec.hostnames does not count for requests to a Service"
+        if problem is None:
+            remarks = [misused(route)]
+            if route.spec.hostnames:
+                remarks.append("spec.hostnames does not count for requests to a Service")
+            message = "; ".join(filter(None, remarks))
             return make("Accepted", "True", "Accepted", message, generation)
     return condition("Accepted", generation, problem)
 

@@ -165,7 +165,7 @@ def attach(
     if not mesh.on:
         message = (
             f"parentRef to Service {target}: there is no mesh on this node, so nothing would route"
-            " requests to it; start Weft with --steer CGROUP"
+            " requests to it; start Weft with --steer CGROUP (weft validate: with --mesh-address)"
         )
         return (), Problem("UnsupportedValue", message)
     found: Doors | None = view.get("service_doors", target)

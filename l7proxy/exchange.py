@@ -20,6 +20,7 @@ from l7proxy.accesslog import AccessLog
 from l7proxy.attempt import Attempt
 from l7proxy.attempts import Attempts
 from l7proxy.entry import Entry, Reply, Selection
+from l7proxy.flows import FlowLog
 from l7proxy.message import ProtocolError, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.record import Record
@@ -46,7 +47,12 @@ class Exchanges:
     """What every exchange of a worker shares."""
 
     def __init__(
-        self, routes: RouteIndex, clusters: Clusters, settings: Settings, log: AccessLog
+        self,
+        routes: RouteIndex,
+        clusters: Clusters,
+        settings: Settings,
+        log: AccessLog,
+        flows: FlowLog,
     ) -> None:
         self.version = 0
         self.routes = routes
@@ -54,6 +60,7 @@ class Exchanges:
         self.settings = settings
         self.certificates: Mapping[SectionKey, CertificateSection] = {}
         self.log = log
+        self.flows = flows
         self.mirrors = Mirrors(clusters)
 
     async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
@@ -63,6 +70,7 @@ class Exchanges:
             await exchange.run()
         finally:
             exchange.record.close(self.log)
+            self.flows.request(exchange.record, info)
 
 
 class _Exchange:

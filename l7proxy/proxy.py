@@ -19,6 +19,7 @@ from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
+from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
@@ -89,7 +90,7 @@ class _State:
 class Proxy:
     """The data plane of one worker."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, log: AccessLog) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, log: AccessLog, flows: FlowLog) -> None:
         self._loop = loop
         self._state = _State()
         self._routes = RouteIndex()
@@ -97,7 +98,7 @@ class Proxy:
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
-        self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log)
+        self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log, flows)
         self._kernel = Kernel()
         self._mesh = Mesh(self._clusters)
         self._reported: dict[str, ClusterStats] = {}

@@ -1,4 +1,4 @@
-"""What is remembered of one request for the access log and the metrics."""
+"""What is remembered of one request for the access log, the metrics and its flow."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
 from l7proxy.route_compile import NO_ROUTE
+from mesh.model.flow import Verdict
 from mesh.model.nodeconfig import Endpoint
 
 # Series live as long as the process, also when their route has gone. Further ones are counted
@@ -37,12 +38,14 @@ class Record:
 
     __slots__ = (
         "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
-        "endpoint", "gateway", "head", "host", "listener", "path", "reason", "request_id", "route",
-        "rule", "service", "started", "status",
+        "elapsed", "endpoint", "gateway", "head", "host", "listener", "path", "reason",
+        "request_id", "route", "rule", "service", "started", "status", "verdict",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, client: ClientAddress, gateway: str) -> None:
         self.started = time.monotonic()
+        self.elapsed = 0.0
+        self.verdict: Verdict = "FORWARDED"
         self.head = head
         self.host = head.authority
         self.path = head.target
@@ -74,15 +77,17 @@ class Record:
         """The proxy answered `status` itself, or (not `whole`) broke a response off."""
         if whole:
             self.status = status
+        self.verdict = "DROPPED" if whole and status < 500 else "ERROR"
         self.reason, self.detail = reason, detail
         metrics.LOCAL_REPLIES.labels(reason).inc()
 
     def broke_off(self, reason: str, detail: str) -> None:
+        self.verdict = "ERROR"
         self.reason, self.detail = reason, detail
 
     def close(self, log: AccessLog) -> None:
         """Count the request, write its line. A client gone before a response counts as code 499."""
-        elapsed = time.monotonic() - self.started
+        self.elapsed = elapsed = time.monotonic() - self.started
         code = self.status or 499
         _series(
             _requests,

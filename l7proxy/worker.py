@@ -27,6 +27,7 @@ import uvloop
 from bpf.proxy import ProxyHandles
 from l7proxy import metrics
 from l7proxy.accesslog import AccessLog
+from l7proxy.flows import FlowLog
 from l7proxy.proxy import Proxy
 from l7proxy.tasks import spawn
 from mesh.model.channel import (
@@ -59,10 +60,11 @@ def drop_root(user: str) -> None:
 
 
 class ConfigChannel(asyncio.Protocol):
-    """The worker's end of a config channel: deltas in, acknowledgements out."""
+    """The worker's end of a config channel: deltas in, acknowledgements and flows out."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, flows: FlowLog) -> None:
         self._proxy = proxy
+        self._flows = flows
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._closed = False
@@ -71,6 +73,12 @@ class ConfigChannel(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         if self._closed:
             transport.close()
+        else:
+            self._flows.connect(self._transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert self._transport is not None
+        self._flows.disconnect(self._transport)
 
     def data_received(self, data: bytes) -> None:
         transport = self._transport
@@ -104,7 +112,8 @@ class Worker:
         self._log = AccessLog(
             loop, 1 if sys.stdout is not None else os.open(os.devnull, os.O_WRONLY)
         )
-        self._proxy = Proxy(loop, self._log)
+        self._flows = FlowLog(loop)
+        self._proxy = Proxy(loop, self._log, self._flows)
         self._channel: ConfigChannel | None = None
         self._descriptors: tuple[int, ...] = ()
         self._done = asyncio.Event()
@@ -155,7 +164,7 @@ class Worker:
         self._descriptors = tuple(descriptors.values())
 
     async def _take_channel(self, sock: socket.socket) -> None:
-        before, self._channel = self._channel, ConfigChannel(self._proxy)
+        before, self._channel = self._channel, ConfigChannel(self._proxy, self._flows)
         channel = self._channel
         if before is not None:
             before.close()
@@ -169,6 +178,8 @@ class Worker:
     async def _drain(self, deadline_s: float | None) -> None:
         if left := await self._proxy.drain(deadline_s):
             _log.warning("drain deadline reached: %d connections cut off", left)
+        self._flows.flush()
+        await asyncio.sleep(0)  # in which the transport writes
         self._done.set()
 
 

@@ -9,7 +9,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Callable, Iterable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import get_args
 
 from mesh.agent.flow_peers import RESERVED
@@ -19,6 +19,7 @@ from mesh.model.flow import Flow, Peer, Verdict
 _UNITS_S = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _STATUS = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?|([1-5])xx", re.IGNORECASE)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _L4 = ("TCP", "UDP", "ICMP", "ICMPV6", "OTHER")
 
 
@@ -55,7 +56,7 @@ def since_ns(text: str) -> int:
             f"since {text}: not a duration like 30s, 5m or 1h30m, nor a time with its zone like "
             "2025-11-25T15:04:05Z"
         )
-    return int(moment.timestamp() * 1e9)
+    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
 # --- ends ----------------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def _chosen(held: list[Flow], matches: Matches, earliest: int, last: int | None)
             break
         if flow.time >= earliest and matches(flow):
             found.append(flow)
+    found.reverse()  # as they came, where times are equal
     return sorted(found, key=lambda flow: flow.time)
 
 

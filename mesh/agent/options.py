@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import math
+import socket
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
 from mesh.agent.flows import DEFAULT_CAPACITY
-from mesh.agent.ports import reached_at
+from mesh.agent.ports import is_here, reached_at
 from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
@@ -70,7 +71,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--settings", type=Path)
     parser.add_argument("--access-log", choices=("json", "text", "off"))
     parser.add_argument("--steer", type=Path)
-    parser.add_argument("--node", default="")
+    parser.add_argument("--node")
     parser.add_argument("--mesh-address", action="append", default=[])
     parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
@@ -123,19 +124,24 @@ def plane_options(args: argparse.Namespace) -> Options:
         bind_address=bind_address,
         advertise=advertise or reached_at(bind_address),
         settings=read_settings(args.settings, access_log=args.access_log),
-        node=args.node,
+        node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
         mesh_addresses=mesh_addresses(args),
     )
 
 
 def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:
-    """Where workloads are sent to: none without --steer, loopback if no address is given."""
+    """Where workloads are sent to: with --steer, loopback if no address is given, as far as the
+    host has it; without, nowhere. Commands without that option ask what would be if there were."""
     given = tuple(check_address("--mesh-address", text) for text in args.mesh_address)
-    if args.steer is None:
-        if given:
-            raise OptionError("--mesh-address goes with --steer, whose workloads are sent there")
-        return ()
-    return given or DEFAULT_MESH_ADDRESSES
+    if given and hasattr(args, "steer") and not _steered(args):
+        raise OptionError("--mesh-address goes with --steer, whose workloads are sent there")
+    if _steered(args):
+        return given or tuple(filter(is_here, DEFAULT_MESH_ADDRESSES))
+    return given
+
+
+def _steered(args: argparse.Namespace) -> bool:
+    return getattr(args, "steer", None) is not None
 
 
 def check_address(option: str, text: str) -> str:

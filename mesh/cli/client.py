@@ -16,6 +16,7 @@ import click
 from mesh.agent.rundir import RunDir
 
 _TIMEOUT_S = 30.0
+_READ = 1 << 16
 
 
 class CliError(click.ClickException):
@@ -62,8 +63,11 @@ def ask_stream(
     with _asked(run_dir, path, query) as (response, sock):
         yield None
         sock.settimeout(None)
-        while line := response.readline():
-            yield line
+        rest = b""
+        # Not readline(): to that an answer which breaks off is one that ends.
+        while data := response.read1(_READ):
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
 
 
 @contextmanager

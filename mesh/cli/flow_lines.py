@@ -23,8 +23,8 @@ _LOST = {
 
 def compact(flow: Flow, *, wide: bool = False) -> str:
     """Close to hubble observe: time, who, to whom, what, verdict, details."""
-    moment = datetime.fromtimestamp(flow.time / 1e9)
-    when = f"{moment:%b %d %H:%M:%S}.{moment.microsecond // 1000:03}"
+    seconds, nanoseconds = divmod(flow.time, 10**9)
+    when = f"{datetime.fromtimestamp(seconds):%b %d %H:%M:%S}.{nanoseconds // 10**6:03}"
     to = flow.destination
     destination = _end(to) if to.address else flow.service or "unknown"
     parts = [f"{when}: {_end(flow.source)} -> {destination}", *_what(flow)]

@@ -30,6 +30,19 @@ def _plane_options(function: F) -> F:
     """The options of the control plane, for `up` and for what works offline."""
     for option in (
         click.option(
+            "--mesh-address",
+            metavar="ADDRESS",
+            multiple=True,
+            help="Address of this host at which the proxy takes what workloads ask Services for,"
+            " one of each family; turns the mesh on.  [default: 127.0.0.1 and ::1 with --steer]",
+        ),
+        click.option(
+            "--node",
+            metavar="NAME",
+            help="This node as Pods' spec.nodeName calls it.  [default: the host's name, with"
+            " --steer]",
+        ),
+        click.option(
             "--settings",
             type=click.Path(path_type=Path, dir_okay=False, exists=True),
             help="YAML or JSON file with limits and habits of the proxy.",
@@ -90,6 +103,7 @@ def cli() -> None:
     help="cgroup v2 directory of workloads that reach Services by ClusterIP, with eBPF.",
 )
 @click.option(
+<<<<<<< HEAD
     "--node",
     metavar="NAME",
     default="",
@@ -99,10 +113,12 @@ def cli() -> None:
     "--mesh-address",
     metavar="ADDRESS",
     multiple=True,
-    help="Address of this node on which the proxy takes the connections of workloads of --steer; one"
-    " of each family at most.  [default: 127.0.0.1 and ::1]",
+    help="Address of this node on which the proxy takes the connections of workloads of --steer;"
+    " one of each family at most.  [default: 127.0.0.1 and ::1]",
 )
 @click.option(
+=======
+>>>>>>> gamma
     "--pins",
     metavar="DIRECTORY",
     type=click.Path(path_type=Path, file_okay=False),

@@ -117,7 +117,7 @@ def _read(run_dir: Path, query: Query, told: queue.Queue[Line | CliError]) -> No
                     told.put(line)
         except CliError as error:
             # An agent that does not answer may be about to.
-            if not begun or isinstance(error, NotRunningError | UsageError):
+            if not begun or isinstance(error, UsageError):
                 told.put(error)
                 return
         if RunDir(run_dir).holder() is None:

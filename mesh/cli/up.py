@@ -11,13 +11,10 @@ from gateway.control import ControlPlane, Options
 from mesh.agent.options import OptionError, parse_admin, plane_options
 from mesh.cli.client import UsageError
 
-# Of commands that read manifests and serve nobody.
-_DEFAULTS: dict[str, Any] = {"access_log": None, "steer": None, "node": "", "mesh_address": ()}
-
 
 def plane(options: dict[str, Any]) -> Options:
     """The control plane's options. CliError: one of them is wrong."""
-    arguments = argparse.Namespace(**{**_DEFAULTS, **options})
+    arguments = argparse.Namespace(**{"access_log": None, **options})
     try:
         result = plane_options(arguments)
         ControlPlane(result)

@@ -19,6 +19,7 @@ from typing import Any
 from bpf.layout import Target
 from bpf.proxy import Origin
 from l7proxy.accesslog import AccessLog
+from l7proxy.flows import FlowLog
 from l7proxy.proxy import Proxy
 from mesh.model.nodeconfig import (
     Attachment,
@@ -96,7 +97,8 @@ class MeshProxy:
         self.config = NodeConfig.empty()
         self._log = tempfile.TemporaryFile()
         self._access_log = AccessLog(asyncio.get_running_loop(), self._log.fileno())
-        self.proxy = Proxy(asyncio.get_running_loop(), self._access_log)
+        self.flows = FlowLog(asyncio.get_running_loop())
+        self.proxy = Proxy(asyncio.get_running_loop(), self._access_log, self.flows)
 
     def apply(
         self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...] = ()
