@@ -30,9 +30,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make acceptance", description=__doc__)
     parser.add_argument("--only", action="append", default=[], help="run this test; repeatable")
     parser.add_argument("-k", default="", help="run the tests whose names contain this")
-    parser.add_argument(
-        "--all", action="store_true", help="run mesh tests also of features that are not claimed"
-    )
     parser.add_argument("--wait", type=float, default=8.0, help="seconds that any step may take")
     parser.add_argument(
         "--verbose",

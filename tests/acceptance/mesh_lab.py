@@ -91,6 +91,14 @@ class MeshLab:
         if self._dir.path.exists():
             await self._weft("down")
 
+    def degraded(self) -> list[str]:
+        """What is not as it should be on a node, such as a data path that fell back."""
+        return [
+            f"node {node}: {line}"
+            for node, agent in self.agents.items()
+            for line in agent.status()["degraded"]
+        ]
+
     def logs(self, lines: int = 8) -> str:
         """The end of what each node's Weft has said."""
         tails = []

@@ -39,10 +39,11 @@ async def run(cases: list[Case], args: argparse.Namespace, scratch: Path) -> lis
         agents = list(lab.agents.values())
         claims = [await claimed_features(agent, args.wait) for agent in agents]
         world = MeshWorld(lab, frozenset.intersection(*claims), args.wait)
+        for line in lab.degraded():
+            print(f"acceptance: {line}", flush=True)
         outcomes = []
         for case in cases:
-            why = "" if args.all else case.unsupported(world.claimed)
-            if why:
+            if why := case.unsupported(world.claimed):
                 outcome = without_running(case, NOT_SUPPORTED, why)
             else:
                 outcome = await _one(world, agents, case)
