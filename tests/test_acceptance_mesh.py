@@ -18,7 +18,8 @@ from acceptance.exchange import Mismatch, check_known, grpc_method
 from acceptance.mesh_cases import MESH, load_mesh_cases
 from acceptance.mesh_exchange import compare_mesh, completed, split_host, to_mesh_request
 from acceptance.mesh_lab import NODES, deployment_of, lab_config
-from acceptance.mesh_steps import OPERATIONS
+from acceptance.mesh_own import own_mesh_cases
+from acceptance.mesh_steps import OPERATIONS, PROTOCOLS
 from acceptance.outcomes import FAIL, NOT_SUPPORTED, PASS, Outcome, failed, summary
 from acceptance.shares import wrong_shares
 from acceptance.statuses import CONTROLLER, NotYet, mesh_routes_accepted
@@ -243,12 +244,24 @@ def test_mesh_tests_of_the_data_are_run_as_they_are() -> None:
             assert ours[case.name] == case
 
 
+def test_mesh_tests_beyond_the_suite_have_steps_that_are_handled() -> None:
+    for case in own_mesh_cases():
+        assert case.own
+        assert case.mesh
+        assert {step["op"] for step in case.steps} <= set(OPERATIONS), case.name
+        for step in case.steps:
+            if step["op"] == "mesh_request":
+                check_known(step["case"])
+            else:
+                assert step["protocol"] in PROTOCOLS
+
+
 @needs_data
 def test_objects_of_our_own_are_valid_and_meshed() -> None:
-    for case in load_mesh_cases():
+    for case in (*load_mesh_cases(), *own_mesh_cases()):
         for obj in case.objects:
             decode(obj)
-            assert obj["metadata"]["namespace"] == MESH
+            assert obj["metadata"]["namespace"].startswith(MESH)
             assert {ref["kind"] for ref in obj["spec"]["parentRefs"]} == {"Service"}
             assert "infra" not in json.dumps(obj)
         assert "infra" not in json.dumps(case.steps)

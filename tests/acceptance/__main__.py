@@ -1,7 +1,8 @@
 """`make acceptance`: the cases of ../shared/gateway-api against a gateway and a lab of its own.
 
 Prints a line per test and one per profile, writes build/acceptance.json. Exit codes: 0 no case of
-GATEWAY-HTTP or MESH-HTTP failed (or there is no test data), 1 one did, 2 the run itself failed.
+GATEWAY-HTTP, MESH-HTTP or WEFT-MESH (our own) failed, or there is no test data; 1 one did; 2 the
+run itself failed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from acceptance import run_gateway, run_mesh
 from acceptance.cases import SHARED, load_cases
 from acceptance.gateway import GatewayFailed
 from acceptance.mesh_cases import load_mesh_cases
+from acceptance.mesh_own import own_mesh_cases
 from acceptance.outcomes import Outcome, failed, summary
 
 BUILD = Path(__file__).resolve().parents[2] / "build"
@@ -41,9 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 async def run(args: argparse.Namespace, scratch: Path) -> list[Outcome]:
+    of_gateways = [case for case in load_cases() if not case.mesh]
     cases = [
         case
-        for case in (*(one for one in load_cases() if not one.mesh), *load_mesh_cases())
+        for case in (*of_gateways, *load_mesh_cases(), *own_mesh_cases())
         if (not args.only or case.name in args.only) and args.k.lower() in case.name.lower()
     ]
     if not cases:

@@ -76,7 +76,7 @@ def _from_gateway(case: Case, root: Path | None = None) -> Own:
     )
     routes = [meshed(obj) for obj in objects]
     for route in routes:
-        route["spec"]["parentRefs"] = [_service("echo", port=80)]
+        route["spec"]["parentRefs"] = [service("echo", port=80)]
     steps = [
         {
             "op": "mesh_request",
@@ -93,7 +93,7 @@ def _from_gateway(case: Case, root: Path | None = None) -> Own:
 # --- by hand -------------------------------------------------------------------------------------
 
 
-def _service(name: str, **more: object) -> Json:
+def service(name: str, **more: object) -> Json:
     """A parentRef."""
     return {"group": "", "kind": "Service", "name": name, **more}
 
@@ -106,16 +106,23 @@ def _backends(**weights: int) -> list[Json]:
     ]
 
 
-def _route(name: str, parent: Json, rules: Iterable[Json], kind: str = "HTTPRoute") -> Json:
+def route(
+    name: str,
+    parent: Json,
+    rules: Iterable[Json],
+    *,
+    kind: str = "HTTPRoute",
+    namespace: str = MESH,
+) -> Json:
     return {
         "apiVersion": _API,
         "kind": kind,
-        "metadata": {"name": name, "namespace": MESH},
+        "metadata": {"name": name, "namespace": namespace},
         "spec": {"parentRefs": [parent], "rules": list(rules)},
     }
 
 
-def _request(
+def request(
     path: str = "/",
     *,
     host: object = "echo",
@@ -123,8 +130,9 @@ def _request(
     backend: str = "echo-v1",
     response: Json | None = None,
     redirect: Json | None = None,
+    client: Json = _CLIENT,
 ) -> Json:
-    """A step: a request of a pod of echo-v1."""
+    """A step: a request of a pod, one of echo-v1 unless told otherwise."""
     case: Json = {
         "Request": {"Host": host, "Path": path, "Headers": headers or {}, "Method": "GET"},
         "Response": {"StatusCodes": [200], **(response or {})},
@@ -134,14 +142,16 @@ def _request(
         case["Backend"] = backend
     else:
         case["RedirectRequest"] = redirect
-    return {"op": "mesh_request", "case": case, "client": _CLIENT, "expect": "consistent"}
+    return {"op": "mesh_request", "case": case, "client": client, "expect": "consistent"}
 
 
-_SET = {
-    "type": "ResponseHeaderModifier",
-    "responseHeaderModifier": {"set": [{"name": "X-Header-Set", "value": "set"}]},
-}
-_IS_SET = {"Headers": {"X-Header-Set": "set"}}
+def response_header(name: str, value: str) -> Json:
+    """A filter that sets it."""
+    modifier = {"set": [{"name": name, "value": value}]}
+    return {"type": "ResponseHeaderModifier", "responseHeaderModifier": modifier}
+
+
+IS_SET = {"Headers": {"X-Header-Set": "set"}}
 _IS_NOT_SET = {"AbsentHeaders": ["X-Header-Set"]}
 
 
@@ -150,8 +160,8 @@ def _frontend() -> Own:
     return Own(
         (),
         (
-            _request(host="echo-v2", backend="echo-v2", response=_IS_SET),
-            _request(
+            request(host="echo-v2", backend="echo-v2", response=IS_SET),
+            request(
                 host={"$pod": "echo-v2", "port": 8080}, backend="echo-v2", response=_IS_NOT_SET
             ),
         ),
@@ -163,18 +173,21 @@ def _ports() -> Own:
     (ParentReference.port)."""
 
     def rule(name: str) -> Json:
-        return {"filters": [_SET], "backendRefs": [{"name": name, "port": 80}]}
+        return {
+            "filters": [response_header("X-Header-Set", "set")],
+            "backendRefs": [{"name": name, "port": 80}],
+        }
 
     return Own(
         (
-            _route("mesh-one-port", _service("echo-v1", port=80), [rule("echo-v1")]),
-            _route("mesh-all-ports", _service("echo-v2"), [rule("echo-v2")]),
+            route("mesh-one-port", service("echo-v1", port=80), [rule("echo-v1")]),
+            route("mesh-all-ports", service("echo-v2"), [rule("echo-v2")]),
         ),
         (
-            _request(host="echo-v1", response=_IS_SET),
-            _request(host="echo-v1:8080", response=_IS_NOT_SET),
-            _request(host="echo-v2", backend="echo-v2", response=_IS_SET),
-            _request(host="echo-v2:8080", backend="echo-v2", response=_IS_SET),
+            request(host="echo-v1", response=IS_SET),
+            request(host="echo-v1:8080", response=_IS_NOT_SET),
+            request(host="echo-v2", backend="echo-v2", response=IS_SET),
+            request(host="echo-v2:8080", backend="echo-v2", response=IS_SET),
         ),
     )
 
@@ -186,8 +199,8 @@ def _named_rule() -> Own:
         {"matches": [_path("/unnamed")], "backendRefs": _backends(echo_v2=1)},
     ]
     return Own(
-        (_route("mesh-named-rule", _service("echo", port=80), rules),),
-        (_request("/named"), _request("/unnamed", backend="echo-v2")),
+        (route("mesh-named-rule", service("echo", port=80), rules),),
+        (request("/named"), request("/unnamed", backend="echo-v2")),
     )
 
 
@@ -211,16 +224,16 @@ def _query_parameters() -> Own:
     ]
 
     def missing(path: str) -> Json:
-        return _request(path, response={"StatusCodes": [404]})
+        return request(path, response={"StatusCodes": [404]})
 
     return Own(
-        (_route("mesh-query-param-matching", _service("echo", port=80), rules),),
+        (route("mesh-query-param-matching", service("echo", port=80), rules),),
         (
-            _request("/?animal=whale"),
-            _request("/?animal=dolphin", backend="echo-v2"),
-            _request("/?animal=whale&color=blue", backend="echo-v2"),
-            _request("/?animal=whale&color=red"),
-            _request("/path?color=blue&animal=dolphin", backend="echo-v2"),
+            request("/?animal=whale"),
+            request("/?animal=dolphin", backend="echo-v2"),
+            request("/?animal=whale&color=blue", backend="echo-v2"),
+            request("/?animal=whale&color=red"),
+            request("/path?color=blue&animal=dolphin", backend="echo-v2"),
             missing("/"),
             missing("/?animal=shark"),
             missing("/?animal=WHALE"),
@@ -237,9 +250,7 @@ def _scheme_redirect() -> Own:
         return {"matches": [_path(path)], "filters": filters}
 
     def redirected(path: str, status: int, **to: str) -> Json:
-        return _request(
-            path, response={"StatusCodes": [status]}, redirect={"Scheme": "https", **to}
-        )
+        return request(path, response={"StatusCodes": [status]}, redirect={"Scheme": "https", **to})
 
     rules = [
         rule("/scheme", scheme="https"),
@@ -248,7 +259,7 @@ def _scheme_redirect() -> Own:
         rule("/scheme-and-host-and-status", scheme="https", hostname="example.org", statusCode=302),
     ]
     return Own(
-        (_route("mesh-redirect-scheme", _service("echo", port=80), rules),),
+        (route("mesh-redirect-scheme", service("echo", port=80), rules),),
         (
             redirected("/scheme", 302),
             redirected("/scheme-and-host", 302, Host="example.org"),
@@ -265,8 +276,8 @@ def _traffic_split() -> Own:
         {"matches": [_path("/v2", "Exact")], "backendRefs": _backends(echo_v2=1)},
     ]
     return Own(
-        (_route("mesh-split", _service("echo"), rules),),
-        (_request("/v1"), _request("/v2", backend="echo-v2")),
+        (route("mesh-split", service("echo"), rules),),
+        (request("/v1"), request("/v2", backend="echo-v2")),
     )
 
 
@@ -280,12 +291,12 @@ _SHARES = {
 
 
 def _weight() -> Own:
-    step = _request()
+    step = request()
     del step["case"]["Backend"]
     sender = {"protocol": "http", "case": step["case"], "client": _CLIENT}
     rules = [{"backendRefs": _backends(echo_v1=70, echo_v2=30)}]
     return Own(
-        (_route("mesh-weighted-backends", _service("echo", port=80), rules),),
+        (route("mesh-weighted-backends", service("echo", port=80), rules),),
         (step, {"op": "weighted_distribution", "sender": sender, **_SHARES}),
     )
 
@@ -293,11 +304,13 @@ def _weight() -> Own:
 def _grpc_weight() -> Own:
     case = {"EchoRequest": {}, "Host": "echo:7070", "Response": {"Code": 0}, "Namespace": MESH}
     backends = [{**one, "port": 7070} for one in _backends(echo_v1=70, echo_v2=30)]
-    parent = _service("echo", port=7070)
-    route = _route("mesh-weighted-backends", parent, [{"backendRefs": backends}], "GRPCRoute")
+    parent = service("echo", port=7070)
+    weighted = route(
+        "mesh-weighted-backends", parent, [{"backendRefs": backends}], kind="GRPCRoute"
+    )
     sender = {"protocol": "grpc", "case": case, "client": _CLIENT}
     return Own(
-        (route,),
+        (weighted,),
         (
             {"op": "grpc_request", "case": case, "client": _CLIENT, "expect": "consistent"},
             {"op": "weighted_distribution", "sender": sender, **_SHARES},

@@ -72,11 +72,14 @@ class MeshLab:
         self.agents = {node: Agent(self._dir.weft(node).path) for node in NODES}
         self.manifests = Manifests(self._dir.manifests)
         self.pods: tuple[MeshPod, ...] = ()
+        self._authority = Authority.create("mesh")
+        # What the pods' certificates chain to.
+        self.ca_pem = self._authority.certificate_pem
 
     async def start(self) -> None:
         """LabFailed: it cannot be made, or not all of it is ready."""
         self._sockets.mkdir()
-        chain, key = Authority.create("mesh").issue(dns=["echo"])
+        chain, key = self._authority.issue(dns=["echo"])
         (self._scratch / "cert.crt").write_text(chain)
         (self._scratch / "cert.key").write_text(key)
         objects = load_objects(SHARED / "conformance/mesh/manifests.yaml", {})

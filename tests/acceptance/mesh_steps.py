@@ -6,14 +6,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import json
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from echo import grpc
+
 from acceptance.cases import Case, guarded
-from acceptance.client import Request, RequestFailed, Response
-from acceptance.exchange import Mismatch, compare_grpc, to_grpc_request
+from acceptance.client import TLS, Request, RequestFailed, Response
+from acceptance.exchange import (
+    Mismatch,
+    compare_grpc,
+    grpc_code,
+    seen_by_backend,
+    to_grpc_request,
+)
 from acceptance.exchange import check_known as check_known_case
 from acceptance.inside import send_from
 from acceptance.manifests import Json
@@ -41,6 +50,10 @@ class _Sender(NamedTuple):
 
     pod: MeshPod
     family: int
+
+    @property
+    def address(self) -> str:
+        return self.pod.addresses[_FAMILIES.index(self.family)]
 
     def __str__(self) -> str:
         version = 4 if self.family == socket.AF_INET else 6
@@ -115,7 +128,8 @@ async def _mesh_request(world: MeshWorld, step: Json) -> None:
             if not _is_address(address) or _is_of(address, sender.family)
         ]
 
-        async def attempt(sender: _Sender, case: Json = complete) -> None:
+        async def attempt(sender: _Sender, general: Json = complete) -> None:
+            case = _with_client_address(general, sender)
             request = to_mesh_request(case, sender.family)
             compare_mesh(case, request, await _send(world, sender, request))
 
@@ -135,6 +149,12 @@ def _with_pod_addresses(world: MeshWorld, case: Json, namespace: str) -> Iterato
         authority = f"[{address}]" if ":" in address else address
         request = {**case["Request"], "Host": f"{authority}:{host['port']}"}
         yield {**case, "Request": request}
+
+
+def _with_client_address(case: Json, sender: _Sender) -> Json:
+    text = json.dumps(case).replace("__CLIENT_ADDRESS__", sender.address)
+    result: Json = json.loads(text)
+    return result
 
 
 def _is_address(name: str) -> bool:
@@ -176,8 +196,72 @@ async def _weighted(world: MeshWorld, step: Json) -> None:
     await check_shares(step, send, deployment_of, is_grpc=is_grpc)
 
 
+async def _spread(world: MeshWorld, step: Json) -> None:
+    """From each sender many requests, of which none fails; every pod that should answers some."""
+    pods = {pod.name for pod in world.lab.pods if pod.deployment in step["backends"]}
+    await asyncio.gather(
+        *(_spread_from(world, sender, step, pods) for sender in _senders(world, step["client"]))
+    )
+
+
+async def _spread_from(world: MeshWorld, sender: _Sender, step: Json, pods: set[str]) -> None:
+    request, pod_of = PROTOCOLS[step["protocol"]](world, step["host"])
+    request = dataclasses.replace(request, family=sender.family)
+    answering = set()
+    for number in range(step["requests"]):
+        try:
+            answering.add(pod_of(await _send(world, sender, request)))
+        except (Mismatch, RequestFailed) as error:
+            raise StepFailed(f"from {sender}, request {number + 1}: {error}") from error
+    if answering != pods:
+        silent = ", ".join(sorted(pods - answering)) or "none is silent"
+        others = ", ".join(sorted(answering - pods)) or "nobody"
+        raise StepFailed(f"from {sender}: never {silent}; of others {others} answered")
+
+
+_Asking = tuple[Request, Callable[[Response], str]]
+
+
+def _http_pod(response: Response) -> str:
+    if response.status != 200:
+        raise Mismatch(f"status {response.status}; body {response.body[:200]!r}")
+    return str(seen_by_backend(response, "GET")["pod"])
+
+
+def _grpc_pod(response: Response) -> str:
+    if code := grpc_code(response):
+        raise Mismatch(f"gRPC status {code} (HTTP {response.status})")
+    return grpc.seen_by(response.body)[2]
+
+
+def _http_asking(_world: MeshWorld, host: str) -> _Asking:
+    return Request(*split_host(host), host=host), _http_pod
+
+
+def _tls_asking(world: MeshWorld, host: str) -> _Asking:
+    name, port = split_host(host)
+    return Request(name, port, host=name, tls=TLS(name, world.lab.ca_pem)), _http_pod
+
+
+def _grpc_asking(_world: MeshWorld, host: str) -> _Asking:
+    return to_grpc_request({"EchoRequest": {}}, *split_host(host)), _grpc_pod
+
+
+def _tcp_asking(_world: MeshWorld, host: str) -> _Asking:
+    request = Request(*split_host(host), body=b"line\n", protocol="TCP")
+    return request, lambda response: response.body.decode().removesuffix(" line\n")
+
+
+PROTOCOLS: dict[str, Callable[[MeshWorld, str], _Asking]] = {
+    "http": _http_asking,
+    "tls": _tls_asking,
+    "grpc": _grpc_asking,
+    "tcp": _tcp_asking,
+}
+
 OPERATIONS: dict[str, Callable[[MeshWorld, Json], Awaitable[None]]] = {
     "mesh_request": _mesh_request,
     "grpc_request": _grpc_request,
     "weighted_distribution": _weighted,
+    "spread": _spread,
 }

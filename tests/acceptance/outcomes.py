@@ -67,5 +67,5 @@ def summary(outcomes: list[Outcome]) -> list[str]:
 
 def failed(outcomes: list[Outcome]) -> bool:
     """Whether the run as a whole failed: a test of a profile that is to be passed in full did."""
-    wanted = {"GATEWAY-HTTP", "MESH-HTTP"}
+    wanted = {"GATEWAY-HTTP", "MESH-HTTP", "WEFT-MESH"}
     return any(outcome.result == FAIL and wanted & set(outcome.profiles) for outcome in outcomes)
