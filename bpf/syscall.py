@@ -15,6 +15,7 @@ from typing import NamedTuple
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
+_PROG_RUN = 10
 _INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
@@ -189,6 +190,18 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes, licence: s
             raise VerifierError(error.errno or 0, name, text) from None
 
 
+def run(program: int, packet: bytes) -> int:
+    """Runs a program of type SCHED_CLS on a packet (BPF_PROG_RUN); what it returned, signed. Takes
+    no rights beyond the descriptor."""
+    data = _buffer(packet)
+    attributes = _buffer(
+        struct.pack("=4I2Q2I", program, 0, len(packet), 0, ctypes.addressof(data), 0, 1, 0)
+    )
+    _call(_PROG_RUN, attributes)
+    returned: int = struct.unpack_from("=i", attributes.raw, 4)[0]
+    return returned
+
+
 def pin(fd: int, path: str) -> None:
     name = _buffer(os.fsencode(path) + b"\0")
     _bpf(_OBJ_PIN, "=QII", ctypes.addressof(name), fd, 0)
@@ -201,13 +214,36 @@ def pinned(path: str) -> int:
 
 
 def link(program: int, target: int, attach_type: int) -> int:
-    """Attaches a program to a cgroup for as long as the returned descriptor or its pin lives."""
+    """Attaches a program to a cgroup (a descriptor) or a network interface (its index) for as long
+    as the returned descriptor or its pin lives."""
     return _bpf(_LINK_CREATE, "=4I48x", program, target, attach_type, 0)
 
 
 def update_link(link_fd: int, program: int) -> None:
     """Puts another program in a link's place at once: nothing passes in between unseen."""
     _bpf(_LINK_UPDATE, "=4I", link_fd, program, 0, 0)
+
+
+class TcxLink(NamedTuple):
+    """The id of the program, the index of the interface (0: gone) and enum bpf_attach_type."""
+
+    program: int
+    interface: int
+    attach_type: int
+
+
+def tcx_link(link_fd: int) -> TcxLink:
+    """What the kernel says of a link to an interface (struct bpf_link_info)."""
+    info = ctypes.create_string_buffer(24)
+    _bpf(_INFO_BY_FD, "=IIQ", link_fd, len(info), ctypes.addressof(info))
+    return TcxLink(*struct.unpack_from("=8xI4x2I", info))
+
+
+def program_id(program_fd: int) -> int:
+    info = ctypes.create_string_buffer(8)
+    _bpf(_INFO_BY_FD, "=IIQ", program_fd, len(info), ctypes.addressof(info))
+    number: int = struct.unpack_from("=4xI", info)[0]
+    return number
 
 
 def cgroup_of_link(link_fd: int) -> int:
