@@ -1,10 +1,11 @@
 # `make run` and `make test` are all a newcomer needs; both set up what is missing first.
-.PHONY: help run test acceptance check bench clean setup setup-dev
+.PHONY: help run test acceptance torture check bench clean setup setup-dev
 
 help:
 	@echo "make run         the ingress gateway on examples/storefront, until Ctrl-C"
 	@echo "make test        all checks and tests"
 	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
+	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
 	@echo "make check       formatting, lint, types, import layers"
 	@echo "make bench       how long route changes take, and how much memory routes need"
 	@echo "make clean       remove what was built, .venv included"
@@ -32,6 +33,9 @@ test: check
 
 acceptance: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m acceptance $(ARGS)
+
+torture: setup-dev
+	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
 
 bench: setup-dev
 	@.venv/bin/python tests/bench_routes.py $(ARGS)

@@ -24,9 +24,10 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # python3-venv: to make .venv. python3-bpfcc: bcc exists for Debian's own Python only, which is why
 # .venv is made from /usr/bin/python3 and sees the system's packages. linux-libc-dev: the kernel's
 # headers that eBPF programs are compiled with. Tests use curl, and other people's HTTP clients as
-# peers and attackers: nghttp and slowhttptest.
+# peers and attackers: nghttp and slowhttptest. The torture test compiles its clients and backends
+# (gcc), and has nginx and HAProxy as backends too.
 packages="python3-venv python3-bpfcc linux-libc-dev"
-[ "$what" != dev ] || packages="$packages curl nghttp2-client slowhttptest"
+[ "$what" != dev ] || packages="$packages curl nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
 if command -v dpkg-query >/dev/null 2>&1; then
     missing=""
     for package in $packages; do
