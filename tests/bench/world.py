@@ -1,0 +1,233 @@
+"""The lab that peers are compared in: where client, hop and backend are.
+
+Three nodes of the same shape, each with a client pod and a backend pod of its own:
+
+    node plain    no Weft: hops direct, envoy, nginx, haproxy
+    node kernel   Weft with --datapath=kernel: hop weft-kernel
+    node proxy    Weft with --datapath=proxy: hop weft-proxy
+
+    client pod ── veth ── the node's network namespace ── veth ── backend pod
+    wrk                   hop, a process of the node              nginx
+
+So that the comparison is fair:
+
+- Every hop is a process in the network namespace of a node, outside the steered cgroup, and listens
+  on the node's address; packets from the client to it and from it to the backend take the same two
+  veths. For `direct` the node forwards the packets from the one to the other.
+- The client is the same everywhere: wrk with one thread, in the pod's network namespace and cgroup.
+  Of a peer it asks the node's address and port, of Weft the ClusterIP of the Service, as a workload
+  does, and for `direct` the pod's address.
+- `direct` and the peers pay nothing for Weft: on their node there is none, no program at the
+  sockets or the veths, so that `direct` is what the kernel does by itself.
+- The backend is nginx with one worker and the same configuration in all three pods; only one of
+  them is asked at a time.
+- Hops have one worker each, keep connections alive on both sides, and write no log of requests.
+  What Weft does beside that, metrics and flow records, it does here too.
+- The hop's CPU and memory are those of all its processes: for Weft worker, agent and supervisor,
+  for nginx master and worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from bench.configs import PEERS, Command, nginx_backend
+from bpf import pins
+from mesh.cli.client import CliError, ask
+from mesh.lab import lab as labs
+from mesh.lab.enter import enter_place, enter_pod
+from mesh.lab.plan import NodePlan, Plan, PodPlan
+from mesh.lab.state import LabDir
+from mesh.lab.status import look
+
+WEFT = {"weft-kernel": "kernel", "weft-proxy": "proxy"}
+HOPS = ("direct", *WEFT, *PEERS)
+# Bytes of the response's body.
+SCENARIOS = {"small": 300, "1MiB": 2**20}
+PROGRAMS = ("wrk", "nginx", "haproxy", "curl")
+
+_PLAIN = "plain"
+_PORT = 8080
+_FIRST_PEER_PORT = 10000
+# For anything to start or end.
+_WITHIN_S = 30.0
+_LOOK_S = 0.05
+
+
+class BenchFailed(Exception):
+    """There is nothing to measure; why."""
+
+
+class Hop(NamedTuple):
+    """`url` ends where the path begins. `roots`: the hop's processes, without descendants."""
+
+    name: str
+    url: str
+    client: PodPlan
+    backend_pid: int
+    roots: tuple[int, ...]
+    enter: Callable[[], None]
+
+
+@contextlib.contextmanager
+def world(hops: Sequence[str], directory: Path, run_dir: Path, name: str) -> Iterator[list[Hop]]:
+    """These hops, each of which answers. `directory` is for files, `run_dir` and `name` are the
+    lab's. BenchFailed, LabError: it cannot be made."""
+    _write_files(directory / "files")
+    file = directory / "lab.yaml"
+    file.write_text(yaml.safe_dump(_lab(hops, directory)))
+    labs.up(file, run_dir, name, _WITHIN_S)
+    try:
+        lab = LabDir(run_dir, name)
+        plan = lab.existing_plan()
+        for node in plan.nodes:
+            _change_weft(lab, node)
+        with contextlib.ExitStack() as stack:
+            made = [_hop(hop, directory, lab, plan, stack) for hop in hops]
+            for hop in made:
+                _wait_for(hop, directory / "files")
+            yield made
+    finally:
+        labs.down(run_dir, name)
+
+
+def _node_of(hop: str) -> str:
+    return WEFT.get(hop, _PLAIN)
+
+
+def _write_files(directory: Path) -> None:
+    directory.mkdir()
+    for name, size in SCENARIOS.items():
+        (directory / name).write_bytes((b"0123456789abcdef" * (size // 16 + 1))[:size])
+
+
+def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
+    """lab.yaml, with the nodes that these hops need."""
+    backend = nginx_backend(directory, _PORT, directory / "files")
+    backend.file.write_text(backend.config)
+    nodes = sorted({_node_of(hop) for hop in hops})
+    return {
+        "nodes": [{"name": node} for node in nodes],
+        "pods": [
+            pod
+            for node in nodes
+            for pod in (
+                {"name": f"client-{node}", "node": node},
+                {
+                    "name": f"backend-{node}",
+                    "node": node,
+                    "command": list(backend.argv),
+                    "ports": [{"name": "http", "port": _PORT}],
+                },
+            )
+        ],
+        "services": [
+            {
+                "name": f"backend-{node}",
+                "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+            }
+            for node in nodes
+        ],
+    }
+
+
+def _change_weft(lab: LabDir, node: NodePlan) -> None:
+    """The lab starts Weft on every node, in the same way: end it, and start it as this node is to
+    have it, if at all."""
+    run_dir = lab.weft(node.name)
+    about = run_dir.holder()
+    if not about:
+        log = lab.weft_log(node.name).read_text()
+        raise BenchFailed(f"no Weft runs on node {node.name} of the lab: {log}")
+    pid = int(about["pid"])
+    argv = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+    os.kill(pid, signal.SIGTERM)
+    _until(lambda: run_dir.holder() is None, f"Weft on node {node.name} does not end")
+    pins.remove(run_dir.pins)
+    if node.name == _PLAIN:
+        return
+    options = ["--access-log=off", f"--datapath={node.name}"]
+    with open(lab.weft_log(node.name), "ab") as log:
+        subprocess.Popen(
+            [*argv, *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: enter_place(node),
+        )
+
+    def ready() -> bool:
+        try:
+            return bool(ask(run_dir.path, "/status")["ready"])
+        except CliError:
+            return False
+
+    _until(ready, f"Weft is not ready on node {node.name}: see {lab.weft_log(node.name)}")
+
+
+def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.ExitStack) -> Hop:
+    node = plan.node(_node_of(name))
+    client, backend = plan.place(f"client-{node.name}"), plan.place(f"backend-{node.name}")
+    assert isinstance(client, PodPlan)
+    assert isinstance(backend, PodPlan)
+    backend_pid = look(lab, plan).pods[backend.key].pid
+    if backend_pid is None:
+        raise BenchFailed(f"{backend.key} does not run: {lab.log(backend).read_text()}")
+    at = f"{backend.addresses[0]}:{_PORT}"
+    roots: tuple[int, ...] = ()
+    if name in WEFT:
+        service = next(one for one in plan.services if one.name == backend.name)
+        at = service.cluster_ips[0]
+        roots = (int((lab.weft(node.name).holder() or {})["pid"]),)
+    elif name in PEERS:
+        listen = f"{node.addresses[0]}:{_FIRST_PEER_PORT + HOPS.index(name)}"
+        roots = (_start(PEERS[name](directory, listen, at), node, stack),)
+        at = listen
+    return Hop(name, f"http://{at}", client, backend_pid, roots, lambda: enter_pod(lab, client))
+
+
+def _start(command: Command, node: NodePlan, stack: contextlib.ExitStack) -> int:
+    """A process of the node; its id. It ends with the lab, however this program ends."""
+    command.file.write_text(command.config)
+    with open(command.file.with_suffix(".log"), "wb") as log:
+        process = subprocess.Popen(
+            command.argv,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: enter_place(node),
+        )
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    return process.pid
+
+
+def _wait_for(hop: Hop, files: Path) -> None:
+    """Until the client gets every file through it, unchanged. BenchFailed: that does not come."""
+
+    def right(name: str) -> bool:
+        curl = ("curl", "-sf", "--max-time", "5", f"{hop.url}/{name}")
+        got = subprocess.run(curl, stdout=subprocess.PIPE, preexec_fn=hop.enter).stdout
+        return got == (files / name).read_bytes()
+
+    for name in SCENARIOS:
+        _until(lambda: right(name), f"{hop.name}: {hop.url}/{name} is not answered")  # noqa: B023
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    """Wait for what comes with another process's work. BenchFailed: it does not."""
+    deadline = time.monotonic() + _WITHIN_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise BenchFailed(otherwise)
+        time.sleep(_LOOK_S)
