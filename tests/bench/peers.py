@@ -19,6 +19,8 @@ from bench.wrk import load
 CONNECTIONS = (1, 32)
 # Before anything counts: caches are warm, upstream connections open.
 _WARM_S = 0.3
+# After the point, in build/bench.json.
+_DIGITS = {"rps": 1, "p50_us": 1, "p99_us": 1, "cpu_s_per_1000": 6, "rss_mib": 1}
 
 
 class Row(NamedTuple):
@@ -37,9 +39,11 @@ class Row(NamedTuple):
 
     def published(self) -> dict[str, object]:
         """What build/bench.json says."""
-        row = self._asdict()
-        del row["all_cpu_s_per_1000"]
-        return row
+        return {
+            name: round(value, _DIGITS[name]) if name in _DIGITS else value
+            for name, value in self._asdict().items()
+            if name != "all_cpu_s_per_1000"
+        }
 
 
 def compare(
@@ -96,4 +100,4 @@ def median(rows: Iterable[Row]) -> Row:
     """Of runs of one combination, figure by figure."""
     rows = list(rows)
     figures = zip(*(row[3:] for row in rows), strict=True)
-    return Row(*rows[0][:3], *(round(statistics.median(values), 6) for values in figures))
+    return Row(*rows[0][:3], *map(statistics.median, figures))

@@ -30,6 +30,7 @@ So that the comparison is fair:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -72,10 +73,10 @@ class Hop(NamedTuple):
 
     name: str
     url: str
-    client: PodPlan
     backend_pid: int
     roots: tuple[int, ...]
     enter: Callable[[], None]
+    log: Path
 
 
 @contextlib.contextmanager
@@ -141,20 +142,20 @@ def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
 
 
 def _change_weft(lab: LabDir, node: NodePlan) -> None:
-    """The lab starts Weft on every node, in the same way: end it, and start it as this node is to
+    """The lab starts Weft on every node in the same way: end it, and start it as this node is to
     have it, if at all."""
     run_dir = lab.weft(node.name)
     about = run_dir.holder()
     if not about:
-        log = lab.weft_log(node.name).read_text()
-        raise BenchFailed(f"no Weft runs on node {node.name} of the lab: {log}")
+        raise BenchFailed(f"no Weft runs on node {node.name}:{_tail(lab.weft_log(node.name))}")
     pid = int(about["pid"])
     argv = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     os.kill(pid, signal.SIGTERM)
     _until(lambda: run_dir.holder() is None, f"Weft on node {node.name} does not end")
-    pins.remove(run_dir.pins)
     if node.name == _PLAIN:
+        pins.remove(run_dir.pins)
         return
+    # The others keep what is pinned: the filters on the pods' veths belong to a mesh.
     options = ["--access-log=off", f"--datapath={node.name}"]
     with open(lab.weft_log(node.name), "ab") as log:
         subprocess.Popen(
@@ -172,7 +173,7 @@ def _change_weft(lab: LabDir, node: NodePlan) -> None:
         except CliError:
             return False
 
-    _until(ready, f"Weft is not ready on node {node.name}: see {lab.weft_log(node.name)}")
+    _until(ready, f"Weft is not ready on node {node.name}", lab.weft_log(node.name))
 
 
 def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.ExitStack) -> Hop:
@@ -182,29 +183,36 @@ def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.
     assert isinstance(backend, PodPlan)
     backend_pid = look(lab, plan).pods[backend.key].pid
     if backend_pid is None:
-        raise BenchFailed(f"{backend.key} does not run: {lab.log(backend).read_text()}")
+        raise BenchFailed(f"{backend.key} does not run:{_tail(lab.log(backend))}")
     at = f"{backend.addresses[0]}:{_PORT}"
     roots: tuple[int, ...] = ()
+    log = lab.log(backend)
     if name in WEFT:
         service = next(one for one in plan.services if one.name == backend.name)
         at = service.cluster_ips[0]
+        log = lab.weft_log(node.name)
         roots = (int((lab.weft(node.name).holder() or {})["pid"]),)
     elif name in PEERS:
         listen = f"{node.addresses[0]}:{_FIRST_PEER_PORT + HOPS.index(name)}"
-        roots = (_start(PEERS[name](directory, listen, at), node, stack),)
+        log = directory / f"{name}.log"
+        roots = (_start(PEERS[name](directory, listen, at), node, log, stack),)
         at = listen
-    return Hop(name, f"http://{at}", client, backend_pid, roots, lambda: enter_pod(lab, client))
+
+    def enter() -> None:
+        enter_pod(lab, client)
+
+    return Hop(name, f"http://{at}", backend_pid, roots, enter, log)
 
 
-def _start(command: Command, node: NodePlan, stack: contextlib.ExitStack) -> int:
+def _start(command: Command, node: NodePlan, log: Path, stack: contextlib.ExitStack) -> int:
     """A process of the node; its id. It ends with the lab, however this program ends."""
     command.file.write_text(command.config)
-    with open(command.file.with_suffix(".log"), "wb") as log:
+    with open(log, "wb") as output:
         process = subprocess.Popen(
             command.argv,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             preexec_fn=lambda: enter_place(node),
         )
     stack.callback(process.wait)
@@ -221,13 +229,20 @@ def _wait_for(hop: Hop, files: Path) -> None:
         return got == (files / name).read_bytes()
 
     for name in SCENARIOS:
-        _until(lambda: right(name), f"{hop.name}: {hop.url}/{name} is not answered")  # noqa: B023
+        failure = f"{hop.name}: {hop.url}/{name} is not answered"
+        _until(functools.partial(right, name), failure, hop.log)
 
 
-def _until(condition: Callable[[], bool], otherwise: str) -> None:
-    """Wait for what comes with another process's work. BenchFailed: it does not."""
+def _until(condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
+    """Wait for what comes with another process's work. BenchFailed: it does not; with the end of
+    that process's log."""
     deadline = time.monotonic() + _WITHIN_S
     while not condition():
         if time.monotonic() > deadline:
-            raise BenchFailed(otherwise)
+            raise BenchFailed(otherwise + (f" after {_WITHIN_S:.0f} s:{_tail(log)}" if log else ""))
         time.sleep(_LOOK_S)
+
+
+def _tail(log: Path) -> str:
+    """Its last lines."""
+    return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])
