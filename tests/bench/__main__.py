@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -78,6 +79,8 @@ def write(name: str, content: object) -> None:
 
 def main() -> int:
     args = parse(sys.argv[1:])
+    # As after Ctrl-C: the lab is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for what, run in (("peers", run_peers), ("routes", run_routes)):
             if args.what in (what, "all"):

@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import yaml
 
-from bench.configs import PEERS, Command, nginx_backend
+from bench.configs import PEERS, nginx_backend
 from bpf import pins
 from mesh.cli.client import CliError, ask
 from mesh.lab import lab as labs
@@ -90,9 +90,9 @@ def world(hops: Sequence[str], directory: Path, run_dir: Path, name: str) -> Ite
     try:
         lab = LabDir(run_dir, name)
         plan = lab.existing_plan()
-        for node in plan.nodes:
-            _change_weft(lab, node)
         with contextlib.ExitStack() as stack:
+            for node in plan.nodes:
+                _change_weft(lab, node, stack)
             made = [_hop(hop, directory, lab, plan, stack) for hop in hops]
             for hop in made:
                 _wait_for(hop, directory / "files")
@@ -141,7 +141,7 @@ def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
     }
 
 
-def _change_weft(lab: LabDir, node: NodePlan) -> None:
+def _change_weft(lab: LabDir, node: NodePlan, stack: contextlib.ExitStack) -> None:
     """The lab starts Weft on every node in the same way: end it, and start it as this node is to
     have it, if at all."""
     run_dir = lab.weft(node.name)
@@ -156,16 +156,8 @@ def _change_weft(lab: LabDir, node: NodePlan) -> None:
         pins.remove(run_dir.pins)
         return
     # The others keep what is pinned: the filters on the pods' veths belong to a mesh.
-    options = ["--access-log=off", f"--datapath={node.name}"]
-    with open(lab.weft_log(node.name), "ab") as log:
-        subprocess.Popen(
-            [*argv, *options],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=lambda: enter_place(node),
-        )
+    options = ("--access-log=off", f"--datapath={node.name}")
+    _start((*argv, *options), node, lab.weft_log(node.name), stack)
 
     def ready() -> bool:
         try:
@@ -195,7 +187,9 @@ def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.
     elif name in PEERS:
         listen = f"{node.addresses[0]}:{_FIRST_PEER_PORT + HOPS.index(name)}"
         log = directory / f"{name}.log"
-        roots = (_start(PEERS[name](directory, listen, at), node, log, stack),)
+        command = PEERS[name](directory, listen, at)
+        command.file.write_text(command.config)
+        roots = (_start(command.argv, node, log, stack),)
         at = listen
 
     def enter() -> None:
@@ -204,12 +198,11 @@ def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.
     return Hop(name, f"http://{at}", backend_pid, roots, enter, log)
 
 
-def _start(command: Command, node: NodePlan, log: Path, stack: contextlib.ExitStack) -> int:
+def _start(argv: Sequence[str], node: NodePlan, log: Path, stack: contextlib.ExitStack) -> int:
     """A process of the node; its id. It ends with the lab, however this program ends."""
-    command.file.write_text(command.config)
-    with open(log, "wb") as output:
+    with open(log, "ab") as output:
         process = subprocess.Popen(
-            command.argv,
+            argv,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
