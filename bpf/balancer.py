@@ -14,13 +14,14 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from bpf import layout, maglev
 from bpf.extents import Extent, Extents
-from bpf.layout import Frontend, Member, Number, Target
+from bpf.layout import Backend, Frontend, Member, Number, Target
 from bpf.maps import PinnedMap, Slots
 from mesh.model.nodeconfig import LoadBalancerEntry, SectionKey
 
@@ -30,14 +31,23 @@ class _Refused(Exception):
 
 
 # Backends and their weights, sorted, none twice.
-_Backends: TypeAlias = tuple[tuple[Target, int], ...]
+_Backends: TypeAlias = tuple[tuple[Backend, int], ...]
+
+
+class _Wanted(NamedTuple):
+    """What an entry asks for. `fast`: backends that may be enrolled, packed Targets."""
+
+    backends: _Backends
+    affinity_s: int
+    flags: int
+    fast: frozenset[bytes]
 
 
 class _InForce(NamedTuple):
     """What a frontend uses. `key` and `wanted` are None for what an earlier process left."""
 
     key: SectionKey | None
-    wanted: _Backends | None
+    wanted: _Wanted | None
     affinity_s: int
     extent: Extent | None
     backends: frozenset[int]
@@ -49,15 +59,15 @@ class Balancer:
     def __init__(self, directory: Path) -> None:
         """Adopts what the maps hold. DatapathError: the maps are not there."""
         self._frontends = PinnedMap(directory, "frontends", Target, Frontend)
-        self._backends = PinnedMap(directory, "backends", Number, Target)
+        self._backends = PinnedMap(directory, "backends", Number, Backend)
         self._members = PinnedMap(directory, "members", Member, Number)
         self._slots = Slots(directory)
         self._in_force: dict[Target, _InForce] = {}
         self._by_key: dict[SectionKey, Target] = {}
         self._uses: Counter[int] = Counter()
-        self._ids: dict[Target, int] = {}
-        self._targets: dict[int, Target] = {}
-        for frontend, (offset, size, affinity_s) in self._frontends.items():
+        self._ids: dict[Backend, int] = {}
+        self._by_id: dict[int, Backend] = {}
+        for frontend, (offset, size, affinity_s, _) in self._frontends.items():
             ids = frozenset(self._slots.read(offset, size))
             extent = Extent(offset, size) if size else None
             self._in_force[frontend] = _InForce(None, None, affinity_s, extent, ids)
@@ -66,12 +76,15 @@ class Balancer:
             backend = self._backends.get(Number(number))
             if backend is not None:
                 self._ids[backend] = number
-                self._targets[number] = backend
+                self._by_id[number] = backend
         taken = (force.extent for force in self._in_force.values())
         self._extents = Extents(layout.SLOTS, (extent for extent in taken if extent is not None))
         # Never given out before those that were not used for longest; 0 is no backend.
         self._free_ids = deque(n for n in range(1, layout.BACKENDS) if n not in self._uses)
         self._left: list[_InForce] = []
+        # What an earlier process left may be enrolled until it is known what is wanted.
+        self._fast = PinnedMap(directory, "fast", Target, Number)
+        self._fast_uses: Counter[bytes] = Counter()
         # An earlier process may have ended between taking a backend away and forgetting it here.
         members = (self._members_of(*item) for item in self._in_force.items())
         known = set().union(*members)
@@ -83,12 +96,19 @@ class Balancer:
         self._frontends.close()
         self._backends.close()
         self._members.close()
+        self._fast.close()
         self._slots.close()
 
     def replace(self, entries: Mapping[SectionKey, LoadBalancerEntry]) -> dict[SectionKey, str]:
         """Puts these entries in force and takes away all others; see `apply`. A refused entry's
         frontend, if it has one in force, stays."""
-        return self._change(entries, set(self._in_force))
+        refused = self._change(entries, set(self._in_force))
+        left = [
+            one for one, _ in self._fast.items() if layout.TARGET.pack(one) not in self._fast_uses
+        ]
+        for stale in left:
+            self._fast.remove(stale)
+        return refused
 
     def apply(
         self, put: Mapping[SectionKey, LoadBalancerEntry], remove: Iterable[SectionKey] = ()
@@ -107,11 +127,7 @@ class Balancer:
             frontend = None
             try:
                 frontend = _target(entry.address, entry.port, entry.protocol)
-                wanted = _backends(frontend, entry)
-                affinity_s = entry.affinity_s or 0
-                if not 0 <= affinity_s < 1 << 32:
-                    raise _Refused(f"session affinity for {affinity_s} seconds")
-                self._put(key, frontend, wanted, affinity_s, gone)
+                self._put(key, frontend, _wanted(frontend, entry), gone)
             except _Refused as error:
                 refused[key] = str(error)
             except OSError as error:
@@ -127,23 +143,26 @@ class Balancer:
         self,
         key: SectionKey,
         frontend: Target,
-        wanted: _Backends,
-        affinity_s: int,
+        wanted: _Wanted,
         gone: set[Target],
     ) -> None:
         current = self._in_force.get(frontend)
         if current is not None and current.key not in (None, key) and frontend not in gone:
             raise _Refused(f"the same address, port and protocol as {current.key}")
-        if current is None or (current.wanted, current.affinity_s) != (wanted, affinity_s):
-            new = self._write(wanted, affinity_s)
+        if current is None or current.wanted != wanted:
+            new = self._write(wanted)
             try:
                 members = self._members_of(frontend, new)
                 self._members.put_all((member, Number(1)) for member in members)
+                fast = (layout.TARGET.unpack(Target, one) for one in wanted.fast)
+                self._fast.put_all((one, Number(1)) for one in fast)
                 offset, size = new.extent or (0, 0)
-                self._frontends.put(frontend, Frontend(offset, size, affinity_s))
+                value = Frontend(offset, size, wanted.affinity_s, wanted.flags)
+                self._frontends.put(frontend, value)
             except OSError:
                 self._abandon(frontend, new, current)
                 raise
+            self._fast_uses.update(wanted.fast)
             if current is not None:
                 self._leave(frontend, new)
             current = new
@@ -156,16 +175,17 @@ class Balancer:
         self._in_force[frontend] = current._replace(key=key)
         self._by_key[key] = frontend
 
-    def _write(self, wanted: _Backends, affinity_s: int) -> _InForce:
+    def _write(self, wanted: _Wanted) -> _InForce:
         """Backends and a table of them, where no frontend points yet."""
-        if not wanted:
-            return _InForce(None, wanted, affinity_s, None, frozenset())
-        fresh = [backend for backend, _ in wanted if backend not in self._ids]
+        backends = wanted.backends
+        if not backends:
+            return _InForce(None, wanted, wanted.affinity_s, None, frozenset())
+        fresh = [backend for backend, _ in backends if backend not in self._ids]
         if len(fresh) > len(self._free_ids):
             raise _Refused(f"more than {layout.BACKENDS - 1} backends on this node")
         numbers = dict(zip(islice(self._free_ids, len(fresh)), fresh, strict=True))
         self._backends.put_all((Number(number), backend) for number, backend in numbers.items())
-        size = maglev.size_for([weight for _, weight in wanted])
+        size = maglev.size_for([weight for _, weight in backends])
         extent = self._extents.take(size)
         if extent is None:
             raise _Refused(
@@ -174,25 +194,26 @@ class Balancer:
         for number, backend in numbers.items():
             self._free_ids.popleft()
             self._ids[backend] = number
-            self._targets[number] = backend
-        ids = [self._ids[backend] for backend, _ in wanted]
+            self._by_id[number] = backend
+        ids = [self._ids[backend] for backend, _ in backends]
         self._uses.update(ids)
-        positions = maglev.table([(layout.TARGET.pack(b), weight) for b, weight in wanted], size)
+        positions = maglev.table([(backend.target, weight) for backend, weight in backends], size)
         self._slots.write(extent.offset, array("Q", [ids[position] for position in positions]))
-        return _InForce(None, wanted, affinity_s, extent, frozenset(ids))
+        return _InForce(None, wanted, wanted.affinity_s, extent, frozenset(ids))
 
     def _members_of(self, frontend: Target, force: _InForce | None) -> set[Member]:
         if force is None or not force.affinity_s:
             return set()
         packed = layout.TARGET.pack(frontend)
-        targets = (self._targets[number] for number in force.backends)
-        return {Member(packed, layout.TARGET.pack(target)) for target in targets}
+        return {Member(packed, self._by_id[number].target) for number in force.backends}
 
     def _leave(self, frontend: Target, following: _InForce | None = None) -> None:
         """What the frontend used is no longer in force, but `following` may be."""
         former = self._in_force.pop(frontend)
         if former.key is not None and self._by_key[former.key] == frontend:
             del self._by_key[former.key]
+        if former.wanted is not None:
+            self._forget_fast(former.wanted.fast)
         self._abandon(frontend, former, following)
 
     def _abandon(self, frontend: Target, former: _InForce, other: _InForce | None) -> None:
@@ -200,6 +221,14 @@ class Balancer:
         for member in self._members_of(frontend, former) - self._members_of(frontend, other):
             self._members.remove(member)
         self._left.append(former)
+
+    def _forget_fast(self, fast: frozenset[bytes]) -> None:
+        """One frontend less that uses these."""
+        for one in fast:
+            self._fast_uses[one] -= 1
+            if not self._fast_uses[one]:
+                del self._fast_uses[one]
+                self._fast.remove(layout.TARGET.unpack(Target, one))
 
     def _reclaim(self) -> None:
         """What earlier changes left may be used for something new."""
@@ -210,14 +239,15 @@ class Balancer:
                 self._uses[number] -= 1
                 if not self._uses[number]:
                     del self._uses[number]
-                    self._ids.pop(self._targets.pop(number))
+                    self._ids.pop(self._by_id.pop(number))
                     self._free_ids.append(number)
         self._left.clear()
 
 
-def _backends(frontend: Target, entry: LoadBalancerEntry) -> _Backends:
+def _wanted(frontend: Target, entry: LoadBalancerEntry) -> _Wanted:
     """Backends that have a weight; one that is named twice has the sum. _Refused."""
-    weights: Counter[Target] = Counter()
+    weights: Counter[Backend] = Counter()
+    fast: set[bytes] = set()
     for backend in entry.backends:
         target = _target(backend.address, backend.port, entry.protocol)
         if target.is_ipv4 != frontend.is_ipv4:
@@ -227,10 +257,21 @@ def _backends(frontend: Target, entry: LoadBalancerEntry) -> _Backends:
             )
         if backend.weight < 0:
             raise _Refused(f"the backend {backend.address} has the weight {backend.weight}")
-        weights[target] += backend.weight
+        packed = layout.TARGET.pack(target)
+        weights[Backend(packed, layout.BACKEND_REMOTE if backend.remote else 0)] += backend.weight
+        # Loopback tuples are not unique on a node: every network namespace has them.
+        if backend.sockmap and not ip_address(backend.address).is_loopback:
+            fast.add(packed)
     if len(weights) > maglev.SIZES[-1]:
         raise _Refused(f"{len(weights)} backends, and a table has {maglev.SIZES[-1]} slots at most")
-    return tuple(sorted((target, weight) for target, weight in weights.items() if weight))
+    affinity_s = entry.affinity_s or 0
+    if not 0 <= affinity_s < 1 << 32:
+        raise _Refused(f"session affinity for {affinity_s} seconds")
+    flags = (layout.FRONTEND_HTTP if entry.http else 0) | (
+        layout.FRONTEND_SOCKMAP if entry.http and entry.sockmap else 0
+    )
+    backends = tuple(sorted((one, weight) for one, weight in weights.items() if weight))
+    return _Wanted(backends, affinity_s, flags, frozenset(fast))
 
 
 def _target(address: str, port: int, protocol: str) -> Target:

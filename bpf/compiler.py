@@ -11,7 +11,7 @@ import re
 import sysconfig
 from pathlib import Path
 
-from bpf import layout, reasons
+from bpf import btf, layout, reasons
 from bpf.errors import DatapathError
 
 _HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def source(main: Path) -> str:
 
         return _INCLUDE.sub(insert, text)
 
-    return layout.c_header() + reasons.c_header() + text_of(main)
+    return layout.c_header() + reasons.c_header() + btf.c_header() + text_of(main)
 
 
 class Module:

@@ -39,11 +39,20 @@ class Target(NamedTuple):
 
 class Frontend(NamedTuple):
     """struct frontend: its backends are in slots[offset : offset + size]; size 0: none. Clients
-    keep their backend until they have not connected for `affinity_s` seconds; 0: they do not."""
+    keep their backend until they have not connected for `affinity_s` seconds; 0: they do not.
+    `flags`: FRONTEND_…"""
 
     offset: int
     size: int
     affinity_s: int
+    flags: int = 0
+
+
+class Backend(NamedTuple):
+    """struct backend: a packed Target; `flags`: BACKEND_…"""
+
+    target: bytes
+    flags: int = 0
 
 
 class OriginKey(NamedTuple):
@@ -68,10 +77,92 @@ class AffinityKey(NamedTuple):
 
 
 class Affinity(NamedTuple):
-    """struct affinity: when the client last connected (CLOCK_MONOTONIC, ns), a packed Target."""
+    """struct affinity: when the client last connected (CLOCK_MONOTONIC, ns), a packed Backend."""
 
     used_ns: int
     backend: bytes
+
+
+class Origin(NamedTuple):
+    """struct origin: what a socket asked for and what was chosen for it, packed Targets."""
+
+    asked: bytes
+    backend: bytes
+    flags: int
+
+
+class Config(NamedTuple):
+    """struct config: where this node's proxy listens for workloads, packed Targets, all zero:
+    nowhere. `flags`: CONFIG_…"""
+
+    http4: bytes
+    http6: bytes
+    relay4: bytes
+    relay6: bytes
+    flags: int
+
+
+class Tuple(NamedTuple):
+    """struct tuple: a TCP connection as its opener sees it, two packed Targets."""
+
+    opener: bytes
+    peer: bytes
+
+
+class Proxied(NamedTuple):
+    """struct proxied: a connection of a workload to the proxy, or of the proxy to a workload, with
+    the proxy's socket. `state`: STATE_…"""
+
+    peer: int
+    cookie: int
+    netns: int
+    asked: bytes
+    backend: bytes
+    state: int
+
+
+class Outgoing(NamedTuple):
+    """struct outgoing: the proxy's socket of a connection that it opened."""
+
+    cookie: int
+    state: int
+
+
+class Address(NamedTuple):
+    """struct address: 16 bytes, as in Target."""
+
+    packed: bytes
+
+    @classmethod
+    def of(cls, address: str) -> Address:
+        """ValueError: not an address."""
+        return cls(Target.of(address, 0, "TCP").address)
+
+
+class Identity(NamedTuple):
+    """struct identity: who an address is. `flags`: IDENTITY_…"""
+
+    number: int
+    flags: int
+
+
+class Addresses(NamedTuple):
+    """struct addresses: those of a network namespace, 16 bytes each, all zero: none."""
+
+    v4: bytes
+    v6: bytes
+
+
+class Event(NamedTuple):
+    """struct event: what happened to a connection or datagram. `time_ns` is CLOCK_MONOTONIC; packed
+    Targets, `source` all zero where it is not known; `reason` is a Reason."""
+
+    time_ns: int
+    netns: int
+    source: bytes
+    asked: bytes
+    peer: bytes
+    reason: int
 
 
 class Number(NamedTuple):
@@ -80,7 +171,26 @@ class Number(NamedTuple):
     value: int
 
 
-T = TypeVar("T", Target, Frontend, OriginKey, Member, AffinityKey, Affinity, Number)
+T = TypeVar(
+    "T",
+    Target,
+    Frontend,
+    Backend,
+    OriginKey,
+    Origin,
+    Member,
+    AffinityKey,
+    Affinity,
+    Config,
+    Tuple,
+    Proxied,
+    Outgoing,
+    Address,
+    Identity,
+    Addresses,
+    Event,
+    Number,
+)
 
 
 class Layout:
@@ -115,34 +225,115 @@ class Layout:
 
 
 TARGET = Layout("target", "!", {"address": "16s", "port": "H", "protocol": "B", "zero": "x"})
-FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I"})
+FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I"})
+BACKEND = Layout("backend", "=", {"target": "20s", "flags": "I"})
+ORIGIN = Layout("origin", "=", {"asked": "20s", "backend": "20s", "flags": "I"})
 ORIGIN_KEY = Layout("origin_key", "=", {"cookie": "Q", "peer": "20s", "zero": "4x"})
 MEMBER = Layout("member", "=", {"frontend": "20s", "backend": "20s"})
 AFFINITY_KEY = Layout("affinity_key", "=", {"client": "Q", "frontend": "20s", "zero": "4x"})
-AFFINITY = Layout("affinity", "=", {"used_ns": "Q", "backend": "20s", "zero": "4x"})
+AFFINITY = Layout("affinity", "=", {"used_ns": "Q", "backend": "24s"})
+CONFIG = Layout(
+    "config",
+    "=",
+    {"http4": "20s", "http6": "20s", "relay4": "20s", "relay6": "20s", "flags": "I"},
+)
+TUPLE = Layout("tuple", "=", {"opener": "20s", "peer": "20s"})
+PROXIED = Layout(
+    "proxied",
+    "=",
+    {
+        "peer": "Q",
+        "cookie": "Q",
+        "netns": "Q",
+        "asked": "20s",
+        "backend": "20s",
+        "state": "I",
+        "zero": "4x",
+    },
+)
+OUTGOING = Layout("outgoing", "=", {"cookie": "Q", "state": "I", "zero": "4x"})
+ADDRESS = Layout("address", "=", {"words": "16s"})
+IDENTITY = Layout("identity", "=", {"number": "I", "flags": "I"})
+ADDRESSES = Layout("addresses", "=", {"v4": "16s", "v6": "16s"})
+EVENT = Layout(
+    "event",
+    "=",
+    {
+        "time_ns": "Q",
+        "netns": "Q",
+        "source": "20s",
+        "asked": "20s",
+        "peer": "20s",
+        "reason": "I",
+    },
+)
 U32 = Layout("u32", "=", {"value": "I"})
 U64 = Layout("u64", "=", {"value": "Q"})
 
+# A frontend's connections go to this node's proxy; and it may answer them by redirect.
+FRONTEND_HTTP, FRONTEND_SOCKMAP = 1, 2
+# A backend is reached through the relay of this node's proxy.
+BACKEND_REMOTE = 1
+# The proxy sends to workloads of this node by redirect.
+CONFIG_SOCKMAP = 1
+# An address whose sockets are never enrolled.
+IDENTITY_PLAIN = 1
+# Of a connection between proxy and workload: to be enrolled if both ends can be; enrolled.
+STATE_WANTED, STATE_ENROLLED = 1, 2
+
 # Sizes of the maps, in entries. A slot takes 8 bytes, a backend 24, the others about 120.
-FRONTENDS = 1 << 14
+FRONTENDS = 1 << 15
 SLOTS = 1 << 20
 BACKENDS = 1 << 16
 ORIGINS = 1 << 16
 AFFINITIES = 1 << 16
 MEMBERS = 1 << 16
+# Connections to the proxy that it has yet to accept; connections that it has opened; backends that
+# cannot be enrolled; enrolled sockets.
+CONNECTING = 1 << 14
+OUTGOING_MAX = 1 << 16
+PLAIN = 1 << 12
+SOCKETS_MAX = 1 << 16
+# Of this node; of the cluster.
+PODS = 1 << 10
+IDENTITIES = 1 << 16
+# Of 4 KiB; a power of two.
+EVENT_PAGES = 128
+
+# What C is told by these names.
+_CONSTANTS = (
+    "FRONTEND_HTTP",
+    "FRONTEND_SOCKMAP",
+    "BACKEND_REMOTE",
+    "CONFIG_SOCKMAP",
+    "IDENTITY_PLAIN",
+    "STATE_WANTED",
+    "STATE_ENROLLED",
+    "FRONTENDS",
+    "SLOTS",
+    "BACKENDS",
+    "ORIGINS",
+    "AFFINITIES",
+    "MEMBERS",
+    "CONNECTING",
+    "OUTGOING_MAX",
+    "PLAIN",
+    "SOCKETS_MAX",
+    "PODS",
+    "IDENTITIES",
+    "EVENT_PAGES",
+)
+
+
+def description() -> str:
+    """Everything that must be the same where maps are shared."""
+    structs = "".join(f"{one.name} {one.format.format} {one.fields}\n" for one in Layout.all)
+    return structs + c_header()
 
 
 def c_header() -> str:
-    """Sizes as C."""
-    sizes = {
-        "FRONTENDS": FRONTENDS,
-        "SLOTS": SLOTS,
-        "BACKENDS": BACKENDS,
-        "ORIGINS": ORIGINS,
-        "AFFINITIES": AFFINITIES,
-        "MEMBERS": MEMBERS,
-    }
-    return "".join(f"#define {name} {size}\n" for name, size in sizes.items())
+    """Sizes and flags as C."""
+    return "".join(f"#define {name} {globals()[name]}\n" for name in _CONSTANTS)
 
 
 def c_checks() -> str:

@@ -1,7 +1,9 @@
-"""The loader, `python -m bpf.loader --pin DIR --cgroup PATH`: compiles, loads, pins, attaches.
+"""The loader, `python -m bpf.loader --pin DIR [--cgroup PATH [--proxy-cgroup PATH]]`: compiles,
+loads, pins, and attaches where it is told to.
 
-Run again on the same directory it adopts the maps with all that is in them and replaces the
-programs one by one, each at once: no connection passes a hook without a program. `--remove` takes
+Run again on the same directory it adopts the maps with all that is in them, if they are of the same
+layout, and replaces the programs one by one, each at once: no connection passes a hook without a
+program. Maps of another layout stay for the sockets in them (bpf/pins.py). `--remove` takes
 everything away. Messages go to stderr; the exit status is 1 if something failed.
 """
 
@@ -12,62 +14,33 @@ import os
 import sys
 from pathlib import Path
 
-from bpf import pins, syscall
+from bpf import attach, pins, syscall
 from bpf.errors import DatapathError
 from bpf.maps import MAPS
+from bpf.programs import LICENCE, PROGRAMS, SOURCE
 
-# Function in programs/balance.c -> enum bpf_attach_type (linux/bpf.h).
-HOOKS = {
-    "connect4": 10,
-    "connect6": 11,
-    "sendmsg4": 14,
-    "sendmsg6": 15,
-    "recvmsg4": 19,
-    "recvmsg6": 20,
-    "getpeername4": 29,
-    "getpeername6": 30,
-}
-_CGROUP_SOCK_ADDR = 18
-_LICENCE = "GPL"
 _LOG_LINES = 20
 
 
-def load(directory: Path, cgroup: Path) -> None:
-    """Makes the hooks of `cgroup` (a cgroup v2 directory) work from pins in `directory`.
-    DatapathError: says what was in the way; what worked before still does."""
-    check_cgroup(cgroup)
+def load(directory: Path) -> None:
+    """Pin maps and programs in `directory`. DatapathError: says what was in the way; what worked
+    before still does."""
     from bpf.compiler import Module  # brings clang: only where it is used
 
-    module = Module(Path(__file__).parent / "programs" / "balance.c")
+    module = Module(SOURCE)
     templates = {name: module.map_fd(name) for name in MAPS}
     adopted = {name: _adopt(directory, name, fd) for name, fd in templates.items()}
     used = {fd: adopted[name] or fd for name, fd in templates.items()}
-    # All programs are accepted before anything is pinned or attached.
-    programs = {
-        hook: _program(hook, attach_type, module.instructions(hook, used))
-        for hook, attach_type in HOOKS.items()
-    }
+    # All programs are accepted before anything is pinned.
+    programs = {name: _program(name, module.instructions(name, used)) for name in PROGRAMS}
     pins.prepare(directory)
     for name, fd in templates.items():
         if adopted[name] is None:
             _pin(fd, pins.map_path(directory, name))
-    target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
-    for hook, program in programs.items():
-        _attach(directory, hook, program, target, cgroup)
-
-
-def check_cgroup(cgroup: Path) -> None:
-    """DatapathError: not a directory of cgroup v2, or the root of it."""
-    if not (cgroup / "cgroup.controllers").exists():
-        raise DatapathError(
-            f"{cgroup} is not a cgroup v2 directory: make one below the cgroup2 mount "
-            "(/proc/mounts names it) and give its path"
-        )
-    if not (cgroup / "cgroup.type").exists():
-        raise DatapathError(
-            f"{cgroup} is the root of cgroup v2: the hooks would catch every process of the "
-            "machine; make a cgroup below it"
-        )
+    for name, fd in programs.items():
+        path = pins.program_path(directory, name)
+        path.unlink(missing_ok=True)
+        _pin(fd, path)
 
 
 def _adopt(directory: Path, name: str, template: int) -> int | None:
@@ -83,8 +56,8 @@ def _adopt(directory: Path, name: str, template: int) -> int | None:
         ) from error
     if syscall.map_info(adopted) != syscall.map_info(template):
         raise DatapathError(
-            f"the map pinned at {path} is of another version of Weft and cannot be adopted: end "
-            f"what uses it, then remove it: python -m bpf.loader --remove --pin {directory}"
+            f"the map pinned at {path} is not what its version says: end what uses it, then remove "
+            f"it: python -m bpf.loader --remove --pin {directory}"
         )
     return adopted
 
@@ -94,42 +67,27 @@ def _pin(fd: int, path: Path) -> None:
         syscall.pin(fd, str(path))
     except OSError as error:
         raise DatapathError(
-            f"cannot pin a map at {path}: {error.strerror}: it takes a bpffs, and "
+            f"cannot pin {path}: {error.strerror}: it takes a bpffs, and "
             "no other loader at work on it"
         ) from error
 
 
-def _program(hook: str, attach_type: int, code: bytes) -> int:
+def _program(name: str, code: bytes) -> int:
+    program = PROGRAMS[name]
     try:
-        return syscall.load_program(hook, _CGROUP_SOCK_ADDR, attach_type, code, _LICENCE)
+        return syscall.load_program(name, program.type, program.attach_type, code, LICENCE)
     except syscall.VerifierError as error:
         lines = error.log.splitlines()[-_LOG_LINES:]
         raise DatapathError(
-            f"the kernel's verifier refused the program {hook} ({error.strerror}): this kernel "
+            f"the kernel's verifier refused the program {name} ({error.strerror}): this kernel "
             f"({os.uname().release}) is not one Weft works on; the verifier's last lines:\n"
             + "\n".join(lines)
         ) from error
     except OSError as error:
         raise DatapathError(
-            f"the kernel does not load the program {hook}: {error.strerror}: it takes root "
-            "(CAP_BPF and CAP_NET_ADMIN) and a kernel with CONFIG_CGROUP_BPF"
-        ) from error
-
-
-def _attach(directory: Path, hook: str, program: int, target: int, cgroup: Path) -> None:
-    path = pins.link_path(directory, hook)
-    try:
-        if path.exists():
-            link = syscall.pinned(str(path))
-            if syscall.cgroup_of_link(link) == os.fstat(target).st_ino:
-                syscall.update_link(link, program)
-                return
-            path.unlink()
-        syscall.pin(syscall.link(program, target, HOOKS[hook]), str(path))
-    except OSError as error:
-        raise DatapathError(
-            f"cannot attach {hook} to {cgroup}: {error.strerror}: it takes CAP_NET_ADMIN, and no "
-            "program attached above it without the flag for several"
+            f"the kernel does not load the program {name}: {error.strerror}: it takes root "
+            "(CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN) and a kernel with CONFIG_CGROUP_BPF and "
+            "CONFIG_BPF_STREAM_PARSER"
         ) from error
 
 
@@ -142,16 +100,25 @@ def main() -> int:
     )
     parser.add_argument("--cgroup", type=Path, help="cgroup v2 directory whose sockets are steered")
     parser.add_argument(
+        "--proxy-cgroup", type=Path, help="cgroup v2 directory of the proxy, for redirects to it"
+    )
+    parser.add_argument(
         "--remove", action="store_true", help="detach and unpin everything in --pin"
     )
     args = parser.parse_args()
-    if args.remove == (args.cgroup is not None):
-        parser.error("give either --cgroup or --remove")
+    if args.remove and (args.cgroup or args.proxy_cgroup):
+        parser.error("--remove goes with --pin only")
+    if args.proxy_cgroup and not args.cgroup:
+        parser.error("--proxy-cgroup goes with --cgroup")
     try:
         if args.remove:
             pins.remove(args.pin)
-        else:
-            load(args.pin, args.cgroup)
+            return 0
+        for cgroup in filter(None, (args.cgroup, args.proxy_cgroup)):
+            attach.check_cgroup(cgroup)
+        load(args.pin)
+        if args.cgroup is not None:
+            attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
     except DatapathError as error:
         print(f"weft: {error}", file=sys.stderr)
         return 1

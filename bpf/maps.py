@@ -15,36 +15,71 @@ from typing import Generic, NamedTuple, TypeVar
 from bpf import layout, pins, syscall
 from bpf.errors import DatapathError
 from bpf.layout import (
+    Address,
+    Addresses,
     Affinity,
     AffinityKey,
+    Backend,
+    Config,
     Frontend,
+    Identity,
     Layout,
     Member,
     Number,
+    Origin,
     OriginKey,
+    Outgoing,
+    Proxied,
     Target,
+    Tuple,
 )
 from bpf.reasons import Reason
 
-K = TypeVar("K", Target, OriginKey, Member, AffinityKey, Number)
-V = TypeVar("V", Target, Frontend, Affinity, Number)
+K = TypeVar("K", Target, OriginKey, Member, AffinityKey, Tuple, Address, Number)
+V = TypeVar(
+    "V",
+    Frontend,
+    Backend,
+    Origin,
+    Affinity,
+    Config,
+    Proxied,
+    Outgoing,
+    Identity,
+    Addresses,
+    Number,
+)
 
 
 class Spec(NamedTuple):
-    """What the program file declares."""
+    """What the program file declares. A ring buffer has neither keys nor values, and its entries
+    are bytes; a map that belongs to sockets has no number of entries."""
 
-    key: Layout
-    value: Layout
+    key: Layout | None
+    value: Layout | None
     entries: int
 
 
 MAPS = {
     "frontends": Spec(layout.TARGET, layout.FRONTEND, layout.FRONTENDS),
     "slots": Spec(layout.U32, layout.U64, layout.SLOTS),
-    "backends": Spec(layout.U32, layout.TARGET, layout.BACKENDS),
-    "origins": Spec(layout.ORIGIN_KEY, layout.TARGET, layout.ORIGINS),
+    "backends": Spec(layout.U32, layout.BACKEND, layout.BACKENDS),
+    "origins": Spec(layout.ORIGIN_KEY, layout.ORIGIN, layout.ORIGINS),
     "affinities": Spec(layout.AFFINITY_KEY, layout.AFFINITY, layout.AFFINITIES),
     "members": Spec(layout.MEMBER, layout.U32, layout.MEMBERS),
+    "config": Spec(layout.U32, layout.CONFIG, 1),
+    "incoming": Spec(layout.TUPLE, layout.PROXIED, layout.CONNECTING),
+    "outgoing": Spec(layout.TUPLE, layout.OUTGOING, layout.OUTGOING_MAX),
+    "accepted": Spec(layout.U64, layout.U64, layout.CONNECTING),
+    "proxied": Spec(layout.U32, layout.PROXIED, 0),
+    "fast": Spec(layout.TARGET, layout.U32, layout.BACKENDS),
+    "plain": Spec(layout.TARGET, layout.U32, layout.PLAIN),
+    "workload_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
+    "proxy_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
+    "interfaces": Spec(layout.ADDRESS, layout.U32, layout.PODS),
+    "namespaces": Spec(layout.U64, layout.ADDRESSES, layout.PODS),
+    "identities": Spec(layout.ADDRESS, layout.IDENTITY, layout.IDENTITIES),
+    "events": Spec(None, None, layout.EVENT_PAGES * 4096),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }
 
@@ -60,11 +95,8 @@ def open_pinned(directory: Path, name: str) -> int:
             "--cgroup PATH first, as root"
         ) from error
     spec, info = MAPS[name], syscall.map_info(fd)
-    if (info.key_size, info.value_size, info.max_entries) != (
-        spec.key.size,
-        spec.value.size,
-        spec.entries,
-    ):
+    sizes = (part.size if part is not None else 0 for part in (spec.key, spec.value))
+    if (info.key_size, info.value_size, info.max_entries) != (*sizes, spec.entries):
         os.close(fd)
         raise DatapathError(
             f"the map at {path} is of another version of Weft: load the programs anew after "
@@ -77,8 +109,11 @@ class PinnedMap(Generic[K, V]):
     """A hash or array map."""
 
     def __init__(self, directory: Path, name: str, key: type[K], value: type[V]) -> None:
+        spec = MAPS[name]
+        assert spec.key is not None
+        assert spec.value is not None
         self._fd = open_pinned(directory, name)
-        self._spec = MAPS[name]
+        self._keys, self._values = spec.key, spec.value
         self._key: type[K] = key
         self._value: type[V] = value
 
@@ -86,32 +121,32 @@ class PinnedMap(Generic[K, V]):
         os.close(self._fd)
 
     def get(self, key: K) -> V | None:
-        data = syscall.lookup(self._fd, self._spec.key.pack(key), self._spec.value.size)
-        return None if data is None else self._spec.value.unpack(self._value, data)
+        data = syscall.lookup(self._fd, self._keys.pack(key), self._values.size)
+        return None if data is None else self._values.unpack(self._value, data)
 
     def put(self, key: K, value: V) -> None:
-        syscall.update(self._fd, self._spec.key.pack(key), self._spec.value.pack(value))
+        syscall.update(self._fd, self._keys.pack(key), self._values.pack(value))
 
     def put_all(self, items: Iterable[tuple[K, V]]) -> None:
         """Many at once; not atomic: others may see some of them before the rest."""
-        packed = [(self._spec.key.pack(key), self._spec.value.pack(value)) for key, value in items]
+        packed = [(self._keys.pack(key), self._values.pack(value)) for key, value in items]
         if packed:
             keys, values = (b"".join(parts) for parts in zip(*packed, strict=True))
             syscall.update_batch(self._fd, keys, values, len(packed))
 
     def remove(self, key: K) -> bool:
         """False: it was not there."""
-        return syscall.delete(self._fd, self._spec.key.pack(key))
+        return syscall.delete(self._fd, self._keys.pack(key))
 
     def items(self) -> Iterator[tuple[K, V]]:
         """All entries. An entry that others remove meanwhile may make some appear twice."""
-        size = self._spec.key.size
+        size = self._keys.size
         key = syscall.next_key(self._fd, None, size)
         while key is not None:
-            data = syscall.lookup(self._fd, key, self._spec.value.size)
+            data = syscall.lookup(self._fd, key, self._values.size)
             if data is not None:
-                value = self._spec.value.unpack(self._value, data)
-                yield self._spec.key.unpack(self._key, key), value
+                value = self._values.unpack(self._value, data)
+                yield self._keys.unpack(self._key, key), value
             key = syscall.next_key(self._fd, key, size)
 
 

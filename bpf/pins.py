@@ -1,7 +1,8 @@
 """The pin directory: a directory in bpffs whose files keep maps and attached programs alive.
 
-    <pin directory>/maps/<map>      see bpf/maps.py
-    <pin directory>/links/<hook>    a program attached to the cgroup; removing the file detaches it
+    <pin directory>/maps/<version>/<map>    see bpf/maps.py; the version follows from the layout
+    <pin directory>/programs/<program>      the newest; see bpf/programs.py
+    <pin directory>/links/<hook>            a program attached; removing the file detaches it
 
 Whoever holds a pin directory needs no process of ours to be alive. Knows no maps by name, no bcc.
 """
@@ -9,10 +10,14 @@ Whoever holds a pin directory needs no process of ours to be alive. Knows no map
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
+from bpf import layout
 from bpf.errors import DatapathError
 
 _BPF_FS_MAGIC = 0xCAFE4A11
@@ -24,7 +29,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def map_path(directory: Path, name: str) -> Path:
-    return directory / "maps" / name
+    """Of a map of this version of Weft."""
+    return directory / "maps" / version() / name
+
+
+def program_path(directory: Path, name: str) -> Path:
+    return directory / "programs" / name
+
+
+@functools.cache
+def version() -> str:
+    """The layout of all maps and structs in a few letters: where it differs, nothing is shared."""
+    return hashlib.sha256(layout.description().encode()).hexdigest()[:12]
 
 
 def link_path(directory: Path, hook: str) -> Path:
@@ -42,7 +58,7 @@ def prepare(directory: Path) -> None:
                     "give an empty directory, or one below /sys/fs/bpf"
                 )
             _mount(directory)
-        for part in ("maps", "links"):
+        for part in ("maps", f"maps/{version()}", "programs", "links"):
             (directory / part).mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise DatapathError(
@@ -55,12 +71,10 @@ def remove(directory: Path) -> None:
     """Detaches the programs, lets the maps go, and undoes the mount if `prepare` made one. Nothing
     there: nothing to do. Only files in bpffs are ever deleted. DatapathError."""
     try:
-        for part in ("links", "maps"):
+        for part in ("links", "programs", "maps"):
             inside = directory / part
             if inside.is_dir() and is_bpffs(inside):
-                for path in inside.iterdir():
-                    path.unlink()
-                inside.rmdir()
+                shutil.rmtree(inside)
         if _mounted_by_us(directory):
             _checked(_libc.umount2(os.fsencode(directory), _MNT_DETACH), directory)
         if directory.is_dir() and not os.path.ismount(directory):

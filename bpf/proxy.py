@@ -9,7 +9,6 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,10 +19,8 @@ from bpf.layout import Number, Proxied, Target
 # Names of maps and of the program, as pinned; what `ProxyHandles` is made of.
 HANDLES = ("proxied", "accepted", "plain", "queue")
 
-_SO_COOKIE = 57
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
 _FRAME = struct.Struct("=Q56x")
-_NOT_THERE = -1
 
 
 class Origin(NamedTuple):
@@ -61,20 +58,19 @@ class ProxyHandles:
             backend if backend.port else None,
             found.cookie,
             found.netns,
-            bool(found.state & layout.ENROLLED),
+            found.state == layout.STATE_ENROLLED,
         )
 
     def pair(self, fd: int) -> int | None:
         """Of a connection that the proxy opened: the far socket's cookie once it may send there by
         redirect; 0: it sends by TCP; None: ask again, and send nothing until then."""
         found = self._look(fd)
-        if found is None or not found.state & layout.ENROLLED:
+        if found is None or found.state != layout.STATE_ENROLLED:
             return 0
         if found.peer:
             return found.peer
-        with socket.socket(fileno=socket.dup(fd)) as own:
-            cookie = struct.unpack("=Q", own.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0]
-        data = syscall.lookup(self._accepted, layout.U64.pack(Number(cookie)), layout.U64.size)
+        key = layout.U64.pack(Number(found.cookie))
+        data = syscall.lookup(self._accepted, key, layout.U64.size)
         if data is None:
             return None
         peer = layout.U64.unpack(Number, data).value
@@ -84,8 +80,7 @@ class ProxyHandles:
 
     def queued(self, cookie: int) -> int:
         """Bytes of memory that a workload's socket holds unread; 0 once it is gone."""
-        queued = syscall.run(self._queue, _FRAME.pack(cookie))
-        return 0 if queued == _NOT_THERE else queued
+        return max(0, syscall.run(self._queue, _FRAME.pack(cookie)))
 
     def mark_plain(self, backend: Target) -> None:
         """Connections to this backend are not enrolled from now on: it did not show its socket in

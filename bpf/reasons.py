@@ -14,12 +14,20 @@ class Reason(enum.IntEnum):
     """Numbers are indices into the counters: append, never renumber."""
 
     PASSED = 0, None, "the destination is no frontend; left as it was"
-    BALANCED = 1, None, "a backend was chosen for a frontend"
+    BALANCED = 1, None, "a backend was chosen for a frontend, and nothing stands in between"
     ANSWERED = 2, None, "getpeername or recvmsg answered the frontend the workload asked for"
     NO_BACKENDS = 3, errno.ECONNREFUSED, "the frontend has no backends; kube-proxy rejects it too"
     STALE_TABLE = 4, errno.ECONNREFUSED, "a frontend's table names no backend"
     WRONG_FAMILY = 5, errno.ECONNREFUSED, "an IPv6 backend behind an IPv4 frontend"
     NO_ORIGIN = 6, errno.ENOMEM, "the original destination could not be kept"
+    TO_PROXY = 7, None, "to this node's proxy, which routes HTTP requests"
+    TO_RELAY = 8, None, "to this node's relay, for a pod of another node"
+    ENROLLED = 9, None, "a connection between proxy and workload goes by redirect"
+    ENROL_FAILED = 10, None, "a connection could not be enrolled and stays plain or is closed"
+    REDIRECTED = 11, None, "a message of the proxy was redirected to a workload's socket"
+    REDIRECT_MISSED = 12, None, "a message was for a workload's socket that is gone; send fails"
+    UNPAIRED = 13, None, "a message of the proxy came before its receiver was known; send fails"
+    EVENTS_LOST = 14, None, "an event was lost: nobody took them out of the full buffer"
 
     errno: int | None
     meaning: str

@@ -15,6 +15,7 @@ from typing import NamedTuple
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
+_PROG_RUN = 10
 _INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
@@ -187,6 +188,18 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes, licence: s
                 raise
             text = log.value.decode(errors="replace")
             raise VerifierError(error.errno or 0, name, text) from None
+
+
+def run(program: int, packet: bytes) -> int:
+    """Runs a program of type SCHED_CLS on a packet (BPF_PROG_RUN); what it returned, signed. Takes
+    no rights beyond the descriptor."""
+    data = _buffer(packet)
+    attributes = _buffer(
+        struct.pack("=4I2Q2I", program, 0, len(packet), 0, ctypes.addressof(data), 0, 1, 0)
+    )
+    _call(_PROG_RUN, attributes)
+    returned: int = struct.unpack_from("=i", attributes.raw, 4)[0]
+    return returned
 
 
 def pin(fd: int, path: str) -> None:

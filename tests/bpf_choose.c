@@ -16,6 +16,8 @@ int choose_for_packet(struct __sk_buff *skb)
 	struct question *question = (void *)(long)skb->data;
 	struct target target = {};
 	struct frontend *frontend;
+	struct backend backend;
+	u32 reason;
 	int result;
 
 	if ((void *)(question + 1) > (void *)(long)skb->data_end)
@@ -24,8 +26,8 @@ int choose_for_packet(struct __sk_buff *skb)
 	frontend = frontends.lookup(&target);
 	if (!frontend)
 		return -2;
-	result = table_backend(frontend, question->cookie, &target);
+	result = table_backend(frontend, question->cookie, &backend, &reason);
 	if (!result)
-		__builtin_memcpy(&question->target, &target, sizeof(target));
+		__builtin_memcpy(&question->target, &backend.target, sizeof(backend.target));
 	return result;
 }

@@ -14,7 +14,8 @@ import pytest
 from bpf_world import needs_bpf
 
 from bpf import layout, maglev, syscall
-from bpf.layout import Frontend, Number, Target
+from bpf.layout import Backend, Frontend, Number, Target
+from bpf.maps import MAPS
 
 pytestmark = needs_bpf
 
@@ -41,8 +42,7 @@ class Program:
         from bpf.compiler import Module
 
         self.module = Module(Path(__file__).with_name("bpf_choose.c"))
-        names = ("frontends", "slots", "backends", "origins", "affinities", "members", "counters")
-        self.maps = {name: self.module.map_fd(name) for name in names}
+        self.maps = {name: self.module.map_fd(name) for name in MAPS}
         code = self.module.instructions("choose_for_packet", {fd: fd for fd in self.maps.values()})
         self.fd = syscall.load_program("choose", SCHED_CLS, 0, code, "GPL")
 
@@ -85,7 +85,7 @@ def test_c_reads_the_table_that_python_wrote(program):
     names = [layout.TARGET.pack(backend) for backend in BACKENDS]
     table = maglev.table(list(zip(names, WEIGHTS, strict=True)), 251)
     for number, name in enumerate(names, 1):
-        program.put("backends", layout.U32.pack(Number(number)), name)
+        program.put("backends", layout.U32.pack(Number(number)), layout.BACKEND.pack(Backend(name)))
     for at, position in enumerate(table):
         slot = layout.U32.pack(Number(OFFSET + at))
         program.put("slots", slot, array("Q", [position + 1]).tobytes())

@@ -12,6 +12,15 @@ static __always_inline int is_ipv4(const struct target *target)
 	return !target->address[0] && !target->address[1] && target->address[2] == MAPPED_PREFIX;
 }
 
+static __always_inline int is_loopback(const struct target *target)
+{
+	if (is_ipv4(target))
+		return (target->address[3] & __builtin_bswap32(0xff000000)) ==
+		       __builtin_bswap32(0x7f000000);
+	return !target->address[0] && !target->address[1] && !target->address[2] &&
+	       target->address[3] == __builtin_bswap32(1);
+}
+
 /* Stream sockets of MPTCP and others have numbers that do not fit; they match no frontend. */
 static __always_inline u8 protocol_of(const struct bpf_sock_addr *ctx)
 {

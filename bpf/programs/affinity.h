@@ -8,7 +8,7 @@
 
 /* 1: `backend` is the one that the client of this frontend had within the timeout. */
 static __always_inline int affine_backend(const struct frontend *frontend,
-					  const struct affinity_key *key, struct target *backend)
+					  const struct affinity_key *key, struct backend *backend)
 {
 	struct affinity_key mine = *key;
 	struct affinity *last = affinities.lookup(&mine);
@@ -17,17 +17,17 @@ static __always_inline int affine_backend(const struct frontend *frontend,
 
 	if (!last || now - last->used_ns > frontend->affinity_s * SECOND_NS)
 		return 0;
-	member.backend = last->backend;
+	member.backend = last->backend.target;
 	if (!members.lookup(&member))
 		return 0;
-	*backend = member.backend;
+	*backend = last->backend;
 	return 1;
 }
 
 /* The timeout runs from the last connection. A full map forgets who connected longest ago, and a
  * client that is forgotten is balanced anew, so a failure to write is none to report. */
 static __always_inline void keep_affinity(const struct affinity_key *key,
-					  const struct target *backend)
+					  const struct backend *backend)
 {
 	struct affinity_key mine = *key;
 	struct affinity last = {.used_ns = bpf_ktime_get_ns(), .backend = *backend};

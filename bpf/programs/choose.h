@@ -19,9 +19,9 @@ static __always_inline u32 spread(u64 cookie)
 
 /* The backend that a frontend's table has for a cookie; 0 or negative errno. */
 static __always_inline int table_backend(const struct frontend *frontend, u64 cookie,
-					 struct target *backend)
+					 struct backend *backend, u32 *reason)
 {
-	struct target *found;
+	struct backend *found;
 	u32 index;
 	u64 *slot;
 
@@ -33,37 +33,32 @@ static __always_inline int table_backend(const struct frontend *frontend, u64 co
 		return REFUSE(STALE_TABLE);
 	index = *slot;
 	found = backends.lookup(&index);
-	if (!found || !found->port)
+	if (!found || !found->target.port)
 		return REFUSE(STALE_TABLE);
 	*backend = *found;
 	return 0;
 }
 
-/* 1: `backend` is filled in; 0: `asked` is no frontend; negative errno: refused, and counted.
- * The same socket is given the same backend for as long as the table says so, which is what keeps
- * a conversation over unconnected UDP in one place. */
+/* 0 and `backend`, or negative errno: refused, and counted. The same socket is given the same
+ * backend for as long as the table says so, which is what keeps a conversation over unconnected UDP
+ * in one place. */
 static __always_inline int choose(struct bpf_sock_addr *ctx, u64 cookie,
-				  const struct target *asked, struct target *backend)
+				  const struct frontend *frontend, const struct target *asked,
+				  struct backend *backend, u32 *reason)
 {
-	struct affinity_key key = {.frontend = *asked};
-	struct frontend *frontend = frontends.lookup(&key.frontend);
+	struct affinity_key key = {.client = bpf_get_netns_cookie(ctx), .frontend = *asked};
 	int result;
 
-	if (!frontend) {
-		count(REASON_PASSED);
-		return 0;
-	}
-	key.client = bpf_get_netns_cookie(ctx);
 	if (!frontend->affinity_s || !affine_backend(frontend, &key, backend)) {
-		result = table_backend(frontend, cookie, backend);
+		result = table_backend(frontend, cookie, backend, reason);
 		if (result < 0)
 			return result;
 	}
-	if (is_ipv4(asked) && !is_ipv4(backend))
+	if (is_ipv4(asked) && !is_ipv4(&backend->target))
 		return REFUSE(WRONG_FAMILY);
 	if (frontend->affinity_s)
 		keep_affinity(&key, backend);
-	return 1;
+	return 0;
 }
 
 #endif

@@ -19,7 +19,7 @@ static __always_inline int refuse(u32 reason, int error)
 	return -error;
 }
 
-/* return REFUSE(NO_BACKENDS); counts the reason and is its negative errno. */
-#define REFUSE(reason) refuse(REASON_##reason, ERRNO_##reason)
+/* return REFUSE(NO_BACKENDS); counts the reason, puts it into *reason, and is its negative errno. */
+#define REFUSE(why) (*reason = REASON_##why, refuse(REASON_##why, ERRNO_##why))
 
 #endif

@@ -8,13 +8,52 @@
 BPF_F_TABLE("hash", struct target, struct frontend, frontends, FRONTENDS, BPF_F_NO_PREALLOC);
 /* All Maglev tables; a slot is an index into backends, 0 none. User space writes it mapped. */
 BPF_F_TABLE("array", u32, u64, slots, SLOTS, BPF_F_MMAPABLE);
-BPF_F_TABLE("array", u32, struct target, backends, BACKENDS, 0);
-/* What a socket asked for, by its cookie and the backend it was given: evicted when long unused,
- * not deleted when a socket closes, because a proxy may ask after that. */
-BPF_F_TABLE("lru_hash", struct origin_key, struct target, origins, ORIGINS, 0);
+BPF_F_TABLE("array", u32, struct backend, backends, BACKENDS, 0);
+/* What a socket asked for, by its cookie and the peer it was given: evicted when long unused, not
+ * deleted when a socket closes, because a proxy may ask after that. */
+BPF_F_TABLE("lru_hash", struct origin_key, struct origin, origins, ORIGINS, 0);
 /* Which backend a client of a frontend had last: valid while it is a member, and used lately. */
 BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity, affinities, AFFINITIES, 0);
 BPF_F_TABLE("hash", struct member, u32, members, MEMBERS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("array", u32, struct config, config, 1, 0);
+
+/* Workloads' connections to the proxy that the proxy's side has not seen yet. */
+BPF_F_TABLE("lru_hash", struct tuple, struct proxied, incoming, CONNECTING, 0);
+/* The proxy's connections, from their first packet to their end. */
+BPF_F_TABLE("hash", struct tuple, struct outgoing, outgoing, OUTGOING_MAX, BPF_F_NO_PREALLOC);
+/* The proxy's socket -> the workload's at the other end, of connections that the proxy opened. */
+BPF_F_TABLE("lru_hash", u64, u64, accepted, CONNECTING, 0);
+/* With a proxy's socket, for as long as that lives. */
+BPF_SK_STORAGE(proxied, struct proxied);
+/* Backends that may be enrolled, and those that proved not to be able to. */
+BPF_F_TABLE("hash", struct target, u32, fast, BACKENDS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lru_hash", struct target, u32, plain, PLAIN, 0);
+
+/* Sockets by their cookies. A key is never deleted, nor overwritten: queued bytes would be lost.
+ * BPF_SOCKHASH's leaf is u32; user space is shown cookies only by one of 8 bytes. */
+#define SOCKETS(name)                                                                              \
+	struct name##_table {                                                                      \
+		u64 key;                                                                           \
+		u64 leaf;                                                                          \
+		int (*update)(u64 *, int *);                                                       \
+		int (*delete)(u64 *);                                                              \
+		int (*sock_hash_update)(void *, void *, u64);                                      \
+		int (*msg_redirect_hash)(void *, void *, u64);                                     \
+		u64 *(*lookup)(u64 *);                                                             \
+		u32 max_entries;                                                                   \
+	};                                                                                         \
+	__attribute__((section("maps/sockhash"))) struct name##_table name = {                     \
+		.max_entries = (SOCKETS_MAX)}
+SOCKETS(workload_sockets);
+/* What is sent on one of these goes through the program `verdict`. */
+SOCKETS(proxy_sockets);
+
+/* Address of a local pod -> interface index of its end of the veth on the node. */
+BPF_F_TABLE("hash", struct address, u32, interfaces, PODS, BPF_F_NO_PREALLOC);
+/* Cookie of a pod's network namespace -> its addresses. */
+BPF_F_TABLE("hash", u64, struct addresses, namespaces, PODS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct address, struct identity, identities, IDENTITIES, BPF_F_NO_PREALLOC);
+BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 /* By reason, see bpf/reasons.py. */
 BPF_F_TABLE("percpu_array", u32, u64, counters, REASONS, 0);
 

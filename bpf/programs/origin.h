@@ -1,16 +1,16 @@
-/* What a socket asked for, before it was given a backend. */
+/* What a socket asked for, before it was given a peer. */
 #ifndef WEFT_ORIGIN_H
 #define WEFT_ORIGIN_H
 
 #include "count.h"
 
-static __always_inline int remember(u64 cookie, const struct target *backend,
-				    const struct target *asked)
+static __always_inline int remember(u64 cookie, const struct target *peer,
+				    const struct origin *origin, u32 *reason)
 {
-	struct origin_key key = {.cookie = cookie, .peer = *backend};
-	struct target origin = *asked;
+	struct origin_key key = {.cookie = cookie, .peer = *peer};
+	struct origin value = *origin;
 
-	return origins.update(&key, &origin) ? REFUSE(NO_ORIGIN) : 0;
+	return origins.update(&key, &value) ? REFUSE(NO_ORIGIN) : 0;
 }
 
 /* A socket can be connected anew, to an address that was once its backend. */
@@ -21,15 +21,12 @@ static __always_inline void forget(u64 cookie, const struct target *peer)
 	origins.delete(&key);
 }
 
-/* The target that the socket asked for when it was given `peer`, or null. */
-static __always_inline struct target *recall(u64 cookie, const struct target *peer)
+/* What the socket asked for when it was given `peer`, or null. */
+static __always_inline struct origin *recall(u64 cookie, const struct target *peer)
 {
 	struct origin_key key = {.cookie = cookie, .peer = *peer};
-	struct target *origin = origins.lookup(&key);
 
-	if (origin)
-		count(REASON_ANSWERED);
-	return origin;
+	return origins.lookup(&key);
 }
 
 #endif

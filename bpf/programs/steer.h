@@ -1,74 +1,146 @@
-/* A socket names a peer: give it a backend. A socket is told its peer: name what it asked for. */
+/* A socket names a peer: give it a backend, or this node's proxy. A socket is told its peer: name
+ * what it asked for. */
 #ifndef WEFT_STEER_H
 #define WEFT_STEER_H
 
 #include "choose.h"
 #include "origin.h"
+#include "report.h"
 
 enum calls { CONNECT, SENDMSG };
 
-/* As choose(); with 1 the origin is kept. A connection to what is no frontend ends what was kept
- * for it, a datagram does not: sendmsg4 also sees those that a connected IPv6 socket with an IPv4
- * peer sends, with the backend as their destination. */
-static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
-				 const struct target *asked, struct target *backend)
+/* Where the proxy listens for connections to `asked`, of HTTP or to be relayed; null: nowhere. */
+static __always_inline const struct target *listening(const struct target *asked, int http)
 {
-	u64 cookie = bpf_get_socket_cookie(ctx);
-	int result = choose(ctx, cookie, asked, backend);
+	u32 zero = 0;
+	struct config *at = config.lookup(&zero);
+	const struct target *target;
 
-	if (!result && call == CONNECT)
-		forget(cookie, asked);
-	if (result <= 0)
+	if (!at)
+		return 0;
+	if (is_ipv4(asked))
+		target = http ? &at->http4 : &at->relay4;
+	else
+		target = http ? &at->http6 : &at->relay6;
+	return target->port ? target : 0;
+}
+
+/* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
+ * errno. Before a proxy has ever listened, everything goes straight to backends. */
+static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
+				   const struct frontend *frontend, struct origin *origin,
+				   struct target *peer, u32 *reason)
+{
+	int tcp = origin->asked.protocol == IPPROTO_TCP;
+	const struct target *proxy = 0;
+	struct backend backend = {};
+	int result;
+
+	if (tcp && frontend->flags & FRONTEND_HTTP)
+		proxy = listening(&origin->asked, 1);
+	if (proxy && !frontend->affinity_s) {
+		*reason = REASON_TO_PROXY;
+	} else {
+		result = choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
+		if (result < 0)
+			return result;
+		*reason = proxy ? REASON_TO_PROXY : REASON_BALANCED;
+		if (!proxy && tcp && backend.flags & BACKEND_REMOTE) {
+			proxy = listening(&origin->asked, 0);
+			if (proxy)
+				*reason = REASON_TO_RELAY;
+		}
+	}
+	origin->backend = backend.target;
+	origin->flags = frontend->flags;
+	*peer = proxy ? *proxy : backend.target;
+	return 0;
+}
+
+/* 1: `peer` is filled in and the origin kept; 0: `asked` is no frontend; negative errno: refused.
+ * A connection to what is no frontend ends what was kept for it, a datagram does not: sendmsg4 also
+ * sees those that a connected IPv6 socket with an IPv4 peer sends, with the backend as their
+ * destination. */
+static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
+				 const struct target *asked, struct target *peer)
+{
+	u64 cookie = bpf_get_socket_cookie(ctx), netns = bpf_get_netns_cookie(ctx);
+	struct origin origin = {.asked = *asked};
+	struct target key = *asked;
+	struct frontend *frontend = frontends.lookup(&key);
+	u32 reason = REASON_PASSED;
+	int result;
+
+	if (!frontend) {
+		count(REASON_PASSED);
+		if (call == CONNECT) {
+			forget(cookie, asked);
+			report(netns, asked, asked, reason);
+		}
+		return 0;
+	}
+	result = peer_of(ctx, cookie, frontend, &origin, peer, &reason);
+	if (!result)
+		result = remember(cookie, peer, &origin, &reason);
+	if (result < 0) {
+		report(netns, asked, &origin.backend, reason);
 		return result;
-	result = remember(cookie, backend, asked);
-	if (result < 0)
-		return result;
-	count(REASON_BALANCED);
+	}
+	count(reason);
+	/* The proxy tells of the connections that it gets. */
+	if (call == CONNECT && reason == REASON_BALANCED)
+		report(netns, asked, peer, reason);
 	return 1;
 }
 
 static __always_inline int steer4(struct bpf_sock_addr *ctx, enum calls call)
 {
-	struct target asked, backend;
+	struct target asked, peer;
 	int result;
 
 	read4(ctx, &asked);
-	result = steer(ctx, call, &asked, &backend);
+	result = steer(ctx, call, &asked, &peer);
 	if (result > 0)
-		write4(ctx, &backend);
+		write4(ctx, &peer);
 	return result;
 }
 
 static __always_inline int steer6(struct bpf_sock_addr *ctx, enum calls call)
 {
-	struct target asked, backend;
+	struct target asked, peer;
 	int result;
 
 	read6(ctx, &asked);
-	result = steer(ctx, call, &asked, &backend);
+	result = steer(ctx, call, &asked, &peer);
 	if (result > 0)
-		write6(ctx, &backend);
+		write6(ctx, &peer);
 	return result;
 }
 
 static __always_inline void answer4(struct bpf_sock_addr *ctx)
 {
-	struct target peer, *origin;
+	struct target peer;
+	struct origin *origin;
 
 	read4(ctx, &peer);
 	origin = recall(bpf_get_socket_cookie(ctx), &peer);
-	if (origin)
-		write4(ctx, origin);
+	if (origin) {
+		count(REASON_ANSWERED);
+		write4(ctx, &origin->asked);
+	}
 }
 
 static __always_inline void answer6(struct bpf_sock_addr *ctx)
 {
-	struct target peer, *origin;
+	struct target peer;
+	struct origin *origin;
 
 	read6(ctx, &peer);
 	origin = recall(bpf_get_socket_cookie(ctx), &peer);
-	if (origin)
-		write6(ctx, origin);
+	if (origin) {
+		count(REASON_ANSWERED);
+		write6(ctx, &origin->asked);
+	}
 }
 
 #endif

@@ -10,11 +10,22 @@ struct target {
 	u8 zero;
 };
 
+/* As in struct target. */
+struct address {
+	u32 words[4];
+};
+
 /* The Maglev table of a frontend is slots[offset .. offset + size); no backends: size 0. */
 struct frontend {
 	u32 offset;
 	u32 size;
 	u32 affinity_s; /* 0: none */
+	u32 flags;	/* FRONTEND_… */
+};
+
+struct backend {
+	struct target target;
+	u32 flags; /* BACKEND_… */
 };
 
 /* `backend` belongs to `frontend`; only kept for frontends with affinity. */
@@ -32,14 +43,76 @@ struct affinity_key {
 
 struct affinity {
 	u64 used_ns; /* CLOCK_MONOTONIC */
-	struct target backend;
-	u32 zero;
+	struct backend backend;
 };
 
 struct origin_key {
 	u64 cookie;
 	struct target peer;
 	u32 zero;
+};
+
+/* What a socket asked for, and what was chosen for it; port 0: the proxy is to choose. */
+struct origin {
+	struct target asked;
+	struct target backend;
+	u32 flags; /* FRONTEND_… */
+};
+
+/* Where this node's proxy listens for workloads; port 0: nowhere. */
+struct config {
+	struct target http4;
+	struct target http6;
+	struct target relay4;
+	struct target relay6;
+	u32 flags; /* CONFIG_… */
+};
+
+/* A TCP connection as its opener sees it. */
+struct tuple {
+	struct target opener;
+	struct target peer;
+};
+
+/* A workload's connection to the proxy: by tuple until the proxy's socket is there, then with that
+ * socket. Of a connection that the proxy opened: only `peer`, `cookie` and `state`. */
+struct proxied {
+	u64 peer;   /* the workload's socket to redirect to; 0: not known */
+	u64 cookie; /* the socket that opened the connection */
+	u64 netns;
+	struct target asked;
+	struct target backend;
+	u32 state; /* WANTED, then ENROLLED or neither */
+	u32 zero;
+};
+
+/* A connection that the proxy opened. */
+struct outgoing {
+	u64 cookie; /* the proxy's socket */
+	u32 state;
+	u32 zero;
+};
+
+/* Who an address is. */
+struct identity {
+	u32 number;
+	u32 flags; /* IDENTITY_… */
+};
+
+/* The addresses of a network namespace; all zero: none of this family. */
+struct addresses {
+	struct address v4;
+	struct address v6;
+};
+
+/* What happened to a connection or datagram, for flow records. */
+struct event {
+	u64 time_ns; /* CLOCK_MONOTONIC */
+	u64 netns;
+	struct target source; /* zero where it is not known */
+	struct target asked;
+	struct target peer;
+	u32 reason;
 };
 
 #endif

@@ -1,0 +1,107 @@
+"""Attaching the pinned programs, and putting new ones in the place of old ones.
+
+Each attachment is a pinned link: it lives without us, and takes another program at once, so nothing
+ever passes a hook without one. Knows programs and pins, not what the maps hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from bpf import pins, syscall
+from bpf.errors import DatapathError
+from bpf.programs import PROGRAMS, Place
+
+
+def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> None:
+    """Attach the programs pinned in `directory`: to the workloads' cgroup and, if it is given, to
+    the proxy's, without which nothing is enrolled. DatapathError: what could not be attached; what
+    was attached before still is."""
+    cgroups = {Place.WORKLOADS: cgroup}
+    if proxy_cgroup is not None:
+        cgroups[Place.PROXIES] = proxy_cgroup
+        _attach_verdict(directory)
+    for path in cgroups.values():
+        check_cgroup(path)
+    for name, program in PROGRAMS.items():
+        if program.place in cgroups:
+            _attach(directory, name, cgroups[program.place])
+
+
+def check_cgroup(cgroup: Path) -> None:
+    """DatapathError: not a directory of cgroup v2, or the root of it."""
+    if not (cgroup / "cgroup.controllers").exists():
+        raise DatapathError(
+            f"{cgroup} is not a cgroup v2 directory: make one below the cgroup2 mount "
+            "(/proc/mounts names it) and give its path"
+        )
+    if not (cgroup / "cgroup.type").exists():
+        raise DatapathError(
+            f"{cgroup} is the root of cgroup v2: the hooks would catch every process of the "
+            "machine; make a cgroup below it"
+        )
+
+
+@contextlib.contextmanager
+def _opened(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _program(directory: Path, name: str) -> int:
+    path = pins.program_path(directory, name)
+    try:
+        return syscall.pinned(str(path))
+    except OSError as error:
+        raise DatapathError(
+            f"no program at {path}: {error.strerror}: run python -m bpf.loader --pin {directory} "
+            "first, as root"
+        ) from error
+
+
+def _attach(directory: Path, name: str, cgroup: Path) -> None:
+    path = pins.link_path(directory, name)
+    with (
+        _opened(_program(directory, name)) as program,
+        _opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
+    ):
+        try:
+            if path.exists():
+                with _opened(syscall.pinned(str(path))) as link:
+                    if syscall.cgroup_of_link(link) == os.fstat(target).st_ino:
+                        syscall.update_link(link, program)
+                        return
+                path.unlink()
+            with _opened(syscall.link(program, target, PROGRAMS[name].attach_type)) as link:
+                syscall.pin(link, str(path))
+        except OSError as error:
+            raise DatapathError(
+                f"cannot attach {name} to {cgroup}: {error.strerror}: it takes CAP_NET_ADMIN, and "
+                "no program attached above it without the flag for several"
+            ) from error
+
+
+def _attach_verdict(directory: Path) -> None:
+    """To the sockets of this version: the link stays with the map as long as that is pinned."""
+    path = pins.map_path(directory, "verdict")
+    with (
+        _opened(_program(directory, "verdict")) as program,
+        _opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,
+    ):
+        try:
+            if path.exists():
+                with _opened(syscall.pinned(str(path))) as link:
+                    syscall.update_link(link, program)
+                return
+            with _opened(syscall.link(program, sockets, PROGRAMS["verdict"].attach_type)) as link:
+                syscall.pin(link, str(path))
+        except OSError as error:
+            raise DatapathError(
+                f"cannot attach verdict to the map proxy_sockets: {error.strerror}: it takes a "
+                "kernel with links for sockmaps (6.10)"
+            ) from error

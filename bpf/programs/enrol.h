@@ -1,0 +1,195 @@
+/* Enrolment: which sockets of workloads receive by redirect, and from whom.
+ *
+ * The one rule: an enrolled workload's socket receives only by redirect, from its first byte to its
+ * last; a proxy's socket only by TCP. So enrolment is settled while a connection is established,
+ * and only where both ends are: the end that opened the connection comes first (its ESTABLISHED
+ * runs before its ACK is sent), the accepting end follows or leaves it plain.
+ *
+ *   workload -> proxy   CONNECT announces by tuple; ESTABLISHED enrols the workload; the proxy's
+ *                       end follows in turn, or (no room) the proxy is not told and closes it
+ *   proxy -> workload   CONNECT announces; ESTABLISHED enrols the proxy's end; the workload's end
+ *                       follows and is told under `accepted`, before which the proxy sends nothing
+ */
+#ifndef WEFT_ENROL_H
+#define WEFT_ENROL_H
+
+#include "address.h"
+#include "count.h"
+#include "origin.h"
+#include "socket.h"
+
+static __always_inline int redirects(void)
+{
+	u32 zero = 0;
+	struct config *at = config.lookup(&zero);
+
+	return at && at->flags & CONFIG_SOCKMAP;
+}
+
+static __always_inline int opted_out(const struct target *end)
+{
+	struct address address = {};
+	struct identity *identity;
+
+	__builtin_memcpy(address.words, end->address, sizeof(address.words));
+	identity = identities.lookup(&address);
+	return identity && identity->flags & IDENTITY_PLAIN;
+}
+
+/* Into the maps of sockets, by cookie; 0 or negative errno. (bcc makes a statement of the call.) */
+static __always_inline long enrol_workload(struct bpf_sock_ops *ctx, u64 cookie)
+{
+	long result;
+
+	result = workload_sockets.sock_hash_update(ctx, &cookie, BPF_NOEXIST);
+	return result;
+}
+
+static __always_inline long enrol_proxy(struct bpf_sock_ops *ctx, u64 cookie)
+{
+	long result;
+
+	result = proxy_sockets.sock_hash_update(ctx, &cookie, BPF_NOEXIST);
+	return result;
+}
+
+/* --- a workload opens a connection to the proxy ----------------------------------------------- */
+
+static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
+{
+	struct tuple tuple;
+	struct proxied value = {};
+	struct origin *origin;
+
+	opened(ctx, &tuple);
+	value.cookie = bpf_get_socket_cookie(ctx);
+	origin = recall(value.cookie, &tuple.peer);
+	if (!origin)
+		return;
+	value.netns = bpf_get_netns_cookie(ctx);
+	value.asked = origin->asked;
+	value.backend = origin->backend;
+	/* Every network namespace has the same loopback tuples. */
+	if (origin->flags & FRONTEND_SOCKMAP && redirects() && !is_loopback(&tuple.opener) &&
+	    !opted_out(&tuple.opener))
+		value.state = STATE_WANTED;
+	incoming.update(&tuple, &value);
+}
+
+static __always_inline void establish_workload(struct bpf_sock_ops *ctx)
+{
+	struct tuple tuple;
+	struct proxied *value;
+
+	opened(ctx, &tuple);
+	value = incoming.lookup(&tuple);
+	if (!value || value->state != STATE_WANTED)
+		return;
+	if (enrol_workload(ctx, value->cookie)) {
+		value->state = 0;
+		count(REASON_ENROL_FAILED);
+		return;
+	}
+	value->state = STATE_ENROLLED;
+}
+
+static __always_inline void take_client(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct proxied *value, *own;
+	struct tuple tuple;
+
+	taken(ctx, &tuple);
+	value = incoming.lookup(&tuple);
+	if (!value || !sk)
+		return;
+	if (value->state == STATE_ENROLLED) {
+		if (enrol_proxy(ctx, bpf_get_socket_cookie(ctx))) {
+			/* The proxy finds nothing with the socket, and closes it. */
+			count(REASON_ENROL_FAILED);
+			return;
+		}
+		value->peer = value->cookie;
+		count(REASON_ENROLLED);
+	}
+	own = proxied.sk_storage_get(sk, value, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!own)
+		count(REASON_ENROL_FAILED);
+	incoming.delete(&tuple);
+}
+
+/* --- the proxy opens a connection to a workload ------------------------------------------------ */
+
+static __always_inline void announce_proxy(struct bpf_sock_ops *ctx)
+{
+	struct outgoing value = {};
+	struct tuple tuple;
+
+	opened(ctx, &tuple);
+	value.cookie = bpf_get_socket_cookie(ctx);
+	if (redirects() && fast.lookup(&tuple.peer) && !plain.lookup(&tuple.peer))
+		value.state = STATE_WANTED;
+	if (outgoing.update(&tuple, &value))
+		count(REASON_ENROL_FAILED);
+	else
+		bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void establish_proxy(struct bpf_sock_ops *ctx)
+{
+	struct proxied own = {.state = STATE_ENROLLED};
+	struct bpf_sock *sk = ctx->sk;
+	struct outgoing *value;
+	struct tuple tuple;
+
+	opened(ctx, &tuple);
+	value = outgoing.lookup(&tuple);
+	if (!value || !sk || value->state != STATE_WANTED)
+		return;
+	own.cookie = value->cookie;
+	/* What is in the map without storage cannot send at all; so storage comes first. */
+	if (!proxied.sk_storage_get(sk, &own, BPF_SK_STORAGE_GET_F_CREATE)) {
+		value->state = 0;
+		count(REASON_ENROL_FAILED);
+		return;
+	}
+	if (enrol_proxy(ctx, own.cookie)) {
+		proxied.sk_storage_delete(sk);
+		value->state = 0;
+		count(REASON_ENROL_FAILED);
+		return;
+	}
+	value->state = STATE_ENROLLED;
+}
+
+static __always_inline void take_proxy(struct bpf_sock_ops *ctx)
+{
+	struct outgoing *value;
+	struct tuple tuple;
+	u64 cookie, theirs;
+
+	taken(ctx, &tuple);
+	value = outgoing.lookup(&tuple);
+	if (!value || value->state != STATE_ENROLLED)
+		return;
+	cookie = bpf_get_socket_cookie(ctx);
+	theirs = value->cookie;
+	if (enrol_workload(ctx, cookie)) {
+		count(REASON_ENROL_FAILED);
+		return;
+	}
+	if (accepted.update(&theirs, &cookie))
+		count(REASON_ENROL_FAILED);
+	else
+		count(REASON_ENROLLED);
+}
+
+static __always_inline void forget_outgoing(struct bpf_sock_ops *ctx)
+{
+	struct tuple tuple;
+
+	opened(ctx, &tuple);
+	outgoing.delete(&tuple);
+}
+
+#endif

@@ -1,0 +1,31 @@
+/* How much a workload's socket holds that was not read: asked by the proxy, which runs this with
+ * BPF_PROG_RUN on a frame that begins with the socket's cookie. */
+#ifndef WEFT_QUEUE_H
+#define WEFT_QUEUE_H
+
+#include "maps.h"
+
+#define NOT_THERE -1
+
+static __always_inline int queued(struct __sk_buff *skb)
+{
+	u64 *frame = (void *)(long)skb->data, cookie;
+	int bytes = NOT_THERE;
+	struct bpf_sock *sk;
+	void *tcp;
+
+	if ((void *)(frame + 1) > (void *)(long)skb->data_end)
+		return NOT_THERE;
+	cookie = *frame;
+	sk = (void *)workload_sockets.lookup(&cookie);
+	if (!sk)
+		return NOT_THERE;
+	tcp = bpf_skc_to_tcp_sock(sk);
+	/* Redirected bytes are charged to sk_rmem_alloc as received ones are. */
+	if (tcp)
+		bytes = *(int *)(tcp + SK_RMEM_ALLOC);
+	bpf_sk_release(sk);
+	return bytes;
+}
+
+#endif

@@ -1,0 +1,144 @@
+"""Sockets of workloads and of a proxy for tests of the redirect path: real programs on two cgroups,
+and a process in a network namespace of its own that makes sockets in either."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bpf_world import loader, new_cgroup, pin_directory
+
+from bpf import maps, pins, syscall
+from bpf.balancer import Balancer
+from bpf.proxy import HANDLES, ProxyHandles
+from bpf.reasons import Reason
+from bpf.selftest_probe import enter
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, entry_key
+
+# Documentation addresses (RFC 5737, RFC 3849), on the namespace's loopback interface.
+NODE, NODE6 = "198.51.100.1", "2001:db8:1::1"
+VIP, VIP6, MAPPED = "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"
+TIMEOUT_S = 5
+_SIOCSIFADDR = 0x8916
+_FIONREAD = 0x541B
+
+
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+def unread(sock: socket.socket) -> int:
+    """What FIONREAD says."""
+    return struct.unpack("i", fcntl.ioctl(sock, _FIONREAD, bytes(4)))[0]
+
+
+def await_that(condition: Callable[[], object]) -> None:
+    """Until it holds: the kernel needs a moment, and there is nothing to wait on."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.001)
+
+
+class World:
+    """Pins, cgroups, and, in the forked process, the maps."""
+
+    def __init__(self, pin: Path, workloads: Path, proxies: Path) -> None:
+        self.pin = pin
+        self._workloads = workloads
+        self._proxies = proxies
+
+    def run(self, scenario: Callable[[World], None]) -> None:
+        """In a process of its own; what goes wrong there fails here."""
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                enter(self._workloads)
+                self._addresses()
+                self.balancer = Balancer(self.pin)
+                scenario(self)
+                code = 0
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, "the scenario failed; its traceback is on stderr"
+
+    def _addresses(self) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            address = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(NODE))
+            fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("16s16s8x", b"lo:0", address))
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
+            packed = socket.inet_pton(socket.AF_INET6, NODE6)
+            fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("=16sIi", packed, 128, 1))
+
+    # --- in the process ----------------------------------------------------------------------------
+
+    def handles(self) -> ProxyHandles:
+        paths = {
+            name: pins.program_path(self.pin, name)
+            if name == "queue"
+            else pins.map_path(self.pin, name)
+            for name in HANDLES
+        }
+        return ProxyHandles({name: syscall.pinned(str(path)) for name, path in paths.items()})
+
+    def counted(self, reason: Reason) -> int:
+        return maps.counters(self.pin)[reason]
+
+    @contextlib.contextmanager
+    def as_proxy(self) -> Iterator[None]:
+        """Sockets made in here are the proxy's."""
+        (self._proxies / "cgroup.procs").write_text("0")
+        try:
+            yield
+        finally:
+            (self._workloads / "cgroup.procs").write_text("0")
+
+    def listen(self, address: str, port: int = 0) -> socket.socket:
+        server = socket.create_server((address, port), family=family_of(address), backlog=64)
+        server.settimeout(TIMEOUT_S)
+        return server
+
+    def frontend(self, address: str, port: int, *backends: EntryBackend, **flags: int) -> None:
+        entry = LoadBalancerEntry(address, port, "TCP", backends, "Service/x/y", **flags)
+        assert self.balancer.apply({entry_key(address, port, "TCP"): entry}) == {}
+
+    def connect(self, address: str, port: int) -> socket.socket:
+        made = socket.socket(family_of(address), socket.SOCK_STREAM)
+        made.settimeout(TIMEOUT_S)
+        made.connect((address, port))
+        return made
+
+    def accept(self, server: socket.socket) -> socket.socket:
+        made, _ = server.accept()
+        made.settimeout(TIMEOUT_S)
+        return made
+
+
+def received(sock: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes, or fewer at the end."""
+    parts = []
+    while size and (data := sock.recv(size)):
+        parts.append(data)
+        size -= len(data)
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def redirect_world(parent: Path) -> Iterator[World]:
+    with new_cgroup() as workloads, new_cgroup() as proxies, pin_directory(parent) as pin:
+        done = loader("--pin", pin, "--cgroup", workloads, "--proxy-cgroup", proxies)
+        assert done.returncode == 0, done.stderr
+        yield World(pin, workloads, proxies)
