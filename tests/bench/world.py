@@ -23,6 +23,8 @@ So that the comparison is fair:
   them is asked at a time.
 - Hops have one worker each, keep connections alive on both sides, and write no log of requests.
   What Weft does beside that, metrics and flow records, it does here too.
+- That a request to Weft goes through its proxy, and by redirect or not as the hop's name says, is
+  read from the counters of the eBPF programs before anything is measured.
 - The hop's CPU and memory are those of all its processes: for Weft worker, agent and supervisor,
   for nginx master and worker.
 """
@@ -43,6 +45,8 @@ import yaml
 
 from bench.configs import PEERS, nginx_backend
 from bpf import pins
+from bpf.maps import counters
+from bpf.reasons import Reason
 from mesh.cli.client import CliError, ask
 from mesh.lab import lab as labs
 from mesh.lab.enter import enter_place, enter_pod
@@ -96,6 +100,8 @@ def world(hops: Sequence[str], directory: Path, run_dir: Path, name: str) -> Ite
             made = [_hop(hop, directory, lab, plan, stack) for hop in hops]
             for hop in made:
                 _wait_for(hop, directory / "files")
+                if hop.name in WEFT:
+                    _check_path(hop.name, lab.weft(_node_of(hop.name)).pins)
             yield made
     finally:
         labs.down(run_dir, name)
@@ -224,6 +230,17 @@ def _wait_for(hop: Hop, files: Path) -> None:
     for name in SCENARIOS:
         failure = f"{hop.name}: {hop.url}/{name} is not answered"
         _until(functools.partial(right, name), failure, hop.log)
+
+
+def _check_path(hop: str, pin_directory: Path) -> None:
+    """After a request. BenchFailed: it went another way than this hop's name says, for example
+    straight to the backend."""
+    counted = counters(pin_directory)
+    if not counted[Reason.TO_PROXY]:
+        raise BenchFailed(f"{hop}: connections of the client do not go to the proxy")
+    if bool(counted[Reason.REDIRECTED]) != (WEFT[hop] == "kernel"):
+        how = "by TCP only" if WEFT[hop] == "kernel" else "by redirect"
+        raise BenchFailed(f"{hop}: the proxy sends to the client {how}")
 
 
 def _until(condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
