@@ -46,14 +46,16 @@ def check_cgroup(cgroup: Path) -> None:
 
 
 @contextlib.contextmanager
-def _opened(fd: int) -> Iterator[int]:
+def opened(fd: int) -> Iterator[int]:
+    """Closed at the end of the block."""
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def _program(directory: Path, name: str) -> int:
+def open_program(directory: Path, name: str) -> int:
+    """A descriptor of a pinned program. DatapathError: it is not there."""
     path = pins.program_path(directory, name)
     try:
         return syscall.pinned(str(path))
@@ -67,17 +69,17 @@ def _program(directory: Path, name: str) -> int:
 def _attach(directory: Path, name: str, cgroup: Path) -> None:
     path = pins.link_path(directory, name)
     with (
-        _opened(_program(directory, name)) as program,
-        _opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
+        opened(open_program(directory, name)) as program,
+        opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
     ):
         try:
             if path.exists():
-                with _opened(syscall.pinned(str(path))) as link:
+                with opened(syscall.pinned(str(path))) as link:
                     if syscall.cgroup_of_link(link) == os.fstat(target).st_ino:
                         syscall.update_link(link, program)
                         return
                 path.unlink()
-            with _opened(syscall.link(program, target, PROGRAMS[name].attach_type)) as link:
+            with opened(syscall.link(program, target, PROGRAMS[name].attach_type)) as link:
                 syscall.pin(link, str(path))
         except OSError as error:
             raise DatapathError(
@@ -90,15 +92,15 @@ def _attach_verdict(directory: Path) -> None:
     """To the sockets of this version: the link stays with the map as long as that is pinned."""
     path = pins.map_path(directory, "verdict")
     with (
-        _opened(_program(directory, "verdict")) as program,
-        _opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,
+        opened(open_program(directory, "verdict")) as program,
+        opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,
     ):
         try:
             if path.exists():
-                with _opened(syscall.pinned(str(path))) as link:
+                with opened(syscall.pinned(str(path))) as link:
                     syscall.update_link(link, program)
                 return
-            with _opened(syscall.link(program, sockets, PROGRAMS["verdict"].attach_type)) as link:
+            with opened(syscall.link(program, sockets, PROGRAMS["verdict"].attach_type)) as link:
                 syscall.pin(link, str(path))
         except OSError as error:
             raise DatapathError(

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from bpf import attach, pins, syscall
+from bpf import attach, pins, podfilter, syscall
 from bpf.errors import DatapathError
 from bpf.maps import MAPS
 from bpf.programs import LICENCE, PROGRAMS, SOURCE
@@ -117,6 +117,7 @@ def main() -> int:
         for cgroup in filter(None, (args.cgroup, args.proxy_cgroup)):
             attach.check_cgroup(cgroup)
         load(args.pin)
+        podfilter.renew(args.pin)
         if args.cgroup is not None:
             attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
     except DatapathError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -171,6 +172,25 @@ class Slots:
     def write(self, offset: int, words: array[int]) -> None:
         """`words` has type code "Q"."""
         self._words[offset : offset + len(words)] = memoryview(words)
+
+
+def retire_versions(directory: Path) -> None:
+    """Lets go of the maps of other versions whose sockets have all closed; their programs end with
+    them. OSError."""
+    for version in pins.other_versions(directory):
+        if not any(map(_has_sockets, (version / "workload_sockets", version / "proxy_sockets"))):
+            shutil.rmtree(version)
+
+
+def _has_sockets(path: Path) -> bool:
+    try:
+        fd = syscall.pinned(str(path))
+    except FileNotFoundError:
+        return False
+    try:
+        return syscall.next_key(fd, None, layout.U64.size) is not None
+    finally:
+        os.close(fd)
 
 
 def counters(directory: Path) -> dict[Reason, int]:

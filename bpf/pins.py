@@ -33,6 +33,14 @@ def map_path(directory: Path, name: str) -> Path:
     return directory / "maps" / version() / name
 
 
+def other_versions(directory: Path) -> list[Path]:
+    """Directories of maps that other versions of Weft left: sockets may still be in them."""
+    try:
+        return [path for path in (directory / "maps").iterdir() if path.name != version()]
+    except FileNotFoundError:
+        return []
+
+
 def program_path(directory: Path, name: str) -> Path:
     return directory / "programs" / name
 

@@ -43,5 +43,7 @@ PROGRAMS = {
     "workloads": Program(_SOCK_OPS, 3, Place.WORKLOADS),
     "proxies": Program(_SOCK_OPS, 3, Place.PROXIES),
     "verdict": Program(_SK_MSG, 7, Place.PROXY_SOCKETS),
+    "pod_egress": Program(_SCHED_CLS, 46, Place.NONE),
+    "pod_ingress": Program(_SCHED_CLS, 47, Place.NONE),
     "queue": Program(_SCHED_CLS, 0, Place.NONE),
 }

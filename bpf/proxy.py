@@ -1,5 +1,5 @@
-"""What a proxy asks of the data path about its own sockets: who is at the far end, and how much that
-end has not read yet.
+"""What a proxy asks of the data path about its own sockets: who is at the far end, and how much
+that end has not read yet.
 
 Works with descriptors it is given (`HANDLES`), without rights of its own. A proxy's socket toward a
 workload of this node is in one of two states, fixed when the connection is established: plain, or
@@ -11,16 +11,25 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from bpf import layout, syscall
+from bpf.attach import open_program
 from bpf.layout import Number, Proxied, Target
+from bpf.maps import open_pinned
 
 # Names of maps and of the program, as pinned; what `ProxyHandles` is made of.
 HANDLES = ("proxied", "accepted", "plain", "queue")
 
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
 _FRAME = struct.Struct("=Q56x")
+
+
+def descriptors(directory: Path) -> dict[str, int]:
+    """New descriptors of what is pinned, by HANDLES. DatapathError: it is not there."""
+    maps = {name: open_pinned(directory, name) for name in HANDLES if name != "queue"}
+    return {**maps, "queue": open_program(directory, "queue")}
 
 
 class Origin(NamedTuple):

@@ -29,6 +29,10 @@ class Reason(enum.IntEnum):
     UNPAIRED = 13, None, "a message of the proxy came before its receiver was known; send fails"
     EVENTS_LOST = 14, None, "an event was lost: nobody took them out of the full buffer"
 
+    SPOOFED = 15, None, "a pod sent from an address that is not its own; dropped"
+    FILTER_FROM_POD = 16, None, "a packet of a pod passed the filter"
+    FILTER_TO_POD = 17, None, "a packet for a pod passed the filter"
+
     errno: int | None
     meaning: str
 

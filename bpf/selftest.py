@@ -40,8 +40,32 @@ FACTS = {
     "udp4": "datagrams go to a backend, and answers come from the frontend, IPv4",
     "udp6": "datagrams go to a backend, and answers come from the frontend, IPv6",
     "refusal": "a program chooses the errno of a connection it refuses",
+    "relay": "a proxy finds with its socket what a workload asked for, and no rights are needed",
+    "redirect4": "what a proxy sends arrives by redirect, whole and in order, IPv4",
+    "redirect6": "what a proxy sends arrives by redirect, whole and in order, IPv6",
+    "fionread": "FIONREAD counts redirected bytes, so that nginx, Java and .NET do not stall",
+    "queue": "the bytes that a workload has not read yet can be counted",
+    "half_close": "what was redirected before the end of a connection is read before that end",
+    "backend": "a backend's socket is enrolled before the proxy sends to it, and found",
+    "deferred": "a backend with TCP_DEFER_ACCEPT is noticed before anything is sent to it",
+    "miss": "a redirect that misses fails, and never goes by TCP",
+    "filter": "a program can be attached to an interface, both ways",
+    "events": "the programs' events can be read",
     "detach": "a program without pin is detached",
 }
+# Those that only sending by redirect relies on.
+REDIRECT_FACTS = frozenset(
+    (
+        "redirect4",
+        "redirect6",
+        "fionread",
+        "queue",
+        "half_close",
+        "backend",
+        "deferred",
+        "miss",
+    )
+)
 _NAME = "selftest"
 _LOADER_S = 60
 _PROBE_S = 30
@@ -68,18 +92,20 @@ def run(directory: Path, cgroup: Path) -> list[Check]:
     why: dict[str, str] = {}
     stage = "cgroup"
     try:
-        with _own_cgroup(cgroup / _NAME) as own:
+        with _own_cgroup(cgroup / _NAME) as own, _own_cgroup(cgroup / f"{_NAME}.proxy") as proxy:
             why["cgroup"] = ""
             stage = "programs"
             with _own_pins(directory / _NAME) as pin:
-                _load(pin, own)
+                _load(pin, own, proxy)
                 why["programs"] = ""
                 stage = "maps"
-                with _probe(own) as probe:
+                with _probe(own, proxy, pin) as probe:
                     _fill(pin, probe.ask("serve", int))
                     why["maps"] = ""
                     stage = "connect4"
                     why |= probe.ask("steered", str)
+                    stage = "relay"
+                    why |= probe.ask("redirected", str)
                     stage = "detach"
                     pins.remove(pin)
                     why |= probe.ask("detached", str)
@@ -114,8 +140,9 @@ def _own_pins(path: Path) -> Iterator[Path]:
         pins.remove(path)
 
 
-def _load(pin: Path, cgroup: Path) -> None:
-    command = [sys.executable, "-m", "bpf.loader", "--pin", str(pin), "--cgroup", str(cgroup)]
+def _load(pin: Path, cgroup: Path, proxy_cgroup: Path) -> None:
+    command = [sys.executable, "-P", "-m", "bpf.loader", "--pin", str(pin)]
+    command += ["--cgroup", str(cgroup), "--proxy-cgroup", str(proxy_cgroup)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LOADER_S)
     except subprocess.TimeoutExpired:
@@ -176,8 +203,9 @@ class _Probe:
 
 
 @contextlib.contextmanager
-def _probe(cgroup: Path) -> Iterator[_Probe]:
-    command = [sys.executable, "-m", "bpf.selftest_probe", str(cgroup)]
+def _probe(cgroup: Path, proxy_cgroup: Path, pin: Path) -> Iterator[_Probe]:
+    command = [sys.executable, "-P", "-m", "bpf.selftest_probe"]
+    command += [str(cgroup), str(proxy_cgroup), str(pin)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with process:
         try:
@@ -194,8 +222,12 @@ def main() -> int:
         "--directory", type=Path, required=True, help="where to pin; made if missing"
     )
     parser.add_argument("--cgroup", type=Path, required=True, help="a cgroup v2 directory")
+    parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args()
     checks = run(args.directory, args.cgroup)
+    if args.json:
+        print(msgspec.json.encode(checks).decode())
+        return 0
     for check in checks:
         print(f"{'ok  ' if check.ok else 'FAIL'} {check.name:13} {check.why or FACTS[check.name]}")
     return 0 if all(check.ok for check in checks) else 1

@@ -1,8 +1,9 @@
 """The self-test's process in the steered cgroup: serves on loopback and connects to frontends.
 
-`python -m bpf.selftest_probe CGROUP` joins the cgroup, enters a network namespace of its own, and
-answers each line it reads ("serve", "steered", "detached") with a line of JSON. Nothing routes to
-the frontends there, so what is not steered fails at once. It ends with its input.
+`python -m bpf.selftest_probe CGROUP PROXY_CGROUP PINS` joins the cgroup, enters a network namespace
+of its own, and answers each line it reads ("serve", "steered", "redirected", "detached") with a
+line of JSON. Nothing routes to the frontends there, so what is not steered fails at once. It ends
+with its input.
 """
 
 from __future__ import annotations
@@ -166,10 +167,19 @@ def _answer(server: socket.socket) -> None:
 
 
 def main() -> int:
-    enter(Path(sys.argv[1]))
+    cgroup, proxy_cgroup, pin = map(Path, sys.argv[1:4])
+    enter(cgroup)
+
+    def redirected() -> dict[str, str]:
+        # Brings what the checks before do without.
+        from bpf.selftest_redirect import checks
+
+        return {name: _tried(check) for name, check in checks(cgroup, proxy_cgroup, pin).items()}
+
     commands: dict[str, Callable[[], dict[str, int] | dict[str, str]]] = {
         "serve": serve,
         "steered": steered,
+        "redirected": redirected,
         "detached": detached,
     }
     for line in sys.stdin:

@@ -214,13 +214,36 @@ def pinned(path: str) -> int:
 
 
 def link(program: int, target: int, attach_type: int) -> int:
-    """Attaches a program to a cgroup for as long as the returned descriptor or its pin lives."""
+    """Attaches a program to a cgroup (a descriptor) or a network interface (its index) for as long
+    as the returned descriptor or its pin lives."""
     return _bpf(_LINK_CREATE, "=4I48x", program, target, attach_type, 0)
 
 
 def update_link(link_fd: int, program: int) -> None:
     """Puts another program in a link's place at once: nothing passes in between unseen."""
     _bpf(_LINK_UPDATE, "=4I", link_fd, program, 0, 0)
+
+
+class TcxLink(NamedTuple):
+    """The id of the program, the index of the interface (0: gone) and enum bpf_attach_type."""
+
+    program: int
+    interface: int
+    attach_type: int
+
+
+def tcx_link(link_fd: int) -> TcxLink:
+    """What the kernel says of a link to an interface (struct bpf_link_info)."""
+    info = ctypes.create_string_buffer(24)
+    _bpf(_INFO_BY_FD, "=IIQ", link_fd, len(info), ctypes.addressof(info))
+    return TcxLink(*struct.unpack_from("=8xI4x2I", info))
+
+
+def program_id(program_fd: int) -> int:
+    info = ctypes.create_string_buffer(8)
+    _bpf(_INFO_BY_FD, "=IIQ", program_fd, len(info), ctypes.addressof(info))
+    number: int = struct.unpack_from("=4xI", info)[0]
+    return number
 
 
 def cgroup_of_link(link_fd: int) -> int:

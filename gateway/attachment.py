@@ -5,14 +5,16 @@ The reasons are those of the specification's RouteConditionReason. Knows no rule
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from gateway import mixed
+from gateway import mixed, services
 from gateway.conditions import Problem
 from gateway.grants import namespace_matches
 from gateway.hostnames import intersection
 from gateway.keys import RouteKey
 from gateway.listeners import Door, Doors
+from gateway.node import Mesh
 from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
@@ -23,7 +25,7 @@ from mesh.model.references import GROUP, ParentReference
 
 class Parent(NamedTuple):
     """One parentRef that is ours to answer. `problem`: why the route is not accepted there;
-    `gateway`: the Gateway behind it."""
+    `gateway`: the Gateway behind it, None for a Service."""
 
     ref: ParentReference
     gateway: ObjectKey | None
@@ -37,29 +39,31 @@ class Attached(NamedTuple):
     parents: tuple[Parent, ...]
 
 
-def parents(view: View, key: RouteKey) -> Attached | None:
-    """None: no parent of the route is ours."""
-    route: HTTPRoute | GRPCRoute = view.get("Route", key)
-    refs = list(route.spec.parent_refs)
-    if route.spec.use_default_gateways == "All":
-        named = {(ref.kind, ref.namespace or key.namespace, ref.name) for ref in refs}
-        refs += [
-            ParentReference(namespace=gateway.namespace, name=gateway.name)
-            for gateway in sorted(view.bucket("default_gateways", "All"))
-            if ("Gateway", *gateway) not in named
-        ]
-    found = [_parent(view, key, route, ref) for ref in refs]
-    ours = tuple(parent for parent in found if parent is not None)
-    return Attached(ours) if ours else None
+def parents(mesh: Mesh) -> Callable[[View, RouteKey], Attached | None]:
+    def compute(view: View, key: RouteKey) -> Attached | None:
+        """None: no parent of the route is ours."""
+        route: HTTPRoute | GRPCRoute = view.get("Route", key)
+        refs = list(route.spec.parent_refs)
+        if route.spec.use_default_gateways == "All":
+            named = {(ref.kind, ref.namespace or key.namespace, ref.name) for ref in refs}
+            refs += [
+                ParentReference(namespace=gateway.namespace, name=gateway.name)
+                for gateway in sorted(view.bucket("default_gateways", "All"))
+                if ("Gateway", *gateway) not in named
+            ]
+        found = [_parent(view, mesh, key, route, ref) for ref in refs]
+        ours = tuple(parent for parent in found if parent is not None)
+        return Attached(ours) if ours else None
+
+    return compute
 
 
 def _parent(
-    view: View, key: RouteKey, route: HTTPRoute | GRPCRoute, ref: ParentReference
+    view: View, mesh: Mesh, key: RouteKey, route: HTTPRoute | GRPCRoute, ref: ParentReference
 ) -> Parent | None:
     target = ObjectKey(ref.namespace or key.namespace, ref.name)
     if (ref.group, ref.kind) == ("", "Service"):
-        message = f"parentRef to Service {target}: mesh routing is not supported yet; use a Gateway"
-        return Parent(ref, None, (), Problem("UnsupportedValue", message))
+        return Parent(ref, None, *services.attach(view, mesh, key.namespace, ref, target))
     if ref.group != GROUP or ref.kind not in ("Gateway", "ListenerSet"):
         return None
     table = "gateway_doors" if ref.kind == "Gateway" else "set_doors"
@@ -147,8 +151,12 @@ def _less_rejected(view: View, key: RouteKey, parent: Parent) -> Parent:
         return parent
     if left:
         return parent._replace(attachments=tuple(left))
-    message = (
-        f"{lost.kind} {lost.namespace}/{lost.name} has its hostname on this listener and is older;"
-        f" HTTPRoutes and GRPCRoutes cannot share one"
-    )
+    name = f"{lost.kind} {lost.namespace}/{lost.name}"
+    if parent.ref.kind == "Service":
+        message = f"{name} is attached to this Service port, and GRPCRoutes come before HTTPRoutes"
+    else:
+        message = (
+            f"{name} has its hostname on this listener and is older;"
+            " HTTPRoutes and GRPCRoutes cannot share one"
+        )
     return parent._replace(attachments=(), problem=Problem("Conflicted", message))

@@ -11,12 +11,13 @@ from typing import Literal, TypeAlias
 
 from gateway import backend_tls
 from gateway.conditions import Problem
+from gateway.declared import app_protocol
 from gateway.grants import not_permitted, permitted
 from gateway.keys import ClusterRef, RouteKey
 from mesh.model.core import EndpointSlice, Service, ServicePort
 from mesh.model.derive import View
-from mesh.model.grpcroute import GRPCBackendRef
-from mesh.model.httproute import HTTPBackendRef
+from mesh.model.grpcroute import GRPCBackendRef, GRPCRouteSpec
+from mesh.model.httproute import HTTPBackendRef, HTTPRouteSpec
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import ClusterSection, Endpoint
 from mesh.model.references import BackendObjectReference
@@ -49,7 +50,10 @@ def resolve(view: View, route: RouteKey, ref: Reference) -> ClusterRef | Problem
         kind = f"{ref.group}/{ref.kind}" if ref.group else ref.kind
         return Problem("InvalidKind", f"backend {ref.name}: kind {kind} is not known; use Service")
     target = ObjectKey(ref.namespace or route.namespace, ref.name)
-    if not permitted(view, route.kind, route.namespace, "Service", target):
+    if not (
+        permitted(view, route.kind, route.namespace, "Service", target)
+        or target.namespace in _consumed(view, route)
+    ):
         message = not_permitted(route.kind, route.namespace, "Service", target)
         return Problem("RefNotPermitted", message)
     service: Service | None = view.get("Service", target)
@@ -71,13 +75,13 @@ def resolve(view: View, route: RouteKey, ref: Reference) -> ClusterRef | Problem
         return Problem(
             "UnsupportedProtocol", f"Service {target} port {ref.port} is {port.protocol}, not TCP"
         )
-    app_protocol = _app_protocol(port)
-    if app_protocol not in _PROTOCOLS:
+    protocol = app_protocol(port)
+    if protocol not in _PROTOCOLS:
         return Problem(
             "UnsupportedProtocol",
             f"Service {target} port {ref.port}: appProtocol {port.app_protocol} is not supported",
         )
-    if app_protocol in _ENCRYPTED and backend_tls.in_force(view, target, port) is None:
+    if protocol in _ENCRYPTED and backend_tls.in_force(view, target, port) is None:
         return Problem(
             "UnsupportedProtocol",
             f"Service {target} port {ref.port}: appProtocol {port.app_protocol} needs a"
@@ -86,13 +90,26 @@ def resolve(view: View, route: RouteKey, ref: Reference) -> ClusterRef | Problem
     return ClusterRef(target.namespace, target.name, ref.port, route.kind == "GRPCRoute")
 
 
+def _consumed(view: View, key: RouteKey) -> frozenset[str]:
+    """The namespaces whose Services a consumer route shapes the way to: it needs no grant to send
+    there, for its clients could go there without it (GEP-1426, Namespace boundaries). A route that
+    a Gateway serves as well would let others in."""
+    spec: HTTPRouteSpec | GRPCRouteSpec = view.get("Route", key).spec
+    refs = spec.parent_refs
+    if spec.use_default_gateways == "All" or any(
+        ref.kind != "Service" or ref.group for ref in refs
+    ):
+        return frozenset()
+    return frozenset(ref.namespace for ref in refs if ref.namespace is not None)
+
+
 def cluster(view: View, ref: ClusterRef) -> ClusterSection | None:
     """The section of a cluster that some route uses."""
     service: Service | None = view.get("Service", ref.service)
     port = _port(service, ref.port) if service is not None else None
     if port is None:
         return None
-    protocol = _PROTOCOLS.get(_app_protocol(port), "http")
+    protocol = _PROTOCOLS.get(app_protocol(port), "http")
     if ref.grpc and protocol == "http":
         protocol = "h2c"
     return ClusterSection(
@@ -116,7 +133,7 @@ def endpoints(
     for piece, _ in slices:
         if piece.address_type == "FQDN" or (family and piece.address_type != family):
             continue
-        for number in _numbers(piece, port):
+        for number in numbers(piece, port):
             for endpoint in piece.endpoints:
                 conditions = endpoint.conditions
                 if conditions.ready is False or conditions.terminating or not endpoint.addresses:
@@ -130,7 +147,7 @@ def endpoints(
     return tuple(sorted(result.values(), key=lambda e: (e.address, e.port)))
 
 
-def _numbers(piece: EndpointSlice, port: ServicePort) -> Iterator[int]:
+def numbers(piece: EndpointSlice, port: ServicePort) -> Iterator[int]:
     """The port numbers of a slice that stand for a Service port: those of the same name. A slice
     port without a number is every port, so the target port, or the Service's own, is meant."""
     for candidate in piece.ports:
@@ -139,12 +156,6 @@ def _numbers(piece: EndpointSlice, port: ServicePort) -> Iterator[int]:
                 yield candidate.port
             else:
                 yield port.target_port if isinstance(port.target_port, int) else port.port
-
-
-def _app_protocol(port: ServicePort) -> str:
-    """Names without a prefix are IANA's, which know no case (RFC 6335 §5.1)."""
-    name = port.app_protocol or ""
-    return name if "/" in name else name.lower()
 
 
 def _port(service: Service, number: int) -> ServicePort | None:

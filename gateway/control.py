@@ -24,13 +24,17 @@ from gateway import (
     mixed,
     outcomes,
     places,
+    pod_entries,
     routes,
+    services,
     states,
     status,
     tls_refs,
+    workloads,
 )
 from gateway.addresses import Pool
 from gateway.keys import ROUTE_KINDS, PortKey, RouteKey
+from gateway.node import Mesh
 from mesh.model.derive import Change, Derivation, Index, Rule
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import (
@@ -42,6 +46,8 @@ from mesh.model.nodeconfig import (
     entry_key,
     port_key,
     route_key,
+    service_key,
+    workload_key,
 )
 
 KINDS = (
@@ -50,6 +56,7 @@ KINDS = (
     "EndpointSlice",
     "Secret",
     "ConfigMap",
+    "Pod",
     "GatewayClass",
     "Gateway",
     "ListenerSet",
@@ -60,13 +67,21 @@ KINDS = (
 
 class Options(msgspec.Struct, frozen=True):
     """`addresses`: the pool, CIDRs and addresses; empty: no pool, and Gateways that name no address
-    listen on `bind_address` and say `advertise` in status.addresses."""
+    listen on `bind_address` and say `advertise` in status.addresses. `mesh_addresses`: where the
+    proxy takes what workloads ask Services for, at most one of each family; empty: there is no
+    mesh. `node`: this node's name, as in Pods' spec.nodeName."""
 
     controller_name: str = "weft.dev/gateway-controller"
     addresses: tuple[str, ...] = ()
     bind_address: str = "0.0.0.0"
     advertise: tuple[str, ...] = ()
     settings: Settings = Settings()
+    node: str = ""
+    mesh_addresses: tuple[str, ...] = ()
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.node, self.mesh_addresses)
 
 
 class Outcome(NamedTuple):
@@ -83,8 +98,10 @@ class Outcome(NamedTuple):
 
 class ControlPlane:
     def __init__(self, options: Options) -> None:
-        """ValueError: the pool is not made of addresses and CIDRs, or bind_address is none."""
+        """ValueError: the pool is not made of addresses and CIDRs, bind_address is none, or there
+        are two mesh addresses of one family."""
         ipaddress.ip_address(options.bind_address)
+        options.mesh.check()
         self._options = options
         self._derivation = Derivation(
             (*KINDS, "Route", "refusals", "binds"), _rules(options), _indexes(options)
@@ -116,6 +133,7 @@ class ControlPlane:
         if not self._started:
             self._started = True
             put[SETTINGS_KEY] = self._options.settings
+            put.update(self._options.mesh.sections())
         for table, section_key in _SECTIONS.items():
             for key, change in changed.get(table, {}).items():
                 if change.new is None:
@@ -128,7 +146,7 @@ class ControlPlane:
             put,
             gone,
             _statuses(changed),
-            frozenset(self._derivation.tables["ports"]),  # type: ignore[arg-type]
+            self._options.mesh.ports.union(self._derivation.tables["ports"]),  # type: ignore[arg-type]
             dict(self._derivation.failures),
         )
 
@@ -153,6 +171,9 @@ _SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "clusters": lambda key: key.section,
     "service_entries": lambda key: entry_key(*key),
     "gateway_entries": lambda key: entry_key(key[0], key[1], "TCP"),
+    "pod_entries": lambda key: entry_key(key[0], key[1], "TCP"),
+    "service_sections": lambda key: service_key(*key),
+    "workloads": lambda key: workload_key(*key),
 }
 _STATUSES = {
     "class_status": "GatewayClass",
@@ -166,6 +187,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
     name = options.controller_name
     pool = Pool(options.addresses)
     place = places.places(pool, options.bind_address, options.advertise)
+    mesh = options.mesh
     return (
         # What is ours, and who listens to what.
         Rule("classes", "GatewayClass", classes.classes(name)),
@@ -179,7 +201,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("allocation", "requested", places.allocation(pool)),
         Rule("places", "gateways", place),
         Rule("claims", "gateways", places.claims),
-        Rule("owners", "claimants", places.owners),
+        Rule("owners", "claimants", places.owners(mesh)),
         # TLS material.
         Rule("secret_refs", "gateways", tls_refs.secret_refs),
         Rule("keypairs", "wanted_secrets", tls_refs.keypairs),
@@ -188,25 +210,38 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         # Listeners and the ports they are served on.
         Rule("states", "gateways", states.states),
         Rule("ports", "owners", states.ports),
+        # Workloads.
+        Rule("pods", "Pod", workloads.pods),
+        Rule("holders", "pods_at", workloads.holders),
+        Rule("set_numbers", "label_sets", workloads.numbers),
+        Rule("identities", "label_sets", workloads.identities),
+        Rule("workloads", "pods", workloads.workloads(mesh)),
         # Routes.
+        Rule("service_doors", "Service", services.doors(mesh)),
         Rule("policies", "BackendTLSPolicy", backend_tls.policies),
-        Rule("parents", "Route", attachment.parents),
+        Rule("parents", "Route", attachment.parents(mesh)),
         Rule("translations", "parents", routes.translate),
         Rule("candidates", "parents", outcomes.candidates),
         Rule("mixed", "grpc_listeners", mixed.mixed),
         Rule("attached", "parents", attachment.attached),
         Rule("routes", "attached", outcomes.routes),
         Rule("sections", "routes", outcomes.sections),
+        Rule("mesh_listeners", "routes_of_listener", lambda view, listener: True),
+        Rule("services", "http_ports", services.services),
+        Rule("service_sections", "services", services.section),
         Rule("clusters", "cluster_users", backends.cluster),
         Rule("service_gateways", "used_from", lambda view, pair: True),
         # Load-balancer entries.
-        Rule("service_entries", "service_frontends", entries.service_entry),
+        Rule("service_entries", "service_frontends", entries.service_entry(mesh)),
         Rule("gateway_entries", "gateway_frontends", entries.gateway_entry),
+        Rule("slice_ports", "EndpointSlice", pod_entries.slice_ports(mesh)),
+        Rule("said", "slices_that_say", lambda view, said: True),
+        Rule("pod_entries", "said_at", pod_entries.pod_entry(mesh)),
         # Statuses.
-        Rule("class_status", "classes", status.class_status),
+        Rule("class_status", "classes", status.class_status(mesh)),
         Rule("gateway_status", "gateways", status.gateway_status),
         Rule("listener_set_status", "set_parents", status.listener_set_status),
-        Rule("route_status", "attached", outcomes.route_status(name)),
+        Rule("route_status", "attached", outcomes.route_status(name, mesh)),
         Rule("policy_status", "policies", backend_tls.policy_status(name)),
     )
 
@@ -223,12 +258,21 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("claimants", "claims", lambda key, claims: claims),
         Index("wanted_secrets", "secret_refs", tls_refs.wanted_secrets),
         Index("gateway_frontends", "ports", entries.gateway_frontends(options.advertise)),
+        Index("pods_at", "pods", workloads.pods_at),
+        Index("label_sets", "pods", workloads.label_sets),
+        Index("sets_of_number", "set_numbers", workloads.sets_of_number),
+        Index("http_ports", "service_doors", services.http_ports),
+        Index("routes_of_listener", "routes", outcomes.mesh_listeners),
+        Index("listeners_of_service", "mesh_listeners", services.listener_port),
+        Index("slices_that_say", "slice_ports", pod_entries.said_in_slice),
+        Index("said_at", "said", pod_entries.said_at),
         Index("grpc_listeners", "candidates", mixed.grpc_listeners),
         Index("http_at", "candidates", mixed.http_at),
         Index("http_under", "candidates", mixed.http_under),
         Index("rejected", "mixed", mixed.rejected),
         Index("routes_on", "routes", outcomes.route_listeners),
         Index("cluster_users", "routes", outcomes.route_clusters),
+        Index("cluster_users", "services", services.own_clusters),
         Index("used_from", "routes", outcomes.service_gateways),
         Index("gateways_of_service", "service_gateways", lambda pair, _: (pair[0],)),
     )

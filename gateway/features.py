@@ -1,5 +1,7 @@
 """The features that GatewayClass status announces: exactly what is enforced, in order."""
 
+from __future__ import annotations
+
 SUPPORTED_FEATURES = tuple(
     sorted(
         (
@@ -48,3 +50,21 @@ SUPPORTED_FEATURES = tuple(
         )
     )
 )
+
+# Enforced where the proxy takes workloads' connections.
+MESH_FEATURES = (
+    "Mesh",
+    "MeshClusterIPMatching",
+    "MeshConsumerRoute",
+    "MeshHTTPRouteBackendRequestHeaderModification",
+    "MeshHTTPRouteNamedRouteRule",
+    "MeshHTTPRouteQueryParamMatching",
+    "MeshHTTPRouteRedirectPath",
+    "MeshHTTPRouteRedirectPort",
+    "MeshHTTPRouteRewritePath",
+    "MeshHTTPRouteSchemeRedirect",
+)
+
+
+def supported(mesh: bool) -> tuple[str, ...]:
+    return tuple(sorted(SUPPORTED_FEATURES + MESH_FEATURES)) if mesh else SUPPORTED_FEATURES

@@ -1,5 +1,6 @@
 """HTTPRoutes and GRPCRoutes on one listener: where their hostnames intersect, exactly one of two is
-accepted, the older, then the first by name (HTTPRouteSpec and GRPCRouteSpec.hostnames).
+accepted, the older, then the first by name (HTTPRouteSpec and GRPCRouteSpec.hostnames). On a
+Service port, where hostnames do not count, it is the GRPCRoute (GEP-1426, Route types).
 
 Costs a listener without GRPCRoutes nothing, and others only where hostnames intersect.
 """
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 from gateway.hostnames import covers
-from gateway.keys import RouteKey
+from gateway.keys import RouteKey, mesh_listener
 from mesh.model.derive import View
 
 Place: TypeAlias = tuple[str, str]  # listener, hostname
@@ -72,6 +73,8 @@ def mixed(view: View, listener: str) -> frozenset[Rejection]:
                 keys |= view.bucket("http_at", (listener, wider))
     found: list[tuple[RouteKey, Candidate]] = [(key, view.get("candidates", key)) for key in keys]
     found.sort(key=lambda one: (one[1].created, one[0].namespace, one[0].name, one[0].kind))
+    if mesh_listener(listener) is not None:
+        found.sort(key=lambda one: one[0].kind != "GRPCRoute")
     accepted: list[tuple[RouteKey, tuple[str, ...]]] = []
     rejections: set[Rejection] = set()
     for key, candidate in found:

@@ -7,10 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from gateway.attachment import Attached
+from gateway import services
+from gateway.annotations import client_headers, misused
+from gateway.attachment import Attached, Parent
 from gateway.conditions import Problem, condition, make, problem_text
-from gateway.keys import ClusterRef, RouteKey
+from gateway.keys import ClusterRef, MeshListener, RouteKey, mesh_listener
 from gateway.mixed import Candidate
+from gateway.node import Mesh
 from gateway.routes import Translation
 from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCRoute
@@ -65,6 +68,7 @@ def routes(view: View, key: RouteKey) -> Route | None:
         created=route.metadata.creation_timestamp or "",
         attachments=tuple(Attachment(id, names) for id, names in sorted(hostnames.items())),
         rules=translation.rules,
+        client_headers=client_headers(route),
     )
     gateways = frozenset(
         parent.gateway
@@ -88,6 +92,13 @@ def route_listeners(key: RouteKey, route: Route) -> frozenset[str]:
     return route.listeners
 
 
+def mesh_listeners(key: RouteKey, route: Route) -> Iterator[MeshListener]:
+    """The Service ports that a route stands at, to answer 500 if it must (for an index)."""
+    for attachment in route.section.attachments:
+        if (listener := mesh_listener(attachment.listener)) is not None:
+            yield listener
+
+
 def route_clusters(key: RouteKey, route: Route) -> frozenset[ClusterRef]:
     """The clusters a route uses (for an index)."""
     return route.clusters
@@ -104,11 +115,12 @@ def _all_refused(translation: Translation) -> bool:
     return len({number for number, _ in translation.refused}) == len(translation.rules)
 
 
-def route_status(controller_name: str) -> Callable[[View, RouteKey], RouteStatus]:
+def route_status(controller_name: str, mesh: Mesh) -> Callable[[View, RouteKey], RouteStatus]:
     def compute(view: View, key: RouteKey) -> RouteStatus:
         attached: Attached = view.get("attached", key)
         translation: Translation = view.get("translations", key)
-        generation = view.get("Route", key).metadata.generation
+        route: HTTPRoute | GRPCRoute = view.get("Route", key)
+        generation = route.metadata.generation
         shared = _shared(view, key, translation, generation)
         refused: Problem | None = None
         if _all_refused(translation):
@@ -122,16 +134,36 @@ def route_status(controller_name: str) -> Callable[[View, RouteKey], RouteStatus
                 RouteParentStatus(
                     parent_ref=parent.ref,
                     controller_name=controller_name,
-                    conditions=(
-                        condition("Accepted", generation, parent.problem or refused),
-                        *shared,
-                    ),
+                    conditions=(_accepted(view, mesh, route, parent, refused), *shared),
                 )
                 for parent in attached.parents
             )
         )
 
     return compute
+
+
+def _accepted(
+    view: View,
+    mesh: Mesh,
+    route: HTTPRoute | GRPCRoute,
+    parent: Parent,
+    refused: Problem | None,
+) -> Condition:
+    generation = route.metadata.generation
+    problem = parent.problem or refused
+    if problem is None and parent.ref.kind == "Service":
+        trouble = services.trouble(view, mesh, parent.attachments)
+        if trouble is not None and trouble.pending:
+            return make("Accepted", "Unknown", *trouble.problem, generation)
+        problem = trouble.problem if trouble is not None else None
+        if problem is None:
+            remarks = [misused(route)]
+            if route.spec.hostnames:
+                remarks.append("spec.hostnames does not count for requests to a Service")
+            message = "; ".join(filter(None, remarks))
+            return make("Accepted", "True", "Accepted", message, generation)
+    return condition("Accepted", generation, problem)
 
 
 def _shared(

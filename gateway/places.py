@@ -15,6 +15,7 @@ from gateway.classes import Ours
 from gateway.conditions import Problem
 from gateway.keys import PortKey
 from gateway.listeners import Merged
+from gateway.node import Mesh
 from mesh.model.derive import View
 from mesh.model.gateway import GatewayStatusAddress
 from mesh.model.meta import ObjectKey
@@ -106,18 +107,27 @@ def claims(view: View, key: ObjectKey) -> frozenset[PortKey] | None:
     return frozenset((address, port) for address in place.bind for port in ports)
 
 
-def owners(view: View, port: PortKey) -> ObjectKey:
-    """The Gateway that has a port: the oldest of those that claim it."""
-    claims: list[Request] = [view.get("requests", key) for key in view.bucket("claimants", port)]
-    return min(claims).key
+def owners(mesh: Mesh) -> Callable[[View, PortKey], ObjectKey | None]:
+    def compute(view: View, port: PortKey) -> ObjectKey | None:
+        """The Gateway that has a port: the oldest of those that claim it; None: the mesh has it."""
+        if mesh.reserves(port):
+            return None
+        keys = view.bucket("claimants", port)
+        claims: list[Request] = [view.get("requests", key) for key in keys]
+        return min(claims).key
+
+    return compute
 
 
 def taken(view: View, key: ObjectKey, port: PortKey) -> Problem | None:
     """Why a Gateway's listener cannot have a port that it claims."""
-    owner: ObjectKey = view.get("owners", port)
+    owner: ObjectKey | None = view.get("owners", port)
     if owner == key:
         return None
     address, number = port
+    if owner is None:
+        message = f"port {number} on {address} is the mesh's; use another port"
+        return Problem("PortUnavailable", message)
     return Problem(
         "PortUnavailable",
         f"port {number} on {address} belongs to Gateway {owner}, which is older; use another port,"

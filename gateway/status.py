@@ -6,16 +6,17 @@ Nothing is Programmed that the data plane has not taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from gateway.classes import OurClass, Ours
 from gateway.conditions import Problem, condition, make, problem_text
-from gateway.features import SUPPORTED_FEATURES
+from gateway.features import supported
 from gateway.keys import ParentKey, PortKey
 from gateway.listeners import SetParent
+from gateway.node import Mesh
 from gateway.places import Places
 from gateway.states import GatewayState, ListenerState
 from mesh.model.derive import View
@@ -49,16 +50,21 @@ class Programmed(NamedTuple):
 # --- GatewayClass --------------------------------------------------------------------------------
 
 
-def class_status(view: View, key: ObjectKey) -> GatewayClassStatus:
-    ours: OurClass = view.get("classes", key)
-    generation = view.get("GatewayClass", key).metadata.generation
-    return GatewayClassStatus(
-        conditions=(
-            condition("Accepted", generation, ours.problem),
-            condition("SupportedVersion", generation),
-        ),
-        supported_features=tuple(SupportedFeature(name=name) for name in SUPPORTED_FEATURES),
-    )
+def class_status(mesh: Mesh) -> Callable[[View, ObjectKey], GatewayClassStatus]:
+    features = tuple(SupportedFeature(name=name) for name in supported(mesh.on))
+
+    def compute(view: View, key: ObjectKey) -> GatewayClassStatus:
+        ours: OurClass = view.get("classes", key)
+        generation = view.get("GatewayClass", key).metadata.generation
+        return GatewayClassStatus(
+            conditions=(
+                condition("Accepted", generation, ours.problem),
+                condition("SupportedVersion", generation),
+            ),
+            supported_features=features,
+        )
+
+    return compute
 
 
 # --- listeners -----------------------------------------------------------------------------------

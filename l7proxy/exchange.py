@@ -1,9 +1,9 @@
-"""One request from its head to the end of its response: listener, route, filters, attempts, relay.
+"""One request from its head to the end of its response: rule, filters, attempts, relay.
 
-Order, as the specification has it: listener by host (421 where it is not the connection's), route,
-CORS and redirects, the rule's filters, a backend by weight with its filters, then attempts until
-one answers. What goes wrong is answered here, with a reason that is counted and logged; nothing
-here knows which HTTP version either side speaks.
+Order, as the specification has it: the entry selects listener and rule, then CORS and redirects,
+the rule's filters, a backend by weight with its filters, then attempts until one answers. What goes
+wrong is answered here, with a reason that is counted and logged; nothing here knows which HTTP
+version either side speaks, or whether the request came through a Gateway or from the mesh.
 """
 
 from __future__ import annotations
@@ -14,51 +14,45 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
 
-from l7proxy import cors, filters, forwarding, metrics, session
+from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
-from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
-from l7proxy.message import ProtocolError, RequestHead, ResponseHead
+from l7proxy.attempt import Attempt
+from l7proxy.attempts import Attempts
+from l7proxy.entry import Entry, Reply, Selection
+from l7proxy.flows import FlowLog
+from l7proxy.message import ProtocolError, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
 from l7proxy.routing import (
     CompiledBackend,
     CompiledRule,
-    PortIndex,
     RouteIndex,
     RouteMatchResult,
     pick_backend,
 )
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
-from l7proxy.upstream import Clusters, UpstreamError
-from mesh.model.nodeconfig import CertificateSection, PortSection, Retry, SectionKey, Settings
+from l7proxy.upstream import Clusters
+from mesh.model.nodeconfig import CertificateSection, SectionKey, Settings
 
 _log = logging.getLogger("weft.exchange")
 
-# How often a request is sent again although no route asks for it: where that is safe.
-_SAFE_REPEATS = 2
-_BACKOFF_CAP_S = 10.0
-_MAX_DOUBLINGS = 16
 # The only protocol that is upgraded to (RFC 6455): of others nobody could say what passes in the
 # tunnel, HTTP requests that no route has judged among them.
 _WEBSOCKET = b"websocket"
-
-
-@dataclass(slots=True)
-class Port:
-    """A configured port; replaced in place when its section changes."""
-
-    section: PortSection
-    index: PortIndex
 
 
 class Exchanges:
     """What every exchange of a worker shares."""
 
     def __init__(
-        self, routes: RouteIndex, clusters: Clusters, settings: Settings, log: AccessLog
+        self,
+        routes: RouteIndex,
+        clusters: Clusters,
+        settings: Settings,
+        log: AccessLog,
+        flows: FlowLog,
     ) -> None:
         self.version = 0
         self.routes = routes
@@ -66,45 +60,37 @@ class Exchanges:
         self.settings = settings
         self.certificates: Mapping[SectionKey, CertificateSection] = {}
         self.log = log
+        self.flows = flows
         self.mirrors = Mirrors(clusters)
 
-    async def serve(self, port: Port, stream: ServerStream, info: ConnectionInfo) -> None:
-        """The `Handler` of a port's connections."""
-        exchange = _Exchange(self, port.section, stream, info)
+    async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
+        """The `Handler` of the connections that come in by `entry`."""
+        exchange = _Exchange(self, entry, stream, info)
         try:
-            await exchange.run(port.index)
+            await exchange.run()
         finally:
             exchange.record.close(self.log)
-
-
-class _Reply(Exception):
-    """The proxy answers itself."""
-
-    def __init__(self, status: int, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.reason = reason
-        self.detail = detail
+            self.flows.request(exchange.record, info)
 
 
 class _Exchange:
     def __init__(
-        self, shared: Exchanges, port: PortSection, stream: ServerStream, info: ConnectionInfo
+        self, shared: Exchanges, entry: Entry, stream: ServerStream, info: ConnectionInfo
     ) -> None:
         self._shared = shared
-        self._port = port
+        self._entry = entry
         self._stream = stream
         self._info = info
         self._loop = asyncio.get_running_loop()
         self._body = RequestBody(stream)
         self._responded = False
-        client = forwarding.apply(stream.head, info, shared.settings)
-        self.record = Record(stream.head, client, port.gateway)
+        client = entry.arrive(stream.head, info, shared.settings)
+        self.record = Record(stream.head, client, entry.gateway)
 
-    async def run(self, index: PortIndex) -> None:
+    async def run(self) -> None:
         try:
-            await self._run(index)
-        except _Reply as reply:
+            await self._run()
+        except Reply as reply:
             await self._reply(reply.status, reply.reason, reply.detail)
         except ProtocolError as error:  # of the client's body
             await self._reply(error.status, error.reason, error.detail)
@@ -153,65 +139,58 @@ class _Exchange:
 
     # --- routing --------------------------------------------------------------------------------
 
-    def _route(self, index: PortIndex) -> RouteMatchResult:
-        head = self._stream.head
-        if self._info.tls and index.misdirected(self._info.sni, head.host):
-            raise _Reply(421, "misdirected", "this connection is not for that host")
-        listener = index.select(head.host, self._info.sni)
-        if listener is None:
-            raise _Reply(404, "no_listener", "no listener for this host")
-        self.record.listener = listener.id
-        match = self._shared.routes.match(listener.id, head)
+    async def _run(self) -> None:
+        selected = self._entry.select(self._stream.head, self._info, self._shared.routes)
+        match = selected.match
+        self.record.selected(selected)
         if match is None:
-            raise _Reply(404, "no_route", "no route matches")
-        self.record.matched(match)
-        return match
-
-    async def _run(self, index: PortIndex) -> None:
-        match = self._route(index)
+            raise Reply(404, "no_route", "no route matches")
         rule, head = match.rule, self._stream.head
         if rule.error_status is not None:
-            raise _Reply(
+            raise Reply(
                 rule.error_status, "rule_broken", "the route's rule is not whole; see its status"
             )
         if rule.cors is not None and (answer := cors.preflight(rule.cors, head)) is not None:
             await self._send(answer, b"")
             return
         if rule.redirect is not None:
-            location = filters.redirect(rule.redirect, head, self._port, match)
+            location = filters.redirect(rule.redirect, head, selected.port, match)
             await self._send(self._finished_head(location, rule, None), b"")
             return
         timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
         async with asyncio.timeout(timeout) as self._timeout:
-            await self._forward(match)
+            await self._forward(selected, match)
 
-    async def _forward(self, match: RouteMatchResult) -> None:
+    async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
         rule = match.rule
         head = filters.request(rule.filters, self._stream.head, match)
-        backend, prefer = self._choose(rule)
+        backend, prefer = self._choose(rule, selected.prefer)
         if backend is None or backend.cluster is None:
-            raise _Reply(500, "no_backend", "the route has no valid backend for this request")
+            raise Reply(500, "no_backend", "the route has no valid backend for this request")
         if backend.redirect is not None:
-            location = filters.redirect(backend.redirect, self._stream.head, self._port, match)
+            location = filters.redirect(backend.redirect, self._stream.head, selected.port, match)
             await self._send(self._finished_head(location, rule, backend), b"")
             return
         head = filters.request(backend.filters, head, match)
         if head.upgrade not in (None, _WEBSOCKET):
             head = dataclasses.replace(head, upgrade=None)
-        self.record.backend = backend.cluster
+        self.record.backend = backend.label
+        certificate = self._client_certificate()
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                self._shared.mirrors.send(
-                    mirror.cluster, copy, self._body, self._client_certificate()
-                )
-        attempt, response = await self._attempts(head, rule, backend.cluster, prefer)
+                self._shared.mirrors.send(mirror.cluster, copy, self._body, certificate)
+        attempts = Attempts(
+            self._shared.clusters, self._stream, self._body, self.record, certificate
+        )
+        attempt, response = await attempts.run(head, rule, backend, prefer)
         await self._relay(attempt, response, rule, backend)
 
-    # --- backends and attempts -------------------------------------------------------------------
-
-    def _choose(self, rule: CompiledRule) -> tuple[CompiledBackend | None, str | None]:
-        """The backend for this request, and the endpoint its session asks for, if that is there."""
+    def _choose(
+        self, rule: CompiledRule, prefer: str | None
+    ) -> tuple[CompiledBackend | None, str | None]:
+        """The backend for this request, and the endpoint to prefer: the one that its session asks
+        for, if that is there."""
         if rule.session is not None:
             wanted = session.endpoint_for(self._stream.head, rule.session, time.time())
             if wanted is not None:
@@ -219,101 +198,15 @@ class _Exchange:
                     cluster = self._shared.clusters.get(backend.cluster or "")
                     if cluster is not None and backend.weight and cluster.has(wanted):
                         return backend, wanted
-        return pick_backend(rule, random.random), None
-
-    async def _attempts(
-        self, head: RequestHead, rule: CompiledRule, cluster: SectionKey, prefer: str | None
-    ) -> tuple[Attempt, ResponseHead]:
-        """Try endpoints until one gives a response that stands. _Reply: none did."""
-        retry = rule.retry
-        repeats, retries = _SAFE_REPEATS, 0
-        avoid: set[str] = set()
-        while True:
-            outcome = await self._attempt(head, rule, cluster, prefer, avoid)
-            failure = outcome if isinstance(outcome, Failure) else None
-            status = outcome.status if isinstance(outcome, Failure) else outcome[1].status
-            safe = failure is not None and failure.repeatable and repeats > 0
-            asked = (
-                retry is not None
-                and retries < retry.attempts
-                and (status in retry.codes or (failure is not None and failure.retryable))
-            )
-            if not (safe or asked) or not self._body.repeatable:
-                if isinstance(outcome, Failure):
-                    raise _Reply(outcome.status, outcome.reason, outcome.detail)
-                return outcome
-            metrics.RETRIES.labels(cluster).inc()
-            if not isinstance(outcome, Failure):
-                attempt, _ = outcome
-                attempt.finish(status)
-            # Other endpoints' kept connections may be stale as well; this one's next is a new one.
-            stale = failure is not None and failure.stale
-            prefer = self.record.endpoint if stale else None
-            if not stale:
-                avoid.add(self.record.endpoint)
-            if safe:
-                repeats -= 1
-            elif retry is not None:
-                await self._back_off(retry, retries)
-                retries += 1
-
-    async def _attempt(
-        self,
-        head: RequestHead,
-        rule: CompiledRule,
-        key: SectionKey,
-        prefer: str | None,
-        avoid: set[str],
-    ) -> tuple[Attempt, ResponseHead] | Failure:
-        cluster = self._shared.clusters.get(key)
-        if cluster is None:
-            return Failure(503, "no_endpoints", f"{key} is not known here")
-        self.record.attempts += 1
-        self.record.endpoint = ""
-        timeout = rule.backend_timeout_s
-        limit = self._loop.time() + timeout if timeout is not None else None
-        attempt: Attempt | None = None
-        try:
-            async with asyncio.timeout_at(limit):
-                lease = await cluster.acquire(
-                    client_certificate=self._client_certificate(), avoid=avoid, prefer=prefer
-                )
-                self.record.endpoint = lease.endpoint_id
-                attempt = Attempt(lease, self._stream, self._body, limit)
-                response = await attempt.response(head)
-        except UpstreamError as error:
-            metrics.UPSTREAM_FAILURES.labels(key, error.reason).inc()
-            # Nothing has been sent.
-            return Failure(error.status, error.reason, str(error), retryable=True)
-        except TimeoutError:
-            metrics.UPSTREAM_FAILURES.labels(key, "timeout").inc()
-            if attempt is not None:
-                attempt.lease.failed("timeout")
-            return Failure(
-                504,
-                "backend_timeout",
-                "no response in the route's backend timeout",
-                retryable=attempt is None or head.method in IDEMPOTENT,
-            )
-        if isinstance(response, Failure):
-            metrics.UPSTREAM_FAILURES.labels(key, response.reason).inc()
-            return response
-        return attempt, response
-
-    async def _back_off(self, retry: Retry, retries: int) -> None:
-        """Wait at least the route's backoff, doubled with every retry, jittered upwards."""
-        if retry.backoff_ms:
-            doubled = retry.backoff_ms / 1000 * 2 ** min(retries, _MAX_DOUBLINGS)
-            wait = max(retry.backoff_ms / 1000, min(doubled, _BACKOFF_CAP_S))
-            await asyncio.sleep(wait * (1 + random.random() / 4))
+        return pick_backend(rule, random.random), prefer
 
     def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
-        key = self._port.client_certificate
+        key = self._entry.client_certificate
         if key is None:
             return None
         certificate = self._shared.certificates.get(key)
         if certificate is None:
-            raise _Reply(502, "client_certificate", f"the gateway's certificate {key} is missing")
+            raise Reply(502, "client_certificate", f"the gateway's certificate {key} is missing")
         return key, certificate
 
     # --- response --------------------------------------------------------------------------------
@@ -354,7 +247,7 @@ class _Exchange:
         except TimeoutError:  # the backend's; the request's comes as a cancellation
             attempt.lease.failed("timeout")
             attempt.abandon("the response took too long")
-            raise _Reply(
+            raise Reply(
                 504, "backend_timeout", "the response did not end in the route's backend timeout"
             ) from None
         except BaseException:

@@ -20,7 +20,6 @@ from mesh.model.nodeconfig import (
     HeaderValue,
     Mirror,
     PathModifier,
-    PortSection,
     Redirect,
     Rewrite,
 )
@@ -37,6 +36,13 @@ class Matched(Protocol):
     @property
     def prefix(self) -> bytes | None:
         """The PathPrefix that matched, without a trailing "/"; None for other path matches."""
+
+
+class ListeningPort(Protocol):
+    """Where the client is connected, as it sees that: what `Location` tells by default."""
+
+    @property
+    def port(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +214,12 @@ def response(filters: CompiledFilters, head: ResponseHead) -> None:
 
 
 def redirect(
-    redirect: CompiledRedirect, head: RequestHead, port: PortSection, match: Matched
+    redirect: CompiledRedirect, head: RequestHead, listening: ListeningPort, match: Matched
 ) -> ResponseHead:
     """The answer of a RequestRedirect filter. Scheme, host, port and path that the filter leaves
     open come from the request and the listener (HTTPRequestRedirectFilter); the query is kept."""
     scheme = redirect.scheme or head.scheme
-    number = redirect.port or (_WELL_KNOWN[redirect.scheme] if redirect.scheme else port.port)
+    number = redirect.port or (_WELL_KNOWN[redirect.scheme] if redirect.scheme else listening.port)
     path = redirect.path.apply(head.path, match.prefix) if redirect.path is not None else head.path
     location = path if head.query is None else path + b"?" + head.query
     if host := redirect.hostname or head.host:

@@ -69,6 +69,28 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
     return ClientAddress(peer, request_id, False)
 
 
+def pass_on(head: RequestHead, info: ConnectionInfo) -> ClientAddress:
+    """A request between workloads goes on as it was sent; only the reserved field is taken out."""
+    headers = head.headers
+    request_id = b""
+    for name, value in headers:
+        if name == _RESERVED:
+            head.headers = [item for item in headers if item[0] != _RESERVED]
+        elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            request_id = value
+    return ClientAddress(info.peer[0], request_id.decode(), False)
+
+
+def tell_client(head: RequestHead, address: str, identity: str | None) -> None:
+    """Tell a mesh backend who its client is, as its route asks: the address, and the SPIFFE id if
+    that is known. Whatever the client said of that itself goes."""
+    headers = [item for item in head.headers if item[0] not in (b"x-forwarded-for", _RESERVED)]
+    headers.append((b"x-forwarded-for", address.encode()))
+    if identity is not None:
+        headers.append((_RESERVED, b"URI=" + identity.encode()))
+    head.headers = headers
+
+
 def _told(head: RequestHead, info: ConnectionInfo) -> Headers:
     """How the client's request came to us; the first of our proxies tells it."""
     told = [(b"x-forwarded-proto", head.scheme), (b"x-forwarded-port", b"%d" % info.local[1])]

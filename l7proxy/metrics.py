@@ -82,3 +82,7 @@ CONFIG_REFUSED = Gauge(
     multiprocess_mode="livemax",
 )
 LOG_LOST = Counter("weft_access_log_lost_total", "Access log lines lost to a slow reader")
+FLOWS_LOST = Counter(
+    "weft_worker_flows_lost_total",
+    "Flow records that were not sent: no agent, or one that does not read",
+)

@@ -17,25 +17,33 @@ from typing import TypeAlias
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
-from l7proxy.exchange import Exchanges, Port
-from l7proxy.routing import PortIndex, Refused, RouteIndex
+from l7proxy.entry import GatewayPort
+from l7proxy.exchange import Exchanges
+from l7proxy.flows import FlowLog
+from l7proxy.handles import Handles, Kernel
+from l7proxy.http_acceptor import HttpAcceptor
+from l7proxy.mesh import Mesh
+from l7proxy.routing import Refused, RouteIndex
 from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.upstream import Clusters, ClusterStats
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
     Delta,
+    MeshPort,
     PortSection,
     RouteSection,
     Section,
     SectionKey,
+    ServiceSection,
     Settings,
+    WorkloadSection,
 )
 
 _log = logging.getLogger("weft.proxy")
 Bind: TypeAlias = tuple[str, int]
 
-_NOTHING = ClusterStats(0, 0, 0, 0)
+_NOTHING = ClusterStats()
 
 # Seconds before the first probe, between probes; probes unanswered until the end.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
@@ -49,7 +57,10 @@ _ORDER: dict[type, int] = {
     CertificateSection: 1,
     ClusterSection: 2,
     RouteSection: 3,
-    PortSection: 4,
+    WorkloadSection: 4,
+    ServiceSection: 5,
+    PortSection: 6,
+    MeshPort: 7,
 }
 
 
@@ -59,10 +70,10 @@ def _position(item: tuple[SectionKey, Section]) -> int:
 
 @dataclass(slots=True)
 class _Served:
-    """A configured port: what the exchange needs, and who accepts."""
+    """A configured port of a Gateway: what the exchange needs, and who accepts."""
 
-    port: Port
-    acceptor: Acceptor
+    port: GatewayPort
+    acceptor: HttpAcceptor
 
 
 @dataclass(slots=True)
@@ -70,6 +81,7 @@ class _State:
     settings: Settings = field(default_factory=Settings)
     certificates: dict[SectionKey, CertificateSection] = field(default_factory=dict)
     served: dict[Bind, _Served] = field(default_factory=dict)
+    mesh: dict[Bind, Acceptor] = field(default_factory=dict)
     bound: dict[Bind, socket.socket] = field(default_factory=dict)
     keys: dict[SectionKey, Section] = field(default_factory=dict)
     refused: dict[SectionKey, str] = field(default_factory=dict)
@@ -78,7 +90,7 @@ class _State:
 class Proxy:
     """The data plane of one worker."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, log: AccessLog) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, log: AccessLog, flows: FlowLog) -> None:
         self._loop = loop
         self._state = _State()
         self._routes = RouteIndex()
@@ -86,8 +98,10 @@ class Proxy:
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
-        self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log)
-        self._reported: dict[SectionKey, ClusterStats] = {}
+        self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log, flows)
+        self._kernel = Kernel()
+        self._mesh = Mesh(self._clusters)
+        self._reported: dict[str, ClusterStats] = {}
         self._draining = False
 
     # --- configuration ------------------------------------------------------------------------
@@ -151,8 +165,14 @@ class Proxy:
                 self._clusters.put(key, section)
             case RouteSection():
                 self._routes.put(key, section)
+            case WorkloadSection():
+                self._mesh.put_workload(key, section)
+            case ServiceSection():
+                self._mesh.put_service(key, section)
             case PortSection():
                 self._put_port(section)
+            case MeshPort():
+                self._put_mesh_port(section)
             case _:
                 raise Refused(f"a {type(section).__name__} is not for the proxy")
         return set()
@@ -169,10 +189,14 @@ class Proxy:
                 self._clusters.remove(key)
             case RouteSection():
                 self._routes.remove(key)
+            case WorkloadSection():
+                self._mesh.remove_workload(key)
+            case ServiceSection():
+                self._mesh.remove_service(key)
             case PortSection(address=address, port=port):
-                served = state.served.pop((address, port))
-                served.acceptor.drain()
-                self._stop_accepting((address, port))
+                self._retire(state.served.pop((address, port)).acceptor, (address, port))
+            case MeshPort(address=address, port=port):
+                self._retire(state.mesh.pop((address, port)), (address, port))
         return set()
 
     def _ports_with(self, certificate: SectionKey) -> set[Bind]:
@@ -188,14 +212,14 @@ class Proxy:
         state = self._state
         bind = (section.address, section.port)
         tls = ServerTLS(section, state.certificates) if section.protocol == "HTTPS" else None
-        port = Port(section, PortIndex(section))
         before = state.served.get(bind)
         if before is None:
+            port = GatewayPort(section)
             state.served[bind] = _Served(port, self._acceptor(port, tls))
             self._start_accepting(bind)
             return
         was = before.port.section
-        before.port.section, before.port.index = section, port.index
+        before.port.replace(section)
         if (was.client_validation, was.protocol) == (section.client_validation, section.protocol):
             before.acceptor.context = tls.context if tls is not None else None
         else:
@@ -203,8 +227,27 @@ class Proxy:
             before.acceptor.drain()
             before.acceptor = self._acceptor(before.port, tls)
 
-    def _acceptor(self, port: Port, tls: ServerTLS | None) -> Acceptor:
-        return Acceptor(
+    def _put_mesh_port(self, section: MeshPort) -> None:
+        if section.kind != "http":
+            raise Refused("kind: only http ports are served here")
+        bind = (section.address, section.port)
+        before = self._state.mesh.get(bind)
+        self._state.mesh[bind] = HttpAcceptor(
+            handler=functools.partial(self._exchanges.serve, self._mesh),
+            settings=lambda: self._state.settings,
+            admission=self._admission,
+            identify=self._kernel.steered,
+        )
+        if before is not None:
+            before.drain()
+        self._start_accepting(bind)
+
+    def _retire(self, acceptor: Acceptor, bind: Bind) -> None:
+        acceptor.drain()
+        self._stop_accepting(bind)
+
+    def _acceptor(self, port: GatewayPort, tls: ServerTLS | None) -> HttpAcceptor:
+        return HttpAcceptor(
             handler=functools.partial(self._exchanges.serve, port),
             settings=lambda: self._state.settings,
             admission=self._admission,
@@ -245,8 +288,22 @@ class Proxy:
         if sock := self._state.bound.pop(bind, None):
             sock.close()
 
+    def use(self, handles: Handles) -> None:
+        """Ask the kernel through these from now on. Connections of workloads wait for the first
+        ones in their listening queues."""
+        self._kernel.handles = handles
+        for bind in self._state.mesh:
+            self._start_accepting(bind)
+
+    def _acceptor_at(self, bind: Bind) -> Acceptor | None:
+        """Who takes the connections of a port now."""
+        served = self._state.served.get(bind)
+        if served is not None:
+            return served.acceptor
+        return self._state.mesh.get(bind) if self._kernel.handles is not None else None
+
     def _start_accepting(self, bind: Bind) -> None:
-        if (sock := self._state.bound.get(bind)) and bind in self._state.served:
+        if (sock := self._state.bound.get(bind)) and self._acceptor_at(bind) is not None:
             self._loop.add_reader(sock.fileno(), self._accept, bind)
 
     def _stop_accepting(self, bind: Bind) -> None:
@@ -254,8 +311,10 @@ class Proxy:
             self._loop.remove_reader(sock.fileno())
 
     def _accept(self, bind: Bind) -> None:
+        acceptor = self._acceptor_at(bind)
+        assert acceptor is not None
         try:
-            self._state.served[bind].acceptor.accept(self._state.bound[bind])
+            acceptor.accept(self._state.bound[bind])
         except OSError as error:
             _log.error("nothing is accepted on %s port %d for a moment: %s", *bind, error)
             metrics.REFUSED.labels("accept_failed").inc()
@@ -288,6 +347,8 @@ class Proxy:
             self.unlisten(bind)
         for served in self._state.served.values():
             served.acceptor.drain()
+        for acceptor in self._state.mesh.values():
+            acceptor.drain()
         if self._admission.total:
             try:
                 async with asyncio.timeout(

@@ -1,4 +1,4 @@
-"""What is remembered of one request for the access log and the metrics."""
+"""What is remembered of one request for the access log, the metrics and its flow."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
+from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
-from l7proxy.routing import RouteMatchResult
+from l7proxy.route_compile import NO_ROUTE
+from mesh.model.flow import Verdict
+from mesh.model.nodeconfig import Endpoint
 
 # Series live as long as the process, also when their route has gone. Further ones are counted
 # together, by gateway and code, under this name.
@@ -34,13 +37,15 @@ class Record:
     """Filled in while the exchange goes on; `close` counts and logs it."""
 
     __slots__ = (
-        "attempts", "backend", "bytes_in", "bytes_out", "client", "detail", "endpoint", "gateway",
-        "head", "host", "listener", "path", "reason", "request_id", "route", "rule", "started",
-        "status",
+        "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
+        "elapsed", "endpoint", "gateway", "head", "host", "listener", "path", "reason",
+        "request_id", "route", "rule", "service", "started", "status", "verdict",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, client: ClientAddress, gateway: str) -> None:
         self.started = time.monotonic()
+        self.elapsed = 0.0
+        self.verdict: Verdict = "FORWARDED"
         self.head = head
         self.host = head.authority
         self.path = head.target
@@ -52,6 +57,8 @@ class Record:
         self.rule = ""
         self.backend = ""
         self.endpoint = ""
+        self.destination: Endpoint | None = None
+        self.service = ""
         self.attempts = 0
         self.status = 0
         self.bytes_in = 0
@@ -59,23 +66,28 @@ class Record:
         self.reason = ""
         self.detail = ""
 
-    def matched(self, match: RouteMatchResult) -> None:
-        self.route = match.route.label
-        self.rule = match.rule.label
+    def selected(self, selected: Selection) -> None:
+        self.listener = selected.listener
+        self.service = selected.service
+        if (match := selected.match) is not None and match.route is not NO_ROUTE:
+            self.route = match.route.label
+            self.rule = match.rule.label
 
     def replied(self, status: int, reason: str, detail: str, *, whole: bool) -> None:
         """The proxy answered `status` itself, or (not `whole`) broke a response off."""
         if whole:
             self.status = status
+        self.verdict = "DROPPED" if whole and status < 500 else "ERROR"
         self.reason, self.detail = reason, detail
         metrics.LOCAL_REPLIES.labels(reason).inc()
 
     def broke_off(self, reason: str, detail: str) -> None:
+        self.verdict = "ERROR"
         self.reason, self.detail = reason, detail
 
     def close(self, log: AccessLog) -> None:
         """Count the request, write its line. A client gone before a response counts as code 499."""
-        elapsed = time.monotonic() - self.started
+        self.elapsed = elapsed = time.monotonic() - self.started
         code = self.status or 499
         _series(
             _requests,

@@ -72,32 +72,36 @@ class RouteRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CompiledBackend:
-    """A backendRef. `cluster` None does not resolve: its share of requests gets 500."""
+    """A backendRef. `cluster` None does not resolve: its share of requests gets 500. `label` is
+    its name in metrics and logs."""
 
     cluster: SectionKey | None
-    weight: int
-    filters: CompiledFilters
-    redirect: CompiledRedirect | None
-    mirrors: tuple[Mirror, ...]
+    label: str
+    weight: int = 1
+    filters: CompiledFilters = NO_FILTERS
+    redirect: CompiledRedirect | None = None
+    mirrors: tuple[Mirror, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledRule:
-    """A rule in force. `label` is its name, or its index where it has none. Timeouts in seconds."""
+    """A rule in force. `label` is its name, or its index where it has none. Timeouts in seconds.
+    `client_headers` as in RouteSection."""
 
     index: int
     name: str | None
-    filters: CompiledFilters
-    redirect: CompiledRedirect | None
-    cors: CompiledCors | None
-    mirrors: tuple[Mirror, ...]
     backends: tuple[CompiledBackend, ...]
     total_weight: int
-    request_timeout_s: float | None
-    backend_timeout_s: float | None
-    retry: Retry | None
-    session: CompiledSession | None
-    error_status: int | None
+    filters: CompiledFilters = NO_FILTERS
+    redirect: CompiledRedirect | None = None
+    cors: CompiledCors | None = None
+    mirrors: tuple[Mirror, ...] = ()
+    request_timeout_s: float | None = None
+    backend_timeout_s: float | None = None
+    retry: Retry | None = None
+    session: CompiledSession | None = None
+    error_status: int | None = None
+    client_headers: bool = False
 
     @property
     def label(self) -> str:
@@ -160,6 +164,16 @@ class RouteMatchResult(NamedTuple):
     match_index: int
 
 
+# The route of requests that no route is about.
+NO_ROUTE = RouteRef("", "", "", "")
+
+
+def straight_to(cluster: SectionKey, label: str) -> RouteMatchResult:
+    """What a request gets that no route is about: this cluster, and nothing is changed."""
+    rule = CompiledRule(0, None, (CompiledBackend(cluster, label),), total_weight=1)
+    return RouteMatchResult(NO_ROUTE, rule, None, 0)
+
+
 # Smaller comes first. Path length (negative), has no method, header and query matches (negative),
 # creation, "namespace/name", kind, rule, match.
 Order: TypeAlias = tuple[int, bool, int, int, str, str, str, int, int]
@@ -210,7 +224,7 @@ def compile_route(key: SectionKey, section: RouteSection) -> CompiledRoute:
     }
     matches: list[CompiledMatch] = []
     for i, rule in enumerate(section.rules):
-        compiled = _compile_rule(rule, i)
+        compiled = _compile_rule(rule, i, client_headers=section.client_headers)
         for j, match in enumerate(rule.matches or (RouteMatch(),)):
             where = f"rules[{i}].matches[{j}]"
             matches.append(_compile_match(match, j, where, compiled, ref, section.created))
@@ -303,7 +317,7 @@ class _Compiled(NamedTuple):
     mirrors: tuple[Mirror, ...]
 
 
-def _compile_rule(rule: RouteRule, index: int) -> CompiledRule:
+def _compile_rule(rule: RouteRule, index: int, *, client_headers: bool) -> CompiledRule:
     where = f"rules[{index}]"
     prefixes_only = all(match.path.type == "PathPrefix" for match in rule.matches)
     filters = _compile_filters(rule.filters, where, prefixes_only)
@@ -317,7 +331,14 @@ def _compile_rule(rule: RouteRule, index: int) -> CompiledRule:
             raise Refused(f"{place}.filters: CORS is answered before a backend is chosen; put the "
                           "filter on the rule")  # fmt: skip
         backends.append(
-            CompiledBackend(backend.cluster, backend.weight, own.filters, own.redirect, own.mirrors)
+            CompiledBackend(
+                cluster=backend.cluster,
+                label=backend.cluster or "",
+                weight=backend.weight,
+                filters=own.filters,
+                redirect=own.redirect,
+                mirrors=own.mirrors,
+            )
         )
     return CompiledRule(
         index=index,
@@ -337,6 +358,7 @@ def _compile_rule(rule: RouteRule, index: int) -> CompiledRule:
             else None
         ),
         error_status=rule.error_status,
+        client_headers=client_headers,
     )
 
 

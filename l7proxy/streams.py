@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from l7proxy.handles import Steered
 from l7proxy.message import Headers, RequestHead, ResponseHead
 
 
@@ -109,13 +110,14 @@ class ClientConnection(Protocol):
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
     """What is known of a client's connection. Addresses are (address, port), IPv4-mapped IPv6
-    addresses as IPv4."""
+    addresses as IPv4. `steered`: a workload's that the kernel sent here."""
 
     peer: tuple[str, int]
     local: tuple[str, int]
     tls: bool = False
     sni: str | None = None
     tls_version: str | None = None
+    steered: Steered | None = None
 
 
 # Serves one request to its end; never raises (CancelledError aside).

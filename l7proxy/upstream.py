@@ -20,7 +20,13 @@ from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, PeerRefused, TLSRefused, refusal
-from mesh.model.nodeconfig import CertificateSection, ClusterSection, SectionKey, Settings
+from mesh.model.nodeconfig import (
+    CertificateSection,
+    ClusterSection,
+    Endpoint,
+    SectionKey,
+    Settings,
+)
 
 # Connecting is not tried at further endpoints once this many connect timeouts have passed.
 _CONNECT_TIMEOUTS = 3
@@ -51,10 +57,13 @@ class ClusterStats(NamedTuple):
     """`connections`: open ones, the `idle` included; `pending`: requests that wait for one;
     `ejected`: endpoints."""
 
-    connections: int
-    idle: int
-    pending: int
-    ejected: int
+    connections: int = 0
+    idle: int = 0
+    pending: int = 0
+    ejected: int = 0
+
+    def plus(self, other: ClusterStats) -> ClusterStats:
+        return ClusterStats(*map(sum, zip(self, other, strict=True)))
 
 
 class Lease:
@@ -75,6 +84,10 @@ class Lease:
     @property
     def endpoint_id(self) -> str:
         return self._member.id
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._member.endpoint
 
     def succeeded(self, status: int) -> None:
         """The endpoint answered: 502, 503 and 504 count toward its ejection."""
@@ -107,11 +120,12 @@ class Clusters:
         self.settings = settings
         self._clusters: dict[SectionKey, Cluster] = {}
 
-    def put(self, key: SectionKey, section: ClusterSection) -> None:
-        """TLSRefused: its TLS cannot be put in force."""
+    def put(self, key: SectionKey, section: ClusterSection, *, label: str | None = None) -> None:
+        """`label`: its name in statistics, the key by default. TLSRefused: its TLS cannot be put in
+        force."""
         cluster = self._clusters.get(key)
         if cluster is None:
-            self._clusters[key] = Cluster(key, section, lambda: self.settings)
+            self._clusters[key] = Cluster(key, section, lambda: self.settings, label=label or key)
         else:
             cluster.replace(section)
 
@@ -122,9 +136,15 @@ class Clusters:
     def get(self, key: SectionKey) -> Cluster | None:
         return self._clusters.get(key)
 
-    def stats(self) -> dict[SectionKey, ClusterStats]:
-        """Of the clusters that have anything to tell; most of thousands have not."""
-        return {key: cluster.stats() for key, cluster in self._clusters.items() if cluster.in_use}
+    def stats(self) -> dict[str, ClusterStats]:
+        """Of the clusters that have anything to tell, by label; most of thousands have not."""
+        stats: dict[str, ClusterStats] = {}
+        for cluster in self._clusters.values():
+            if cluster.in_use:
+                before = stats.get(cluster.label)
+                own = cluster.stats()
+                stats[cluster.label] = own if before is None else own.plus(before)
+        return stats
 
     def close(self) -> None:
         """Close what is idle; connections in use close when their streams have ended."""
@@ -136,9 +156,15 @@ class Cluster:
     """The endpoints of one backend."""
 
     def __init__(
-        self, key: SectionKey, section: ClusterSection, settings: Callable[[], Settings]
+        self,
+        key: SectionKey,
+        section: ClusterSection,
+        settings: Callable[[], Settings],
+        *,
+        label: str = "",
     ) -> None:
         self.key = key
+        self.label = label or key
         self.http2 = section.protocol == "h2c"
         self._settings = settings
         self._pending = 0

@@ -24,14 +24,17 @@ from typing import cast
 
 import uvloop
 
+from bpf.proxy import ProxyHandles
 from l7proxy import metrics
 from l7proxy.accesslog import AccessLog
+from l7proxy.flows import FlowLog
 from l7proxy.proxy import Proxy
 from l7proxy.tasks import spawn
 from mesh.model.channel import (
     Channel,
     Drain,
     FrameReader,
+    Handles,
     Listen,
     Unlisten,
     encode_frame,
@@ -57,10 +60,11 @@ def drop_root(user: str) -> None:
 
 
 class ConfigChannel(asyncio.Protocol):
-    """The worker's end of a config channel: deltas in, acknowledgements out."""
+    """The worker's end of a config channel: deltas in, acknowledgements and flows out."""
 
-    def __init__(self, proxy: Proxy) -> None:
+    def __init__(self, proxy: Proxy, flows: FlowLog) -> None:
         self._proxy = proxy
+        self._flows = flows
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._closed = False
@@ -69,6 +73,12 @@ class ConfigChannel(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         if self._closed:
             transport.close()
+        else:
+            self._flows.connect(self._transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        assert self._transport is not None
+        self._flows.disconnect(self._transport)
 
     def data_received(self, data: bytes) -> None:
         transport = self._transport
@@ -102,8 +112,10 @@ class Worker:
         self._log = AccessLog(
             loop, 1 if sys.stdout is not None else os.open(os.devnull, os.O_WRONLY)
         )
-        self._proxy = Proxy(loop, self._log)
+        self._flows = FlowLog(loop)
+        self._proxy = Proxy(loop, self._log, self._flows)
         self._channel: ConfigChannel | None = None
+        self._descriptors: tuple[int, ...] = ()
         self._done = asyncio.Event()
         control.setblocking(False)
         loop.add_reader(control.fileno(), self._control_ready)
@@ -136,14 +148,23 @@ class Worker:
                     self._proxy.listen((port.address, port.port), socket.socket(fileno=fds[0]))
                 case Unlisten(port):
                     self._proxy.unlisten((port.address, port.port))
+                case Handles(names):
+                    self._take_handles(dict(zip(names, fds, strict=True)))
                 case Drain(deadline_s):
                     self._start_drain(deadline_s)
                     return
                 case _:
                     _log.error("control message %s is not for a worker", type(message).__name__)
 
+    def _take_handles(self, descriptors: dict[str, int]) -> None:
+        """The kernel's answers come from these from now on; those before are let go."""
+        self._proxy.use(ProxyHandles(descriptors))
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors = tuple(descriptors.values())
+
     async def _take_channel(self, sock: socket.socket) -> None:
-        before, self._channel = self._channel, ConfigChannel(self._proxy)
+        before, self._channel = self._channel, ConfigChannel(self._proxy, self._flows)
         channel = self._channel
         if before is not None:
             before.close()
@@ -157,6 +178,8 @@ class Worker:
     async def _drain(self, deadline_s: float | None) -> None:
         if left := await self._proxy.drain(deadline_s):
             _log.warning("drain deadline reached: %d connections cut off", left)
+        self._flows.flush()
+        await asyncio.sleep(0)  # in which the transport writes
         self._done.set()
 
 

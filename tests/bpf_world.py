@@ -59,7 +59,7 @@ def sweep(mount: Path) -> None:
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     left = [*map(Path, mounts), *mount.glob("weft-test-*")]
     for path in left:
-        found = re.fullmatch(r"weft-(?:pins|test)-(\d+)-\d+", path.name)
+        found = re.fullmatch(r"weft-(?:pins|test)-(\d+)-\d+(?:\.proxy)?", path.name)
         if found and not Path("/proc", found[1]).exists():
             if path.parent == mount:
                 path.rmdir()
@@ -78,6 +78,8 @@ def new_cgroup() -> Iterator[Path]:
         yield path
     finally:
         path.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(f"{path.name}.proxy").rmdir()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 from mesh.lab.cgroups import cgroup_root
 from mesh.lab.errors import LabError
 
-_WEFT = [sys.executable, "-c", "from mesh.cli.main import main; main()", "lab"]
+_WEFT = [sys.executable, "-c", "from mesh.cli.main import main; main()"]
 # Generous: only a hang reaches it.
 LIMIT_S = 60
 
@@ -43,11 +43,21 @@ class Lab:
         self.file.write_text(config)
 
     def arguments(self, command: str, *args: str) -> list[str]:
-        return [*_WEFT, command, "--name", self.name, "--run-dir", str(self.run_dir), *args]
+        return [*_WEFT, "lab", command, "--name", self.name, "--run-dir", str(self.run_dir), *args]
 
     def weft(self, command: str, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.arguments(command, *args), capture_output=True, text=True, timeout=LIMIT_S
+        )
+
+    def node(self, node: str, *args: str) -> subprocess.CompletedProcess[str]:
+        """A command for the Weft of a node, such as `weft status`."""
+        run_dir = self.run_dir / self.name / "nodes" / f"{node}.weft"
+        return subprocess.run(
+            [*_WEFT, *args, "--run-dir", str(run_dir)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
         )
 
     def up(self, *args: str) -> subprocess.CompletedProcess[str]:

@@ -137,6 +137,10 @@ class Case(NamedTuple):
     where: str
 
 
+def pod(**status: Any) -> Manifest:
+    return manifest("Pod", status=status)
+
+
 GW, GW_A, GW_B = {"name": "gw"}, {"name": "gw", "sectionName": "a"}, {"name": "gw", "port": 80}
 TLS = {"certificateRefs": [{"name": "c"}]}
 TARGET = {"group": "", "kind": "Service", "name": "s"}
@@ -708,5 +712,23 @@ CASES = [
         manifest("ConfigMap", data={"a": ""}, binaryData={"b": ""}),
         manifest("ConfigMap", data={"a": ""}, binaryData={"a": ""}),
         "",
+    ),
+    Case(
+        "must be an IP address",
+        pod(podIP="fd00::1"),
+        pod(podIP="fd00::1%eth0"),
+        "status.podIP",
+    ),
+    Case(
+        "must be an IP address",
+        pod(podIPs=[{"ip": "10.0.0.1"}]),
+        pod(podIPs=[{"ip": "10.0.0"}]),
+        "status.podIPs[0].ip",
+    ),
+    Case(
+        "podIPs must begin with podIP",
+        pod(podIP="10.0.0.1", podIPs=[{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]),
+        pod(podIP="10.0.0.1", podIPs=[{"ip": "fd00::1"}, {"ip": "10.0.0.1"}]),
+        "status",
     ),
 ]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bpf_world import loader, new_cgroup, pin_directory
 
-from bpf import maps, pins, syscall
+from bpf import maps
 from bpf.balancer import Balancer
-from bpf.proxy import HANDLES, ProxyHandles
+from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, entry_key
@@ -53,8 +53,8 @@ class World:
 
     def __init__(self, pin: Path, workloads: Path, proxies: Path) -> None:
         self.pin = pin
-        self._workloads = workloads
-        self._proxies = proxies
+        self.workloads = workloads
+        self.proxies = proxies
 
     def run(self, scenario: Callable[[World], None]) -> None:
         """In a process of its own; what goes wrong there fails here."""
@@ -63,7 +63,7 @@ class World:
         if pid == 0:
             code = 1
             try:
-                enter(self._workloads)
+                enter(self.workloads)
                 self._addresses()
                 self.balancer = Balancer(self.pin)
                 scenario(self)
@@ -83,16 +83,10 @@ class World:
             packed = socket.inet_pton(socket.AF_INET6, NODE6)
             fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("=16sIi", packed, 128, 1))
 
-    # --- in the process ----------------------------------------------------------------------------
+    # --- in the process ---------------------------------------------------------------------------
 
     def handles(self) -> ProxyHandles:
-        paths = {
-            name: pins.program_path(self.pin, name)
-            if name == "queue"
-            else pins.map_path(self.pin, name)
-            for name in HANDLES
-        }
-        return ProxyHandles({name: syscall.pinned(str(path)) for name, path in paths.items()})
+        return ProxyHandles(descriptors(self.pin))
 
     def counted(self, reason: Reason) -> int:
         return maps.counters(self.pin)[reason]
@@ -100,11 +94,11 @@ class World:
     @contextlib.contextmanager
     def as_proxy(self) -> Iterator[None]:
         """Sockets made in here are the proxy's."""
-        (self._proxies / "cgroup.procs").write_text("0")
+        (self.proxies / "cgroup.procs").write_text("0")
         try:
             yield
         finally:
-            (self._workloads / "cgroup.procs").write_text("0")
+            (self.workloads / "cgroup.procs").write_text("0")
 
     def listen(self, address: str, port: int = 0) -> socket.socket:
         server = socket.create_server((address, port), family=family_of(address), backlog=64)

@@ -9,6 +9,7 @@ import stat
 import pytest
 
 from mesh.agent.options import OptionError, parse, parse_admin, read_settings
+from mesh.agent.ports import is_here
 from mesh.agent.target import Target, TargetError, parse_target
 from mesh.cli.client import UsageError
 from mesh.model.nodeconfig import Settings
@@ -193,6 +194,23 @@ def test_options(tmp_path):
         idle_timeout_s=5, trusted_ranges=("10.0.0.0/8",), access_log="off"
     )
     assert options.admin == ("::1", 1)
+
+
+def plane(tmp_path, *options):
+    return parse(["--control-fd=3", f"--manifests={tmp_path}", *options]).plane
+
+
+def test_the_mesh_comes_with_steering(tmp_path):
+    assert plane(tmp_path).mesh_addresses == ()
+    steered = plane(tmp_path, "--steer=/x", "--proxy-cgroup=/y")
+    assert steered.mesh_addresses == tuple(filter(is_here, ("127.0.0.1", "::1")))
+    assert steered.node == socket.gethostname().lower()
+    named = plane(tmp_path, "--steer=/x", "--node=n1", "--mesh-address=10.0.0.1")
+    assert (named.node, named.mesh_addresses) == ("n1", ("10.0.0.1",))
+    with pytest.raises(OptionError, match="--mesh-address goes with --steer"):
+        plane(tmp_path, "--mesh-address=127.0.0.1")
+    with pytest.raises(OptionError, match="--mesh-address here: "):
+        plane(tmp_path, "--steer=/x", "--mesh-address=here")
 
 
 @pytest.mark.parametrize(

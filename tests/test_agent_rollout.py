@@ -10,6 +10,8 @@ import pytest
 
 from gateway.control import ControlPlane, Options
 from mesh.agent import rollout as rollout_module
+from mesh.agent.flow_peers import Peers
+from mesh.agent.flows import FlowStore
 from mesh.agent.node import Node
 from mesh.agent.rollout import Rollout
 from mesh.model.channel import Bound, FrameReader, PortAddress, encode_frame
@@ -212,6 +214,7 @@ class Running:
             want=self.wanted.put_nowait,
             ready=self.count_ready,
             datapath=None,
+            flows=FlowStore(Peers()),
         )
 
     def changed(self):

@@ -95,7 +95,7 @@ def test_without_rights_every_check_says_why(tmp_path):
 def test_the_probe_notices_that_nothing_is_steered():
     with new_cgroup() as cgroup:
         done = subprocess.run(
-            [sys.executable, "-m", "bpf.selftest_probe", cgroup],
+            [sys.executable, "-m", "bpf.selftest_probe", cgroup, cgroup, "/nowhere"],
             cwd=ROOT,
             input="serve\nsteered\ndetached\n",
             capture_output=True,

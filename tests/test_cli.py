@@ -86,6 +86,35 @@ def test_validate_warns_of_what_would_not_be_accepted(manifests):
     assert text.endswith("errors: 0, warnings: 3\n")
 
 
+MESH = """
+apiVersion: v1
+kind: Service
+metadata: {name: s}
+spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: p, annotations: {weft.dev/sockmap: 'no'}}}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: r, annotations: {weft.dev/client-headers: 'yes'}}
+spec:
+  parentRefs: [{group: '', kind: Service, name: s}]
+  rules: [{backendRefs: [{name: s, port: 80}]}]
+"""
+
+
+def test_validate_with_and_without_a_mesh(tmp_path):
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    code, text, _ = weft("validate", tmp_path, "--mesh-address=127.0.0.1")
+    assert (code, text.count("warning:")) == (0, 2)
+    assert "'no', not 'enabled' or 'disabled'; until that is mended, sockmap is not used" in text
+    assert "'yes', not 'true' or 'false'; until that is mended, the client is not told" in text
+    _, text, _ = weft("validate", tmp_path)
+    assert "Accepted: UnsupportedValue: parentRef to Service default/s: there is no mesh" in text
+    code, _, said = weft("validate", tmp_path, "--mesh-address=::1", "--mesh-address=::2")
+    assert (code, "one of each family at most" in said) == (2, True)
+
+
 def test_validate_for_programs(manifests):
     (manifests / "broken.yaml").write_text(BROKEN)
     for name, load in (("json", json.loads), ("yaml", yaml.safe_load)):
@@ -129,7 +158,7 @@ def test_explain_offline(manifests):
     [
         (("explain", "GET", "ftp://x"), "weft: ftp://x: not a URL like http://host/path"),
         (("explain", "GET", "http://x", "-H", "bad"), "weft: -H 'bad': not 'name: value'"),
-        (("get", "pods"), "weft: there is no kind 'pods' in Weft: it has backendtlspolicies, "),
+        (("get", "nodes"), "weft: there is no kind 'nodes' in Weft: it has backendtlspolicies, "),
         (("up", "--manifests", "/", "--admin", "x"), "weft: --admin x: not ADDRESS:PORT"),
         (
             ("up", "--manifests", "/", "--address-pool", "10.0.0.1/8"),
@@ -304,6 +333,26 @@ def test_yaml_writes_what_appears_twice_twice(capsys):
 
 def test_every_kind_has_its_columns():
     assert tables.COLUMNS.keys() == {info.kind for info in KINDS.values()}
+
+
+def test_pods_are_shown_as_kubectl_does():
+    pod = {
+        "metadata": {"name": "p", "namespace": "shop"},
+        "spec": {"nodeName": "n1"},
+        "status": {
+            "phase": "Running",
+            "podIP": "10.0.0.1",
+            "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+            "conditions": [{"type": "Ready", "status": "False"}],
+        },
+    }
+    going = {"metadata": {"name": "q", "namespace": "shop", "deletionTimestamp": "t"}, "spec": {}}
+    headers, lines = tables.rows("Pod", [pod, going], namespaces=True, wide=False)
+    assert headers == ["NAMESPACE", "NAME", "READY", "STATUS", "IP", "NODE"]
+    assert lines == [
+        ["shop", "p", "False", "Running", "10.0.0.1,fd00::1", "n1"],
+        ["shop", "q", "<none>", "Terminating", "<none>", "<none>"],
+    ]
 
 
 def test_the_worst_condition_is_shown():

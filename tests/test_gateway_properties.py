@@ -122,12 +122,66 @@ spec:
   targetRefs: [{group: "", kind: Service, name: backend, sectionName: http}]
   validation: {hostname: c.test, wellKnownCACertificates: System}
 """,
+    """
+kind: Pod
+metadata: {name: backend-a, labels: {app: a}}
+spec: {nodeName: n1}
+status: {podIP: 10.0.0.1}
+""",
+    """
+kind: Pod
+metadata: {name: heir, labels: {app: b}, creationTimestamp: '2024-01-01T00:00:00Z'}
+spec: {nodeName: n2}
+status: {podIPs: [{ip: 10.0.0.1}, {ip: 10.0.0.2}]}
+""",
+    """
+kind: Service
+metadata: {name: rival}
+spec:
+  clusterIP: 10.96.0.7
+  clusterIPs: [10.96.0.7, 10.96.0.8]
+  ports: [{name: tcp, port: 8080}, {name: http, port: 80, appProtocol: kubernetes.io/h2c}]
+""",
+    """
+kind: EndpointSlice
+metadata: {name: rival-1, labels: {kubernetes.io/service-name: rival}}
+addressType: IPv4
+ports: [{name: tcp, port: 8080}]
+endpoints: [{addresses: [10.0.0.2]}]
+""",
+    """
+kind: HTTPRoute
+metadata: {name: mesh, creationTimestamp: '2024-01-01T00:00:00Z'}
+spec:
+  parentRefs: [{group: '', kind: Service, name: backend}, {group: '', kind: Service, name: rival}]
+  rules: [{backendRefs: [{name: backend, port: 80}]}]
+""",
+    """
+kind: HTTPRoute
+metadata: {name: mesh, namespace: apps}
+spec:
+  parentRefs: [{group: '', kind: Service, name: rival, namespace: default, port: 80}]
+  rules: [{backendRefs: [{name: rival, namespace: default, port: 8080}]}]
+""",
+    """
+kind: GRPCRoute
+metadata: {name: mesh}
+spec:
+  parentRefs: [{group: '', kind: Service, name: rival}]
+  rules: [{backendRefs: [{name: rival, port: 80}]}]
+""",
 )
 PARTS = [(kind, key, obj) for kind, found in objects(SCENE).items() for key, obj in found.items()]
-OPTIONS = Options(addresses=("127.9.0.0/29",), advertise=("192.0.2.1",))
+OPTIONS = Options(
+    addresses=("127.9.0.0/29",),
+    advertise=("192.0.2.1",),
+    node="n1",
+    mesh_addresses=("127.9.0.1",),
+)
 ANSWERS: list[tuple[str, Any]] = [
     ("binds", {("127.9.0.2", 80): "in use"}),
     ("binds", {("127.9.0.2", 443): ""}),
+    ("binds", {("127.9.0.1", 15001): "in use"}),
     ("refusals", {"route/HTTPRoute/default/route": "no"}),
     ("refusals", {"cluster/Service/default/backend/80": "no"}),
 ]
@@ -177,7 +231,8 @@ def test_changes_add_up(order: list[Any]) -> None:
     )
     for kind, key, _ in reversed(order):
         world.change({kind: {key: None}})
-    assert list(world.sections) == ["settings"]
+    ports = ["port/127.9.0.1|15001", "port/127.9.0.1|15002"]
+    assert sorted(world.sections) == [*ports, "settings"]
     assert not world.statuses
     left = {name for name, table in world.control._derivation.tables.items() if table}
     # allocation is keyed by the one bucket of all requests, which is gone too.

@@ -1,32 +1,56 @@
-"""ADD, CHECK and DEL on the real kernel, in namespaces of their own. Needs root."""
+"""ADD, CHECK and DEL on the real kernel, in namespaces of their own; with the filter and without.
+
+Needs root, with the filter also eBPF.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from bpf_world import loader, needs_bpf, pin_directory
 from lab_world import needs_root
 from pyroute2 import IPRoute
 
+from bpf import pins, syscall
+from bpf.layout import Address, Addresses, Number
+from bpf.maps import PinnedMap, counters
+from bpf.reasons import Reason
 from mesh.lab import cni
 from mesh.lab.kernel import create_netns, inside, remove_netns
 
 pytestmark = needs_root
 
-CONFIG = cni.CniConfig(
-    addresses=("10.9.0.2", "fd09::2"), node_addresses=("10.8.0.1", "fd08::1"), mtu=1400
-)
+ADDRESSES = ("10.9.0.2", "fd09::2")
 ID = "pod-1"
 _STATIC = 4  # RTPROT_STATIC
 
 
+@pytest.fixture(
+    scope="module",
+    params=["routing", pytest.param("filter", marks=needs_bpf)],
+)
+def config(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[cni.CniConfig]:
+    config = cni.CniConfig(addresses=ADDRESSES, node_addresses=("10.8.0.1", "fd08::1"), mtu=1400)
+    if request.param == "routing":
+        yield config
+        return
+    with pin_directory(tmp_path_factory.mktemp("cni")) as directory:
+        done = loader("--pin", directory)
+        assert done.returncode == 0, done.stderr
+        yield msgspec.structs.replace(config, pins=str(directory))
+
+
 @pytest.fixture
-def pod() -> Iterator[str]:
+def pod(config: cni.CniConfig) -> Iterator[str]:
     """A pod's namespace, while the test itself is in a node's."""
     prefix = f"/run/netns/weft-test-{os.getpid()}"
     node, pod = Path(f"{prefix}-node"), Path(f"{prefix}-pod")
@@ -39,19 +63,33 @@ def pod() -> Iterator[str]:
             netlink.link("set", index=1, state="up")
             netlink.addr("add", index=1, address="10.8.0.1", prefixlen=32)
             netlink.addr("add", index=1, address="fd08::1", prefixlen=128)
+        stack.callback(cni.delete, ID, "eth0", config)
         yield str(pod)
 
 
-def state() -> tuple[set[str], int, int]:
-    """The node's links, and how many routes (the kernel's own aside) and rules it has."""
+def state(config: cni.CniConfig) -> tuple[object, ...]:
+    """The node's links, how many routes (the kernel's own aside) and rules it has, and what the
+    filter has of pods: pinned links, and entries of maps."""
     with IPRoute() as netlink:
         links = {link.get("ifname") for link in netlink.get_links()}
         routes = list(netlink.get_routes(proto=_STATIC))
-        return links, len(routes), len(list(netlink.get_rules()))
+        rules = list(netlink.get_rules())
+    return links, len(routes), len(rules), *filter_state(config)
 
 
-def test_add_says_what_it_made_as_cni_does(pod: str) -> None:
-    result = msgspec.json.decode(msgspec.json.encode(cni.add(ID, pod, "eth0", CONFIG)))
+def filter_state(config: cni.CniConfig) -> tuple[object, ...]:
+    if config.pins is None:
+        return ()
+    directory = Path(config.pins)
+    interfaces = PinnedMap(directory, "interfaces", Address, Number)
+    namespaces = PinnedMap(directory, "namespaces", Number, Addresses)
+    with contextlib.closing(interfaces), contextlib.closing(namespaces):
+        pinned = {path.name for path in (directory / "links").iterdir()}
+        return pinned, dict(interfaces.items()), dict(namespaces.items())
+
+
+def test_add_says_what_it_made_as_cni_does(pod: str, config: cni.CniConfig) -> None:
+    result = msgspec.json.decode(msgspec.json.encode(cni.add(ID, pod, "eth0", config)))
     host, inner = result.pop("interfaces")
     assert result == {
         "cniVersion": "1.1.0",
@@ -67,63 +105,64 @@ def test_add_says_what_it_made_as_cni_does(pod: str) -> None:
         with inside(where) if where else contextlib.nullcontext(), IPRoute() as netlink:
             link = netlink.get_links(netlink.link_lookup(ifname=one["name"])[0])[0]
             assert (link.get("address"), link.get("mtu")) == (one["mac"], 1400)
-    cni.check(ID, pod, "eth0", CONFIG)
+    cni.check(ID, pod, "eth0", config)
 
 
-def test_add_twice_is_refused_and_changes_nothing(pod: str) -> None:
-    cni.add(ID, pod, "eth0", CONFIG)
-    before = state()
+def test_add_twice_is_refused_and_changes_nothing(pod: str, config: cni.CniConfig) -> None:
+    cni.add(ID, pod, "eth0", config)
+    before = state(config)
     with pytest.raises(cni.CniError, match="pod-1 has its eth0 already: DEL it before ADD"):
-        cni.add(ID, pod, "eth0", CONFIG)
-    assert state() == before
-    cni.check(ID, pod, "eth0", CONFIG)
+        cni.add(ID, pod, "eth0", config)
+    assert state(config) == before
+    cni.check(ID, pod, "eth0", config)
 
 
 @pytest.mark.parametrize(
-    ("netns", "config", "error"),
+    ("netns", "change", "error"),
     [
-        ("/run/netns/none", CONFIG, "pod network of pod-1: /run/netns/none: No such file"),
-        (None, msgspec.structs.replace(CONFIG, mtu=7), "pod network of pod-1: "),
+        ("/run/netns/none", {}, "pod network of pod-1: /run/netns/none: No such file"),
+        (None, {"mtu": 7}, "pod network of pod-1: "),
         (
             None,
-            msgspec.structs.replace(CONFIG, node_addresses=("10.7.7.7", "fd08::1")),
+            {"node_addresses": ("10.7.7.7", "fd08::1")},
             "pod network of pod-1: the kernel refuses it",
         ),
+        (None, {"pins": "/nowhere"}, "pod network of pod-1: no map at /nowhere/maps/"),
     ],
 )
 def test_add_that_fails_leaves_nothing(
-    pod: str, netns: str | None, config: cni.CniConfig, error: str
+    pod: str, config: cni.CniConfig, netns: str | None, change: dict[str, object], error: str
 ) -> None:
-    before = state()
+    before = state(config)
     with pytest.raises(cni.CniError, match=error):
-        cni.add(ID, netns or pod, "eth0", config)
-    assert state() == before
-    cni.add(ID, pod, "eth0", CONFIG)
+        cni.add(ID, netns or pod, "eth0", msgspec.structs.replace(config, **change))
+    assert state(config) == before
+    cni.add(ID, pod, "eth0", config)
 
 
-def test_del_removes_all_of_it_any_number_of_times(pod: str) -> None:
-    before = state()
-    cni.delete(ID, "eth0")
-    cni.add(ID, pod, "eth0", CONFIG)
-    assert state() != before
+def test_del_removes_all_of_it_any_number_of_times(pod: str, config: cni.CniConfig) -> None:
+    before = state(config)
+    cni.delete(ID, "eth0", config)
+    cni.add(ID, pod, "eth0", config)
+    assert state(config) != before
     for _ in range(2):
-        cni.delete(ID, "eth0")
-        assert state() == before
+        cni.delete(ID, "eth0", config)
+        assert state(config) == before
 
 
-def test_del_after_the_namespace_is_gone(pod: str) -> None:
-    before = state()
-    cni.add(ID, pod, "eth0", CONFIG)
+def test_del_after_the_namespace_is_gone(pod: str, config: cni.CniConfig) -> None:
+    before = state(config)
+    cni.add(ID, pod, "eth0", config)
     remove_netns(Path(pod))
-    cni.delete(ID, "eth0")
-    assert state() == before
+    cni.delete(ID, "eth0", config)
+    assert state(config) == before
 
 
-def test_del_leaves_other_pods_alone(pod: str) -> None:
-    cni.add(ID, pod, "eth0", CONFIG)
-    cni.delete("pod-2", "eth0")
-    cni.delete(ID, "eth1")
-    cni.check(ID, pod, "eth0", CONFIG)
+def test_del_leaves_other_pods_alone(pod: str, config: cni.CniConfig) -> None:
+    cni.add(ID, pod, "eth0", config)
+    cni.delete("pod-2", "eth0", config)
+    cni.delete(ID, "eth1", config)
+    cni.check(ID, pod, "eth0", config)
 
 
 @pytest.mark.parametrize(
@@ -136,18 +175,100 @@ def test_del_leaves_other_pods_alone(pod: str) -> None:
         ("pod", "-6 route del default", "no default route to fe80::1"),
         ("node", "route del 10.9.0.2", "on the node: no route to 10.9.0.2"),
         ("node", "-6 route del fd09::2", "on the node: no route to fd09::2"),
-        ("node", "-6 rule del priority 101", "on the node: the rules against spoofing are gone"),
     ],
 )
-def test_check_finds_what_is_amiss(pod: str, where: str, command: str, error: str) -> None:
-    cni.add(ID, pod, "eth0", CONFIG)
+def test_check_finds_what_is_amiss(
+    pod: str, config: cni.CniConfig, where: str, command: str, error: str
+) -> None:
+    cni.add(ID, pod, "eth0", config)
     with inside(pod) if where == "pod" else contextlib.nullcontext():
         subprocess.run(["ip", *command.split()], check=True)
     with pytest.raises(cni.CniError, match=error):
-        cni.check(ID, pod, "eth0", CONFIG)
-    cni.delete(ID, "eth0")
+        cni.check(ID, pod, "eth0", config)
 
 
-def test_check_without_add(pod: str) -> None:
+def test_check_finds_that_the_pod_is_not_guarded(pod: str, config: cni.CniConfig) -> None:
+    host = cni.host_interface(ID, "eth0")
+
+    def amiss() -> str:
+        with pytest.raises(cni.CniError, match="pod network of pod-1: on the node: ") as refused:
+            cni.check(ID, pod, "eth0", config)
+        return str(refused.value).removeprefix("pod network of pod-1: on the node: ")
+
+    cni.add(ID, pod, "eth0", config)
+    if config.pins is None:
+        subprocess.run(["ip", "-6", "rule", "del", "priority", "101"], check=True)
+        assert amiss() == "the rules against spoofing are gone"
+        return
+    directory = Path(config.pins)
+    interfaces = PinnedMap(directory, "interfaces", Address, Number)
+    namespaces = PinnedMap(directory, "namespaces", Number, Addresses)
+    with contextlib.closing(interfaces), contextlib.closing(namespaces):
+        v4, v6 = map(Address.of, ADDRESSES)
+        namespaces.put(next(namespaces.items())[0], Addresses(v6.packed, v4.packed))
+        assert amiss() == "the filter does not know the network namespace"
+        interfaces.put(v6, Number(9999))
+        assert amiss() == f"the filter does not know fd09::2 behind {host}"
+        interfaces.remove(v4)
+        assert amiss() == f"the filter does not know 10.9.0.2 behind {host}"
+    link = pins.link_path(directory, f"{host}_pod_egress")
+    link.unlink()
+    assert amiss() == f"the filter pod_egress is not attached to {host}"
+    # One that filters another interface does not count.
+    os.link(pins.link_path(directory, f"{host}_pod_ingress"), link)
+    assert amiss() == f"the filter pod_egress is not attached to {host}"
+
+
+@needs_bpf
+def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniConfig) -> None:
+    if config.pins is None:
+        pytest.skip("there is none")
+    cni.add(ID, pod, "eth0", config)
+    path = pins.link_path(Path(config.pins), f"{cni.host_interface(ID, 'eth0')}_pod_egress")
+
+    def program() -> int:
+        link = syscall.pinned(str(path))
+        try:
+            return syscall.tcx_link(link).program
+        finally:
+            os.close(link)
+
+    before = program()
+    assert loader("--pin", config.pins).returncode == 0
+    assert program() != before
+    cni.check(ID, pod, "eth0", config)
+
+
+@pytest.mark.parametrize("family", [0, 1])
+def test_nothing_leaves_a_pod_from_the_address_of_another(
+    pod: str, config: cni.CniConfig, family: int
+) -> None:
+    """A datagram from the pod's own address, sent after the spoofed one, arrives alone."""
+    if config.pins is None and family == 1:
+        pytest.skip("routing rules guard what is forwarded, not the node itself")
+    cni.add(ID, pod, "eth0", config)
+    foreign = ("10.9.0.3", "fd09::3")[family]
+    kind = (socket.AF_INET, socket.AF_INET6)[family]
+    with socket.socket(kind, socket.SOCK_DGRAM) as node:
+        node.bind((config.node_addresses[family], 0))
+        node.settimeout(10)
+        with inside(pod):
+            with IPRoute() as netlink:
+                index = netlink.link_lookup(ifname="eth0")[0]
+                length = (32, 128)[family]
+                netlink.addr(
+                    "add", index=index, address=foreign, prefixlen=length, flags=2 * family
+                )
+            for source in (foreign, config.addresses[family]):
+                with socket.socket(kind, socket.SOCK_DGRAM) as client:
+                    client.bind((source, 0))
+                    client.sendto(source.encode(), node.getsockname()[:2])
+        assert node.recv(100) == config.addresses[family].encode()
+    if config.pins is not None:
+        counts = counters(Path(config.pins))
+        assert counts[Reason.SPOOFED] >= 1
+
+
+def test_check_without_add(pod: str, config: cni.CniConfig) -> None:
     with pytest.raises(cni.CniError, match="pod network of pod-1: on the node: no interface weft"):
-        cni.check(ID, pod, "eth0", CONFIG)
+        cni.check(ID, pod, "eth0", config)

@@ -80,6 +80,8 @@ def errors_of(tmp_path: Path, text: str) -> list[str]:
             "nodes: [{name: a}]\nranges: {services: [10.0.0.1/8, 'fd01::/64']}",
             "ranges.services[0]: an address range: 10.0.0.1/8 has host bits set",
         ),
+        ("nodes: [{name: a}]\nmanifests: [none]", "manifests[0]: a directory, or a file"),
+        ("nodes: [{name: a}]\nmanifests: [., /dev/null]", "manifests[1]: a directory, or a file"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path: Path, text: str, error: str) -> None:

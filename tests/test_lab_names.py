@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.lab.config import LabConfig
 from mesh.lab.dns import Names
-from mesh.lab.manifests import endpoint_slices, services, to_yaml
+from mesh.lab.manifests import endpoint_slices, pods, services, to_yaml
 from mesh.lab.plan import make_plan
 from mesh.lab.state import PodStatus
 from mesh.model.meta import ObjectKey
@@ -148,3 +148,83 @@ def test_the_source_reads_the_manifests_as_they_are_meant(tmp_path: Path) -> Non
         ("10.244.0.3", 9090, False, "a"),
         ("fd00:10:244::3", 9090, False, "a"),
     }
+
+
+def test_pods_are_as_an_api_server_has_them() -> None:
+    plan = make_plan(
+        read(
+            {
+                "nodes": [{"name": "a"}, {"name": "b"}],
+                "pods": [
+                    {
+                        "name": "web",
+                        "namespace": "shop",
+                        "node": "a",
+                        "labels": {"tier": "front"},
+                        "annotations": {"weft.dev/sockmap": "disabled"},
+                        "serviceAccount": "web",
+                        "ports": [{"name": "http", "port": 8080}],
+                    },
+                    {"name": "far", "node": "b"},
+                ],
+            },
+            LabConfig,
+        ),
+        "t",
+        Path("/"),
+        Path("/cgroup"),
+    )
+    status = PodStatus(key="shop/web", phase="Running", ready=True)
+    (pod,) = pods(plan, "a", {"shop/web": status})
+    assert pod == {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "web",
+            "namespace": "shop",
+            "labels": {"tier": "front"},
+            "annotations": {"weft.dev/sockmap": "disabled"},
+        },
+        "spec": {
+            "nodeName": "a",
+            "serviceAccountName": "web",
+            "containers": [
+                {
+                    "name": "main",
+                    "ports": [{"name": "http", "containerPort": 8080, "protocol": "TCP"}],
+                }
+            ],
+        },
+        "status": {
+            "phase": "Running",
+            "conditions": [{"type": "Ready", "status": "True"}],
+            "podIP": "10.244.0.2",
+            "podIPs": [{"ip": "10.244.0.2"}, {"ip": "fd00:10:244::2"}],
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("status", "phase"),
+    [
+        (PodStatus(key="default/p", phase="Pending"), "Pending"),
+        (PodStatus(key="default/p", phase="Exited", exit_code=0), "Succeeded"),
+        (PodStatus(key="default/p", phase="Exited", exit_code=-9), "Failed"),
+        (PodStatus(key="default/p", phase="Failed", message="no such program"), "Failed"),
+        (
+            PodStatus(
+                key="default/p", phase="Terminating", deletion_timestamp="2024-05-01T10:00:00Z"
+            ),
+            "Running",
+        ),
+        (PodStatus(key="default/p", phase="Stopped"), None),
+    ],
+)
+def test_a_pods_status_follows_its_life(status: PodStatus, phase: str | None) -> None:
+    config = read({"nodes": [{"name": "a"}], "pods": [{"name": "p"}]}, LabConfig)
+    plan = make_plan(config, "t", Path("/"), Path("/cgroup"))
+    found = list(pods(plan, "a", {"default/p": status}))
+    assert [pod["status"]["phase"] for pod in found] == ([] if phase is None else [phase])
+    for pod in found:
+        assert pod["status"]["conditions"] == [{"type": "Ready", "status": "False"}]
+        assert pod["metadata"].get("deletionTimestamp") == status.deletion_timestamp

@@ -543,3 +543,86 @@ def test_conformance_manifests_decode() -> None:
     assert refused == []
     assert decoded > 250
     assert unsupported.keys() <= {"Deployment", "TLSRoute", "TCPRoute", "UDPRoute"}
+
+
+# --- Pods: lenient where others are strict ------------------------------------------------------
+
+POD: dict[str, Any] = {
+    "apiVersion": "v1",
+    "kind": "Pod",
+    "metadata": {"name": "p", "namespace": "shop", "labels": {"app": "cart"}},
+    "spec": {
+        "nodeName": "n1",
+        "serviceAccountName": "cart",
+        "terminationGracePeriodSeconds": 30,
+        "tolerations": [{"key": "x", "operator": "Exists"}],
+        "containers": [
+            {
+                "name": "c",
+                "image": "cart:1",
+                "resources": {"limits": {"cpu": "1"}},
+                "ports": [{"name": "http", "containerPort": 8080, "hostIP": "10.0.0.9"}],
+            }
+        ],
+    },
+    "status": {
+        "phase": "Running",
+        "qosClass": "Burstable",
+        "podIP": "10.0.0.1",
+        "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+        "conditions": [{"type": "Ready", "status": "True", "lastProbeTime": None}],
+    },
+}
+
+
+def test_pods_keep_what_is_read_and_pass_over_the_rest() -> None:
+    assert encode(decode(POD)) == {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": POD["metadata"],
+        "spec": {
+            "nodeName": "n1",
+            "serviceAccountName": "cart",
+            "hostNetwork": False,
+            "containers": [
+                {
+                    "name": "c",
+                    "ports": [{"name": "http", "containerPort": 8080, "protocol": "TCP"}],
+                }
+            ],
+        },
+        "status": {
+            "phase": "Running",
+            "podIP": "10.0.0.1",
+            "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}],
+            "conditions": [{"type": "Ready", "status": "True"}],
+        },
+    }
+
+
+def test_pods_with_nulls_and_unknown_fields_are_read_too() -> None:
+    """The API server writes nulls; they send the reader down its slower way."""
+    raw = put(put(POD, "spec/hostNetwork", None), "metadata/creationTimestamp", None)
+    assert decode(raw) == decode(POD)
+    bare = decode({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}})
+    assert encode(bare)["spec"] == {"serviceAccountName": "default", "hostNetwork": False}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "rule"),
+    [
+        ("spec/containers/0/ports/0/containerPort", 0, None, "minimum: 1"),
+        ("spec/hostNetwork", "yes", "spec.hostNetwork", "type: boolean"),
+        ("spec/containers/0/name", ..., "spec.containers[0].name", "required"),
+        ("status/podIP", "10.0.0", "status.podIP", "must be an IP address"),
+        ("status/podIP", "10.0.0.2", "status", "podIPs must begin with podIP"),
+        ("status/podIPs/1/ip", "x", "status.podIPs[1].ip", "must be an IP address"),
+        ("metadata/colour", "red", "metadata.colour", "unknown field"),
+        ("colour", "red", "colour", "unknown field"),
+    ],
+)
+def test_what_is_read_of_pods_is_checked(path: str, value: Any, field: str, rule: str) -> None:
+    with pytest.raises(InvalidObject) as caught:
+        decode(put(POD, path, value))
+    found = {(error.path, error.rule) for error in caught.value.errors}
+    assert (field or "spec.containers[0].ports[0].containerPort", rule) in found

@@ -121,6 +121,16 @@ def test_kinds_that_are_not_ours(root):
     ]
 
 
+def test_statuses_in_files_count_for_pods_only(root):
+    (root / "a.yaml").write_text(
+        "{apiVersion: v1, kind: Pod, metadata: {name: p}, status: {podIP: 10.0.0.1}}\n---\n"
+        "{apiVersion: v1, kind: Namespace, metadata: {name: shop}, status: {phase: Active}}"
+    )
+    changes = Manifests(root).scan().changes
+    assert changes["Pod"][ObjectKey("default", "p")].status.pod_ip == "10.0.0.1"
+    assert changes["Namespace"][ObjectKey("", "shop")].status is None
+
+
 def test_files_that_cannot_be_read_spoil_nothing_else(root):
     (root / "a.yaml").write_text(config_map("a"))
     (root / "b.yaml").write_bytes(b"\xff\xfe")

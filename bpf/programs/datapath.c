@@ -1,5 +1,7 @@
 /* All programs of the data path; PROGRAMS in bpf/programs.py says what each is and where it goes. */
+#include <linux/pkt_cls.h>
 #include "enrol.h"
+#include "filter.h"
 #include "queue.h"
 #include "steer.h"
 #include "verdict.h"
@@ -103,4 +105,20 @@ int verdict(struct sk_msg_md *message)
 int queue(struct __sk_buff *skb)
 {
 	return queued(skb);
+}
+
+/* Where a packet goes on from a pod's interface: other programs there may still drop it. */
+static __always_inline int action(int result)
+{
+	return result < 0 ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+int pod_egress(struct __sk_buff *skb)
+{
+	return action(filter_from_pod(skb));
+}
+
+int pod_ingress(struct __sk_buff *skb)
+{
+	return action(filter_to_pod(skb));
 }

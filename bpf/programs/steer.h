@@ -75,7 +75,9 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 		count(REASON_PASSED);
 		if (call == CONNECT) {
 			forget(cookie, asked);
-			report(netns, asked, asked, reason);
+			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
+			if (asked->protocol == IPPROTO_TCP)
+				report(netns, asked, asked, reason);
 		}
 		return 0;
 	}

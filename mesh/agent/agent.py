@@ -15,18 +15,23 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 
 from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.datapath import Datapath
+from mesh.agent.flow_peers import Peers, own_addresses
+from mesh.agent.flows import FlowStore
+from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
 from mesh.model.channel import (
     Bound,
+    Handles,
     PortAddress,
     Want,
     Worker,
@@ -51,17 +56,25 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         run_dir = RunDir(options.run_dir)
-        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost)
+        flows = FlowStore(Peers(own_addresses()), options.flow_buffer, options.plane.node)
+        rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
             ready=_ready,
-            datapath=Datapath(*options.steer) if options.steer is not None else None,
+            datapath=self._datapath(options),
+            flows=flows,
+            kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
+
+    def _datapath(self, options: AgentOptions) -> Datapath | None:
+        if options.steer is None:
+            return None
+        return Datapath(options.steer, options.plane.mesh_addresses, self._hand_over)
 
     async def run(self) -> None:
         """Until SIGTERM or the end of the supervisor."""
@@ -77,12 +90,14 @@ class Agent:
                 group.create_task(self._follow_source(), name="source"),
             ]
             if (datapath := self._node.datapath) is not None:
-                work.append(group.create_task(self._start(datapath), name="datapath"))
+                work.append(group.create_task(self._serve(datapath), name="datapath"))
             await self._stop.wait()
             for task in work:
                 task.cancel()
         await self._admin.close()
         await self._api.close()
+        if self._node.kernel is not None:
+            self._node.kernel.close()
         if datapath is not None:
             datapath.close()
 
@@ -91,9 +106,12 @@ class Agent:
             async for update in updates:
                 self._node.source_changed(update)
 
-    async def _start(self, datapath: Datapath) -> None:
+    async def _serve(self, datapath: Datapath) -> None:
         await datapath.start()
+        if self._node.kernel is not None and datapath.opened:
+            self._node.kernel.start()
         self._node.look_again()
+        await datapath.tidy()
 
     def _workers_changed(self) -> None:
         self._node.look_again()
@@ -106,9 +124,13 @@ class Agent:
     def _want(self, ports: tuple[PortAddress, ...]) -> None:
         self._send(Want(ports))
 
-    def _send(self, message: Want | Worker) -> None:
+    def _hand_over(self, descriptors: Mapping[str, int]) -> None:
+        """To the proxies, by way of the supervisor."""
+        self._send(Handles(tuple(descriptors)), tuple(descriptors.values()))
+
+    def _send(self, message: Want | Worker | Handles, fds: tuple[int, ...] = ()) -> None:
         try:
-            send_control(self._control, message)
+            send_control(self._control, message, fds)
         except OSError as error:
             if not self._stop.is_set():
                 _log.error("the supervisor cannot be reached: %s", error)

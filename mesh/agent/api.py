@@ -16,8 +16,9 @@ import msgspec
 from aiohttp import web
 
 from l7proxy.explain import explain
-from mesh.agent import metrics
+from mesh.agent import flow_stream, metrics
 from mesh.agent.admin import Admin
+from mesh.agent.flow_filter import FilterError
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions
 from mesh.agent.rundir import RunDir
@@ -27,6 +28,8 @@ from mesh.model.decode import Object, encode
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import CertificateSection, Section
 from mesh.sources.documents import Problem
+
+_SHUTDOWN_S = 1.0
 
 Origin: TypeAlias = Callable[[str, ObjectKey], tuple[str, int]]
 
@@ -50,7 +53,11 @@ class Api:
         app.router.add_get("/explain", self._explain)
         app.router.add_get("/config", self._config)
         app.router.add_get("/metrics-json", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None)
+        app.router.add_get("/flows", self._flows)
+        # Handlers of readers that have gone end at once; others get a moment when the agent ends.
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S
+        )
 
     async def start(self) -> None:
         """Listen. A socket that an agent before this one left is replaced."""
@@ -64,6 +71,7 @@ class Api:
             os.umask(mask)
 
     async def close(self) -> None:
+        self._node.flows.close()
         await self._runner.cleanup()
 
     async def _objects(self, request: web.Request) -> web.Response:
@@ -120,6 +128,15 @@ class Api:
                     ),
                 ],
                 "objects": dict(node.object_counts()),
+                "flows": {
+                    "seen": node.flows.seen,
+                    "lost": node.flows.lost,
+                    "overwritten": node.flows.overwritten,
+                    "capacity": node.flows.capacity,
+                },
+                "datapath": {reason.name: count for reason, count in node.kernel.counters().items()}
+                if node.kernel is not None
+                else None,
                 "problems": dict(Counter(problem.level for problem in self._all_problems())),
             }
         )
@@ -155,6 +172,13 @@ class Api:
     async def _metrics(self, _request: web.Request) -> web.Response:
         found = await asyncio.to_thread(metrics.samples, self._node, self._run_dir.metrics)
         return _json({"items": found})
+
+    async def _flows(self, request: web.Request) -> web.StreamResponse:
+        """See mesh.agent.flow_stream."""
+        try:
+            return await flow_stream.stream(request, self._node.flows)
+        except FilterError as error:
+            return _json({"error": str(error)}, status=400)
 
 
 def with_status(obj: Object, status: Any) -> dict[str, Any]:

@@ -1,87 +1,190 @@
-"""The eBPF data path as a destination of the configuration: load-balancer entries into its maps.
+"""The eBPF data path as a destination of the configuration: load-balancer entries and identities
+into its maps, descriptors to the proxies, programs to the cgroups.
 
-The loader, a process of its own, brings the programs to the cgroup whose workloads are steered; the
-maps are reached by their pins, and what is in them stays in force while no agent lives. Where that
-fails, the gateway goes on without, and says so. Knows nothing of how entries come about.
+In this order: the self-test; the loader, a process of its own; the maps are filled; the first whole
+configuration is in force everywhere; then `enforce` points the kernel to the proxies and attaches
+the programs. What an earlier agent left in force stays so until then, and also where something
+fails: the gateway goes on, and says what is not as it should be. Knows nothing of how entries come
+about.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import msgspec
+
+from bpf import attach, maps, pins, selftest, settings
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
-from mesh.model.nodeconfig import LoadBalancerEntry, Section, SectionKey
+from bpf.proxy import descriptors
+from mesh.agent.options import Steering
+from mesh.model.nodeconfig import LoadBalancerEntry, Section, SectionKey, WorkloadSection
 
 _log = logging.getLogger("weft.agent")
 
+# Between two looks at whether the sockets of other versions have closed.
+_TIDY_S = 30.0
+
+
+class _Maps(NamedTuple):
+    """What is filled."""
+
+    balancer: Balancer
+    identities: settings.Identities
+
 
 class Datapath:
-    """`loading`: until `start` has ended. `failure`: why nothing is steered, None if all is well;
-    `refused`: entries not in force."""
+    """`loading`: until `start` has ended. `failures`: what is not as it should be, in words; empty
+    if all is well. `refused`: sections not in force. `redirects`: proxies send to workloads of this
+    node by redirect. `hand_over` gives descriptors to the proxies."""
 
-    def __init__(self, cgroup: Path, pins: Path) -> None:
-        self.cgroup = cgroup
+    def __init__(
+        self,
+        options: Steering,
+        addresses: tuple[str, ...],
+        hand_over: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        self.cgroup = options.cgroup
+        self.pins = options.pins
         self.refused: dict[SectionKey, str] = {}
         self.loading = True
-        self.failure: str | None = None
-        self._pins = pins
+        self.failures: list[str] = []
+        self.redirects = False
+        self.checks: list[selftest.Check] = []
+        self._options = options
+        self._addresses = addresses
+        self._hand_over = hand_over
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
+        self._workloads: dict[SectionKey, WorkloadSection] = {}
+        self._loaded = False
         self._synced = False
-        self._balancer: Balancer | None = None
+        self._maps: _Maps | None = None
 
     async def start(self) -> None:
-        """Load the programs, adopt the maps, put in force what was published so far."""
+        """Test, load, adopt the maps, and fill them with what was published so far."""
         try:
-            await self._load()
-            self._balancer = Balancer(self._pins)
+            await self._test()
+            await self._run("bpf.loader", f"--pin={self.pins}")
+            self._loaded = True
         except DatapathError as error:
-            self.failure = f"workloads in {self.cgroup} are not steered: {error}"
-            _log.error("%s", self.failure)
+            self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+        try:
+            self._maps = _Maps(Balancer(self.pins), settings.Identities(self.pins))
+        except DatapathError as error:
+            if not self.failures:
+                self._fail(f"workloads in {self.cgroup} are not steered: {error}")
         else:
             self._replace()
-            _log.info("workloads in %s are steered", self.cgroup)
+            handles = descriptors(self.pins)
+            self._hand_over(handles)
+            for fd in handles.values():
+                os.close(fd)
         self.loading = False
 
-    async def _load(self) -> None:
-        loader = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "bpf.loader", f"--pin={self._pins}"),
-            f"--cgroup={self.cgroup}",
+    async def _test(self) -> None:
+        """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
+        attach.check_cgroup(self._options.cgroup)
+        where = (f"--directory={self.pins.parent}", f"--cgroup={self._options.proxy_cgroup.parent}")
+        said = await self._run("bpf.selftest", *where, "--json")
+        self.checks = msgspec.json.decode(said, type=list[selftest.Check])
+        wrong = [check for check in self.checks if not check.ok]
+        basic = [check for check in wrong if check.name not in selftest.REDIRECT_FACTS]
+        for check in wrong:
+            _log.error("self-test: %s: %s: %s", check.name, selftest.FACTS[check.name], check.why)
+        if basic:
+            raise DatapathError(f"{basic[0].name}: {basic[0].why}")
+        self.redirects = self._options.mode != "proxy" and not wrong
+        if self._options.mode == "kernel" and wrong:
+            raise DatapathError(f"--datapath=kernel, and {wrong[0].name}: {wrong[0].why}")
+        if self._options.mode == "auto" and wrong:
+            self._fail(
+                f"the proxy sends to workloads by TCP, not by redirect: {wrong[0].name}: "
+                f"{wrong[0].why}"
+            )
+
+    async def _run(self, module: str, *arguments: str) -> bytes:
+        """A short-lived process of ours; what it printed. DatapathError: it failed."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", module, *arguments),
             stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
         try:
-            _, said = await loader.communicate()
+            said, complained = await process.communicate()
         except asyncio.CancelledError:
-            loader.kill()
+            process.kill()
             raise
-        if loader.returncode != 0:
-            why = said.decode(errors="replace").strip().removeprefix("weft: ")
-            raise DatapathError(why or f"the loader ended with status {loader.returncode}")
+        # The self-test's status tells of its checks, which are read one by one.
+        if process.returncode != 0 and not said:
+            why = complained.decode(errors="replace").strip().removeprefix("weft: ")
+            raise DatapathError(why or f"{module} ended with status {process.returncode}")
+        return said
+
+    @property
+    def opened(self) -> bool:
+        """The maps are there, and filled."""
+        return self._maps is not None
+
+    def _fail(self, why: str) -> None:
+        self.failures.append(why)
+        _log.error("%s", why)
+
+    # --- the configuration ------------------------------------------------------------------------
 
     def publish(self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
-        """Take the load-balancer entries of a step from one version to the next, the first one
+        """Take what is for the data path of a step from one version to the next, the first one
         whole: what an agent before this one left goes with it."""
         entries = {key: one for key, one in put.items() if isinstance(one, LoadBalancerEntry)}
+        workloads = {key: one for key, one in put.items() if isinstance(one, WorkloadSection)}
         self._entries.update(entries)
+        self._workloads.update(workloads)
         gone = tuple(key for key in remove if self._entries.pop(key, None) is not None)
+        left = tuple(key for key in remove if self._workloads.pop(key, None) is not None)
         if not self._synced:
             self._synced = True
             self._replace()
-        elif self._balancer is not None and (entries or gone):
-            for key in (*entries, *gone):
+        elif self._maps is not None and (entries or gone or workloads or left):
+            for key in (*entries, *gone, *workloads, *left):
                 self.refused.pop(key, None)
-            self.refused |= self._balancer.apply(entries, gone)
+            self.refused |= self._maps.identities.apply(workloads, left)
+            self.refused |= self._maps.balancer.apply(entries, gone)
 
     def _replace(self) -> None:
-        if self._balancer is not None and self._synced:
-            self.refused = self._balancer.replace(self._entries)
+        if self._maps is not None and self._synced:
+            self.refused = self._maps.identities.replace(self._workloads)
+            self.refused |= self._maps.balancer.replace(self._entries)
+
+    def enforce(self) -> None:
+        """Everything that the kernel is to send to is there: point it to the proxies, attach."""
+        if self._maps is None or not self._loaded:
+            return
+        try:
+            settings.steer_to_proxy(self.pins, self._addresses, sockmap=self.redirects)
+            attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
+        except (DatapathError, OSError) as error:
+            self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+        else:
+            how = "by redirect" if self.redirects else "by TCP"
+            _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
+
+    async def tidy(self) -> None:
+        """For ever: let go of the maps of other versions once their sockets have closed."""
+        while pins.other_versions(self.pins):
+            await asyncio.sleep(_TIDY_S)
+            try:
+                maps.retire_versions(self.pins)
+            except OSError as error:
+                _log.error("maps of another version at %s stay: %s", self.pins, error)
 
     def close(self) -> None:
         """Let go of the maps; what is in them stays in force."""
-        if self._balancer is not None:
-            self._balancer.close()
+        if self._maps is not None:
+            self._maps.balancer.close()
+            self._maps.identities.close()

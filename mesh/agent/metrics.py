@@ -6,12 +6,17 @@ Knows prometheus_client; reads the agent, never changes it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
 
 if TYPE_CHECKING:
@@ -46,14 +51,38 @@ class _AgentCollector:
         problems = GaugeMetricFamily(
             "weft_source_problems", "Problems in the manifests, by level", labels=("level",)
         )
-        counts = Counter(problem.level for problem in node.problems)
+        levels = Counter(problem.level for problem in node.problems)
         for level in ("error", "unsupported", "note"):
-            problems.add_metric((level,), counts[level])
+            problems.add_metric((level,), levels[level])
         yield problems
+        yield _counters(
+            "weft_flows",
+            "Connections and requests in flow records",
+            "verdict",
+            node.flows.seen.items(),
+        )
+        yield _counters(
+            "weft_flows_lost",
+            "Flow records that did not get where they should",
+            "where",
+            node.flows.lost.items(),
+        )
+        if node.kernel is not None and (found := node.kernel.counters()):
+            counts = ((reason.name, count) for reason, count in found.items())
+            text = "What the eBPF programs did, since their maps were made"
+            yield _counters("weft_datapath_events", text, "reason", counts)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
+
+
+def _counters(name: str, text: str, label: str, counts: Iterable[tuple[str, int]]) -> Metric:
+    """A counter (its samples are called <name>_total) with one label."""
+    result = CounterMetricFamily(name, text, labels=(label,))
+    for value, count in counts:
+        result.add_metric((value,), count)
+    return result
 
 
 def registry(node: Node, metrics_dir: Path) -> CollectorRegistry:

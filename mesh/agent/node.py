@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
 from mesh.agent.datapath import Datapath
+from mesh.agent.flows import FlowStore
+from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
@@ -46,8 +48,12 @@ class Node:
         want: Callable[[tuple[PortAddress, ...]], None],
         ready: Callable[[], None],
         datapath: Datapath | None,
+        flows: FlowStore,
+        kernel: KernelFlows | None = None,
     ) -> None:
         self.rollout = rollout
+        self.flows = flows
+        self.kernel = kernel
         self.datapath = datapath
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
@@ -132,6 +138,7 @@ class Node:
             )
             self._unpublished.update(outcome.statuses)
             if outcome.put or outcome.remove:
+                self.flows.peers.publish(outcome.put, outcome.remove)
                 self.rollout.publish(outcome.put, outcome.remove)
                 if self.datapath is not None:
                     self.datapath.publish(outcome.put, outcome.remove)
@@ -145,6 +152,8 @@ class Node:
             self._unpublished = {}
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
+            if self.datapath is not None:
+                self.datapath.enforce()
             _log.info("ready: configuration %d is in force", self.rollout.config.version)
             self._ready()
         return False
@@ -195,7 +204,7 @@ class Node:
         if not self._bound_answers():
             reasons.append("the ports have not been bound yet")
         if self.datapath is not None and self.datapath.loading:
-            reasons.append("the eBPF programs are being loaded")
+            reasons.append("the eBPF data path is being tested and loaded")
         return reasons
 
     def degraded(self) -> list[str]:
@@ -219,8 +228,9 @@ class Node:
         if self.datapath is not None:
             refusals = self.datapath.refused
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
-            if self.datapath.failure is not None:
-                result.append(self.datapath.failure)
+            result += self.datapath.failures
+        if self.kernel is not None and self.kernel.failure is not None:
+            result.append(self.kernel.failure)
         result += [
             f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
             for (table, key), error in self.failures.items()

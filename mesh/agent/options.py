@@ -8,20 +8,23 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import math
+import socket
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
-from mesh.agent.ports import reached_at
+from mesh.agent.flows import DEFAULT_CAPACITY
+from mesh.agent.ports import is_here, reached_at
 from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
 DEFAULT_ADMIN = "127.0.0.1:15090"
+DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
 _LEAST = {"max_head_bytes": 256, "max_body_bytes": 0, "drain_timeout_s": 0, "trusted_hops": 0}
 
@@ -30,8 +33,19 @@ class OptionError(Exception):
     """An option cannot be used; which, why, what to do."""
 
 
+class Steering(NamedTuple):
+    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, and where it is
+    pinned. `mode`: "auto" sends to workloads by redirect if the self-test says so, "kernel" insists
+    on it, "proxy" never does."""
+
+    cgroup: Path
+    proxy_cgroup: Path
+    pins: Path
+    mode: Literal["auto", "kernel", "proxy"]
+
+
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF, else a cgroup and its pin directory."""
+    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
 
     manifests: Path
     run_dir: Path
@@ -39,7 +53,8 @@ class AgentOptions(NamedTuple):
     workers: int
     plane: Options
     admin: tuple[str, int] | None
-    steer: tuple[Path, Path] | None
+    steer: Steering | None
+    flow_buffer: int
 
 
 def parse(arguments: list[str]) -> AgentOptions:
@@ -56,7 +71,12 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--settings", type=Path)
     parser.add_argument("--access-log", choices=("json", "text", "off"))
     parser.add_argument("--steer", type=Path)
+    parser.add_argument("--node")
+    parser.add_argument("--mesh-address", action="append", default=[])
+    parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
+    parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
+    parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     args = parser.parse_args(arguments)
     return AgentOptions(
         manifests=args.manifests.absolute(),
@@ -65,8 +85,16 @@ def parse(arguments: list[str]) -> AgentOptions:
         workers=args.workers,
         plane=plane_options(args),
         admin=parse_admin(args.admin),
-        steer=(args.steer, args.pins or RunDir(args.run_dir).pins) if args.steer else None,
+        steer=steering(args),
+        flow_buffer=args.flow_buffer,
     )
+
+
+def steering(args: argparse.Namespace) -> Steering | None:
+    if args.steer is None:
+        return None
+    pins = args.pins or RunDir(args.run_dir).pins
+    return Steering(args.steer, args.proxy_cgroup, pins, args.datapath)
 
 
 def parse_admin(text: str) -> tuple[str, int] | None:
@@ -96,7 +124,24 @@ def plane_options(args: argparse.Namespace) -> Options:
         bind_address=bind_address,
         advertise=advertise or reached_at(bind_address),
         settings=read_settings(args.settings, access_log=args.access_log),
+        node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
+        mesh_addresses=mesh_addresses(args),
     )
+
+
+def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:
+    """Where workloads are sent to: with --steer, loopback if no address is given, as far as the
+    host has it; without, nowhere. Commands without that option ask what would be if there were."""
+    given = tuple(check_address("--mesh-address", text) for text in args.mesh_address)
+    if given and hasattr(args, "steer") and not _steered(args):
+        raise OptionError("--mesh-address goes with --steer, whose workloads are sent there")
+    if _steered(args):
+        return given or tuple(filter(is_here, DEFAULT_MESH_ADDRESSES))
+    return given
+
+
+def _steered(args: argparse.Namespace) -> bool:
+    return getattr(args, "steer", None) is not None
 
 
 def check_address(option: str, text: str) -> str:

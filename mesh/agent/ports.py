@@ -48,6 +48,17 @@ def reached_at(bind_address: str) -> tuple[str, ...]:
     return tuple(filter(None, found)) or ("127.0.0.1",)
 
 
+def is_here(address: str) -> bool:
+    """Whether something can listen on an address of this host."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family) as sock:
+            sock.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
 def _source(family: socket.AddressFamily) -> str | None:
     # Connecting a datagram socket asks for a route and sends nothing.
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:

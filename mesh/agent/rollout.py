@@ -1,4 +1,4 @@
-"""The way of a configuration to the workers: deltas out, acknowledgements back.
+"""The way of a configuration to the workers: deltas out, acknowledgements and flow records back.
 
 Knows versions and channels, not what sections mean. A worker that does not acknowledge in time is
 left behind and gets the whole value when it answers again; it never holds up the others.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from mesh.model.channel import FrameReader, encode_frame
+from mesh.model.flow import Flows
 from mesh.model.nodeconfig import (
     PROXY_SECTIONS,
     Ack,
@@ -61,8 +62,13 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for message in self._reader.receive(data):
-                if isinstance(message, Ack):
-                    self._rollout.link_acked(self, message)
+                match message:
+                    case Ack():
+                        self._rollout.link_acked(self, message)
+                    case Flows():
+                        self._rollout.flows(message)
+                    case _:
+                        raise ValueError(f"{type(message).__name__} is not for an agent")
         except ValueError as error:  # msgspec's errors are ValueErrors
             _log.error("worker %d (pid %d): bad message: %s", self.id, self.pid, error)
             self.close()
@@ -85,16 +91,21 @@ class Rollout:
     """The configuration in force and the workers that have it, or not yet.
 
     `changed` is called after every acknowledgement, arrival, loss and missed deadline;
-    `lost(id, pid)` when a channel ended.
+    `lost(id, pid)` when a channel ended; `flows` with the flow records of workers.
     """
 
     def __init__(
-        self, expected: int, changed: Callable[[], None], lost: Callable[[int, int], None]
+        self,
+        expected: int,
+        changed: Callable[[], None],
+        lost: Callable[[int, int], None],
+        flows: Callable[[Flows], None] = lambda flows: None,
     ) -> None:
         self.config = NodeConfig.empty()
         self.expected = expected
         self.ack_count = 0
         self.ack_seconds = 0.0
+        self.flows = flows
         self._changed = changed
         self._lost = lost
         self._links: dict[int, _Link] = {}

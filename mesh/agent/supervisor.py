@@ -27,6 +27,7 @@ from mesh.model.channel import (
     Channel,
     Control,
     Drain,
+    Handles,
     Listen,
     PortAddress,
     Unlisten,
@@ -52,12 +53,16 @@ class Supervisor:
         self._run_dir = RunDir(args.run_dir)
         self._sockets: dict[PortAddress, socket.socket] = {}
         self._failed: dict[PortAddress, str] = {}
+        # Of the eBPF data path, for workers: names and descriptors.
+        self._handles: tuple[Handles, list[int]] | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = _RETRY_S
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         agent = [sys.executable, "-m", args.agent_module]
         about = [f"--run-dir={self._run_dir.path}", f"--workers={args.workers}", *agent_arguments]
+        if args.steer is not None:
+            about += [f"--steer={args.steer}", f"--proxy-cgroup={proxy_cgroup(args)}"]
         self._agent = Child(
             "agent",
             lambda fd: [*agent, f"--control-fd={fd}", *about],
@@ -108,6 +113,9 @@ class Supervisor:
     def _worker_started(self, number: int) -> None:
         for port, sock in self._sockets.items():
             self._workers[number].send(Listen(port), (sock.fileno(),))
+        if self._handles is not None:
+            message, fds = self._handles
+            self._workers[number].send(message, tuple(fds))
         self._connect(number)
 
     def _connect(self, number: int) -> None:
@@ -121,6 +129,9 @@ class Supervisor:
             worker.send(Channel(), (theirs.fileno(),))
 
     def _from_agent(self, message: Control, fds: list[int]) -> None:
+        if isinstance(message, Handles):
+            self._keep(message, fds)
+            return
         _discard(fds)
         match message:
             case Want(wanted):
@@ -131,6 +142,13 @@ class Supervisor:
                     self._connect(number)
             case _:
                 _log.error("control message %s is not for a supervisor", type(message).__name__)
+
+    def _keep(self, message: Handles, fds: list[int]) -> None:
+        before, self._handles = self._handles, (message, fds)
+        if before is not None:
+            _discard(before[1])
+        for worker in self._workers.values():
+            worker.send(message, tuple(fds))
 
     # --- ports -----------------------------------------------------------------------------------
 
@@ -233,16 +251,35 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--run-dir", type=Path, default=default_run_dir())
     result.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     result.add_argument("--drain-timeout", type=float, default=30.0)
+    result.add_argument("--steer", type=Path)
+    result.add_argument("--proxy-cgroup", type=Path)
     # Tests put other programs in their places.
     result.add_argument("--agent-module", default="mesh.agent.agent")
     result.add_argument("--worker-module", default="l7proxy.worker")
     return result
 
 
+def proxy_cgroup(args: argparse.Namespace) -> Path:
+    """The cgroup of all of Weft's processes, by which the kernel knows the proxy's sockets."""
+    given: Path | None = args.proxy_cgroup
+    return given or args.steer.with_name(f"{args.steer.name}.proxy")
+
+
+def join_cgroup(path: Path) -> None:
+    """Before any other process or socket is made: they inherit it. Where that is not possible the
+    agent, which is to attach programs to it, says why."""
+    with contextlib.suppress(OSError):
+        if (path.parent / "cgroup.procs").exists():
+            path.mkdir(exist_ok=True)
+            (path / "cgroup.procs").write_text("0")
+
+
 def main() -> int:
     args, agent_arguments = parser().parse_known_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
     name_process("weft")
+    if args.steer is not None:
+        join_cgroup(proxy_cgroup(args))
     run_dir = RunDir(args.run_dir)
     about = {"started": time.time(), "workers": args.workers, "agent": agent_arguments}
     try:

@@ -1,5 +1,6 @@
 """What is in the manifests but not in force as meant: conditions that do not hold, Gateways that
-nobody serves. For a running gateway and for one that is only imagined (`weft validate`).
+nobody serves, annotations with values that are none. For a running gateway and for one that is only
+imagined (`weft validate`).
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from gateway.annotations import misused
 from mesh.model.decode import Object
 from mesh.model.gateway import Gateway
 from mesh.model.meta import ObjectKey
@@ -39,11 +41,11 @@ def warnings(
     statuses: Mapping[tuple[str, ObjectKey], str],
     origin: Callable[[str, ObjectKey], tuple[str, int]],
 ) -> list[Problem]:
-    """A warning for each object that `statuses` (see `unmet`) says something of, and for each
-    Gateway of a class that does not exist. `origin`: file and document of an object; KeyError where
-    it has just gone."""
+    """A warning for each object that `statuses` (see `unmet`) says something of, for each Gateway
+    of a class that does not exist, and for each annotation of ours that is misused. `origin`: file
+    and document of an object; KeyError where it has just gone."""
     result = []
-    for (kind, key), why in (*statuses.items(), *_classless(objects)):
+    for (kind, key), why in (*statuses.items(), *_classless(objects), *_annotated(objects)):
         try:
             file, document = origin(kind, key)
         except KeyError:
@@ -73,3 +75,12 @@ def _classless(
         if ObjectKey("", name) not in classes:
             why = f"GatewayClass {name} does not exist, so nobody serves this Gateway"
             yield ("Gateway", key), why
+
+
+def _annotated(
+    objects: Mapping[str, Mapping[ObjectKey, Object]],
+) -> Iterator[tuple[tuple[str, ObjectKey], str]]:
+    for kind in ("Pod", "HTTPRoute", "GRPCRoute"):
+        for key, obj in objects.get(kind, {}).items():
+            if why := misused(obj):
+                yield (kind, key), why

@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -15,6 +16,7 @@ import click
 from mesh.agent.rundir import RunDir
 
 _TIMEOUT_S = 30.0
+_READ = 1 << 16
 
 
 class CliError(click.ClickException):
@@ -49,13 +51,40 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def ask(run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()) -> Any:
     """The agent's answer. CliError: there is none, or it is an error."""
+    with _asked(run_dir, path, query) as (response, _):
+        return json.loads(response.read())
+
+
+def ask_stream(
+    run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()
+) -> Iterator[bytes | None]:
+    """The lines of an answer as they come, for as long as it takes; None first, once it has begun.
+    CliError: there is no answer, it is an error, or it broke off."""
+    with _asked(run_dir, path, query) as (response, sock):
+        yield None
+        sock.settimeout(None)
+        rest = b""
+        # Not readline(): to that an answer which breaks off is one that ends.
+        while data := response.read1(_READ):
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
+
+
+@contextmanager
+def _asked(
+    run_dir: Path, path: str, query: Iterable[tuple[str, str]]
+) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
     place = RunDir(run_dir)
     text = urlencode(list(query))
     connection = _UnixConnection(place.api_socket)
     try:
         connection.request("GET", f"{path}?{text}" if text else path)
-        response = connection.getresponse()
-        answer = json.loads(response.read())
+        sock = connection.sock
+        with connection.getresponse() as response:
+            if response.status != 200:
+                answer = json.loads(response.read())
+                raise UsageError(str(answer.get("error", response.reason)))
+            yield response, sock
     except PermissionError:
         raise CliError(
             f"no permission for {place.api_socket}: run this as the user who runs the gateway"
@@ -64,9 +93,6 @@ def ask(run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()) -> Any:
         raise _unreachable(place, error) from None
     finally:
         connection.close()
-    if response.status != 200:
-        raise UsageError(str(answer.get("error", response.reason)))
-    return answer
 
 
 def _unreachable(place: RunDir, error: Exception) -> CliError:

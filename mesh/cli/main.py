@@ -30,6 +30,19 @@ def _plane_options(function: F) -> F:
     """The options of the control plane, for `up` and for what works offline."""
     for option in (
         click.option(
+            "--mesh-address",
+            metavar="ADDRESS",
+            multiple=True,
+            help="Address of this host at which the proxy takes what workloads ask Services for,"
+            " one of each family; turns the mesh on.  [default: 127.0.0.1 and ::1 with --steer]",
+        ),
+        click.option(
+            "--node",
+            metavar="NAME",
+            help="This node as Pods' spec.nodeName calls it.  [default: the host's name, with"
+            " --steer]",
+        ),
+        click.option(
             "--settings",
             type=click.Path(path_type=Path, dir_okay=False, exists=True),
             help="YAML or JSON file with limits and habits of the proxy.",
@@ -90,11 +103,48 @@ def cli() -> None:
     help="cgroup v2 directory of workloads that reach Services by ClusterIP, with eBPF.",
 )
 @click.option(
+<<<<<<< HEAD
+    "--node",
+    metavar="NAME",
+    default="",
+    help="Which node of the cluster this is: whose pods (spec.nodeName) are local.",
+)
+@click.option(
+    "--mesh-address",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Address of this node on which the proxy takes the connections of workloads of --steer;"
+    " one of each family at most.  [default: 127.0.0.1 and ::1]",
+)
+@click.option(
+=======
+>>>>>>> gamma
     "--pins",
     metavar="DIRECTORY",
     type=click.Path(path_type=Path, file_okay=False),
     help="Where eBPF programs and maps are pinned, with --steer: in bpffs, or an empty directory"
     " to mount it at.  [default: bpf in the run directory]",
+)
+@click.option(
+    "--proxy-cgroup",
+    metavar="CGROUP",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="cgroup v2 directory for Weft's own processes, with --steer; made if missing."
+    "  [default: that of --steer with .proxy appended]",
+)
+@click.option(
+    "--datapath",
+    type=click.Choice(["auto", "kernel", "proxy"]),
+    default="auto",
+    show_default=True,
+    help="How the proxy sends to workloads of this node, with --steer: by redirect in the kernel"
+    " if this kernel passes the self-test, by that or nothing, or by TCP.",
+)
+@click.option(
+    "--flow-buffer",
+    metavar="N",
+    type=click.IntRange(1, 10_000_000),
+    help="Flow records held for 'weft observe', about 1 KiB of memory each.  [default: 16384]",
 )
 @click.option(
     "--drain-timeout",
@@ -209,6 +259,70 @@ def explain(
     from mesh.cli.explain import run
 
     run(run_dir, method, url, header, address, manifests, output, options)
+
+
+@cli.command()
+@click.option("--from", "from_", metavar="WHO", multiple=True, help="Who asked; see above.")
+@click.option("--to", metavar="WHO", multiple=True, help="Who got it, or would have.")
+@click.option("--verdict", metavar="VERDICT", multiple=True, help="FORWARDED, DROPPED or ERROR.")
+@click.option("--http-status", metavar="STATUS", multiple=True, help="404, 5xx or 500-504.")
+@click.option("--http-method", metavar="METHOD", multiple=True, help="GET, say.")
+@click.option("--http-path", metavar="PREFIX", multiple=True, help="How the path begins.")
+@click.option(
+    "--service",
+    metavar="SERVICE",
+    multiple=True,
+    help="NAME, NAMESPACE/NAME or NAMESPACE/, with :PORT or without.",
+)
+@click.option("--protocol", metavar="PROTOCOL", multiple=True, help="TCP, UDP, HTTP, HTTP/2, …")
+@click.option("--since", metavar="WHEN", help="30s, 5m (ago), or 2025-11-25T15:04:05Z.")
+@click.option(
+    "--last",
+    metavar="N",
+    type=click.IntRange(0),
+    help="The newest N that there are.  [default: 20; with --since all]",
+)
+@click.option("-f", "--follow", is_flag=True, help="Go on with new ones, until Ctrl-C.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["compact", "wide", "json"]),
+    default="compact",
+    help="Format; json: one object a line.",
+)
+@click.option(
+    "--run-dir",
+    "run_dirs",
+    type=click.Path(path_type=Path, file_okay=False),
+    multiple=True,
+    default=lambda: (default_run_dir(),),
+    show_default="/run/weft, or $XDG_RUNTIME_DIR/weft",
+    help="Where the running gateway keeps its sockets; repeat it to see several nodes.",
+)
+def observe(
+    since: str | None,
+    last: int | None,
+    follow: bool,
+    output: str,
+    run_dirs: tuple[Path, ...],
+    **filters: tuple[str, ...],
+) -> None:
+    """Show requests and connections: who asked whom, for what, and what became of it.
+
+    WHO is NAMESPACE/POD, the beginning of a pod's name, NAMESPACE/ for all of its pods, an address
+    or CIDR, NAME=VALUE of labels, 'world' or 'host'. Every filter may be repeated: one of its
+    values must hold, and every filter must.
+
+    Records are held in memory, the newest of them. What was lost under load is counted: -o json has
+    a line {"lost": …} in its place, other formats say it on standard error. With -f, a restart of
+    the agent is said and outlasted.
+
+    Exit codes: 0 well, also after Ctrl-C; 1 it cannot be read, 2 wrong usage, 3 no gateway runs, or
+    not any more.
+    """
+    from mesh.cli.observe import run
+
+    run(run_dirs, filters, since, last, follow, output)
 
 
 @cli.command()

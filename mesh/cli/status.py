@@ -37,6 +37,9 @@ def _show(status: dict[str, Any]) -> None:
     found = ", ".join(_count(*pair) for pair in sorted(problems.items()))
     more = "; see 'weft get problems'" if found else ""
     click.echo(f"problems:   {found or 'none'}{more}")
+    click.echo(f"flows:      {_flows(status['flows'])}")
+    if status["datapath"] is not None:
+        click.echo(f"datapath:   {_counts(status['datapath'])}")
     click.echo()
     table(
         ["WORKER", "PID", "CONFIGURATION", "STATE"],
@@ -61,6 +64,18 @@ def _show(status: dict[str, Any]) -> None:
 def _count(level: str, count: int) -> str:
     plain = level == "unsupported" or count == 1
     return f"{count} {level}" if plain else f"{count} {level}s"
+
+
+def _flows(flows: dict[str, Any]) -> str:
+    seen = _counts(flows["seen"])
+    lost = _counts(flows["lost"])
+    return f"{seen}; lost: {lost}" if lost != "none" else seen
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """The most frequent first."""
+    found = sorted(counts.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{count} {name}" for name, count in found if count) or "none"
 
 
 def _admin(address: str | None) -> str:

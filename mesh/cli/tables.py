@@ -141,10 +141,31 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("PORTS", _slice_ports),
         Column("ENDPOINTS", _endpoints),
     ),
+    "Pod": (
+        Column("READY", lambda item: _pod_ready(item)),
+        Column("STATUS", lambda item: _pod_phase(item)),
+        Column("IP", lambda item: _pod_addresses(item)),
+        _spec("NODE", "nodeName"),
+    ),
     "Secret": (Column("TYPE", lambda item: _text(item.get("type"))), Column("DATA", _count)),
     "ConfigMap": (Column("DATA", _count),),
     "Namespace": (),
 }
+
+
+def _pod_ready(item: Item) -> str:
+    found = (item.get("status") or {}).get("conditions") or ()
+    return next((one["status"] for one in found if one["type"] == "Ready"), "")
+
+
+def _pod_phase(item: Item) -> str:
+    gone = "deletionTimestamp" in item["metadata"]
+    return "Terminating" if gone else (item.get("status") or {}).get("phase", "")
+
+
+def _pod_addresses(item: Item) -> str:
+    status = item.get("status") or {}
+    return ",".join(one["ip"] for one in status.get("podIPs") or ()) or status.get("podIP", "")
 
 
 def _grants(item: Item, side: str) -> str:

@@ -6,8 +6,9 @@ process's own, on the pod's namespace, which is given by path. A pod gets a veth
     pod:  eth0 with its addresses; default routes to 169.254.1.1 and fe80::1, which every node is
     node: a veth named after the container, with those two addresses and a route to the pod's
 
-A pod can send from its own addresses only: reverse path filtering for IPv4, routing rules for what
-is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2 and 5.
+A pod can send from its own addresses only. The eBPF filter (bpf/podfilter.py) at the node's end of
+the veth sees to that; where there is none, reverse path filtering for IPv4 and routing rules for
+what is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2 and 5.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import hashlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from bpf import podfilter
+from bpf.errors import DatapathError
 from mesh.lab.kernel import inside, write_sysctls
 from mesh.model.meta import Model
 
@@ -45,11 +49,13 @@ _BEFORE_LINKS = {
 
 class CniConfig(Model, frozen=True, kw_only=True):
     """`addresses`: the pod's IPv4 and IPv6 address. `node_addresses`: those that the node uses
-    toward the pod (probes)."""
+    toward the pod (probes). `pins`: the pin directory of the node's eBPF programs, None: there are
+    none."""
 
     addresses: tuple[str, str]
     node_addresses: tuple[str, str]
     mtu: int = 1500
+    pins: str | None = None
 
 
 class CniInterface(Model, frozen=True, kw_only=True):
@@ -101,21 +107,23 @@ def add(container_id: str, netns: str, ifname: str, config: CniConfig) -> CniRes
         if node.link_lookup(ifname=host):
             raise CniError(f"{container_id} has its {ifname} already: DEL it before ADD")
         try:
-            with inside(netns):
+            with inside(netns), open("/proc/thread-self/ns/net") as there:
                 write_sysctls(_BEFORE_LINKS)
-                with IPRoute() as pod:
-                    with open("/proc/thread-self/ns/net") as there:
-                        node.link(
-                            "add",
-                            ifname=host,
-                            kind="veth",
-                            mtu=config.mtu,
-                            peer={"ifname": ifname, "mtu": config.mtu, "net_ns_fd": there.fileno()},
-                        )
-                    pod_mac = _configure_pod(pod, ifname, config)
+                cookie = podfilter.netns_cookie()
+                node.link(
+                    "add",
+                    ifname=host,
+                    kind="veth",
+                    mtu=config.mtu,
+                    peer={"ifname": ifname, "mtu": config.mtu, "net_ns_fd": there.fileno()},
+                )
+            if config.pins is not None:  # before the interface is up
+                podfilter.attach(Path(config.pins), podfilter.Pod(host, config.addresses), cookie)
+            with inside(netns), IPRoute() as pod:
+                pod_mac = _configure_pod(pod, ifname, config)
             host_mac = _configure_node(node, host, config)
         except BaseException:
-            _remove(node, host)
+            _remove(node, host, config)
             raise
     return CniResult(
         cni_version=CNI_VERSION,
@@ -143,9 +151,10 @@ def check(container_id: str, netns: str, ifname: str, config: CniConfig) -> None
         for family, address, length in zip(_FAMILIES, config.addresses, _LENGTHS, strict=True):
             if not _has_route(node, family, address, length, host):
                 raise CniError(f"{where}: on the node: no route to {address} through {host}")
-        rules = node.get_rules(family=socket.AF_INET6, iifname=host)
-        if tuple(sorted(rule.get("priority") for rule in rules)) != _RULE_PRIORITIES:
-            raise CniError(f"{where}: on the node: the rules against spoofing are gone")
+        with inside(netns):
+            cookie = podfilter.netns_cookie()
+        if amiss := _unguarded(node, host, config, cookie):
+            raise CniError(f"{where}: on the node: {amiss}")
         with inside(netns), IPRoute() as pod:
             _check_link(pod, ifname, f"{where}: in {netns}")
             index = pod.link_lookup(ifname=ifname)[0]
@@ -158,10 +167,10 @@ def check(container_id: str, netns: str, ifname: str, config: CniConfig) -> None
                     raise CniError(f"{where}: in {netns}: no default route to {gateway}")
 
 
-def delete(container_id: str, ifname: str) -> None:
+def delete(container_id: str, ifname: str, config: CniConfig) -> None:
     """DEL: remove what ADD made, whatever is left of it; the pod's namespace may be gone."""
     with _explained(f"pod network of {container_id}"), IPRoute() as node:
-        _remove(node, host_interface(container_id, ifname))
+        _remove(node, host_interface(container_id, ifname), config)
 
 
 @contextmanager
@@ -170,6 +179,8 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except NetlinkError as error:
         raise CniError(f"{what}: the kernel refuses it: {error}") from error
+    except DatapathError as error:
+        raise CniError(f"{what}: {error}") from error
     except OSError as error:
         raise CniError(f"{what}: {error.filename or 'the kernel'}: {error.strerror}") from error
 
@@ -189,17 +200,32 @@ def _configure_pod(pod: Any, ifname: str, config: CniConfig) -> str:
 
 def _configure_node(node: Any, host: str, config: CniConfig) -> str:
     index = node.link_lookup(ifname=host)[0]
-    write_sysctls({f"net.ipv4.conf.{host}.rp_filter": 1})
+    if config.pins is None:
+        _guard_by_routing(node, host, config)
     node.link("set", index=index, state="up")
     for family, gateway, length in zip(_FAMILIES, GATEWAYS, (32, 64), strict=True):
         node.addr("add", index=index, address=gateway, prefixlen=length, flags=_flags(family))
-    v6, (own, other) = {"family": socket.AF_INET6, "iifname": host}, _RULE_PRIORITIES
-    node.rule("add", priority=own, src=config.addresses[1], src_len=128, table=_MAIN_TABLE, **v6)
-    node.rule("add", priority=other, action="prohibit", **v6)
     routes = zip(_FAMILIES, config.addresses, _LENGTHS, config.node_addresses, strict=True)
     for family, address, length, source in routes:
         node.route("add", family=family, dst=f"{address}/{length}", oif=index, prefsrc=source)
     return _mac(node, index)
+
+
+def _guard_by_routing(node: Any, host: str, config: CniConfig) -> None:
+    write_sysctls({f"net.ipv4.conf.{host}.rp_filter": 1})
+    v6, (own, other) = {"family": socket.AF_INET6, "iifname": host}, _RULE_PRIORITIES
+    node.rule("add", priority=own, src=config.addresses[1], src_len=128, table=_MAIN_TABLE, **v6)
+    node.rule("add", priority=other, action="prohibit", **v6)
+
+
+def _unguarded(node: Any, host: str, config: CniConfig, cookie: int) -> str | None:
+    """Why the pod could send from other addresses than its own; None: it cannot."""
+    if config.pins is not None:
+        return podfilter.check(Path(config.pins), podfilter.Pod(host, config.addresses), cookie)
+    rules = node.get_rules(family=socket.AF_INET6, iifname=host)
+    if tuple(sorted(rule.get("priority") for rule in rules)) != _RULE_PRIORITIES:
+        return "the rules against spoofing are gone"
+    return None
 
 
 def _flags(family: int) -> int:
@@ -224,7 +250,7 @@ def _has_route(netlink: Any, family: int, address: str, length: int, link: str) 
     return any(one.get("dst") == address and one.get("dst_len") == length for one in routes)
 
 
-def _remove(node: Any, host: str) -> None:
+def _remove(node: Any, host: str, config: CniConfig) -> None:
     for index in node.link_lookup(ifname=host):
         try:
             node.link("del", index=index)
@@ -235,3 +261,5 @@ def _remove(node: Any, host: str) -> None:
     for rule in list(node.get_rules(family=socket.AF_INET6, iifname=host)):
         priority = rule.get("priority")
         node.rule("del", family=socket.AF_INET6, iifname=host, priority=priority)
+    if config.pins is not None:
+        podfilter.detach(Path(config.pins), podfilter.Pod(host, config.addresses))

@@ -26,6 +26,9 @@
         headless: false           # true: no ClusterIP, the name leads to the pods' addresses
         sessionAffinity: None     # or ClientIP
         ports: [{name: http, port: 80, targetPort: http, protocol: TCP, appProtocol: http}]
+    manifests: [routes.yaml, gateways]  # files and directories with further objects, relative to
+                                  # lab.yaml: all nodes read them where they are, an edit takes
+                                  # effect at once. Gateways listen on the nodes' addresses
 
 Field names and meanings are those of Kubernetes' Pod and Service where it has them. Pods share
 files and process ids with the host; network, cgroup, host name and /etc/resolv.conf are their own.
@@ -51,6 +54,7 @@ from mesh.model.errors import FieldError, InvalidObject
 from mesh.model.meta import Model
 from mesh.model.schema import read
 from mesh.sources.manifest import UnreadableError, read_documents
+from mesh.sources.tree import is_manifest
 
 # Of a lab.
 MAX_NAME = 32
@@ -136,6 +140,7 @@ class LabConfig(Model, frozen=True, kw_only=True):
     outside: tuple[NamedConfig, ...] = ()
     pods: tuple[PodConfig, ...] = ()
     services: tuple[ServiceConfig, ...] = ()
+    manifests: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
 
 
 def read_config(file: Path) -> LabConfig:
@@ -153,7 +158,7 @@ def read_config(file: Path) -> LabConfig:
         raise LabError("\n".join(wrong))
     try:
         config = read(documents[0].value, LabConfig)
-        errors = tuple(_broken(config))
+        errors = (*_broken(config), *_missing(config, file.parent))
         if errors:
             raise InvalidObject(errors)
     except InvalidObject as invalid:
@@ -190,6 +195,14 @@ def _broken(config: LabConfig) -> Iterator[FieldError]:
         yield from _pod(f"pods[{i}]", pod, nodes)
     for i, service in enumerate(config.services):
         yield from _service(f"services[{i}]", service, config.pods)
+
+
+def _missing(config: LabConfig, directory: Path) -> Iterator[FieldError]:
+    for i, text in enumerate(config.manifests):
+        path = directory / text
+        if not path.is_dir() and not (path.is_file() and is_manifest(path.name)):
+            rule = "a directory, or a file *.yaml, *.yml or *.json"
+            yield FieldError(f"manifests[{i}]", rule, f"{path} is none: name one that is there")
 
 
 def _twice(what: str, named: Iterable[tuple[str, str]]) -> Iterator[FieldError]:

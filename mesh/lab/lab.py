@@ -84,9 +84,10 @@ def _refuse_foreign(plan: Plan) -> None:
 
 def _build(lab: LabDir, plan: Plan) -> None:
     lab.write(lab.manifests / "services.yaml", to_yaml(services(plan)))
+    lab.link_manifests(plan)
     for node in plan.nodes:
         Path(node.cgroup).mkdir(parents=True)
-        Path(node.system_cgroup).mkdir(parents=True)
+        Path(node.proxy_cgroup).mkdir(parents=True)
     for client in plan.outside:
         Path(client.cgroup).mkdir(parents=True)
     network.build(plan)

@@ -1,7 +1,8 @@
-"""The lab's Services and their endpoints as Kubernetes objects, for Weft's directory source.
+"""The lab's Services, pods and endpoints as Kubernetes objects, for Weft's directory source.
 
-As in a cluster, EndpointSlices name all pods that a Service selects, ready or not. Each node has
-slices of its own, so that nobody has to write what another node knows. Pure.
+They are as an API server would have them: a Pod from when it is scheduled until it is gone, and
+EndpointSlices with all pods that a Service selects, ready or not. Each node has pods and slices of
+its own, so that nobody has to write what another node knows. Pure.
 """
 
 from __future__ import annotations
@@ -53,6 +54,51 @@ def services(plan: Plan) -> Iterator[Object]:
                 ],
             },
         }
+
+
+def pods(plan: Plan, node: str, statuses: Mapping[str, PodStatus]) -> Iterator[Object]:
+    """The node's Pods, with what Weft and its policies can ask of them; statuses by the pods' keys.
+    A stopped pod is none any more."""
+    for pod in plan.pods_of(node):
+        status = statuses[pod.key]
+        if status.phase == "Stopped":
+            continue
+        metadata = {
+            "name": pod.name,
+            "namespace": pod.namespace,
+            "labels": pod.labels,
+            "annotations": pod.annotations,
+        }
+        if status.deletion_timestamp is not None:
+            metadata["deletionTimestamp"] = status.deletion_timestamp
+        ports = [
+            {"name": port.name, "containerPort": port.port, "protocol": port.protocol}
+            for port in pod.ports
+        ]
+        yield {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": metadata,
+            "spec": {
+                "nodeName": pod.node,
+                "serviceAccountName": pod.service_account,
+                "containers": [{"name": "main", "ports": ports}],
+            },
+            "status": {
+                "phase": _phase(status),
+                "conditions": [{"type": "Ready", "status": str(status.ready)}],
+                # They are the plan's, so they are known before there is a network.
+                "podIP": pod.addresses[0],
+                "podIPs": [{"ip": address} for address in pod.addresses],
+            },
+        }
+
+
+def _phase(status: PodStatus) -> str:
+    """Pod.status.phase, which has no word for a pod that is terminating."""
+    if status.phase == "Exited":
+        return "Failed" if status.exit_code else "Succeeded"
+    return "Running" if status.phase == "Terminating" else status.phase
 
 
 def endpoint_slices(plan: Plan, node: str, statuses: Mapping[str, PodStatus]) -> Iterator[Object]:

@@ -34,8 +34,6 @@ _ROUTER = {
     **_BEFORE_LINKS,
     "net.ipv4.ip_forward": 1,
     "net.ipv6.conf.all.forwarding": 1,
-    "net.ipv4.conf.all.rp_filter": 1,
-    "net.ipv4.conf.default.rp_filter": 1,
 }
 
 

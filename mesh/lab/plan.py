@@ -63,7 +63,7 @@ class PodPlan(Model, frozen=True, kw_only=True):
 
 class NodePlan(Model, frozen=True, kw_only=True):
     """`cgroup` holds the node's pods and nothing else, `system_cgroup` the processes that are the
-    node's own, whose connections nobody steers."""
+    node's own, whose connections nobody steers; those of its proxy are in one below it."""
 
     name: str
     addresses: Addresses
@@ -75,6 +75,10 @@ class NodePlan(Model, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         return f"node/{self.name}"
+
+    @property
+    def proxy_cgroup(self) -> str:
+        return f"{self.system_cgroup}/proxy"
 
 
 class OutsidePlan(Model, frozen=True, kw_only=True):
@@ -118,7 +122,8 @@ class FabricPlan(Model, frozen=True, kw_only=True):
 
 
 class Plan(Model, frozen=True, kw_only=True):
-    """`directory` is where pods' commands start; `cgroup` the root of all cgroups of the lab."""
+    """`directory` is where pods' commands start; `cgroup` the root of all cgroups of the lab;
+    `manifests` are files and directories with further objects."""
 
     name: str
     directory: str
@@ -128,6 +133,7 @@ class Plan(Model, frozen=True, kw_only=True):
     outside: tuple[OutsidePlan, ...]
     pods: tuple[PodPlan, ...]
     services: tuple[ServicePlan, ...]
+    manifests: tuple[str, ...]
 
     def node(self, name: str) -> NodePlan:
         return next(node for node in self.nodes if node.name == name)
@@ -191,6 +197,7 @@ def make_plan(config: LabConfig, name: str, directory: Path, cgroup_root: Path) 
             )
             for i, one in enumerate(config.services)
         ),
+        manifests=tuple(os.path.abspath(directory / path) for path in config.manifests),
     )
 
 

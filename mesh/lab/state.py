@@ -2,7 +2,8 @@
 
     plan.json        the journal: written before anything is made, removed after all else is gone
     up               there once the lab was complete
-    manifests/       Namespaces, Services and EndpointSlices, for Weft's directory source
+    manifests/       Namespaces, Services, Pods and EndpointSlices, for Weft's directory source; and
+                     links to the manifests that lab.yaml names
     nodes/<node>.json  what the node's supervisor last said of its pods
     nodes/<node>.log   what went wrong in the supervisor
     nodes/<node>.sock  where the supervisor takes orders
@@ -43,7 +44,8 @@ Phase = Literal["Pending", "Running", "Exited", "Failed", "Terminating", "Stoppe
 
 class PodStatus(Model, frozen=True, kw_only=True):
     """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed. A pod
-    that is Terminating still serves; one that is Stopped has no process, network or cgroup."""
+    that is Terminating still serves, and has a `deletion_timestamp` (RFC 3339); one that is Stopped
+    has no process, network or cgroup."""
 
     key: str
     phase: Phase
@@ -51,6 +53,7 @@ class PodStatus(Model, frozen=True, kw_only=True):
     pid: int | None = None
     exit_code: int | None = None
     message: str = ""
+    deletion_timestamp: str | None = None
 
     @property
     def settled(self) -> bool:
@@ -154,6 +157,12 @@ class LabDir:
         self.write(self._plan, msgspec.json.encode(plan))
         for directory in (self.manifests, self.nodes, self.logs):
             directory.mkdir()
+
+    def link_manifests(self, plan: Plan) -> None:
+        """Links to the manifests that lab.yaml names, after the lab's own by name: of two objects
+        of one name the source takes the first."""
+        for number, target in enumerate(plan.manifests):
+            (self.manifests / f"user.{number}.{Path(target).name}").symlink_to(target)
 
     def remove(self) -> None:
         """Forget everything, the journal last; only when nothing else is left of the lab. A

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import os
 import socket
 import subprocess
@@ -24,13 +25,14 @@ from pathlib import Path
 
 import msgspec
 
+from bpf.podfilter import is_loaded
 from mesh.lab import cni
 from mesh.lab.cgroups import remove_tree
 from mesh.lab.dns import Names, serve
 from mesh.lab.enter import enter_pod, pod_env, write_etc
 from mesh.lab.errors import LabError
 from mesh.lab.kernel import CLONE_NEWNET, create_netns, join, remove_netns
-from mesh.lab.manifests import endpoint_slices, to_yaml
+from mesh.lab.manifests import endpoint_slices, pods, to_yaml
 from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan, PodPlan, ServicePlan
 from mesh.lab.state import LabDir, NodeStatus, PodStatus
 
@@ -61,8 +63,9 @@ class Supervisor:
         self._changed = asyncio.Event()
 
     def start_weft(self) -> None:
-        """Start the node's Weft and wait until it is ready, so that pods are steered from their
-        first connection."""
+        """Start the node's Weft and wait until it is ready, so that pods are known and steered
+        from their first connection."""
+        self._publish()
         run_dir = self._lab.weft(self._node.name).path
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
@@ -77,6 +80,8 @@ class Supervisor:
                     *(sys.executable, "-P", "-m", "mesh.agent.supervisor", "--workers=1"),
                     f"--manifests={self._lab.manifests}",
                     f"--run-dir={run_dir}",
+                    # Gateways are reached at the node's addresses.
+                    "--bind-address=::",
                     f"--steer={self._node.cgroup}",
                 ],
                 stdin=subprocess.DEVNULL,
@@ -133,7 +138,8 @@ class Supervisor:
         network."""
         if self._status[pod.key].phase == "Stopped":
             return
-        self._set(pod.key, phase="Terminating", ready=False)
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._set(pod.key, phase="Terminating", ready=False, deletion_timestamp=now)
         process = self._processes.get(pod.key)
         if process is not None:
             self._publish()
@@ -141,7 +147,7 @@ class Supervisor:
             await self._until(lambda: pod.key not in self._processes, GRACE_S)
         # In a thread for pyroute2's sake; a thread is in the network namespace of its creator.
         await asyncio.to_thread(self._remove, pod)
-        self._set(pod.key, phase="Stopped", pid=None)
+        self._status[pod.key] = PodStatus(key=pod.key, phase="Stopped")
         self._publish()
 
     async def _start_again(self, pod: PodPlan) -> None:
@@ -149,6 +155,8 @@ class Supervisor:
         if self._status[pod.key].phase == "Running":
             raise LabError(f"{pod.key} is running: stop it first")
         await self._stop(pod)
+        self._status[pod.key] = PodStatus(key=pod.key, phase="Pending")
+        self._publish()
         try:
             await asyncio.to_thread(self._add, pod)
             self._start(pod)
@@ -169,15 +177,23 @@ class Supervisor:
     def _remove(self, pod: PodPlan) -> None:
         """What is left of it, if anything."""
         remove_tree(Path(pod.cgroup))
-        cni.delete(pod.container_id, IFNAME)
+        cni.delete(pod.container_id, IFNAME, self._network(pod))
         remove_netns(Path(pod.netns))
 
     def _add(self, pod: PodPlan) -> None:
         Path(pod.cgroup).mkdir()
         create_netns(Path(pod.netns))
-        config = cni.CniConfig(addresses=pod.addresses, node_addresses=self._node.addresses)
-        cni.add(pod.container_id, pod.netns, IFNAME, config)
+        cni.add(pod.container_id, pod.netns, IFNAME, self._network(pod))
         write_etc(self._lab, pod)
+
+    def _network(self, pod: PodPlan) -> cni.CniConfig:
+        directory = self._lab.weft(self._node.name).pins
+        return cni.CniConfig(
+            addresses=pod.addresses,
+            node_addresses=self._node.addresses,
+            # Where Weft has no rights to load eBPF programs, pods run without.
+            pins=str(directory) if is_loaded(directory) else None,
+        )
 
     def _start(self, pod: PodPlan) -> None:
         if not pod.command:
@@ -239,11 +255,11 @@ class Supervisor:
             self._loop.call_soon(self._publish)
 
     def _publish(self) -> None:
-        """Endpoints first: whoever sees a pod ready finds it among them."""
+        """Pods and endpoints first: whoever sees a pod ready finds it among them."""
         self._publishing = False
-        slices = endpoint_slices(self._plan, self._node.name, self._status)
-        file = self._lab.manifests / f"endpoints.{self._node.name}.yaml"
-        self._lab.write(file, to_yaml(slices))
+        for what, objects in (("pods", pods), ("endpoints", endpoint_slices)):
+            file = self._lab.manifests / f"{what}.{self._node.name}.yaml"
+            self._lab.write(file, to_yaml(objects(self._plan, self._node.name, self._status)))
         status = NodeStatus(pid=os.getpid(), pods=tuple(self._status.values()))
         self._lab.write_node_status(self._node.name, status)
 

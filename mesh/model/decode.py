@@ -24,6 +24,7 @@ from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.listenerset import ListenerSet
 from mesh.model.meta import Model, ObjectKey
+from mesh.model.pod import Pod
 from mesh.model.referencegrant import ReferenceGrant
 from mesh.model.references import GROUP
 from mesh.model.rules import Rules
@@ -55,6 +56,7 @@ Object: TypeAlias = (
     | EndpointSlice
     | Secret
     | ConfigMap
+    | Pod
     | GatewayClass
     | Gateway
     | ListenerSet
@@ -86,6 +88,7 @@ KINDS: dict[tuple[str, str], KindInfo] = {
         ("", KindInfo(Service, "Service", True, ("v1",), "services", ("svc",), LABEL_1035)),
         ("", KindInfo(Secret, "Secret", True, ("v1",), "secrets")),
         ("", KindInfo(ConfigMap, "ConfigMap", True, ("v1",), "configmaps", ("cm",))),
+        ("", KindInfo(Pod, "Pod", True, ("v1",), "pods", ("po",))),
         (
             "discovery.k8s.io",
             KindInfo(EndpointSlice, "EndpointSlice", True, ("v1",), "endpointslices"),

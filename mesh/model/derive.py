@@ -23,7 +23,8 @@ _NOTHING: frozenset[Key] = frozenset()
 
 
 class Index(NamedTuple):
-    """`buckets(key, value)` names the buckets of `name` in which a key of `table` stands."""
+    """`buckets(key, value)` names the buckets of `name` in which a key of `table` stands. Several
+    may share a name: one index over several tables, whose keys must differ."""
 
     name: str
     table: str
@@ -93,7 +94,8 @@ class Derivation:
         self._over: dict[str, list[Index]] = {}
         for index in indexes:
             self._over.setdefault(index.table, []).append(index)
-        readable: set[str] = set(inputs) | {i.name for i in indexes if i.table in self.tables}
+        ready = set(inputs)
+        readable: set[str] = ready | self._complete(ready)
         self._readable: dict[str, frozenset[str]] = {}
         self._keyed_by: dict[str, list[str]] = {}
         for rule in self._rules:
@@ -102,14 +104,19 @@ class Derivation:
             self.tables[rule.name] = {}
             self._readable[rule.name] = frozenset(readable)
             self._keyed_by.setdefault(rule.keys, []).append(rule.name)
-            readable.add(rule.name)
-            readable.update(i.name for i in self._over.get(rule.name, ()))
+            ready.add(rule.name)
+            readable |= ready | self._complete(ready)
         self._view = View(self.tables, self.indexes)
         self._reads: dict[_Cell, set[_Cell]] = {}
         self._readers: dict[_Cell, set[_Cell]] = {}
         self._dirty: dict[str, set[Key]] = {rule.name: set() for rule in self._rules}
         # Defects: (table, key) whose function raised at its last computation, and what.
         self.failures: dict[_Cell, Exception] = {}
+
+    def _complete(self, ready: AbstractSet[str]) -> set[str]:
+        """The indexes whose tables are all among `ready`."""
+        names = set(self.indexes)
+        return names - {i.name for table in self._over.keys() - ready for i in self._over[table]}
 
     def apply(self, changes: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[Key, Change]]:
         """Put (or, with None, remove) input entries; compute what follows.

@@ -30,6 +30,10 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="cam
     changes. An absent list is (), another absent field None or its schema's default."""
 
 
+class LenientModel(Model, frozen=True, forbid_unknown_fields=False, gc=False):
+    """A part of which only some fields are read: others are passed over, not refused."""
+
+
 class OwnerReference(Model, frozen=True, kw_only=True):
     api_version: str
     kind: str

@@ -122,7 +122,7 @@ class CertificateSection(msgspec.Struct, frozen=True, tag="certificate"):
         return "CertificateSection(…)"
 
 
-# --- the mesh --------------------------------------------------------------------------------------
+# --- the mesh -----------------------------------------------------------------------------------
 
 
 class MeshPort(msgspec.Struct, frozen=True, omit_defaults=True, tag="mesh-port"):

@@ -21,6 +21,7 @@ from mesh.model.core import (
 )
 from mesh.model.errors import FieldError
 from mesh.model.meta import ObjectMeta
+from mesh.model.pod import PodIP, PodStatus
 from mesh.model.rules import Check, Finding, duplicates
 from mesh.model.scalars import DNS_LABEL, DNS_SUBDOMAIN, LABEL_KEY, LABEL_VALUE
 from mesh.model.schema import found
@@ -193,6 +194,21 @@ def _slice_ports_unique(slice: EndpointSlice) -> Finding:
     return None
 
 
+# --- Pod -----------------------------------------------------------------------------------------
+
+
+def _pod_ip(address: str) -> Finding:
+    if not address or _ip_version(address) is not None:
+        return None
+    return f"found {found(address)}; write an address, or leave it out"
+
+
+def _pod_ips(status: PodStatus) -> Finding:
+    if not status.pod_ip or not status.pod_ips or status.pod_ips[0].ip == status.pod_ip:
+        return None
+    return f"podIP is {status.pod_ip}, podIPs begins with {found(status.pod_ips[0].ip)}"
+
+
 # --- Secret and ConfigMap ------------------------------------------------------------------------
 
 _DATA_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}\Z")
@@ -259,6 +275,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(EndpointSlice, None, "port names must be unique", _slice_ports_unique),
     Check(Endpoint, None, "1 to 100 addresses are required", _few_addresses),
+    Check(PodStatus, "pod_ip", "must be an IP address", _pod_ip),
+    Check(PodStatus, None, "podIPs must begin with podIP", _pod_ips),
+    Check(PodIP, "ip", "must be an IP address", _pod_ip),
     Check(Secret, "data", _DATA_KEY_RULE, _data_keys),
     Check(Secret, None, _SIZE_RULE, _secret_size),
     Check(Secret, None, "type kubernetes.io/tls needs tls.crt and tls.key", _tls_secret),

@@ -136,6 +136,8 @@ class _Reader:
             where = f"{path}.{_step(name)}" if path else _step(name)
             attribute = attributes.get(name)
             if attribute is None:
+                if not model.__struct_config__.forbid_unknown_fields:
+                    continue
                 self.errors.append(
                     FieldError(
                         where,

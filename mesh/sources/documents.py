@@ -17,7 +17,7 @@ from mesh.sources.manifest import Document
 HARMLESS = frozenset(
     (
         *("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "ServiceAccount"),
-        *("CronJob", "DaemonSet", "Deployment", "Job", "Pod", "PodTemplate", "ReplicaSet"),
+        *("CronJob", "DaemonSet", "Deployment", "Job", "PodTemplate", "ReplicaSet"),
         *("ReplicationController", "StatefulSet", "HorizontalPodAutoscaler", "PriorityClass"),
         *("PersistentVolume", "PersistentVolumeClaim", "StorageClass", "PodDisruptionBudget"),
         *("CustomResourceDefinition", "Event", "Lease", "LimitRange", "Node", "ResourceQuota"),
@@ -162,7 +162,9 @@ def _decode(item: _Item, where: Problem, problems: list[Problem]) -> Object | No
         return None
     if item.errors:
         return None
-    raw = {key: value for key, value in item.value.items() if key != "status"}
+    # A status in a file is old, but for Pods': kubelet's, and where the pod is.
+    kept = where.kind == "Pod"
+    raw = {key: value for key, value in item.value.items() if kept or key != "status"}
     try:
         return decode(raw)
     except UnsupportedKind as error:

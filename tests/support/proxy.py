@@ -9,6 +9,7 @@ import socket
 import ssl
 import sys
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from mesh.model.channel import (
     encode_frame,
     send_control,
 )
+from mesh.model.flow import Flows
 from mesh.model.nodeconfig import (
     Ack,
     Attachment,
@@ -61,6 +63,8 @@ class WorkerProcess:
     def __init__(self) -> None:
         self.config = NodeConfig.empty()
         self._reader = FrameReader()
+        self._messages: deque[Any] = deque()
+        self._flows: deque[Flows] = deque()
         self._channel_out: asyncio.StreamWriter | None = None
 
     async def start(
@@ -101,6 +105,7 @@ class WorkerProcess:
         theirs.close()
         self._channel_in, self._channel_out = await asyncio.open_connection(sock=ours)
         self._reader = FrameReader()
+        self._messages.clear()
         if self.config.version:
             self._channel_out.write(encode_frame(self.config.whole()))
             await self.ack()
@@ -114,14 +119,30 @@ class WorkerProcess:
             self._channel_out = None
 
     async def ack(self) -> Ack:
-        """The next acknowledgement."""
+        """The next acknowledgement; flows that come before it are kept."""
         while True:
+            message = await self._message()
+            if isinstance(message, Ack):
+                return message
+            self._flows.append(message)
+
+    async def flows(self) -> Flows:
+        """The next batch of flow records."""
+        while not self._flows:
+            message = await self._message()
+            assert isinstance(message, Flows)
+            self._flows.append(message)
+        return self._flows.popleft()
+
+    async def _message(self) -> Ack | Flows:
+        while not self._messages:
             data = await self._channel_in.read(65536)
             if not data:
                 raise ConnectionError("the worker closed the config channel")
-            for message in self._reader.receive(data):
-                assert isinstance(message, Ack)
-                return message
+            self._messages.extend(self._reader.receive(data))
+        message = self._messages.popleft()
+        assert isinstance(message, Ack | Flows)
+        return message
 
     async def apply(
         self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...] = ()

@@ -1,0 +1,55 @@
+"""The mesh on this node: its name, and where the proxy takes the connections of workloads."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from gateway.keys import PortKey
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, MeshPort, SectionKey, port_key
+
+
+class Mesh(NamedTuple):
+    """`addresses`: at most one of each family; none: there is no mesh on this node, and nothing is
+    steered to the proxy. `node` "": nobody knows which pods are this node's."""
+
+    node: str = ""
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def on(self) -> bool:
+        return bool(self.addresses)
+
+    def check(self) -> None:
+        """ValueError: the addresses are none, or two of one family."""
+        families = [ipaddress.ip_address(address).version for address in self.addresses]
+        if len(set(families)) < len(families):
+            raise ValueError(
+                f"mesh addresses {', '.join(self.addresses)}: give one of each family at most"
+            )
+
+    def at(self, address: str) -> str | None:
+        """The mesh address to which connections to `address` are steered: the one of its family."""
+        return next((one for one in self.addresses if (":" in one) == (":" in address)), None)
+
+    def serves(self, addresses: Iterable[str]) -> tuple[str, ...]:
+        return tuple(address for address in addresses if self.at(address) is not None)
+
+    def sections(self) -> Iterator[tuple[SectionKey, MeshPort]]:
+        for address in self.addresses:
+            http = MeshPort(address, MESH_HTTP_PORT, "http")
+            relay = MeshPort(address, MESH_RELAY_PORT, "relay")
+            for port in (http, relay):
+                yield port_key(address, port.port), port
+
+    @property
+    def ports(self) -> frozenset[PortKey]:
+        return frozenset((port.address, port.port) for _, port in self.sections())
+
+    def reserves(self, port: PortKey) -> bool:
+        """Whether a Gateway that listens on `port` would be in the mesh's way."""
+        address, number = port
+        if number not in (MESH_HTTP_PORT, MESH_RELAY_PORT) or not self.on:
+            return False
+        return address in self.addresses or ipaddress.ip_address(address).is_unspecified

@@ -1,0 +1,261 @@
+"""Services as parents of mesh routes: which ports routes attach to, and the ServiceSections that
+follow (GEP-1426, GEP-1324).
+
+A route of the Service's own namespace is a producer route, for all clients; one of another
+namespace a consumer route, for clients of that namespace alone, who then get no producer routes.
+Hostnames of routes say nothing here. Knows routes as what is attached, no rules and no filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from gateway.conditions import Problem
+from gateway.declared import Speaks, speaks
+from gateway.entries import owner
+from gateway.keys import ClusterRef, MeshListener, ServicePortKey, mesh_listener
+from gateway.node import Mesh
+from mesh.model.core import Service
+from mesh.model.derive import View
+from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import (
+    MESH_HTTP_PORT,
+    Attachment,
+    SectionKey,
+    ServiceSection,
+    entry_key,
+    port_key,
+)
+from mesh.model.references import ParentReference
+
+
+class Door(NamedTuple):
+    """A TCP port of a Service, as mesh routes see it. `addresses`: cluster IPs under which the
+    proxy is asked for it; `http`: by what the port declares, it goes to the proxy in any case."""
+
+    number: int
+    name: str
+    speaks: Speaks
+    addresses: tuple[str, ...]
+    http: bool
+    cluster: ClusterRef
+
+
+class Doors(NamedTuple):
+    """The TCP ports of a Service. `problem`: why no route can be attached to any; `others`: its
+    ports of other protocols."""
+
+    doors: tuple[Door, ...]
+    problem: Problem | None
+    others: tuple[int, ...] = ()
+
+
+class MeshService(NamedTuple):
+    """A Service port whose requests the proxy routes."""
+
+    section: ServiceSection
+    cluster: ClusterRef
+
+
+def doors(mesh: Mesh) -> Callable[[View, ObjectKey], Doors | None]:
+    def compute(view: View, key: ObjectKey) -> Doors | None:
+        if not mesh.on:
+            return None
+        service: Service = view.get("Service", key)
+        problem = _closed(mesh, key, service)
+        if problem is not None:
+            return Doors((), problem)
+        addresses = mesh.serves(_cluster_ips(service))
+        # The proxy knows no client affinity, so without a route the kernel goes on balancing.
+        plain = service.spec.session_affinity == "ClientIP"
+        found: list[Door] = []
+        for port in service.spec.ports:
+            if port.protocol == "TCP":
+                own = (a for a in addresses if owner(view, (a, port.port, "TCP")) == key)
+                said = speaks(port)
+                # What only the name tells, the cluster would not know.
+                grpc = said == "http2" and not port.app_protocol
+                ref = ClusterRef(*key, port.port, grpc)
+                http = said in ("http1", "http2") and not plain
+                found.append(Door(port.port, port.name, said, tuple(own), http, ref))
+        others = tuple(port.port for port in service.spec.ports if port.protocol != "TCP")
+        return Doors(tuple(found), None, others)
+
+    return compute
+
+
+def _cluster_ips(service: Service) -> tuple[str, ...]:
+    found = service.spec.cluster_ips or (service.spec.cluster_ip,)
+    return tuple(address for address in found if address and address != "None")
+
+
+def _closed(mesh: Mesh, key: ObjectKey, service: Service) -> Problem | None:
+    if service.spec.type == "ExternalName":
+        message = f"Service {key} is of type ExternalName, which has no traffic of its own to route"
+        return Problem("UnsupportedValue", message)
+    if service.spec.cluster_ip == "None":
+        message = (
+            f"Service {key} is headless: clients ask for its pods, and requests to those are not"
+            " routed; use a Service with a cluster IP"
+        )
+        return Problem("UnsupportedValue", message)
+    addresses = _cluster_ips(service)
+    if not addresses:
+        return Problem("Pending", f"Service {key} has no cluster IP yet")
+    if not mesh.serves(addresses):
+        message = (
+            f"Service {key} has cluster IP {', '.join(addresses)}, and the mesh of this node has"
+            f" no address of that family ({', '.join(mesh.addresses)}); add a --mesh-address"
+        )
+        return Problem("UnsupportedValue", message)
+    return None
+
+
+def http_ports(key: ObjectKey, found: Doors) -> Iterator[ServicePortKey]:
+    """The ports of a Service to which routes may be attached (for an index)."""
+    for door in found.doors:
+        if door.addresses and door.speaks != "other":
+            yield ServicePortKey(*key, door.number)
+
+
+def listener_port(listener: MeshListener, _: object) -> Iterator[ServicePortKey]:
+    """The Service port that mesh routes are attached to (for an index)."""
+    yield listener.port
+
+
+def services(view: View, key: ServicePortKey) -> MeshService | None:
+    """None: the port declares nothing, and no route is attached to it."""
+    found: Doors = view.get("service_doors", key.service)
+    door = next(one for one in found.doors if one.number == key.port)
+    attached: list[MeshListener] = sorted(
+        view.bucket("listeners_of_service", key), key=lambda one: one.consumer or ""
+    )
+    if not door.http and not attached:
+        return None
+    section = ServiceSection(
+        namespace=key.namespace,
+        name=key.name,
+        port=key.port,
+        addresses=door.addresses,
+        cluster=door.cluster.section,
+        producers=any(one.consumer is None for one in attached),
+        consumers=tuple(one.consumer for one in attached if one.consumer is not None),
+    )
+    return MeshService(section, door.cluster)
+
+
+def own_clusters(key: ServicePortKey, service: MeshService) -> Iterator[ClusterRef]:
+    """The cluster of a Service's own endpoints (for an index)."""
+    yield service.cluster
+
+
+def section(view: View, key: ServicePortKey) -> ServiceSection:
+    service: MeshService = view.get("services", key)
+    return service.section
+
+
+# --- routes --------------------------------------------------------------------------------------
+
+
+def attach(
+    view: View, mesh: Mesh, namespace: str, ref: ParentReference, target: ObjectKey
+) -> tuple[tuple[Attachment, ...], Problem | None]:
+    """What a route of `namespace` is attached to by a reference to a Service, or why to nothing."""
+    if not mesh.on:
+        message = (
+            f"parentRef to Service {target}: there is no mesh on this node, so nothing would route"
+            " requests to it; start Weft with --steer CGROUP (weft validate: with --mesh-address)"
+        )
+        return (), Problem("UnsupportedValue", message)
+    found: Doors | None = view.get("service_doors", target)
+    if found is None:
+        return (), Problem("NoMatchingParent", f"Service {target} does not exist")
+    if found.problem is not None:
+        return (), found.problem
+    selected = [
+        door
+        for door in found.doors
+        if ref.section_name in (None, door.name) and ref.port in (None, door.number)
+    ]
+    if not selected:
+        return (), Problem("NoMatchingParent", _no_such_port(ref, target, found))
+    # A reference to the whole Service is one to all its ports; those that say that they speak
+    # something else would only be broken by it.
+    open_doors = [door for door in selected if door.speaks != "other" and door.addresses]
+    if not open_doors:
+        return (), _refusal(target, selected[0])
+    consumer = None if namespace == target.namespace else namespace
+    ports = (ServicePortKey(*target, door.number) for door in open_doors)
+    return tuple(Attachment(MeshListener(port, consumer).id, ("*",)) for port in ports), None
+
+
+def _no_such_port(ref: ParentReference, target: ObjectKey, found: Doors) -> str:
+    wish = " ".join(
+        f"{what} {value}"
+        for what, value in (("named", ref.section_name), ("number", ref.port))
+        if value is not None
+    )
+    has = ", ".join(
+        f"{one.number} ({one.name})" if one.name else str(one.number) for one in found.doors
+    )
+    if ref.port in found.others:
+        return f"Service {target} port {ref.port} is not TCP; only HTTP requests can be routed"
+    return f"Service {target} has no TCP port {wish}".rstrip() + f" (it has {has or 'none'})"
+
+
+def _refusal(target: ObjectKey, door: Door) -> Problem:
+    if door.speaks != "other":
+        message = (
+            f"Service {target} port {door.number}: another Service, which is older, has its"
+            " cluster IP and port"
+        )
+        return Problem("UnsupportedValue", message)
+    message = (
+        f"Service {target} port {door.number} declares by its appProtocol or its name"
+        f" ({door.name}) that it does not speak HTTP; if it does, set appProtocol: http"
+    )
+    return Problem("UnsupportedValue", message)
+
+
+class Trouble(NamedTuple):
+    """Why requests are not routed although a route is attached. `pending`: it may still be well."""
+
+    problem: Problem
+    pending: bool
+
+
+def trouble(view: View, mesh: Mesh, attachments: tuple[Attachment, ...]) -> Trouble | None:
+    """What the data plane says of the Service ports that a route is attached to."""
+    waiting: list[str] = []
+    for attachment in attachments:
+        listener = mesh_listener(attachment.listener)
+        service: MeshService | None = view.get("services", listener.port) if listener else None
+        if listener is None or service is None:
+            continue
+        addresses = service.section.addresses
+        entries = (entry_key(address, listener.port.port, "TCP") for address in addresses)
+        for key in (listener.port.section, *entries):
+            if reason := view.get("refusals", key):
+                message = f"the data plane refused {key}: {reason}"
+                return Trouble(Problem("UnsupportedValue", message), pending=False)
+        for port in dict.fromkeys((mesh.at(address), MESH_HTTP_PORT) for address in addresses):
+            address, number = port
+            where = f"port {number} of the mesh address {address}"
+            if refusal := view.get("refusals", _port_section(port)):
+                message = f"the data plane refused {where}: {refusal}"
+                return Trouble(Problem("UnsupportedValue", message), pending=False)
+            bound: str | None = view.get("binds", port)
+            if bound:
+                message = f"the proxy cannot listen on {where}: {bound}"
+                return Trouble(Problem("PortUnavailable", message), pending=False)
+            if bound is None:
+                waiting.append(where)
+    if not waiting:
+        return None
+    text = f"waiting for {', '.join(dict.fromkeys(waiting))} to be bound"
+    return Trouble(Problem("Pending", text), pending=True)
+
+
+def _port_section(port: tuple[str | None, int]) -> SectionKey:
+    return port_key(port[0] or "", port[1])

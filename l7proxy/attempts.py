@@ -1,0 +1,132 @@
+"""The attempts of one request: endpoint after endpoint until one gives a response that stands.
+
+What is repeated without being asked to is what RFC 9110 §9.2.2 lets a proxy repeat; what a route
+asks for is GEP-1731's. Knows clusters and attempts, nothing of routes' choice or of clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from l7proxy import metrics
+from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
+from l7proxy.entry import Reply
+from l7proxy.message import RequestHead, ResponseHead
+from l7proxy.record import Record
+from l7proxy.request_body import RequestBody
+from l7proxy.routing import CompiledBackend, CompiledRule
+from l7proxy.streams import ServerStream
+from l7proxy.upstream import Clusters, UpstreamError
+from mesh.model.nodeconfig import CertificateSection, Retry, SectionKey
+
+# How often a request is sent again although no route asks for it: where that is safe.
+_SAFE_REPEATS = 2
+_BACKOFF_CAP_S = 10.0
+_MAX_DOUBLINGS = 16
+
+
+class Attempts:
+    """`certificate` is what TLS backends are shown."""
+
+    def __init__(
+        self,
+        clusters: Clusters,
+        stream: ServerStream,
+        body: RequestBody,
+        record: Record,
+        certificate: tuple[SectionKey, CertificateSection] | None,
+    ) -> None:
+        self._clusters = clusters
+        self._stream = stream
+        self._body = body
+        self._record = record
+        self._certificate = certificate
+        self._loop = asyncio.get_running_loop()
+
+    async def run(
+        self, head: RequestHead, rule: CompiledRule, backend: CompiledBackend, prefer: str | None
+    ) -> tuple[Attempt, ResponseHead]:
+        """Reply: no endpoint gave a response that stands."""
+        retry = rule.retry
+        repeats, retries = _SAFE_REPEATS, 0
+        avoid: set[str] = set()
+        while True:
+            outcome = await self._attempt(head, rule, backend, prefer, avoid)
+            failure = outcome if isinstance(outcome, Failure) else None
+            status = outcome.status if isinstance(outcome, Failure) else outcome[1].status
+            safe = failure is not None and failure.repeatable and repeats > 0
+            asked = (
+                retry is not None
+                and retries < retry.attempts
+                and (status in retry.codes or (failure is not None and failure.retryable))
+            )
+            if not (safe or asked) or not self._body.repeatable:
+                if isinstance(outcome, Failure):
+                    raise Reply(outcome.status, outcome.reason, outcome.detail)
+                return outcome
+            metrics.RETRIES.labels(backend.label).inc()
+            if not isinstance(outcome, Failure):
+                attempt, _ = outcome
+                attempt.finish(status)
+            # Other endpoints' kept connections may be stale as well; this one's next is a new one.
+            stale = failure is not None and failure.stale
+            prefer = self._record.endpoint if stale else None
+            if not stale:
+                avoid.add(self._record.endpoint)
+            if safe:
+                repeats -= 1
+            elif retry is not None:
+                await self._back_off(retry, retries)
+                retries += 1
+
+    async def _attempt(
+        self,
+        head: RequestHead,
+        rule: CompiledRule,
+        backend: CompiledBackend,
+        prefer: str | None,
+        avoid: set[str],
+    ) -> tuple[Attempt, ResponseHead] | Failure:
+        cluster = self._clusters.get(backend.cluster or "")
+        if cluster is None:
+            return Failure(503, "no_endpoints", f"{backend.label} is not known here")
+        self._record.attempts += 1
+        self._record.endpoint = ""
+        timeout = rule.backend_timeout_s
+        limit = self._loop.time() + timeout if timeout is not None else None
+        attempt: Attempt | None = None
+        try:
+            async with asyncio.timeout_at(limit):
+                lease = await cluster.acquire(
+                    client_certificate=self._certificate, avoid=avoid, prefer=prefer
+                )
+                self._record.endpoint = lease.endpoint_id
+                self._record.destination = lease.endpoint
+                attempt = Attempt(lease, self._stream, self._body, limit)
+                response = await attempt.response(head)
+        except UpstreamError as error:
+            metrics.UPSTREAM_FAILURES.labels(backend.label, error.reason).inc()
+            # Nothing has been sent.
+            return Failure(error.status, error.reason, str(error), retryable=True)
+        except TimeoutError:
+            metrics.UPSTREAM_FAILURES.labels(backend.label, "timeout").inc()
+            if attempt is not None:
+                attempt.lease.failed("timeout")
+            return Failure(
+                504,
+                "backend_timeout",
+                "no response in the route's backend timeout",
+                retryable=attempt is None or head.method in IDEMPOTENT,
+            )
+        if isinstance(response, Failure):
+            metrics.UPSTREAM_FAILURES.labels(backend.label, response.reason).inc()
+            return response
+        return attempt, response
+
+    async def _back_off(self, retry: Retry, retries: int) -> None:
+        """Wait at least the route's backoff, doubled with every retry, jittered upwards."""
+        if retry.backoff_ms:
+            doubled = retry.backoff_ms / 1000 * 2 ** min(retries, _MAX_DOUBLINGS)
+            wait = max(retry.backoff_ms / 1000, min(doubled, _BACKOFF_CAP_S))
+            await asyncio.sleep(wait * (1 + random.random() / 4))

@@ -1,0 +1,137 @@
+"""Flow records on their way from worker to agent: gathered, sent in batches, lost if need be.
+
+What nobody could receive is not even made: without a channel, or while the agent does not read what
+it was sent, records are lost, and counted. Knows requests as the log does, and no kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from l7proxy import metrics
+from l7proxy.accesslog import MAX_NAME, cut
+from l7proxy.handles import Destination
+from l7proxy.record import Record
+from l7proxy.streams import ConnectionInfo
+from mesh.model.channel import encode_frame
+from mesh.model.flow import Flow, Flows, HttpFlow, Peer, Verdict
+
+# A batch is sent when it has so many records, or this long after its first, in seconds.
+_BATCH = 256
+_FLUSH_S = 0.1
+# Bytes that may wait for the agent to read them; some 10,000 records.
+_MAX_BACKLOG = 2 * 1024 * 1024
+
+
+class FlowLog:
+    """The records that are to be sent."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._records: list[Flow] = []
+        self._lost = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connect(self, transport: asyncio.Transport) -> None:
+        """Send through this channel from now on."""
+        self._transport = transport
+
+    def disconnect(self, transport: asyncio.Transport) -> None:
+        """The channel is gone, if it was not replaced before."""
+        if self._transport is transport:
+            self._transport = None
+
+    @property
+    def wanted(self) -> bool:
+        """Somebody reads. What is not made because of this is to be counted with `lose`."""
+        transport = self._transport
+        return transport is not None and transport.get_write_buffer_size() <= _MAX_BACKLOG
+
+    def lose(self, count: int = 1) -> None:
+        self._lost += count
+        metrics.FLOWS_LOST.inc(count)
+
+    def request(self, record: Record, info: ConnectionInfo) -> None:
+        """A request that has ended, its record closed."""
+        if not self.wanted:
+            self.lose()
+            return
+        endpoint = record.destination
+        if endpoint is not None:
+            destination = Peer(endpoint.address, endpoint.port, "", endpoint.name)
+        else:
+            asked = info.steered.asked if info.steered is not None else Destination(*info.local)
+            destination = Peer(asked.address, asked.port)
+        address, port = info.peer
+        self._add(
+            Flow(
+                time=time.time_ns(),
+                verdict=record.verdict,
+                # Behind proxies of ours the client is another, and its port unknown.
+                source=Peer(record.client, port if record.client == address else 0),
+                destination=destination,
+                reason=record.reason,
+                service=record.service,
+                http=HttpFlow(
+                    method=cut(record.head.method, MAX_NAME),
+                    host=cut(record.host, MAX_NAME),
+                    path=cut(record.path),
+                    status=record.status,
+                    protocol="HTTP/" + record.head.version.decode("latin-1"),
+                    latency_ms=round(record.elapsed * 1000, 3),
+                    bytes_in=record.bytes_in,
+                    bytes_out=record.bytes_out,
+                    request_id=record.request_id,
+                ),
+                gateway=record.gateway if info.steered is None else "",
+                route=record.route,
+            )
+        )
+
+    def connection(
+        self,
+        source: tuple[str, int],
+        destination: tuple[str, int],
+        verdict: Verdict,
+        reason: str,
+        bytes_in: int,
+        bytes_out: int,
+    ) -> None:
+        """A relayed connection that has ended."""
+        if not self.wanted:
+            self.lose()
+            return
+        self._add(
+            Flow(
+                time=time.time_ns(),
+                verdict=verdict,
+                source=Peer(*source),
+                destination=Peer(*destination),
+                reason=reason,
+                bytes_in=bytes_in,
+                bytes_out=bytes_out,
+            )
+        )
+
+    def _add(self, flow: Flow) -> None:
+        self._records.append(flow)
+        if len(self._records) >= _BATCH:
+            self.flush()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(_FLUSH_S, self.flush)
+
+    def flush(self) -> None:
+        """Send what there is."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        records, self._records = self._records, []
+        if not records:
+            return
+        if self._transport is None or not self.wanted:
+            self.lose(len(records))
+            return
+        lost, self._lost = self._lost, 0
+        self._transport.write(encode_frame(Flows(tuple(records), lost)))

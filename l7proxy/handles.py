@@ -1,0 +1,90 @@
+"""What the proxy asks the kernel about its own sockets toward workloads, as text and numbers.
+
+`Handles` is what `bpf.proxy.ProxyHandles` does; `Kernel` holds the ones in force, which come after
+the worker has started and are replaced when the agent pins new programs. Knows no bpf.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from bpf.layout import Target
+
+if TYPE_CHECKING:
+    from bpf.proxy import Origin
+
+
+_log = logging.getLogger("weft.handles")
+
+
+class Handles(Protocol):
+    """See `bpf.proxy.ProxyHandles`. OSError of any of them: the kernel refused to answer."""
+
+    def origin(self, fd: int) -> Origin | None:
+        """What is known of an accepted connection; None: no workload was steered here."""
+
+    def pair(self, fd: int) -> int | None:
+        """The far socket's cookie once the proxy may send by redirect; 0: by TCP; None: not yet
+        known, and nothing may be sent."""
+
+    def queued(self, cookie: int) -> int:
+        """Bytes of memory that a workload's socket holds unread; 0 once it is gone."""
+
+    def mark_plain(self, backend: Target) -> None:
+        """Connections to it are not enrolled from now on."""
+
+
+class Destination(NamedTuple):
+    """An address as text, IPv4-mapped ones as IPv4, and a TCP port."""
+
+    address: str
+    port: int
+
+
+class Steered(NamedTuple):
+    """Of a workload's connection: what it asked for, the backend that the kernel has chosen (None:
+    the proxy chooses) and, where the proxy sends by redirect, the workload's socket cookie."""
+
+    asked: Destination
+    backend: Destination | None = None
+    enrolled: int | None = None
+
+
+class Kernel:
+    """The handles in force, None until they are there."""
+
+    def __init__(self) -> None:
+        self.handles: Handles | None = None
+
+    def steered(self, fd: int) -> Steered | None:
+        """Of an accepted connection; None: nobody was steered here, as far as we are told."""
+        try:
+            origin = self.handles.origin(fd) if self.handles is not None else None
+        except OSError as error:
+            _log.error("the kernel does not tell who connected: %s", error)
+            return None
+        if origin is None:
+            return None
+        return Steered(
+            _text(origin.asked),
+            _text(origin.backend) if origin.backend is not None else None,
+            origin.cookie if origin.enrolled else None,
+        )
+
+    def queue_of(self, cookie: int) -> Callable[[], int]:
+        """What tells how many bytes that workload's socket holds unread."""
+
+        def unread() -> int:
+            return self.handles.queued(cookie) if self.handles is not None else 0
+
+        return unread
+
+
+@lru_cache(maxsize=4096)
+def _text(target: Target) -> Destination:
+    packed = ipaddress.IPv6Address(target.address)
+    return Destination(str(packed.ipv4_mapped or packed), target.port)

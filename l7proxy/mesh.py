@@ -1,0 +1,143 @@
+"""The mesh's side of requests: which Service or pod a workload asked for, and whose routes count.
+
+Producer routes (of the Service's own namespace) are for everybody, consumer routes (of another) for
+clients of their namespace, which then see no others (GEP-1324). Who asks is known by address: the
+kernel steers only workloads of this node here. Knows sections and heads, no sockets, no bpf.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+
+from l7proxy import forwarding
+from l7proxy.balance import endpoint_id
+from l7proxy.direct import Direct
+from l7proxy.entry import Reply, Selection
+from l7proxy.field_rules import Refused
+from l7proxy.forwarding import ClientAddress
+from l7proxy.handles import Destination
+from l7proxy.message import RequestHead
+from l7proxy.route_compile import straight_to
+from l7proxy.routing import RouteIndex
+from l7proxy.streams import ConnectionInfo
+from l7proxy.upstream import Clusters
+from mesh.model.nodeconfig import (
+    Endpoint,
+    SectionKey,
+    ServiceSection,
+    Settings,
+    WorkloadSection,
+    service_listener,
+)
+
+GATEWAY = "mesh"
+_TRUST_DOMAIN = "cluster.local"
+
+
+class _Service:
+    """A Service port, as requests to it need it."""
+
+    __slots__ = ("consumers", "destinations", "id", "label", "listener", "own")
+
+    def __init__(self, section: ServiceSection) -> None:
+        """Refused: an address is none."""
+        place = (section.namespace, section.name, section.port)
+        self.label = f"{section.namespace}/{section.name}:{section.port}"
+        self.id = service_listener(*place)
+        self.listener = self.id if section.producers else None
+        self.consumers = {one: service_listener(*place, one) for one in section.consumers}
+        self.own = straight_to(section.cluster, section.cluster)
+        self.destinations = [
+            Destination(_canonical(address, f"addresses[{i}]"), section.port)
+            for i, address in enumerate(section.addresses)
+        ]
+
+
+class Mesh:
+    """The `Entry` of requests of workloads."""
+
+    gateway = GATEWAY
+    client_certificate: SectionKey | None = None
+
+    def __init__(self, clusters: Clusters) -> None:
+        self._services: dict[SectionKey, _Service] = {}
+        self._by_destination: dict[Destination, _Service] = {}
+        self._workloads: dict[SectionKey, WorkloadSection] = {}
+        self._by_address: dict[str, WorkloadSection] = {}
+        self._direct = Direct(clusters)
+
+    # --- configuration --------------------------------------------------------------------------
+
+    def put_service(self, key: SectionKey, section: ServiceSection) -> None:
+        """Refused: nothing has changed."""
+        service = _Service(section)
+        self.remove_service(key)
+        self._services[key] = service
+        for destination in service.destinations:
+            self._by_destination[destination] = service
+
+    def remove_service(self, key: SectionKey) -> None:
+        service = self._services.pop(key, None)
+        if service is not None:
+            for destination in service.destinations:
+                # It may be another Service's by now.
+                if self._by_destination.get(destination) is service:
+                    del self._by_destination[destination]
+
+    def put_workload(self, key: SectionKey, section: WorkloadSection) -> None:
+        """Refused: nothing has changed."""
+        addresses = [
+            _canonical(address, f"addresses[{i}]") for i, address in enumerate(section.addresses)
+        ]
+        self.remove_workload(key)
+        self._workloads[key] = section
+        for address in addresses:
+            self._by_address[address] = section
+
+    def remove_workload(self, key: SectionKey) -> None:
+        section = self._workloads.pop(key, None)
+        if section is not None:
+            for text in section.addresses:
+                address = _canonical(text, "addresses")
+                # A pod's address is given away anew once it is gone.
+                if self._by_address.get(address) is section:
+                    del self._by_address[address]
+
+    # --- Entry ------------------------------------------------------------------------------------
+
+    def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
+        return forwarding.pass_on(head, info)
+
+    def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
+        steered = info.steered
+        if steered is None:
+            raise Reply(421, "unknown_origin", "no workload was steered here")
+        service = self._by_destination.get(steered.asked)
+        if service is None:
+            match = self._direct.to(steered.asked, http2=head.version == b"2")
+            return Selection("", match, steered.asked)
+        client = self._by_address.get(info.peer[0])
+        listener = service.listener
+        if client is not None:
+            listener = service.consumers.get(client.namespace, listener)
+        if listener is None:
+            backend = steered.backend
+            prefer = endpoint_id(Endpoint(*backend)) if backend is not None else None
+            return Selection(service.id, service.own, steered.asked, prefer, service.label)
+        match_ = routes.match(listener, head)
+        if match_ is not None and match_.rule.client_headers:
+            forwarding.tell_client(head, info.peer[0], _identity(client))
+        return Selection(listener, match_, steered.asked, service=service.label)
+
+
+def _identity(client: WorkloadSection | None) -> str | None:
+    if client is None:
+        return None
+    return f"spiffe://{_TRUST_DOMAIN}/ns/{client.namespace}/sa/{client.service_account}"
+
+
+def _canonical(address: str, where: str) -> str:
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        raise Refused(f"{where}: {address!r} is not an IP address") from None

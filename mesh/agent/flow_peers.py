@@ -1,0 +1,105 @@
+"""Who stands behind an address, and which Service behind a frontend, by the configuration.
+
+An address that is no pod's is `host` (this node's own) or `world`, with the numbers and labels that
+Cilium gives these: reserved identities, which no pod has. Knows sections, not whence flows come.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from mesh.model.flow import Flow, Peer
+from mesh.model.nodeconfig import LoadBalancerEntry, Section, SectionKey, WorkloadSection
+
+HOST, WORLD = 1, 2
+RESERVED = {HOST: "host", WORLD: "world"}
+_LABELS = {number: {f"reserved:{name}": ""} for number, name in RESERVED.items()}
+_MAPPED = "::ffff:"
+
+
+class Peers:
+    """`hosts`: the node's own addresses, as ipaddress writes them; loopback always is."""
+
+    def __init__(self, hosts: Iterable[str] = ()) -> None:
+        self._hosts = frozenset(hosts)
+        self._workloads: dict[str, WorkloadSection] = {}
+        self._services: dict[tuple[str, int, str], str] = {}
+        self._sections: dict[SectionKey, WorkloadSection | LoadBalancerEntry] = {}
+
+    def publish(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey]) -> None:
+        """The step from one version of the configuration to the next."""
+        for key in (*put, *remove):
+            match self._sections.pop(key, None):
+                case WorkloadSection() as before:
+                    for address in before.addresses:
+                        # Another pod may have it by now.
+                        if self._workloads.get(address) is before:
+                            del self._workloads[address]
+                case LoadBalancerEntry() as before:
+                    del self._services[before.address, before.port, before.protocol]
+        for key, section in put.items():
+            match section:
+                case WorkloadSection():
+                    self._sections[key] = section
+                    self._workloads |= dict.fromkeys(section.addresses, section)
+                case LoadBalancerEntry() if section.source.startswith("Service/"):
+                    name = section.source.removeprefix("Service/")
+                    frontend = section.address, section.port, section.protocol
+                    self._sections[key] = section
+                    self._services[frontend] = f"{name}:{section.port}"
+
+    def complete(self, flow: Flow, node: str) -> Flow:
+        """The flow with all that is known of its ends; seen at `node`."""
+        return msgspec.structs.replace(
+            flow,
+            source=self._who(flow.source),
+            destination=self._who(flow.destination),
+            node=flow.node or node,
+        )
+
+    def service(self, address: str, port: int, protocol: str) -> str:
+        """ "<ns>/<name>:<port>" of a frontend; empty: of no Service."""
+        return self._services.get((address, port, protocol), "")
+
+    def _who(self, peer: Peer) -> Peer:
+        address = peer.address
+        if address.startswith(_MAPPED):
+            address = address.removeprefix(_MAPPED)
+        pod = self._workloads.get(address)
+        if pod is not None:
+            return Peer(
+                address,
+                peer.port,
+                pod.namespace,
+                pod.name,
+                pod.service_account,
+                pod.labels,
+                pod.identity,
+            )
+        if not address:
+            return peer
+        own = address in self._hosts or address.startswith("127.") or address == "::1"
+        number = HOST if own else WORLD
+        return Peer(address, peer.port, labels=_LABELS[number], identity=number)
+
+
+def own_addresses() -> set[str]:
+    """The addresses of this process's network namespace now, as the kernel lists them in /proc."""
+    found = set()
+    try:
+        before = ""
+        for line in Path("/proc/net/fib_trie").read_text().splitlines():
+            words = line.split()
+            if words[-1] == "LOCAL" and words[0] == "/32":
+                found.add(before)
+            before = words[-1]
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            packed = bytes.fromhex(line.split()[0])
+            found.add(socket.inet_ntop(socket.AF_INET6, packed))
+    except OSError:  # no IPv6, or no /proc: what is not known is world
+        pass
+    return found
