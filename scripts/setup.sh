@@ -1,6 +1,7 @@
 #!/bin/sh
 # Sets up what is missing: Debian packages, .venv, the project and its dependencies in it.
-# Usage: scripts/setup.sh run|dev      ("dev" adds the tools that `make test` needs)
+# Usage: scripts/setup.sh run|dev|bench   ("dev" adds the tools that `make test` needs, "bench" those
+# and what `make bench` compares with)
 # Does nothing that is already done; a stamp in .venv remembers the installed pyproject.toml.
 set -eu
 cd "$(dirname "$0")/.."
@@ -27,7 +28,9 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # peers and attackers: nghttp and slowhttptest. The torture test compiles its clients and backends
 # (gcc), and has nginx and HAProxy as backends too.
 packages="python3-venv python3-bpfcc linux-libc-dev"
-[ "$what" != dev ] || packages="$packages curl nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
+[ "$what" = run ] || packages="$packages curl nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
+# wrk loads, nginx is the backend, nginx and haproxy are what Weft is compared with.
+[ "$what" != bench ] || packages="$packages wrk"
 if command -v dpkg-query >/dev/null 2>&1; then
     missing=""
     for package in $packages; do
@@ -73,7 +76,8 @@ fi
 case $what in
 run) target=. ;;
 dev) target='.[dev]' ;;
-*) fail "unknown set-up \"$what\": run or dev" ;;
+bench) target='.[dev,bench]' ;;
+*) fail "unknown set-up \"$what\": run, dev or bench" ;;
 esac
 say "installing the project and its dependencies into $venv (a minute or two the first time)"
 # Doubly quiet: errors only. A network that is away shows as an error after pip's own retries.
@@ -81,6 +85,7 @@ say "installing the project and its dependencies into $venv (a minute or two the
     fail "pip could not install the dependencies of pyproject.toml" \
         "If there is no network: give pip a directory of wheels (PIP_FIND_LINKS=DIR PIP_NO_INDEX=1)."
 cp pyproject.toml "$stamp"
-# What tests need, running needs too.
-[ "$what" != dev ] || cp pyproject.toml "$venv/.stamp-run"
+# What tests need, running needs too; and bench has all.
+[ "$what" = run ] || cp pyproject.toml "$venv/.stamp-run"
+[ "$what" != bench ] || cp pyproject.toml "$venv/.stamp-dev"
 say "done"
