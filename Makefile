@@ -1,12 +1,13 @@
 # `make run` and `make test` are all a newcomer needs; both set up what is missing first.
-.PHONY: help run test acceptance check bench clean setup setup-dev
+.PHONY: help run test acceptance torture check bench clean setup setup-dev setup-bench
 
 help:
 	@echo "make run         the ingress gateway on examples/storefront, until Ctrl-C"
 	@echo "make test        all checks and tests"
-	@echo "make acceptance  the Gateway API cases of ../shared against the running gateway"
+	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
+	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
 	@echo "make check       formatting, lint, types, import layers"
-	@echo "make bench       how long route changes take, and how much memory routes need"
+	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes and memory (5 minutes)"
 	@echo "make clean       remove what was built, .venv included"
 
 setup:
@@ -17,6 +18,9 @@ setup-dev:
 
 run: setup
 	@exec .venv/bin/python examples/storefront/run.py
+
+setup-bench:
+	@scripts/setup.sh bench
 
 check: setup-dev
 	@mkdir -p build
@@ -33,8 +37,11 @@ test: check
 acceptance: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m acceptance $(ARGS)
 
-bench: setup-dev
-	@.venv/bin/python tests/bench_routes.py $(ARGS)
+torture: setup-dev
+	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
+
+bench: setup-bench
+	@PYTHONPATH=tests .venv/bin/python -m bench $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -22,8 +22,12 @@ class Mesh(NamedTuple):
         return bool(self.addresses)
 
     def check(self) -> None:
-        """ValueError: the addresses are none, or two of one family."""
-        families = [ipaddress.ip_address(address).version for address in self.addresses]
+        """ValueError: the addresses are none of one host, or two of one family."""
+        found = [ipaddress.ip_address(address) for address in self.addresses]
+        families = [address.version for address in found]
+        for address in found:
+            if address.is_unspecified or address.is_multicast:
+                raise ValueError(f"mesh address {address}: connections cannot be sent there")
         if len(set(families)) < len(families):
             raise ValueError(
                 f"mesh addresses {', '.join(self.addresses)}: give one of each family at most"

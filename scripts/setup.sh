@@ -1,6 +1,7 @@
 #!/bin/sh
 # Sets up what is missing: Debian packages, .venv, the project and its dependencies in it.
-# Usage: scripts/setup.sh run|dev      ("dev" adds the tools that `make test` needs)
+# Usage: scripts/setup.sh run|dev|bench   ("dev" adds the tools that `make test` needs, "bench" those
+# and what `make bench` compares with)
 # Does nothing that is already done; a stamp in .venv remembers the installed pyproject.toml.
 set -eu
 cd "$(dirname "$0")/.."
@@ -24,9 +25,12 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # python3-venv: to make .venv. python3-bpfcc: bcc exists for Debian's own Python only, which is why
 # .venv is made from /usr/bin/python3 and sees the system's packages. linux-libc-dev: the kernel's
 # headers that eBPF programs are compiled with. Tests use curl, and other people's HTTP clients as
-# peers and attackers: nghttp and slowhttptest.
+# peers and attackers: nghttp and slowhttptest. The torture test compiles its clients and backends
+# (gcc), and has nginx and HAProxy as backends too.
 packages="python3-venv python3-bpfcc linux-libc-dev"
-[ "$what" != dev ] || packages="$packages curl nghttp2-client slowhttptest"
+[ "$what" = run ] || packages="$packages curl nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
+# wrk loads, nginx is the backend, nginx and haproxy are what Weft is compared with.
+[ "$what" != bench ] || packages="$packages wrk"
 if command -v dpkg-query >/dev/null 2>&1; then
     missing=""
     for package in $packages; do
@@ -72,7 +76,8 @@ fi
 case $what in
 run) target=. ;;
 dev) target='.[dev]' ;;
-*) fail "unknown set-up \"$what\": run or dev" ;;
+bench) target='.[dev,bench]' ;;
+*) fail "unknown set-up \"$what\": run, dev or bench" ;;
 esac
 say "installing the project and its dependencies into $venv (a minute or two the first time)"
 # Doubly quiet: errors only. A network that is away shows as an error after pip's own retries.
@@ -80,6 +85,7 @@ say "installing the project and its dependencies into $venv (a minute or two the
     fail "pip could not install the dependencies of pyproject.toml" \
         "If there is no network: give pip a directory of wheels (PIP_FIND_LINKS=DIR PIP_NO_INDEX=1)."
 cp pyproject.toml "$stamp"
-# What tests need, running needs too.
-[ "$what" != dev ] || cp pyproject.toml "$venv/.stamp-run"
+# What tests need, running needs too; and bench has all.
+[ "$what" = run ] || cp pyproject.toml "$venv/.stamp-run"
+[ "$what" != bench ] || cp pyproject.toml "$venv/.stamp-dev"
 say "done"

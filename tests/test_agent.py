@@ -10,7 +10,7 @@ import pytest
 
 from mesh.agent.options import OptionError, parse, parse_admin, read_settings
 from mesh.agent.ports import is_here
-from mesh.agent.target import Target, TargetError, parse_target
+from mesh.agent.target import Target, TargetError, parse_client, parse_target
 from mesh.cli.client import UsageError
 from mesh.model.nodeconfig import Settings
 from tests.support.running import free_port, gateway, route, running, service, tls_secret
@@ -86,6 +86,10 @@ def test_api_and_admin_port(tmp_path, manifests):
         assert found["backends"][0]["endpoints"] == ["127.0.0.1:9000"]
         with pytest.raises(UsageError, match="not a URL"):
             weft.ask("/explain", url="ftp://x")
+        with pytest.raises(UsageError, match="write NAMESPACE/NAME"):
+            weft.ask("/explain", url="http://x", **{"from": "a/b/c"})
+        found = weft.ask("/explain", url="http://x", **{"from": "shop/cart"})
+        assert found["detail"] == "there is no pod shop/cart with an address"
         config = weft.ask("/config")
         assert config["version"] == status["config"]["version"]
         assert f"port/0.0.0.0|{port}" in config["sections"]
@@ -259,16 +263,33 @@ def test_admin_addresses_that_cannot_be_used(text):
 @pytest.mark.parametrize(
     ("url", "headers", "expected"),
     [
-        ("http://a.example", [], ("http", "a.example", 80, "/", ())),
-        ("a.example/x?y=1", [], ("http", "a.example", 80, "/x?y=1", ())),
-        ("https://a.example:8443/", [], ("https", "a.example:8443", 8443, "/", ())),
-        ("http://[::1]:81/", [], ("http", "[::1]:81", 81, "/", ())),
-        ("http://127.0.0.1:81/", ["Host: b"], ("http", "b", 81, "/", ())),
-        ("http://a", ["X-A:  b:c "], ("http", "a", 80, "/", (("x-a", "b:c"),))),
+        ("http://a.example", [], ("http", "a.example", "a.example", 80, "/", ())),
+        ("a.example/x?y=1", [], ("http", "a.example", "a.example", 80, "/x?y=1", ())),
+        (
+            "https://A.example:8443/",
+            [],
+            ("https", "a.example", "A.example:8443", 8443, "/", ()),
+        ),
+        ("http://[::1]:81/", [], ("http", "::1", "[::1]:81", 81, "/", ())),
+        ("http://127.0.0.1:81/", ["Host: b"], ("http", "127.0.0.1", "b", 81, "/", ())),
+        ("http://a", ["X-A:  b:c "], ("http", "a", "a", 80, "/", (("x-a", "b:c"),))),
     ],
 )
 def test_targets(url, headers, expected):
     assert parse_target("get", url, headers) == Target("GET", *expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("shop/cart", ("shop", "cart")), ("cart", ("default", "cart"))]
+)
+def test_clients(text, expected):
+    assert parse_client(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "shop/", "/cart", "a/b/c"])
+def test_clients_that_are_none(text):
+    with pytest.raises(TargetError, match="not a pod; write NAMESPACE/NAME"):
+        parse_client(text)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,27 @@ def test_explain_offline(manifests):
     assert json.loads(text)["route"] == "HTTPRoute/default/other"
 
 
+def test_explain_from_a_pod_offline(tmp_path):
+    (tmp_path / "mesh.yaml").write_text(
+        MESH.replace("metadata: {name: p,", "status: {podIP: 10.0.0.1}, metadata: {name: p,")
+    )
+    ask = ("explain", "GET", "http://s/x", "--manifests", tmp_path)
+    code, text, _ = weft(*ask, "--from", "default/p")
+    assert text.splitlines() == [
+        "service:  default/s:80",
+        "way:      producer routes, of the Service's namespace",
+        "listener: Service/default/s/80",
+        "route:    HTTPRoute/default/r",
+        "rule:     spec.rules[0], matches[0]",
+        "backend:  Service/default/s/80 (100%): 503: no ready endpoints",
+    ]
+    assert code == 1
+    code, text, _ = weft(*ask, "--from", "q")
+    assert (code, text) == (1, "answer:   none: there is no pod default/q with an address\n")
+    code, _, said = weft(*ask, "--from", "a/b/c")
+    assert (code, said) == (2, "weft: 'a/b/c': not a pod; write NAMESPACE/NAME\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

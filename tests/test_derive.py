@@ -149,3 +149,30 @@ def test_names_are_checked() -> None:
         Derivation(("facts",), (rule, rule), ())
     with pytest.raises(ValueError, match="keys not before it"):
         Derivation(("facts",), (rule._replace(keys="later"),), ())
+
+
+def test_one_index_over_two_tables() -> None:
+    indexes = (
+        Index("people_in", "orders", lambda who, where: (where,)),
+        Index("people_in", "visits", lambda who, where: (where,)),
+    )
+    count = Rule("counts", "people_in", lambda view, where: len(view.bucket("people_in", where)))
+    derivation = Derivation(("orders", "visits"), (count,), indexes)
+    derivation.apply({"orders": {"a": "x"}, "visits": {"b": "x", "c": "y"}})
+    assert derivation.tables["counts"] == {"x": 2, "y": 1}
+    derivation.apply({"orders": {"a": None}})
+    assert derivation.tables["counts"] == {"x": 1, "y": 1}
+    derivation.apply({"visits": {"b": None, "c": None}})
+    assert derivation.tables["counts"] == derivation.indexes["people_in"] == {}
+
+
+def test_an_index_is_read_when_all_its_tables_are_there() -> None:
+    indexes = (
+        Index("people_in", "orders", lambda who, where: (where,)),
+        Index("people_in", "visits", lambda who, where: (where,)),
+    )
+    visits = Rule("visits", "orders", lambda view, who: None)
+    count = Rule("counts", "people_in", lambda view, where: 1)
+    Derivation(("orders",), (visits, count), indexes)
+    with pytest.raises(ValueError, match="keys not before it"):
+        Derivation(("orders",), (count, visits), indexes)

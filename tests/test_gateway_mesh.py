@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway.control import ControlPlane, Options
 from gateway.keys import RouteKey
@@ -140,9 +142,18 @@ def test_the_proxys_ports_are_wanted() -> None:
     assert ControlPlane(Options()).apply({}).ports == frozenset()
 
 
-def test_mesh_addresses_of_one_family_are_refused() -> None:
-    with pytest.raises(ValueError, match="one of each family"):
-        ControlPlane(Options(mesh_addresses=("127.0.0.1", "127.0.0.2")))
+@pytest.mark.parametrize(
+    ("addresses", "why"),
+    [
+        (("127.0.0.1", "127.0.0.2"), "one of each family"),
+        (("0.0.0.0",), "cannot be sent there"),
+        (("::", "127.0.0.1"), "cannot be sent there"),
+        (("localhost",), "does not appear to be"),
+    ],
+)
+def test_mesh_addresses_that_cannot_be_used(addresses: tuple[str, ...], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        ControlPlane(Options(mesh_addresses=addresses))
 
 
 def test_a_service_that_speaks_http_is_routed_to_its_own_endpoints() -> None:
@@ -498,6 +509,32 @@ def test_gateways_keep_off_the_meshs_ports(address: str, port: int, ours: bool) 
     assert ((address, port) in found.bound) is (not ours or address == "127.0.0.1")
     if ours:
         assert "is the mesh's" in found.message("Gateway", "gw", "Accepted", "http")
+
+
+# --- the conformance suite's manifests -----------------------------------------------------------
+
+SHARED = Path(__file__).parents[2] / "shared/gateway-api/conformance"
+MANIFESTS = sorted(SHARED.glob("tests/mesh/*.yaml"))
+
+
+@pytest.mark.skipif(not MANIFESTS, reason="needs ../shared/gateway-api")
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_routes_of_the_suite_are_accepted(path: Path) -> None:
+    found = World(MESH)
+    ours = ("Namespace", "Service", "HTTPRoute", "GRPCRoute")
+    for text in (SHARED / "mesh/manifests.yaml", path):
+        for number, raw in enumerate(yaml.safe_load_all(text.read_text())):
+            if raw and raw["kind"] in ours:
+                if raw["kind"] == "Service":  # an API server gives it one
+                    raw["spec"]["clusterIP"] = f"10.96.1.{number}"
+                found.apply(yaml.safe_dump(raw))
+    routes = [status for (kind, _), status in found.statuses.items() if kind.endswith("Route")]
+    assert routes
+    for status in routes:
+        for parent in status.parents:
+            assert conditions(parent.conditions) == {"Accepted": "True", "ResolvedRefs": "True"}
+    # Ports that speak something else are left alone, whatever is attached to their Service.
+    assert not [key for key in found.of("service") if key.endswith(("/443", "/9090"))]
 
 
 # --- features and cost ----------------------------------------------------------------------------

@@ -15,14 +15,13 @@ from typing import Any, TypeAlias
 import msgspec
 from aiohttp import web
 
-from l7proxy.explain import explain
 from mesh.agent import flow_stream, metrics
 from mesh.agent.admin import Admin
 from mesh.agent.flow_filter import FilterError
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions
 from mesh.agent.rundir import RunDir
-from mesh.agent.target import TargetError, parse_target
+from mesh.agent.target import TargetError, explained, parse_client, parse_target
 from mesh.agent.unmet import warnings
 from mesh.model.decode import Object, encode
 from mesh.model.meta import ObjectKey
@@ -150,17 +149,18 @@ class Api:
         return sorted([*node.problems, *warnings(node.objects, node.statuses.unmet, self._origin)])
 
     async def _explain(self, request: web.Request) -> web.Response:
-        """?method=&url=&header=NAME:VALUE (several)&address=."""
+        """?method=&url=&header=NAME:VALUE (several)&address=&from=NAMESPACE/POD."""
         query = request.query
         try:
             target = parse_target(
                 query.get("method", "GET"), query.get("url", ""), query.getall("header", [])
             )
+            client = parse_client(query["from"]) if "from" in query else None
         except TargetError as error:
             return _json({"error": str(error)}, status=400)
         sections = self._node.rollout.config.sections
         found = await asyncio.to_thread(
-            explain, sections, **target._asdict(), address=query.get("address")
+            explained, sections, target, address=query.get("address"), client=client
         )
         return _json(msgspec.to_builtins(found))
 

@@ -1,9 +1,16 @@
-"""A request as somebody writes it on a command line: METHOD URL and headers."""
+"""A request as somebody writes it on a command line: METHOD URL and headers, from outside or from a
+pod; and what becomes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
+
+from l7proxy.explain import explain
+from l7proxy.explain_mesh import explain_mesh
+from l7proxy.explain_rules import Explanation
+from mesh.model.nodeconfig import Section, SectionKey
 
 
 class TargetError(Exception):
@@ -11,11 +18,12 @@ class TargetError(Exception):
 
 
 class Target(NamedTuple):
-    """`host` is the authority as sent, `path` the request target (path and query), `port` the one
-    connected to; `headers` without Host, names in lower case."""
+    """`host` is the authority as sent, `path` the request target (path and query), `server` and
+    `port` what is connected to; `headers` without Host, names in lower case."""
 
     method: str
     scheme: str
+    server: str
     host: str
     port: int
     path: str
@@ -47,8 +55,33 @@ def parse_target(method: str, url: str, headers: list[str]) -> Target:
     return Target(
         method=method.upper(),
         scheme=parts.scheme,
+        server=parts.hostname,
         host=host,
         port=port or (443 if parts.scheme == "https" else 80),
         path=f"{path}?{parts.query}" if parts.query else path,
         headers=tuple(fields),
     )
+
+
+def parse_client(text: str) -> tuple[str, str]:
+    """A pod as NAMESPACE/NAME, or NAME for one in namespace default."""
+    namespace, slash, name = text.rpartition("/")
+    if not name or "/" in namespace or (slash and not namespace):
+        raise TargetError(f"{text!r}: not a pod; write NAMESPACE/NAME")
+    return namespace or "default", name
+
+
+def explained(
+    sections: Mapping[SectionKey, Section],
+    target: Target,
+    *,
+    address: str | None = None,
+    client: tuple[str, str] | None = None,
+) -> Explanation:
+    """What a request gets at a Gateway, or in the mesh if a pod is its client. `address` tells
+    Gateways on the same port apart."""
+    request = target._asdict()
+    if client is not None:
+        return explain_mesh(sections, client=client, **request)
+    del request["server"]
+    return explain(sections, address=address, **request)

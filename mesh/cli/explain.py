@@ -8,8 +8,8 @@ from typing import Any
 import click
 import msgspec
 
-from l7proxy.explain import explain
-from mesh.agent.target import TargetError, parse_target
+from mesh.agent.options import DEFAULT_MESH_ADDRESSES
+from mesh.agent.target import TargetError, explained, parse_client, parse_target
 from mesh.cli.client import UsageError, ask
 from mesh.cli.output import dump, note
 from mesh.cli.up import plane
@@ -27,6 +27,7 @@ def run(
     url: str,
     headers: tuple[str, ...],
     address: str | None,
+    client: str | None,
     manifests: Path | None,
     output: str,
     options: dict[str, Any],
@@ -34,6 +35,7 @@ def run(
     """Exit 0 when a backend or a redirect answers, else 1."""
     try:
         target = parse_target(method, url, list(headers))
+        pod = parse_client(client) if client is not None else None
     except TargetError as error:
         raise UsageError(str(error)) from None
     answer: Answer
@@ -41,13 +43,17 @@ def run(
         query = [("method", method), ("url", url), *(("header", header) for header in headers)]
         if address is not None:
             query.append(("address", address))
+        if client is not None:
+            query.append(("from", client))
         answer = ask(run_dir, "/explain", query)
     else:
+        if pod is not None and not options["mesh_address"]:
+            options = {**options, "mesh_address": DEFAULT_MESH_ADDRESSES}
         offline = load(manifests, plane(options))
         if any(problem.level == "error" for problem in offline.problems):
             note(f"some manifests have errors and do not count: weft validate {manifests}")
         sections = offline.config.sections
-        answer = msgspec.to_builtins(explain(sections, **target._asdict(), address=address))
+        answer = msgspec.to_builtins(explained(sections, target, address=address, client=pod))
     if output == "text":
         _show(answer)
     else:
@@ -63,7 +69,7 @@ def _served(answer: Answer) -> bool:
 
 
 def _show(answer: Answer) -> None:
-    for name in ("gateway", "listener", "route"):
+    for name in ("gateway", "service", "way", "listener", "route"):
         if answer[name]:
             click.echo(f"{name + ':':<10}{answer[name]}")
     if answer["rule_index"] is not None:

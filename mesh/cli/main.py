@@ -103,22 +103,6 @@ def cli() -> None:
     help="cgroup v2 directory of workloads that reach Services by ClusterIP, with eBPF.",
 )
 @click.option(
-<<<<<<< HEAD
-    "--node",
-    metavar="NAME",
-    default="",
-    help="Which node of the cluster this is: whose pods (spec.nodeName) are local.",
-)
-@click.option(
-    "--mesh-address",
-    metavar="ADDRESS",
-    multiple=True,
-    help="Address of this node on which the proxy takes the connections of workloads of --steer;"
-    " one of each family at most.  [default: 127.0.0.1 and ::1]",
-)
-@click.option(
-=======
->>>>>>> gamma
     "--pins",
     metavar="DIRECTORY",
     type=click.Path(path_type=Path, file_okay=False),
@@ -236,6 +220,12 @@ def status(output: str, run_dir: Path) -> None:
 @click.option("-H", "--header", metavar="'NAME: VALUE'", multiple=True, help="May be repeated.")
 @click.option("--address", help="The address that is connected to, where several Gateways listen.")
 @click.option(
+    "--from",
+    "client",
+    metavar="NAMESPACE/POD",
+    help="The pod that asks: the URL names a Service as pods know it, or an address.",
+)
+@click.option(
     "--manifests", type=_MANIFESTS, help="Explain for this directory; no gateway need run."
 )
 @_plane_options
@@ -246,6 +236,7 @@ def explain(
     url: str,
     header: tuple[str, ...],
     address: str | None,
+    client: str | None,
     manifests: Path | None,
     output: str,
     run_dir: Path,
@@ -258,7 +249,7 @@ def explain(
     """
     from mesh.cli.explain import run
 
-    run(run_dir, method, url, header, address, manifests, output, options)
+    run(run_dir, method, url, header, address, client, manifests, output, options)
 
 
 @cli.command()

@@ -1,20 +1,16 @@
-"""`make bench`: how long a route change takes to reach traffic, and what routes cost in memory.
+"""How long a route change takes to reach traffic, and what routes cost in memory.
 
 Adds 3,000 routes one by one: from the file's rename to the first 200, and whether that grows with
 the number of routes. Then 5,000 routes in all: resident memory of agent and workers, before and
-after every route has been requested (from then on a worker keeps metrics for it). Prints a table
-and writes build/bench-routes.json.
+after every route has been requested (from then on a worker keeps metrics for it).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import re
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +21,6 @@ from echo.server import EchoServers
 from support.keepalive import KeptConnection
 from support.routes import HOST, PORT, base, prepare, route, write
 
-BUILD = Path(__file__).resolve().parents[1] / "build"
 ADDRESS = "127.67.1.1"
 _EDGE = 300  # routes at the beginning and at the end that are compared
 _WITHIN_S = 10.0
@@ -160,23 +155,7 @@ def show(result: dict[str, object]) -> None:
     print(f"\nat once: {result['bulk']}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--routes", type=int, default=3000, help="added one by one")
-    parser.add_argument("--total", type=int, default=5000, help="routes for the memory")
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="weft-bench-") as scratch:
-        try:
-            result = asyncio.run(measure(args, Path(scratch)))
-        except GatewayFailed as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 1
-    BUILD.mkdir(exist_ok=True)
-    (BUILD / "bench-routes.json").write_text(json.dumps(result, indent=1) + "\n")
-    show(result)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def add_options(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--routes", type=int, default=3000, help="added one by one (default 3000)")
+    parser.add_argument("--total", type=int, default=5000, help="for the memory (default 5000)")
+    parser.add_argument("--workers", type=int, default=2, help="of the gateway (default 2)")

@@ -1,0 +1,96 @@
+"""`make bench`: prints tables, writes build/bench.json (peers), build/bench-routes.json (routes).
+
+Both take five minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
+faster. Exit codes: 0 measured, 1 it could not be measured, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from acceptance.gateway import GatewayFailed
+
+from bench import routes, table
+from bench.peers import CONNECTIONS, compare
+from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
+from bench.wrk import LoadFailed
+from mesh.lab.errors import LabError
+from mesh.lab.state import DEFAULT_RUN_DIR
+
+BUILD = Path(__file__).resolve().parents[2] / "build"
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=("peers", "routes", "all"), default="all")
+    peers = parser.add_argument_group("peers")
+    peers.add_argument("--only", action="append", choices=HOPS, help="this hop; repeatable")
+    peers.add_argument("--seconds", type=float, default=3.0, help="of each run (default 3)")
+    peers.add_argument("--rounds", type=int, default=3, help="the median is reported (default 3)")
+    peers.add_argument("--lab", default="bench", help="name of the lab (default bench)")
+    routes.add_options(parser.add_argument_group("routes"))
+    args = parser.parse_args(arguments)
+    if args.seconds < 0.2 or args.rounds < 1:
+        parser.error("a run takes 0.2 seconds or more, and there is at least one round")
+    return args
+
+
+def run_peers(args: argparse.Namespace, scratch: Path) -> None:
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        raise BenchFailed(f"not installed: {', '.join(missing)}: run scripts/setup.sh bench")
+    # In the order of HOPS, each once.
+    hops = [hop for hop in HOPS if hop in (args.only or HOPS)]
+    runs = args.rounds * len(hops) * len(SCENARIOS) * len(CONNECTIONS)
+    print(f"{', '.join(hops)}: {runs} runs of {args.seconds:g} s", flush=True)
+    rows = compare(
+        hops,
+        args.rounds,
+        args.seconds,
+        scratch,
+        DEFAULT_RUN_DIR,
+        args.lab,
+        progress=lambda line: print(line, flush=True),
+    )
+    table.show(rows)
+    write("bench.json", [row.published() for row in rows])
+
+
+def run_routes(args: argparse.Namespace, scratch: Path) -> None:
+    result = asyncio.run(routes.measure(args, scratch))
+    routes.show(result)
+    write("bench-routes.json", result)
+
+
+def write(name: str, content: object) -> None:
+    BUILD.mkdir(exist_ok=True)
+    (BUILD / name).write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to build/{name}\n", flush=True)
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    # As after Ctrl-C: the lab is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for what, run in (("peers", run_peers), ("routes", run_routes)):
+            if args.what in (what, "all"):
+                with tempfile.TemporaryDirectory(prefix="weft-bench-") as scratch:
+                    run(args, Path(scratch))
+    except (BenchFailed, LoadFailed, LabError, GatewayFailed) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

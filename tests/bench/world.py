@@ -1,0 +1,258 @@
+"""The lab that peers are compared in: where client, hop and backend are.
+
+Three nodes of the same shape, each with a client pod and a backend pod of its own:
+
+    node plain    no Weft: hops direct, envoy, nginx, haproxy
+    node kernel   Weft with --datapath=kernel: hop weft-kernel
+    node proxy    Weft with --datapath=proxy: hop weft-proxy
+
+    client pod ── veth ── the node's network namespace ── veth ── backend pod
+    wrk                   hop, a process of the node              nginx
+
+So that the comparison is fair:
+
+- Every hop is a process in the network namespace of a node, outside the steered cgroup, and listens
+  on the node's address; packets from the client to it and from it to the backend take the same two
+  veths. For `direct` the node forwards the packets from the one to the other.
+- The client is the same everywhere: wrk with one thread, in the pod's network namespace and cgroup.
+  Of a peer it asks the node's address and port, of Weft the ClusterIP of the Service, as a workload
+  does, and for `direct` the pod's address.
+- `direct` and the peers pay nothing for Weft: on their node there is none, no program at the
+  sockets or the veths, so that `direct` is what the kernel does by itself.
+- The backend is nginx with one worker and the same configuration in all three pods; only one of
+  them is asked at a time.
+- Hops have one worker each, keep connections alive on both sides, and write no log of requests.
+  What Weft does beside that, metrics and flow records, it does here too.
+- That a request to Weft goes through its proxy, and by redirect or not as the hop's name says, is
+  read from the counters of the eBPF programs before anything is measured.
+- The hop's CPU and memory are those of all its processes: for Weft worker, agent and supervisor,
+  for nginx master and worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from bench.configs import PEERS, nginx_backend
+from bpf import pins
+from bpf.maps import counters
+from bpf.reasons import Reason
+from mesh.cli.client import CliError, ask
+from mesh.lab import lab as labs
+from mesh.lab.enter import enter_place, enter_pod
+from mesh.lab.plan import NodePlan, Plan, PodPlan
+from mesh.lab.state import LabDir
+from mesh.lab.status import look
+
+WEFT = {"weft-kernel": "kernel", "weft-proxy": "proxy"}
+HOPS = ("direct", *WEFT, *PEERS)
+# Bytes of the response's body.
+SCENARIOS = {"small": 300, "1MiB": 2**20}
+PROGRAMS = ("wrk", "nginx", "haproxy", "curl")
+
+_PLAIN = "plain"
+_PORT = 8080
+_FIRST_PEER_PORT = 10000
+# For anything to start or end.
+_WITHIN_S = 30.0
+_LOOK_S = 0.05
+
+
+class BenchFailed(Exception):
+    """There is nothing to measure; why."""
+
+
+class Hop(NamedTuple):
+    """`url` ends where the path begins. `roots`: the hop's processes, without descendants."""
+
+    name: str
+    url: str
+    backend_pid: int
+    roots: tuple[int, ...]
+    enter: Callable[[], None]
+    log: Path
+
+
+@contextlib.contextmanager
+def world(hops: Sequence[str], directory: Path, run_dir: Path, name: str) -> Iterator[list[Hop]]:
+    """These hops, each of which answers. `directory` is for files, `run_dir` and `name` are the
+    lab's. BenchFailed, LabError: it cannot be made."""
+    _write_files(directory / "files")
+    file = directory / "lab.yaml"
+    file.write_text(yaml.safe_dump(_lab(hops, directory)))
+    labs.up(file, run_dir, name, _WITHIN_S)
+    try:
+        lab = LabDir(run_dir, name)
+        plan = lab.existing_plan()
+        with contextlib.ExitStack() as stack:
+            for node in plan.nodes:
+                _change_weft(lab, node, stack)
+            made = [_hop(hop, directory, lab, plan, stack) for hop in hops]
+            for hop in made:
+                _wait_for(hop, directory / "files")
+                if hop.name in WEFT:
+                    _check_path(hop.name, lab.weft(_node_of(hop.name)).pins)
+            yield made
+    finally:
+        labs.down(run_dir, name)
+
+
+def _node_of(hop: str) -> str:
+    return WEFT.get(hop, _PLAIN)
+
+
+def _write_files(directory: Path) -> None:
+    directory.mkdir()
+    for name, size in SCENARIOS.items():
+        (directory / name).write_bytes((b"0123456789abcdef" * (size // 16 + 1))[:size])
+
+
+def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
+    """lab.yaml, with the nodes that these hops need."""
+    backend = nginx_backend(directory, _PORT, directory / "files")
+    backend.file.write_text(backend.config)
+    nodes = sorted({_node_of(hop) for hop in hops})
+    return {
+        "nodes": [{"name": node} for node in nodes],
+        "pods": [
+            pod
+            for node in nodes
+            for pod in (
+                {"name": f"client-{node}", "node": node},
+                {
+                    "name": f"backend-{node}",
+                    "node": node,
+                    "command": list(backend.argv),
+                    "ports": [{"name": "http", "port": _PORT}],
+                },
+            )
+        ],
+        "services": [
+            {
+                "name": f"backend-{node}",
+                "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+            }
+            for node in nodes
+        ],
+    }
+
+
+def _change_weft(lab: LabDir, node: NodePlan, stack: contextlib.ExitStack) -> None:
+    """The lab starts Weft on every node in the same way: end it, and start it as this node is to
+    have it, if at all."""
+    run_dir = lab.weft(node.name)
+    about = run_dir.holder()
+    if not about:
+        raise BenchFailed(f"no Weft runs on node {node.name}:{_tail(lab.weft_log(node.name))}")
+    pid = int(about["pid"])
+    argv = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
+    os.kill(pid, signal.SIGTERM)
+    _until(lambda: run_dir.holder() is None, f"Weft on node {node.name} does not end")
+    if node.name == _PLAIN:
+        pins.remove(run_dir.pins)
+        return
+    # The others keep what is pinned: the filters on the pods' veths belong to a mesh.
+    options = ("--access-log=off", f"--datapath={node.name}")
+    _start((*argv, *options), node, lab.weft_log(node.name), stack)
+
+    def ready() -> bool:
+        try:
+            return bool(ask(run_dir.path, "/status")["ready"])
+        except CliError:
+            return False
+
+    _until(ready, f"Weft is not ready on node {node.name}", lab.weft_log(node.name))
+
+
+def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.ExitStack) -> Hop:
+    node = plan.node(_node_of(name))
+    client, backend = plan.place(f"client-{node.name}"), plan.place(f"backend-{node.name}")
+    assert isinstance(client, PodPlan)
+    assert isinstance(backend, PodPlan)
+    backend_pid = look(lab, plan).pods[backend.key].pid
+    if backend_pid is None:
+        raise BenchFailed(f"{backend.key} does not run:{_tail(lab.log(backend))}")
+    at = f"{backend.addresses[0]}:{_PORT}"
+    roots: tuple[int, ...] = ()
+    log = lab.log(backend)
+    if name in WEFT:
+        service = next(one for one in plan.services if one.name == backend.name)
+        at = service.cluster_ips[0]
+        log = lab.weft_log(node.name)
+        roots = (int((lab.weft(node.name).holder() or {})["pid"]),)
+    elif name in PEERS:
+        listen = f"{node.addresses[0]}:{_FIRST_PEER_PORT + HOPS.index(name)}"
+        log = directory / f"{name}.log"
+        command = PEERS[name](directory, listen, at)
+        command.file.write_text(command.config)
+        roots = (_start(command.argv, node, log, stack),)
+        at = listen
+
+    def enter() -> None:
+        enter_pod(lab, client)
+
+    return Hop(name, f"http://{at}", backend_pid, roots, enter, log)
+
+
+def _start(argv: Sequence[str], node: NodePlan, log: Path, stack: contextlib.ExitStack) -> int:
+    """A process of the node; its id. It ends with the lab, however this program ends."""
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=lambda: enter_place(node),
+        )
+    stack.callback(process.wait)
+    stack.callback(process.terminate)
+    return process.pid
+
+
+def _wait_for(hop: Hop, files: Path) -> None:
+    """Until the client gets every file through it, unchanged. BenchFailed: that does not come."""
+
+    def right(name: str) -> bool:
+        curl = ("curl", "-sf", "--max-time", "5", f"{hop.url}/{name}")
+        got = subprocess.run(curl, stdout=subprocess.PIPE, preexec_fn=hop.enter).stdout
+        return got == (files / name).read_bytes()
+
+    for name in SCENARIOS:
+        failure = f"{hop.name}: {hop.url}/{name} is not answered"
+        _until(functools.partial(right, name), failure, hop.log)
+
+
+def _check_path(hop: str, pin_directory: Path) -> None:
+    """After a request. BenchFailed: it went another way than this hop's name says, for example
+    straight to the backend."""
+    counted = counters(pin_directory)
+    if not counted[Reason.TO_PROXY]:
+        raise BenchFailed(f"{hop}: connections of the client do not go to the proxy")
+    if bool(counted[Reason.REDIRECTED]) != (WEFT[hop] == "kernel"):
+        how = "by TCP only" if WEFT[hop] == "kernel" else "by redirect"
+        raise BenchFailed(f"{hop}: the proxy sends to the client {how}")
+
+
+def _until(condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
+    """Wait for what comes with another process's work. BenchFailed: it does not; with the end of
+    that process's log."""
+    deadline = time.monotonic() + _WITHIN_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise BenchFailed(otherwise + (f" after {_WITHIN_S:.0f} s:{_tail(log)}" if log else ""))
+        time.sleep(_LOOK_S)
+
+
+def _tail(log: Path) -> str:
+    """Its last lines."""
+    return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])

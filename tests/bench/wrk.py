@@ -1,0 +1,91 @@
+"""One load of wrk: a process in a pod, and the exact figures that it has at the end.
+
+wrk's latencies include its own correction for requests that it would have sent while it waited
+(stats_correct in wrk.c), which is the same for every hop.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+# wrk calls this once at the end; durations are in microseconds.
+_SCRIPT = """
+function done(summary, latency, requests)
+   local errors = summary.errors
+   io.write(string.format(
+      '\\n{"requests": %d, "duration_us": %d, "p50_us": %d, "p99_us": %d, "errors": %d}\\n',
+      summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+      errors.connect + errors.read + errors.write + errors.status + errors.timeout))
+end
+"""
+# Longer than any run: it is ended by a signal, because wrk itself knows whole seconds only.
+_LIMIT = "1h"
+_END_S = 10.0
+
+
+class LoadFailed(Exception):
+    """Requests failed, or wrk did; which, why."""
+
+
+class Load(NamedTuple):
+    """`cpu_s` is wrk's own."""
+
+    requests: int
+    seconds: float
+    p50_us: int
+    p99_us: int
+    cpu_s: float
+
+
+def load(
+    url: str, connections: int, seconds: float, directory: Path, enter: Callable[[], None]
+) -> Load:
+    """Request `url` over so many connections for so long, each as fast as it is answered. `enter`
+    is called in the new process. LoadFailed: not every request was answered well."""
+    script = directory / "done.lua"
+    script.write_text(_SCRIPT)
+    argv = ["wrk", "-t1", f"-c{connections}", "-d", _LIMIT, "--latency", "-s", str(script), url]
+    before = _children_cpu_s()
+    process = subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=enter,
+    )
+    try:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=_END_S)
+    except subprocess.TimeoutExpired:
+        raise LoadFailed(f"wrk on {url} does not end") from None
+    finally:
+        process.kill()
+        process.wait()
+    last = output.strip().rpartition("\n")[2]
+    if process.returncode != 0 or not last.startswith("{"):
+        raise LoadFailed(f"wrk on {url} ended with status {process.returncode}:\n{output}")
+    figures = json.loads(last)
+    if figures["errors"] or not figures["requests"]:
+        raise LoadFailed(f"wrk on {url}: not every request was answered well:\n{output}")
+    return Load(
+        requests=figures["requests"],
+        seconds=figures["duration_us"] / 1e6,
+        p50_us=figures["p50_us"],
+        p99_us=figures["p99_us"],
+        cpu_s=_children_cpu_s() - before,
+    )
+
+
+def _children_cpu_s() -> float:
+    """Of those that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,182 @@
+"""One torture run in a lab that is up: clients, kills, memory, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from lab_world import Lab
+
+from bpf.maps import counters
+from bpf.reasons import Reason
+from mesh.lab.kernel import inside, write_sysctls
+from mesh.lab.plan import Plan, PodPlan
+from mesh.lab.state import LabDir
+from torture.clients import Client, Totals, add, unexplained
+from torture.kills import Kill, kill
+from torture.memory import Queues
+from torture.programs import Programs
+from torture.scene import Scene
+
+CONNECTIONS = 40
+# What a connection may be charged for while its reader does not read. TCP's own receive queues are
+# kept far below it, so that what is more can only have come by redirect.
+QUEUE_BOUND = 4 << 20
+_TCP_RMEM = "4096 131072 1048576"
+_LOOK_S = 0.2
+# Pauses end, then whatever is under way does.
+_END_S = 60.0
+# Which process ends next; on both nodes in turn.
+_VICTIMS = ("weft-agent", "weft-worker")
+
+
+class Goal(NamedTuple):
+    """At least so many transfers and so long; given up after `limit_s`; `kill_s` between kills."""
+
+    transfers: int
+    seconds: float
+    limit_s: float
+    kill_s: float
+
+
+class Result(NamedTuple):
+    """`wrong` and `problems` (what else is not as it should be) in words; `lost` by our kills."""
+
+    totals: Totals
+    lost: int
+    wrong: list[str]
+    problems: list[str]
+    kills: list[Kill]
+    queue: int
+    counts: dict[str, dict[Reason, int]]
+    paths: dict[str, tuple[int, int, int]]
+
+
+async def torture(
+    lab: Lab,
+    scene: Scene,
+    programs: Programs,
+    goal: Goal,
+    seed: int,
+    progress: Callable[[str], None],
+) -> Result:
+    """`progress` gets a line now and then."""
+    files = LabDir(lab.run_dir, lab.name)
+    plan = files.existing_plan()
+    places = {place.key: place.netns for place in (*plan.pods, *plan.nodes)}
+    for netns in places.values():
+        with inside(netns):
+            write_sysctls({"net.ipv4.tcp_rmem": _TCP_RMEM})  # type: ignore[dict-item]
+    clients = [Client(pod, _pod(plan, pod).node) for pod in scene.clients]
+    queues = Queues(places)  # type: ignore[arg-type]
+    kills: list[Kill] = []
+    longest = (0, "")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for number, client in enumerate(clients, 1):
+                command = (
+                    *(programs.client, str(number), str(seed), str(CONNECTIONS // len(clients))),
+                    *(target.text for target in scene.targets),
+                )
+                await client.start(
+                    tasks, lab.arguments("exec", client.pod, "--", *map(str, command))
+                )
+            killing = tasks.create_task(_kill_now_and_then(plan, goal.kill_s, seed, kills))
+            start = said = time.monotonic()
+            while True:
+                await asyncio.sleep(_LOOK_S)
+                longest = max(longest, queues.longest())
+                now = time.monotonic()
+                totals = add(clients)
+                if now - said >= 5:
+                    said = now
+                    progress(_line(now - start, totals, len(kills), longest[0]))
+                reached = totals.complete >= goal.transfers and now - start >= goal.seconds
+                if reached or now - start >= goal.limit_s:
+                    break
+            killing.cancel()
+            for client in clients:
+                client.stop()
+            for client in clients:
+                await client.ended(_END_S)
+    finally:
+        queues.close()
+    return _result(files, plan, scene, clients, kills, longest)
+
+
+async def _kill_now_and_then(plan: Plan, every_s: float, seed: int, kills: list[Kill]) -> None:
+    chooser = random.Random(seed)
+    number = 0
+    while True:
+        await asyncio.sleep(every_s * chooser.uniform(0.5, 1.5))
+        node = plan.nodes[number // 2 % len(plan.nodes)]
+        done = kill(node, _VICTIMS[number % 2])
+        number += 1
+        if done:
+            kills.append(done)
+
+
+def _result(
+    files: LabDir,
+    plan: Plan,
+    scene: Scene,
+    clients: list[Client],
+    kills: list[Kill],
+    longest: tuple[int, str],
+) -> Result:
+    losses = [loss for client in clients for loss in client.losses]
+    bad = unexplained(losses, kills)
+    wrong = [text for client in clients for text in client.wrong]
+    wrong += [f"lost: {loss.text}" for loss in bad]
+    problems: list[str] = []
+    paths = {}
+    for pod in plan.pods:
+        pairs = 0
+        for line in files.log(pod).read_text(errors="replace").splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind == "WRONG":
+                wrong.append(f"{pod.key}: {rest}")
+            elif kind == "paths":
+                redirect, tcp, both = map(int, rest.split())
+                paths[pod.key] = redirect, tcp, both
+            elif kind == "pair":
+                pairs = int(rest)
+        if not pairs:
+            problems.append(f"the loopback pair of {pod.key} has not run: see its log")
+    totals = add(clients)
+    queue, whose = longest
+    if queue > QUEUE_BOUND:
+        problems.append(
+            f"a connection of {whose} was charged for {queue >> 10} KiB unread, more than "
+            f"{QUEUE_BOUND >> 10} KiB"
+        )
+    for key, (_, _, both) in (*paths.items(), ("a client", totals[-3:])):
+        if both:
+            problems.append(f"{both} connections of {key} got bytes by redirect and by TCP")
+    for target in scene.targets:
+        for key in target.pods:
+            redirected = paths.get(key, (0, 0, 0))[0]
+            if target.kept_off and target.shows and redirected:
+                problems.append(f"{key} is not kept off the fast path: {redirected} connections")
+    counts = {node.name: counters(files.weft(node.name).pins) for node in plan.nodes}
+    return Result(totals, len(losses) - len(bad), wrong, problems, kills, queue, counts, paths)
+
+
+def _pod(plan: Plan, key: str) -> PodPlan:
+    return next(pod for pod in plan.pods if pod.key == key)
+
+
+def _line(seconds: float, totals: Totals, kills: int, queue: int) -> str:
+    return (
+        f"{seconds:4.0f} s: {totals.complete} complete, {totals.broken} broken on purpose, "
+        f"{totals.wrong} wrong, {totals.bytes >> 20} MiB, {kills} kills, "
+        f"longest receive queue {queue >> 10} KiB"
+    )
+
+
+def build_directory(name: str) -> Path:
+    return Path(__file__).resolve().parents[2] / "build" / name
