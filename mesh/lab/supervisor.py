@@ -80,8 +80,10 @@ class Supervisor:
                     *(sys.executable, "-P", "-m", "mesh.agent.supervisor", "--workers=1"),
                     f"--manifests={self._lab.manifests}",
                     f"--run-dir={run_dir}",
-                    # Gateways are reached at the node's addresses.
+                    # Gateways are reached at the node's addresses; so are the mesh's own ports.
                     "--bind-address=::",
+                    f"--node={self._node.name}",
+                    *(f"--mesh-address={address}" for address in self._node.addresses),
                     f"--steer={self._node.cgroup}",
                     f"--proxy-cgroup={self._node.proxy_cgroup}",
                 ],
