@@ -4,7 +4,7 @@
 help:
 	@echo "make run         the ingress gateway on examples/storefront, until Ctrl-C"
 	@echo "make test        all checks and tests"
-	@echo "make acceptance  the Gateway API cases of ../shared against the running gateway"
+	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
 	@echo "make check       formatting, lint, types, import layers"
 	@echo "make bench       how long route changes take, and how much memory routes need"
 	@echo "make clean       remove what was built, .venv included"

@@ -134,6 +134,9 @@ class Acceptor:
         for connection in tuple(self.open):
             connection.drain()
 
+    def cut_off(self) -> None:
+        """The drain's deadline has passed, and the process is about to end."""
+
 
 def count_refused(reason: str) -> None:
     metrics.REFUSED.labels(reason).inc()

@@ -143,12 +143,14 @@ class Link(asyncio.Protocol):
 
     def hold_input(self, buffered: int) -> None:
         """Stop receiving while more than enough is buffered, and go on when it is not."""
-        if (buffered > READ_AHEAD) is self._read_paused:
+        self.hold(buffered > READ_AHEAD)
+
+    def hold(self, paused: bool) -> None:
+        """Stop receiving, or go on."""
+        if paused is self._read_paused or self.transport is None or self.gone:
             return
-        if self.transport is None or self.gone:
-            return
-        self._read_paused = not self._read_paused
-        if self._read_paused:
+        self._read_paused = paused
+        if paused:
             self.transport.pause_reading()
         else:
             self.transport.resume_reading()

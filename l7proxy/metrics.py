@@ -82,6 +82,11 @@ CONFIG_REFUSED = Gauge(
     multiprocess_mode="livemax",
 )
 LOG_LOST = Counter("weft_access_log_lost_total", "Access log lines lost to a slow reader")
+RELAYED = Counter(
+    "weft_relayed_connections_total",
+    "Connections of workloads that were relayed and have ended, by how",
+    ("outcome",),
+)
 FLOWS_LOST = Counter(
     "weft_worker_flows_lost_total",
     "Flow records that were not sent: no agent, or one that does not read",

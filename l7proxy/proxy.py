@@ -12,17 +12,19 @@ import functools
 import logging
 import socket
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
+from l7proxy.dial import keep_alive
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
+from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
 from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.upstream import Clusters, ClusterStats
@@ -44,9 +46,6 @@ _log = logging.getLogger("weft.proxy")
 Bind: TypeAlias = tuple[str, int]
 
 _NOTHING = ClusterStats()
-
-# Seconds before the first probe, between probes; probes unanswered until the end.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 # How long nothing is accepted once descriptors or memory have run out, in seconds.
 _PAUSE_S = 0.5
@@ -228,19 +227,27 @@ class Proxy:
             before.acceptor = self._acceptor(before.port, tls)
 
     def _put_mesh_port(self, section: MeshPort) -> None:
-        if section.kind != "http":
-            raise Refused("kind: only http ports are served here")
         bind = (section.address, section.port)
         before = self._state.mesh.get(bind)
-        self._state.mesh[bind] = HttpAcceptor(
+        self._state.mesh[bind] = self._mesh_acceptor(section.kind)
+        if before is not None:
+            before.drain()
+        self._start_accepting(bind)
+
+    def _mesh_acceptor(self, kind: Literal["http", "relay"]) -> Acceptor:
+        if kind == "relay":
+            return RelayAcceptor(
+                settings=lambda: self._state.settings,
+                admission=self._admission,
+                identify=self._kernel.steered,
+                flows=self._exchanges.flows,
+            )
+        return HttpAcceptor(
             handler=functools.partial(self._exchanges.serve, self._mesh),
             settings=lambda: self._state.settings,
             admission=self._admission,
             identify=self._kernel.steered,
         )
-        if before is not None:
-            before.drain()
-        self._start_accepting(bind)
 
     def _retire(self, acceptor: Acceptor, bind: Bind) -> None:
         acceptor.drain()
@@ -275,11 +282,8 @@ class Proxy:
             sock.close()
             return
         sock.setblocking(False)
-        # Accepted connections inherit these: they find out clients that closed while the proxy has
-        # nothing to send (tcp(7)).
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        # Accepted connections inherit it; the proxy may have nothing to send for long.
+        keep_alive(sock)
         self._state.bound[bind] = sock
         self._start_accepting(bind)
 
@@ -357,4 +361,7 @@ class Proxy:
                     await self._admission.idle.wait()
             except TimeoutError:
                 pass
-        return self._admission.total
+        left = self._admission.total
+        for acceptor in self._state.mesh.values():
+            acceptor.cut_off()
+        return left

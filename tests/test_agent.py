@@ -86,6 +86,10 @@ def test_api_and_admin_port(tmp_path, manifests):
         assert found["backends"][0]["endpoints"] == ["127.0.0.1:9000"]
         with pytest.raises(UsageError, match="not a URL"):
             weft.ask("/explain", url="ftp://x")
+        with pytest.raises(UsageError, match="write NAMESPACE/NAME"):
+            weft.ask("/explain", url="http://x", **{"from": "a/b/c"})
+        found = weft.ask("/explain", url="http://x", **{"from": "shop/cart"})
+        assert found["detail"] == "there is no pod shop/cart with an address"
         config = weft.ask("/config")
         assert config["version"] == status["config"]["version"]
         assert f"port/0.0.0.0|{port}" in config["sections"]

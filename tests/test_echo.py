@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
 import pytest_asyncio
 import trustme
-from acceptance.client import TLS, Request, Response, pem_files, round_trip
+from acceptance.client import TLS, Request, RequestFailed, Response, pem_files, round_trip
+from acceptance.inside import send_from, socket_of, take_requests
 from echo import grpc
+from echo import pod as echo_pod
 from echo.answer import Pod, duration
 from echo.server import EchoServers, server_context
 
@@ -178,3 +183,58 @@ def test_durations() -> None:
     assert [duration(text) for text in ("500ms", "1s", "1.5s", "2m")] == [0.5, 1, 1.5, 120]
     with pytest.raises(ValueError, match="soon"):
         duration("soon")
+
+
+async def test_a_pod_listens_as_its_arguments_say(servers: EchoServers, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("echo")
+    crt, key = tmp_path / "crt", tmp_path / "key"
+    certificate.cert_chain_pems[0].write_to_path(crt)
+    certificate.private_key_pem.write_to_path(key)
+    arguments = ["--tcp=9090", "--port=8080", "--grpc=7070", "--port=8443", "--tls=8443"]
+    args = echo_pod.parse([*arguments, f"--crt={crt}", f"--key={key}"])
+    assert echo_pod.ports(args) == [7070, 8080, 8443, 9090]
+    assert echo_pod.ports(echo_pod.parse([])) == [8080]
+    # An address that nothing else in the tests has: the ports are given.
+    pod = Pod("echo-v1-1", "mesh", "127.77.0.1")
+    await echo_pod.serve(servers, pod, args)
+    plain = body(await round_trip(Request(pod.address, 8080, host="echo")))
+    assert (plain["pod"], plain["httpPort"], "tls" in plain) == (pod.name, "8080", False)
+    tls = TLS("echo", authority.cert_pem.bytes().decode())
+    inside_tls = body(await round_trip(Request(pod.address, 8443, host="echo", tls=tls)))
+    assert inside_tls["tls"]["serverName"] == "echo"
+    method = grpc.METHODS[0]
+    call = Request(
+        pod.address,
+        7070,
+        "POST",
+        method,
+        "echo",
+        (("content-type", "application/grpc"), ("te", "trailers")),
+        grpc.frame(b""),
+        "H2C_PRIOR_KNOWLEDGE",
+    )
+    assert grpc.seen_by((await round_trip(call)).body) == (method, pod.namespace, pod.name)
+    reader, writer = await asyncio.open_connection(pod.address, 9090)
+    writer.write(b"hello\n")
+    assert await reader.readline() == b"echo-v1-1 hello\n"
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_requests_are_made_where_the_socket_is_served(
+    servers: EchoServers, tmp_path: Path
+) -> None:
+    port = await servers.http(POD, 0)
+    path = socket_of(tmp_path, "mesh", "echo-v1-1")
+    server = await take_requests(path)
+    request = Request("localhost", port, "POST", "/a", "echo", (("X-A", "1"),), b"\0\xff")
+    response = await send_from(path, dataclasses.replace(request, family=socket.AF_INET))
+    seen = body(response)
+    assert (response.status, seen["path"], seen["headers"]["X-A"]) == (200, "/a", ["1"])
+    with pytest.raises(RequestFailed, match="ConnectionRefusedError"):
+        await send_from(path, Request("127.0.0.1", 1))
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(RequestFailed, match="takes no requests"):
+        await send_from(path.with_name("none"), request)

@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import msgspec
 import pytest
 from flow_cases import PODS, TIME, connection, request, workload
 
@@ -61,6 +62,16 @@ def test_others_are_host_or_world(peers):
             address,
         )
     assert complete(peers, "") == Peer()
+
+
+def test_a_pod_that_only_its_service_knows_is_named(peers):
+    """Its EndpointSlice is there, its Pod is not."""
+    endpoint = Peer("192.0.2.50", 80, "", "cart-9")
+    flow = msgspec.structs.replace(request(), destination=endpoint)
+    assert peers.complete(flow, "a").destination == Peer("192.0.2.50", 80, "shop", "cart-9")
+    endpoint = Peer("10.244.0.3", 80, "", "other")
+    flow = msgspec.structs.replace(request(), destination=endpoint)
+    assert peers.complete(flow, "a").destination.pod == "cart-1"
 
 
 def test_own_addresses_are_this_hosts():

@@ -60,6 +60,10 @@ def known(flow):
             "shop/web-1:41234 -> shop/cart:80 http-request ERROR "
             "(HTTP/1.1 GET http://cart/items) 404 3.2ms no-route",
         ),
+        (
+            connection(to="10.96.0.10", port=80, service="shop/cart:80", verdict="DROPPED"),
+            "shop/web-1 -> shop/cart:80 tcp-connection DROPPED",
+        ),
         (connection(), "shop/web-1 -> shop/cart-1:8080 tcp-connection FORWARDED"),
         (
             connection(source="", to="2001:db8::1", verdict="DROPPED", reason="NO_BACKENDS"),
@@ -347,3 +351,16 @@ def test_an_answer_that_breaks_off_is_an_error(tmp_path):
         with pytest.raises(CliError):
             next(lines)
         thread.join()
+
+
+def test_status_tells_of_flows(node):
+    node.tell(request(), request(), connection(verdict="DROPPED"), lost=3)
+    done = subprocess.run(
+        [*WEFT, "status", "--run-dir", str(node.run_dir)],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "flows:      2 FORWARDED, 1 DROPPED; lost: 3 worker\n" in done.stdout
+    assert "datapath:" not in done.stdout

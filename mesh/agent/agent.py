@@ -56,7 +56,8 @@ class Agent:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         run_dir = RunDir(options.run_dir)
-        flows = FlowStore(Peers(own_addresses()), options.flow_buffer, options.plane.node)
+        peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
+        flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._node = Node(
             plane=ControlPlane(options.plane),

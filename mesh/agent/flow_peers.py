@@ -57,7 +57,7 @@ class Peers:
         return msgspec.structs.replace(
             flow,
             source=self._who(flow.source),
-            destination=self._who(flow.destination),
+            destination=self._who(flow.destination, flow.service.partition("/")[0]),
             node=flow.node or node,
         )
 
@@ -65,7 +65,8 @@ class Peers:
         """ "<ns>/<name>:<port>" of a frontend; empty: of no Service."""
         return self._services.get((address, port, protocol), "")
 
-    def _who(self, peer: Peer) -> Peer:
+    def _who(self, peer: Peer, namespace: str = "") -> Peer:
+        """`namespace`: the pod's, where a worker knows its name as an endpoint's of a Service."""
         address = peer.address
         if address.startswith(_MAPPED):
             address = address.removeprefix(_MAPPED)
@@ -82,6 +83,8 @@ class Peers:
             )
         if not address:
             return peer
+        if peer.pod:
+            return Peer(address, peer.port, namespace, peer.pod)
         own = address in self._hosts or address.startswith("127.") or address == "::1"
         number = HOST if own else WORLD
         return Peer(address, peer.port, labels=_LABELS[number], identity=number)

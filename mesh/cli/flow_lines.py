@@ -26,7 +26,9 @@ def compact(flow: Flow, *, wide: bool = False) -> str:
     seconds, nanoseconds = divmod(flow.time, 10**9)
     when = f"{datetime.fromtimestamp(seconds):%b %d %H:%M:%S}.{nanoseconds // 10**6:03}"
     to = flow.destination
-    destination = _end(to) if to.address else flow.service or "unknown"
+    # What got no further than its Service has that Service's address for a destination.
+    nobody = not to.address or (flow.verdict == "DROPPED" and not to.pod)
+    destination = flow.service if nobody and flow.service else _end(to)
     parts = [f"{when}: {_end(flow.source)} -> {destination}", *_what(flow)]
     if flow.reason:
         parts.append(flow.reason)

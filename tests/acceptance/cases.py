@@ -1,4 +1,4 @@
-"""The test data: cases, their manifests, and what of them the gateway claims to support."""
+"""The test data: cases, their manifests, and what of them Weft claims to support."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ SAME_STEPS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A test of the suite: objects to apply, then steps in order."""
+    """A test of the suite: objects to apply, then steps in order. `objects` come beside those of
+    the manifests; `own`: objects or steps are not of the test data."""
 
     name: str
     profiles: tuple[str, ...]
     features: tuple[str, ...]
     manifests: tuple[str, ...]
     steps: tuple[Json, ...]
+    objects: tuple[Json, ...] = ()
+    own: bool = False
+
+    @property
+    def mesh(self) -> bool:
+        return "Mesh" in self.features
 
     def unsupported(self, claimed: frozenset[str]) -> str:
-        """Why the gateway does not claim to pass this; "" if it does."""
+        """Why Weft does not claim to pass this; "" if it does."""
         missing = [name for name in self.features if name not in claimed]
         return f"needs {', '.join(missing)}" if missing else ""
 
+    def all_objects(self, replacements: dict[str, str]) -> list[Json]:
+        from_files = [
+            obj for path in self.manifests for obj in load_objects(SHARED / path, replacements)
+        ]
+        return [*from_files, *self.objects]
+
 
 def load_cases(root: Path = SHARED) -> list[Case]:
+    """All tests that the test data has steps for, or at least manifests."""
     tests = json.loads((root / "cases.json").read_text())["tests"]
     steps = {test["shortName"]: test["steps"] for test in tests}
     return [
@@ -47,6 +61,20 @@ def load_cases(root: Path = SHARED) -> list[Case]:
         )
         for test in tests
     ]
+
+
+def published(root: Path = SHARED) -> list[Case]:
+    """All tests of the suite by name, with profiles and features and nothing else."""
+    cases = []
+    for line in (root / "features.md").read_text().splitlines():
+        # | ShortName | YAML | Level | Features | Profiles | P | Conv |
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 7 or cells[2] not in ("Core", "Extended"):
+            continue
+        features = tuple(cell.split()[0] for cell in cells[3].split(", "))
+        profiles = tuple(cells[4].split(", ")) if cells[4] != "none" else ()
+        cases.append(Case(cells[0], profiles, features, (), ()))
+    return cases
 
 
 def load_objects(path: Path, replacements: dict[str, str]) -> list[Json]:

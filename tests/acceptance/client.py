@@ -35,7 +35,9 @@ class TLS:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`host` is the Host or :authority field; `protocol` HTTP/1.1, H2 or H2C_PRIOR_KNOWLEDGE."""
+    """`host` is the Host or :authority field; `protocol` HTTP/1.1, H2, H2C_PRIOR_KNOWLEDGE, or TCP:
+    the body is sent and a line is read, which is the response's body.
+    `family`: which addresses of a name to take, such as socket.AF_INET6; 0 for any."""
 
     address: str
     port: int
@@ -46,6 +48,7 @@ class Request:
     body: bytes = b""
     protocol: str = "HTTP/1.1"
     tls: TLS | None = None
+    family: int = 0
 
 
 @dataclass(slots=True)
@@ -82,6 +85,7 @@ async def _round_trip(request: Request) -> Response:
     reader, writer = await asyncio.open_connection(
         request.address,
         request.port,
+        family=request.family,
         ssl=context,
         server_hostname=request.tls.server_name if request.tls else None,
     )
@@ -90,6 +94,8 @@ async def _round_trip(request: Request) -> Response:
             certificate = writer.get_extra_info("peercert")
             if not _covers(certificate, request.tls.server_name):
                 raise RequestFailed(f"the certificate is not for {request.tls.server_name}")
+        if request.protocol == "TCP":
+            return await _line(request, reader, writer)
         if not http2:
             return await _http1(request, reader, writer)
         if context is not None:
@@ -133,6 +139,16 @@ def pem_files(chain_pem: str, key_pem: str) -> Iterator[tuple[str, str]]:
         chain.flush()
         key.flush()
         yield chain.name, key.name
+
+
+async def _line(
+    request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> Response:
+    writer.write(request.body)
+    line = await reader.readline()
+    if not line:
+        raise EOFError("the connection ended without a line")
+    return Response(200, body=line, protocol="TCP")
 
 
 async def _http1(

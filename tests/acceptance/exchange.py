@@ -177,6 +177,7 @@ def _compare_redirect(wanted: Json, request: Request, response: Response) -> Non
 # --- gRPC ----------------------------------------------------------------------------------------
 
 _GRPC_CASE = {
+    "Host",
     "EchoRequest",
     "EchoTwoRequest",
     "EchoThreeRequest",

@@ -20,11 +20,39 @@ class GatewayFailed(Exception):
     """It did not come up, or went away."""
 
 
-class GatewayProcess:
+class Agent:
+    """What the agent of a run directory says."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def status(self) -> dict[str, Any]:
+        """What `weft status` shows. CliError: the agent does not answer."""
+        answer = ask(self.run_dir, "/status")
+        assert isinstance(answer, dict)
+        return answer
+
+    def objects(self, kind: str, namespace: str = "", name: str = "") -> list[dict[str, Any]]:
+        """What `weft get` shows, with status."""
+        query = [("kind", kind)]
+        query += [
+            (key, value) for key, value in (("namespace", namespace), ("name", name)) if value
+        ]
+        items = ask(self.run_dir, "/objects", query)["items"]
+        assert isinstance(items, list)
+        return items
+
+    def problems(self) -> list[dict[str, Any]]:
+        items = ask(self.run_dir, "/problems")["items"]
+        assert isinstance(items, list)
+        return items
+
+
+class GatewayProcess(Agent):
     """`weft up` on a manifests directory, in a run directory of its own."""
 
     def __init__(self, manifests: Path, run_dir: Path, *options: str) -> None:
-        self.run_dir = run_dir
+        super().__init__(run_dir)
         self.log_file = run_dir.parent / "weft.log"
         self._command = [
             str(Path(sys.executable).with_name("weft")),
@@ -90,24 +118,3 @@ class GatewayProcess:
     def log_tail(self, lines: int = 15) -> str:
         text = self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
-
-    def status(self) -> dict[str, Any]:
-        """What `weft status` shows. CliError: the agent does not answer."""
-        answer = ask(self.run_dir, "/status")
-        assert isinstance(answer, dict)
-        return answer
-
-    def objects(self, kind: str, namespace: str = "", name: str = "") -> list[dict[str, Any]]:
-        """What `weft get` shows, with status."""
-        query = [("kind", kind)]
-        query += [
-            (key, value) for key, value in (("namespace", namespace), ("name", name)) if value
-        ]
-        items = ask(self.run_dir, "/objects", query)["items"]
-        assert isinstance(items, list)
-        return items
-
-    def problems(self) -> list[dict[str, Any]]:
-        items = ask(self.run_dir, "/problems")["items"]
-        assert isinstance(items, list)
-        return items

@@ -310,6 +310,38 @@ def _named(ref: Json, ident: Json) -> bool:
     )
 
 
+def mesh_routes_accepted(source: Objects, route: Json) -> None:
+    """Every Service that is a parent of the route has accepted it with all its references. The
+    suite leaves this to the requests."""
+    metadata, kind = route["metadata"], route["kind"]
+    found = fetch(source, kind, metadata)
+    parents = found["status"].get("parents", [])
+    where = f"{kind} {metadata['name']}"
+    wanted = [_ACCEPTED, {"type": "ResolvedRefs", "status": "True", "reason": "ResolvedRefs"}]
+    for parent in parents:
+        require_latest(found, parent.get("conditions", []), where)
+    for ref in route["spec"]["parentRefs"]:
+        mine = [
+            parent
+            for parent in parents
+            if parent["controllerName"] == CONTROLLER
+            and _service_ref(parent["parentRef"], metadata) == _service_ref(ref, metadata)
+        ]
+        if not mine:
+            raise NotYet(f"{where}: no parent in status like {ref}; there are {parents}")
+        require(mine[0].get("conditions", []), wanted, where)
+
+
+def _service_ref(ref: Json, route: Json) -> tuple[object, ...]:
+    namespace = ref.get("namespace", route["namespace"])
+    return (
+        ref.get("group", GROUP),
+        ref.get("kind", "Gateway"),
+        namespace,
+        *(ref.get(name) for name in ("name", "port", "sectionName")),
+    )
+
+
 def route_no_accepted_parents(source: Objects, args: Json) -> None:
     """No parent in status, or a single one that has not accepted the route."""
     route = fetch(source, "HTTPRoute", args["routeName"])

@@ -5,27 +5,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import copy
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from echo import grpc
-
 from acceptance import hand
 from acceptance.cases import Case, guarded
-from acceptance.client import TLS, Request, RequestFailed, Response, round_trip
+from acceptance.client import TLS, RequestFailed, round_trip
 from acceptance.exchange import (
     TIMEOUTS,
     Mismatch,
     check_known,
     compare,
     compare_grpc,
-    seen_by_backend,
     to_grpc_request,
     to_request,
     with_request_id,
 )
 from acceptance.manifests import Ident, Json, assign, look_up
+from acceptance.shares import check_shares
 from acceptance.statuses import HELPERS, NotYet, fetch, gateway_address
 from acceptance.world import StepFailed, World, apply_patched, converge, eventually
 
@@ -51,15 +48,22 @@ async def run_case(world: World, case: Case) -> None:
             else:
                 raise StepFailed("nothing handles this step")
         except Exception as error:
-            kind = "" if isinstance(error, StepFailed) else f"{type(error).__name__}: "
-            raise StepFailed(f"step {number + 1} ({_name(step)}): {kind}{error}") from error
+            raise in_step(number, step, error) from error
+
+
+def in_step(number: int, step: Json, error: Exception) -> StepFailed:
+    """What went wrong, and where."""
+    kind = "" if isinstance(error, StepFailed) else f"{type(error).__name__}: "
+    return StepFailed(f"step {number + 1} ({_name(step)}): {kind}{error}")
 
 
 def _name(step: Json) -> str:
     if step["op"] == "k8s_assert":
         return str(step["fn"])
     request = (step.get("case") or {}).get("Request")
-    return f"{step['op']} {request.get('Host', '')}{request['Path']}" if request else step["op"]
+    if not request:
+        return str(step["op"])
+    return f"{step['op']} {request.get('Host', '')}{request.get('Path', '')}"
 
 
 # --- status and objects --------------------------------------------------------------------------
@@ -241,7 +245,6 @@ async def _grpc_request(world: World, step: Json, _case: Case, _number: int) -> 
 
 
 async def _weighted(world: World, step: Json, _case: Case, _number: int) -> None:
-    """Shares of the backends within tolerance; chance gets as many tries as the suite gives it."""
     sender = step["sender"]
     address, port = target(world, sender["target"])
     is_grpc = sender["protocol"] == "grpc"
@@ -249,45 +252,12 @@ async def _weighted(world: World, step: Json, _case: Case, _number: int) -> None
         request = to_grpc_request(sender["case"], address, port)
     else:
         request = to_request(sender["case"], address, port, None)
-    why = ""
-    for _ in range(step["retries"]):
-        counts = await _count(request, step["total_requests"], is_grpc)
-        why = _shares(counts, step)
-        if not why:
-            return
-    raise StepFailed(f"{why} (after {step['retries']} tries)")
+
+    await check_shares(step, lambda _: round_trip(request), _deployment_of, is_grpc=is_grpc)
 
 
-async def _count(request: Request, total: int, is_grpc: bool) -> Counter[str]:
-    """Which backend answered, by Deployment name; ten requests at a time."""
-    limit = asyncio.Semaphore(10)
-
-    async def one() -> str:
-        async with limit:
-            return _backend(await round_trip(request), is_grpc)
-
-    return Counter(await asyncio.gather(*(one() for _ in range(total))))
-
-
-def _backend(response: Response, is_grpc: bool) -> str:
-    if response.status != 200:
-        raise StepFailed(f"status {response.status}")
-    pod = grpc.seen_by(response.body)[2] if is_grpc else seen_by_backend(response, "GET")["pod"]
-    return str(pod).rsplit("-", 2)[0]
-
-
-def _shares(counts: Counter[str], step: Json) -> str:
-    """What is wrong with the shares; "" if nothing is."""
-    weights, total = step["weights"], step["total_requests"]
-    if unknown := counts.keys() - weights.keys():
-        return f"{', '.join(sorted(unknown))} answered, which is no backend of the route"
-    wrong = [
-        f"{name} answered {counts[name] / total:.1%}, wanted {weight:.0%}"
-        for name, weight in weights.items()
-        if abs(counts[name] / total - weight) > step["tolerance"]
-        or (counts[name] > 0) != (weight > 0)
-    ]
-    return "; ".join(wrong)
+def _deployment_of(pod: str) -> str:
+    return pod.rsplit("-", 2)[0]
 
 
 async def _sleep(_world: World, step: Json, _case: Case, _number: int) -> None:

@@ -4,6 +4,7 @@ knowledge, gRPC. One event loop serves many pods; each has an address of its own
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import weakref
 from collections.abc import Awaitable, Callable
@@ -39,6 +40,19 @@ class EchoServers:
             lambda: H2cProtocol(pod, port, self.memory, grpc_too=grpc_too), pod, port
         )
 
+    async def tcp(self, pod: Pod, port: int) -> int:
+        """Serve lines: each comes back with the pod's name in front."""
+
+        async def answer_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.closing(writer), contextlib.suppress(OSError):
+                async for line in reader:
+                    writer.write(f"{pod.name} ".encode() + line)
+                    await writer.drain()
+
+        server = await asyncio.start_server(answer_lines, pod.address, port)
+        self._servers.append(server)
+        return int(server.sockets[0].getsockname()[1])
+
     async def _listen(self, factory: Callable[[], Any], pod: Pod, port: int, **more: Any) -> int:
         loop = asyncio.get_running_loop()
         server = await loop.create_server(factory, pod.address, port, **more)
@@ -52,13 +66,16 @@ class EchoServers:
             await http.shutdown(timeout=0.1)
 
 
-def server_context(chain_pem_file: str, key_pem_file: str, client_ca_pem: str) -> ssl.SSLContext:
-    """A server's context that notes the server name asked for, and asks for a client certificate
-    (it is shown in the answer) without requiring one."""
+def server_context(
+    chain_pem_file: str, key_pem_file: str, client_ca_pem: str | None = None
+) -> ssl.SSLContext:
+    """A server's context that notes the server name asked for. With an authority of clients it
+    asks for a client certificate (it is shown in the answer) without requiring one."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(chain_pem_file, key_pem_file)
-    context.load_verify_locations(cadata=client_ca_pem)
-    context.verify_mode = ssl.CERT_OPTIONAL
+    if client_ca_pem is not None:
+        context.load_verify_locations(cadata=client_ca_pem)
+        context.verify_mode = ssl.CERT_OPTIONAL
     context.set_alpn_protocols(["http/1.1"])
     context.sni_callback = _note_server_name  # type: ignore[assignment]  # typeshed: sslobj type
     return context

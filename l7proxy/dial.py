@@ -1,0 +1,53 @@
+"""Connecting to an address, and what can go wrong with it. Knows sockets, no protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+# Seconds before the first probe, between probes; probes unanswered until the end.
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 60),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 3),
+)
+
+
+class DialFailed(Exception):
+    """`reason` is counted, snake case."""
+
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+async def dial(address: str, port: int, timeout_s: float) -> socket.socket:
+    """A connected socket, not blocking. DialFailed."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise DialFailed("connect_failed", error.strerror or str(error)) from None
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.get_running_loop().sock_connect(sock, (address, port))
+    except BaseException as error:
+        sock.close()
+        match error:
+            case TimeoutError():
+                why = f"not connected within {timeout_s:g} s"
+                raise DialFailed("connect_timeout", why) from None
+            case ConnectionRefusedError():
+                raise DialFailed("connect_refused", error.strerror or str(error)) from None
+            case OSError():
+                raise DialFailed("connect_failed", error.strerror or str(error)) from None
+        raise
+    return sock
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Find out peers that went without a word; accepted connections inherit it (tcp(7))."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)

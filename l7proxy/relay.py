@@ -1,0 +1,214 @@
+"""The relay: a workload's TCP connection and one to the backend that the kernel chose, joined.
+
+Bytes pass as they are, each way no faster than the other side takes them. The end of one side's
+bytes is passed on by itself; what is no orderly end is passed on as a reset, so that nobody takes
+half a conversation for a whole one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+
+from l7proxy import metrics
+from l7proxy.acceptor import Acceptor, Admission, Client
+from l7proxy.dial import DialFailed, dial, keep_alive
+from l7proxy.flows import FlowLog
+from l7proxy.handles import Destination, Steered
+from l7proxy.http1_link import Link
+from l7proxy.tasks import spawn
+from mesh.model.flow import Verdict
+from mesh.model.nodeconfig import Settings
+
+_RESET = struct.pack("ii", 1, 0)  # struct linger: a close that resets (socket(7))
+
+
+class RelayAcceptor(Acceptor):
+    """Connections without a backend are closed. Those that are open stay through a drain, up to its
+    deadline: nobody knows when their conversations end."""
+
+    def __init__(
+        self,
+        *,
+        settings: Callable[[], Settings],
+        admission: Admission,
+        identify: Callable[[int], Steered | None],
+        flows: FlowLog,
+    ) -> None:
+        super().__init__(settings=settings, admission=admission, identify=identify)
+        self.flows = flows
+
+    async def begin(self, sock: socket.socket, client: Client) -> None:
+        backend = client.steered.backend if client.steered is not None else None
+        relay = _Relay(self, client, backend or Destination("", 0))
+        try:
+            if backend is None:
+                relay.failed("DROPPED", "no_backend")
+                return
+            upstream = await dial(*backend, client.settings.connect_timeout_s)
+            if self.draining:
+                relay.failed("ERROR", "draining")
+                upstream.close()
+                return
+            keep_alive(upstream)
+            self.open.add(relay)
+            await relay.join(sock, upstream)
+        except DialFailed as error:
+            relay.failed("ERROR", error.reason)
+        finally:
+            if not relay.joined:
+                _reset(sock)
+                relay.end()
+
+    def cut_off(self) -> None:
+        for connection in tuple(self.open):
+            if isinstance(connection, _Relay):
+                connection.cut_off("drain_deadline")
+
+
+class _Relay:
+    """One connection. Failures count once, the first of them."""
+
+    def __init__(self, port: RelayAcceptor, client: Client, backend: Destination) -> None:
+        self._port = port
+        self._client = client
+        self._destination = backend
+        self._verdict: Verdict = "FORWARDED"
+        self._reason = ""
+        self._halves = 2  # directions whose end has not been passed on
+        self._ended = False
+        self.joined = False
+        self.running = False  # both sides are there
+        self.client = _Side(self)
+        self.backend = _Side(self)
+        self.client.other, self.backend.other = self.backend, self.client
+
+    async def join(self, client: socket.socket, backend: socket.socket) -> None:
+        self.joined = True  # from now on the sockets are the transports'
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(lambda: self.client, client)
+            await loop.create_connection(lambda: self.backend, sock=backend)
+        except OSError:
+            self.failed("ERROR", "join_failed")
+            for side, sock in ((self.client, client), (self.backend, backend)):
+                if side.transport is None:
+                    side.lost = True
+                    sock.close()
+        if self._reason:  # one side was gone before the other was there
+            self.cut_off(self._reason)
+            self._end_if_lost()
+            return
+        self.running = True
+        for side in (self.client, self.backend):
+            side.pass_early_on()
+
+    def failed(self, verdict: Verdict, reason: str) -> None:
+        if not self._reason:
+            self._verdict, self._reason = verdict, reason
+
+    def pass_end_on(self, side: _Side) -> None:
+        """`side` has ended its half."""
+        spawn(self._pass_end_on(side.other), name="relay half-close")
+
+    async def _pass_end_on(self, to: _Side) -> None:
+        await to.half_close()
+        self._halves -= 1
+        if not self._halves:
+            for side in (self.client, self.backend):
+                side.close_now()
+
+    def lost(self, side: _Side) -> None:
+        if self._halves:
+            self.failed("ERROR", "client_reset" if side is self.client else "backend_reset")
+            side.other.reset()
+        self._end_if_lost()
+
+    def _end_if_lost(self) -> None:
+        if self.client.lost and self.backend.lost:
+            self.end()
+
+    def cut_off(self, reason: str) -> None:
+        self.failed("ERROR", reason)
+        self.client.reset()
+        self.backend.reset()
+
+    def end(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        metrics.RELAYED.labels(self._reason or "ok").inc()
+        self._port.left(self, self._client)
+        self._port.flows.connection(
+            self._client.address,
+            self._destination,
+            self._verdict,
+            self._reason,
+            self.client.received,
+            self.backend.received,
+        )
+
+    def drain(self) -> None:
+        """It goes on, until it ends or is cut off."""
+
+
+class _Side(Link):
+    """One of the two connections: what it receives, the other sends."""
+
+    other: _Side
+
+    def __init__(self, relay: _Relay) -> None:
+        super().__init__(None)
+        self.received = 0
+        self._relay = relay
+        self._early = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        if not self._relay.running:
+            self._early += data
+            self.hold(True)
+            return
+        other = self.other
+        if other.transport is not None and not other.gone:
+            other.transport.write(data)
+            self.hold(other.write_paused)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.other.hold(False)
+
+    def eof_received(self) -> bool | None:
+        self.eof = True
+        if self._relay.running:
+            self._relay.pass_end_on(self)
+        return True  # this side may still be sent to
+
+    def pass_early_on(self) -> None:
+        """Both sides are there now: what came before that."""
+        if self._early and self.other.transport is not None:
+            self.other.transport.write(bytes(self._early))
+            self._early.clear()
+        self.hold(self.other.write_paused)
+        if self.eof:
+            self._relay.pass_end_on(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._relay.lost(self)
+
+    def reset(self) -> None:
+        if self.transport is not None and not self.lost:
+            own = self.transport.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.transport.abort()
+
+
+def _reset(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    sock.close()
