@@ -10,17 +10,20 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bpf_world import needs_bpf
 from lab_world import lab_of, needs_root
-from torture.clients import Client, Loss, unexplained
+from torture.clients import Client, Loss, Totals, unexplained
 from torture.kills import Kill
 from torture.memory import Queues
 from torture.programs import Programs, build
-from torture.run import QUEUE_BOUND, Goal, torture
-from torture.scene import make_scene
+from torture.run import Goal, torture
+from torture.scene import Target, make_scene
+from torture.verdict import QUEUE_BOUND, Evidence, Paths, problems
 
+from bpf.reasons import Reason
 from mesh.lab.kernel import create_netns, inside, remove_netns, write_sysctls
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
@@ -168,6 +171,42 @@ def test_only_the_worker_that_was_killed_excuses_a_loss() -> None:
     ]
 
 
+GOOD = Evidence(
+    totals=Totals(complete=10, broken=1, by_redirect=5, by_tcp=5),
+    said_wrong=[],
+    losses=[],
+    kills=[],
+    paths={"r/echo": Paths(3, 3), "r/off": Paths(0, 6)},
+    pairs={"r/echo": 10},
+    queue=(QUEUE_BOUND, "r/echo"),
+    counts={"a": {**dict.fromkeys(Reason, 0), Reason.REDIRECT_MISSED: 1}},
+)
+TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), False))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"queue": (QUEUE_BOUND + 1, "r/echo")}, "a connection of r/echo was charged for 4096 KiB"),
+        ({"totals": GOOD.totals._replace(by_both=1)}, "1 connections of the clients got bytes by"),
+        ({"totals": GOOD.totals._replace(by_redirect=0)}, "no client got anything by redirect"),
+        ({"totals": GOOD.totals._replace(broken=0)}, "1 redirects missed, and only 0 transfers"),
+        ({"paths": {**GOOD.paths, "r/echo": Paths(0, 6)}}, "echo/80 got nothing by redirect"),
+        ({"paths": {**GOOD.paths, "r/off": Paths(1, 6)}}, "off/80 is not kept off the fast path"),
+        ({"pairs": {"r/echo": 0}}, "the loopback pair of r/echo has not run"),
+        (
+            {"counts": {"a": {**GOOD.counts["a"], Reason.UNPAIRED: 2}}},
+            "node a: UNPAIRED 2: a message of the proxy came before",
+        ),
+    ],
+)
+def test_what_is_not_as_it_should_be_is_told(change: dict[str, Any], problem: str | None) -> None:
+    found = list(problems(GOOD._replace(**change), TARGETS))
+    assert len(found) == (problem is not None)
+    assert not problem or found[0].startswith(problem)
+
+
 @needs_root
 def test_receive_queues_are_seen(tmp_path: Path) -> None:
     netns = tmp_path / "netns"
@@ -201,9 +240,8 @@ def test_torture(programs: Programs, tmp_path: Path) -> None:
     with lab_of(tmp_path, "torture", scene.config) as lab:
         done = lab.up()
         assert done.returncode == 0, done.stderr
-        result = asyncio.run(torture(lab, scene, programs, goal, 1, print))
-    assert (result.wrong, result.problems) == ([], [])
-    assert result.totals.complete >= goal.transfers
-    assert result.totals.broken
-    assert {kill.process for kill in result.kills} == {"weft-agent", "weft-worker"}
-    assert 0 < result.queue <= QUEUE_BOUND
+        evidence = asyncio.run(torture(lab, scene, programs, goal, 1, print))
+    assert (evidence.wrong, list(problems(evidence, scene.targets))) == ([], [])
+    assert evidence.totals.complete >= goal.transfers
+    assert evidence.totals.broken
+    assert {kill.process for kill in evidence.kills} == {"weft-agent", "weft-worker"}

@@ -11,18 +11,21 @@ import argparse
 import asyncio
 import os
 import random
+import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from lab_world import lab_of
+from lab_world import Lab, lab_of
 
 from torture.programs import build
-from torture.run import Goal, Result, build_directory, torture
+from torture.run import Goal, torture
 from torture.scene import make_scene
+from torture.verdict import Evidence, Paths, grouped, problems
 
+BUILD = Path(__file__).resolve().parents[2] / "build" / "torture"
 _LEAST = 20_000
-_SHOWN = 40
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -32,27 +35,40 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     parser.add_argument("--kill-every", type=float, default=6.0, metavar="SECONDS")
+    parser.add_argument("--only", default="", metavar="REGEX", help="targets, such as echo.red/80")
     parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS")
     return parser.parse_args(arguments)
 
 
-def report(result: Result) -> None:
+def report(evidence: Evidence, wrong: list[str]) -> None:
     """In words, but for the last line."""
-    for text in (*result.wrong[:_SHOWN], *result.problems[:_SHOWN]):
+    for text in wrong:
         print(f"! {text}")
-    ended = [f"{one.process} of {one.node}" for one in result.kills]
-    print(f"killed: {', '.join(ended) or 'nobody'}; that broke {result.lost} connections")
-    for node, counts in result.counts.items():
+    ended = [f"{one.process} of {one.node}" for one in evidence.kills]
+    print(f"killed: {', '.join(ended) or 'nobody'}; broke {evidence.broken_by_us} connections")
+    for node, counts in evidence.counts.items():
         said = ", ".join(f"{reason.name} {count}" for reason, count in counts.items() if count)
         print(f"node {node}: {said}")
-    for pod, (redirect, tcp, _) in result.paths.items():
-        print(f"{pod}: connections by redirect {redirect}, by TCP {tcp}")
-    totals = result.totals
+    totals = evidence.totals
+    paths = {**evidence.paths, "clients": Paths(*totals[-3:])}
+    for who, (redirect, tcp, _) in paths.items():
+        if redirect or tcp:
+            print(f"{who}: {redirect} connections by redirect, {tcp} by TCP")
     print(
-        f"{totals.bytes >> 20} MiB, {totals.broken} transfers broken on purpose, clients' "
-        f"connections by redirect {totals.by_redirect}, by TCP {totals.by_tcp}"
+        f"{totals.bytes >> 20} MiB of bodies, {totals.broken} transfers broken on purpose, "
+        f"{sum(evidence.pairs.values())} messages in loopback pairs"
     )
-    print(f"max receive queue {result.queue >> 10} KiB")
+    print(f"max receive queue {evidence.queue[0] >> 10} KiB")
+
+
+def keep_logs(lab: Lab, directory: Path) -> None:
+    """What the nodes' Weft and the pods said, for after the lab."""
+    shutil.rmtree(directory, ignore_errors=True)
+    for kept in ("nodes", "logs"):
+        source = lab.run_dir / lab.name / kept
+        for log in source.glob("*.log"):
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copy(log, directory)
 
 
 def main(arguments: list[str]) -> int:
@@ -63,23 +79,27 @@ def main(arguments: list[str]) -> int:
         limit_s=args.limit,
         kill_s=args.kill_every,
     )
-    programs = build(build_directory("torture"))
+    programs = build(BUILD)
     with tempfile.TemporaryDirectory(prefix="weft-torture-") as temporary:
         directory = Path(temporary)
         scene = make_scene(programs, directory / "backends", "torture")
+        targets = tuple(one for one in scene.targets if re.search(args.only, one.text))
+        scene = scene._replace(targets=targets)
         with lab_of(directory, "torture", scene.config) as lab:
             done = lab.up()
             print(done.stderr, end="")
             if done.returncode:
                 return 1
             print(f"seed {args.seed}")
-            result = asyncio.run(
+            evidence = asyncio.run(
                 torture(lab, scene, programs, goal, args.seed, lambda text: print(text, flush=True))
             )
-            report(result)
-    wrong = len(result.wrong)
-    print(f"transfers {result.totals.complete} wrong {wrong}")
-    return int(bool(wrong or result.problems or result.totals.complete < goal.transfers))
+            keep_logs(lab, BUILD / "logs")
+    wrong, bad = evidence.wrong, list(problems(evidence, scene.targets))
+    report(evidence, [*grouped(wrong), *bad])
+    complete = evidence.totals.complete
+    print(f"transfers {complete} wrong {len(wrong)}")
+    return int(bool(wrong or bad or complete < goal.transfers))
 
 
 if __name__ == "__main__":

@@ -6,27 +6,24 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from lab_world import Lab
 
 from bpf.maps import counters
-from bpf.reasons import Reason
 from mesh.lab.kernel import inside, write_sysctls
 from mesh.lab.plan import Plan, PodPlan
 from mesh.lab.state import LabDir
-from torture.clients import Client, Totals, add, unexplained
+from torture.clients import Client, Totals, add
 from torture.kills import Kill, kill
 from torture.memory import Queues
 from torture.programs import Programs
 from torture.scene import Scene
+from torture.verdict import Evidence, Paths
 
 CONNECTIONS = 40
-# What a connection may be charged for while its reader does not read. TCP's own receive queues are
-# kept far below it, so that what is more can only have come by redirect.
-QUEUE_BOUND = 4 << 20
-_TCP_RMEM = "4096 131072 1048576"
+# net.ipv4.tcp_rmem, which is for IPv6 too, of all pods and nodes: see verdict.QUEUE_BOUND.
+TCP_RMEM = "4096 131072 1048576"
 _LOOK_S = 0.2
 # Pauses end, then whatever is under way does.
 _END_S = 60.0
@@ -43,19 +40,6 @@ class Goal(NamedTuple):
     kill_s: float
 
 
-class Result(NamedTuple):
-    """`wrong` and `problems` (what else is not as it should be) in words; `lost` by our kills."""
-
-    totals: Totals
-    lost: int
-    wrong: list[str]
-    problems: list[str]
-    kills: list[Kill]
-    queue: int
-    counts: dict[str, dict[Reason, int]]
-    paths: dict[str, tuple[int, int, int]]
-
-
 async def torture(
     lab: Lab,
     scene: Scene,
@@ -63,14 +47,14 @@ async def torture(
     goal: Goal,
     seed: int,
     progress: Callable[[str], None],
-) -> Result:
+) -> Evidence:
     """`progress` gets a line now and then."""
     files = LabDir(lab.run_dir, lab.name)
     plan = files.existing_plan()
     places = {place.key: place.netns for place in (*plan.pods, *plan.nodes)}
     for netns in places.values():
         with inside(netns):
-            write_sysctls({"net.ipv4.tcp_rmem": _TCP_RMEM})  # type: ignore[dict-item]
+            write_sysctls({"net.ipv4.tcp_rmem": TCP_RMEM})  # type: ignore[dict-item]
     clients = [Client(pod, _pod(plan, pod).node) for pod in scene.clients]
     queues = Queues(places)  # type: ignore[arg-type]
     kills: list[Kill] = []
@@ -105,7 +89,7 @@ async def torture(
                 await client.ended(_END_S)
     finally:
         queues.close()
-    return _result(files, plan, scene, clients, kills, longest)
+    return _evidence(files, plan, clients, kills, longest)
 
 
 async def _kill_now_and_then(plan: Plan, every_s: float, seed: int, kills: list[Kill]) -> None:
@@ -120,50 +104,35 @@ async def _kill_now_and_then(plan: Plan, every_s: float, seed: int, kills: list[
             kills.append(done)
 
 
-def _result(
+def _evidence(
     files: LabDir,
     plan: Plan,
-    scene: Scene,
     clients: list[Client],
     kills: list[Kill],
     longest: tuple[int, str],
-) -> Result:
-    losses = [loss for client in clients for loss in client.losses]
-    bad = unexplained(losses, kills)
+) -> Evidence:
     wrong = [text for client in clients for text in client.wrong]
-    wrong += [f"lost: {loss.text}" for loss in bad]
-    problems: list[str] = []
-    paths = {}
+    paths = {pod.key: Paths() for pod in plan.pods}
+    pairs = {pod.key: 0 for pod in plan.pods}
     for pod in plan.pods:
-        pairs = 0
         for line in files.log(pod).read_text(errors="replace").splitlines():
             kind, _, rest = line.partition(" ")
             if kind == "WRONG":
                 wrong.append(f"{pod.key}: {rest}")
             elif kind == "paths":
-                redirect, tcp, both = map(int, rest.split())
-                paths[pod.key] = redirect, tcp, both
+                paths[pod.key] = Paths(*map(int, rest.split()))
             elif kind == "pair":
-                pairs = int(rest)
-        if not pairs:
-            problems.append(f"the loopback pair of {pod.key} has not run: see its log")
-    totals = add(clients)
-    queue, whose = longest
-    if queue > QUEUE_BOUND:
-        problems.append(
-            f"a connection of {whose} was charged for {queue >> 10} KiB unread, more than "
-            f"{QUEUE_BOUND >> 10} KiB"
-        )
-    for key, (_, _, both) in (*paths.items(), ("a client", totals[-3:])):
-        if both:
-            problems.append(f"{both} connections of {key} got bytes by redirect and by TCP")
-    for target in scene.targets:
-        for key in target.pods:
-            redirected = paths.get(key, (0, 0, 0))[0]
-            if target.kept_off and target.shows and redirected:
-                problems.append(f"{key} is not kept off the fast path: {redirected} connections")
-    counts = {node.name: counters(files.weft(node.name).pins) for node in plan.nodes}
-    return Result(totals, len(losses) - len(bad), wrong, problems, kills, queue, counts, paths)
+                pairs[pod.key] = int(rest)
+    return Evidence(
+        totals=add(clients),
+        said_wrong=wrong,
+        losses=[loss for client in clients for loss in client.losses],
+        kills=kills,
+        paths=paths,
+        pairs=pairs,
+        queue=longest,
+        counts={node.name: counters(files.weft(node.name).pins) for node in plan.nodes},
+    )
 
 
 def _pod(plan: Plan, key: str) -> PodPlan:
@@ -176,7 +145,3 @@ def _line(seconds: float, totals: Totals, kills: int, queue: int) -> str:
         f"{totals.wrong} wrong, {totals.bytes >> 20} MiB, {kills} kills, "
         f"longest receive queue {queue >> 10} KiB"
     )
-
-
-def build_directory(name: str) -> Path:
-    return Path(__file__).resolve().parents[2] / "build" / name

@@ -14,7 +14,7 @@ import yaml
 from torture.programs import Programs
 
 NAMESPACES = ("red", "blue")
-# The documented rule for programs that splice(2) (or that any other habit keeps off the fast path).
+# The rule for programs that splice(2): they would hang.
 _OFF = {"weft.dev/sockmap": "disabled"}
 
 _NGINX = """
@@ -67,13 +67,12 @@ backend b
 
 
 class Target(NamedTuple):
-    """What clients ask: HOST/PORT/LETTERS (c/client.c), and its pods as NAMESPACE/NAME; `splices`:
-    they are kept off the fast path; `shows`: the pods' logs say how their bytes came."""
+    """What clients ask: HOST/PORT/LETTERS (c/client.c), and its pods as NAMESPACE/NAME.
+    `redirected`: whether the pods get bytes by redirect, where they can tell."""
 
     text: str
     pods: tuple[str, ...]
-    kept_off: bool = False
-    shows: bool = True
+    redirected: bool | None = None
 
 
 class Scene(NamedTuple):
@@ -105,7 +104,14 @@ class _Scene:
         return key
 
     def backend(
-        self, namespace: str, app: str, nodes: str, letters: str, command: str, **more: Any
+        self,
+        namespace: str,
+        app: str,
+        nodes: str,
+        letters: str,
+        command: str,
+        redirected: bool | None = None,
+        annotations: dict[str, str] | None = None,
     ) -> Target:
         """A Service and a pod of it on each of the nodes."""
         pods = tuple(
@@ -116,17 +122,17 @@ class _Scene:
                 f"exec {command}",
                 labels={"app": app},
                 ports=[{"port": 8080}],
-                annotations=more.get("annotations", {}),
+                annotations=annotations or {},
             )
             for node in nodes
         )
         ports = [
             {"name": "http", "port": 80, "targetPort": 8080},
-            # Not declared to be HTTP: never enrolled.
+            # Not declared to be HTTP: straight to the pod, or by the relay.
             {"name": "raw", "port": 81, "targetPort": 8080},
         ]
         self.services.append({"name": app, "namespace": namespace, "ports": ports})
-        return Target(f"{app}.{namespace}/80/{letters}", pods, kept_off="annotations" in more)
+        return Target(f"{app}.{namespace}/80/{letters}", pods, redirected)
 
 
 def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
@@ -140,28 +146,24 @@ def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
     splicing.write_text(_HAPROXY.format(option="option splice-request\n    option splice-response"))
 
     scene = _Scene(programs, directory)
-    backend = str(programs.backend)
-    targets = [scene.backend(one, "echo", "ab", "dpbh", f"{backend} 8080") for one in NAMESPACES]
-    raw = [
-        Target(one.text.replace("/80/", "/81/"), one.pods, kept_off=True, shows=False)
-        for one in targets
-    ]
-    behind = f"sh -c '{backend} 8081 & exec"
-    nginx_target = scene.backend("blue", "nginx", "b", "p", f"{behind} nginx -c {nginx}'")
-    targets += [
+    own = str(programs.backend)
+    behind = f"sh -c '{own} 8081 & exec"
+    echoes = [scene.backend(one, "echo", "ab", "dpbh", f"{own} 8080", True) for one in NAMESPACES]
+    raw = [Target(one.text.replace("/80/", "/81/"), one.pods) for one in echoes]
+    in_front = scene.backend("blue", "nginx", "b", "p", f"{behind} nginx -c {nginx}'")
+    targets = (
+        *echoes,
         *raw,
-        scene.backend("red", "asks", "a", "dpbh", f"{backend} -a 8080"),
-        scene.backend("blue", "defers", "a", "dpbh", f"{backend} -d 8080"),
-        scene.backend("red", "splices", "b", "dpbh", f"{backend} -s 8080", annotations=_OFF),
-        nginx_target._replace(shows=False),
-        nginx_target._replace(text="nginx.blue/80/fp", shows=False),
-        scene.backend("red", "haproxy", "b", "dp", f"{behind} haproxy -f {haproxy}'")._replace(
-            shows=False
-        ),
+        scene.backend("red", "asks", "a", "dpbh", f"{own} -a 8080", True),
+        scene.backend("blue", "defers", "a", "dpbh", f"{own} -d 8080", False),
+        scene.backend("red", "splices", "b", "dpbh", f"{own} -s 8080", False, _OFF),
+        in_front,
+        Target("nginx.blue/80/fp", in_front.pods),
+        scene.backend("red", "haproxy", "b", "dp", f"{behind} haproxy -f {haproxy}'"),
         scene.backend(
-            "blue", "splicing", "a", "dp", f"{behind} haproxy -f {splicing}'", annotations=_OFF
-        )._replace(shows=False),
-    ]
+            "blue", "splicing", "a", "dp", f"{behind} haproxy -f {splicing}'", None, _OFF
+        ),
+    )
     clients = tuple(
         scene.pod(namespace, f"client-{node}", node, "wait")
         for namespace in NAMESPACES
@@ -173,4 +175,4 @@ def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
         "pods": scene.pods,
         "services": scene.services,
     }
-    return Scene(yaml.safe_dump(config), clients, tuple(targets))
+    return Scene(yaml.safe_dump(config), clients, targets)

@@ -1,7 +1,7 @@
 /* backend [-a] [-s] [-d] PORT: answers as each request asks for (struct plan), a thread for each
  * connection. -a asks FIONREAD before it reads, -s uses splice(2), -d sets TCP_DEFER_ACCEPT.
  *
- * Says "paths R T B" when they changed: connections whose bytes came by redirect, by TCP, and by
+ * Says "paths R T B" when they changed: connections whose bytes come by redirect, by TCP, and by
  * both; and "WRONG ..." when bytes are not as they should be.
  */
 #include "link.h"

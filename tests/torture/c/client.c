@@ -5,7 +5,7 @@
  * client files DIRECTORY: makes those files.
  *
  * Says, each half second and at the end, "transfers COMPLETE BROKEN WRONG BYTES R T B" (BROKEN: on
- * purpose; R, T, B: connections by the path of their bytes, see link_count); and one line for each
+ * purpose; R, T, B: connections by the way of their bytes, see link_count); and one line for each
  *     WRONG TARGET ID WHY
  *     LOST SINCE AT TARGET ID WHY     a connection opened at SINCE broke at AT, in nanoseconds of
  *                                     CLOCK_MONOTONIC, though nobody meant it to
@@ -371,10 +371,20 @@ static void *work(void *seed)
 		struct session session = { .random = &random, .window = 1, .since = now_ns() };
 		const struct target *target = &targets[below(&random, target_count)];
 		const struct addrinfo *to = target->addresses[below(&random, target->count)];
-		int fd = socket(to->ai_family, SOCK_STREAM, 0);
+		struct sockaddr_in6 mapped = { .sin6_family = AF_INET6,
+					       .sin6_addr.s6_addr = { [10] = 0xff, 0xff } };
+		bool maps = to->ai_family == AF_INET && chance(&random, 33);
+		int fd = socket(maps ? AF_INET6 : to->ai_family, SOCK_STREAM, 0);
 
 		session.target = target;
-		if (connect(fd, to->ai_addr, to->ai_addrlen)) {
+		if (maps) {
+			const struct sockaddr_in *v4 = (const void *)to->ai_addr;
+
+			mapped.sin6_port = v4->sin_port;
+			memcpy(mapped.sin6_addr.s6_addr + 12, &v4->sin_addr, 4);
+		}
+		if (maps ? connect(fd, (const struct sockaddr *)&mapped, sizeof(mapped))
+			 : connect(fd, to->ai_addr, to->ai_addrlen)) {
 			say("LOST %llu %llu %s 0 connect: %s", (unsigned long long)session.since,
 			    (unsigned long long)now_ns(), target->name, strerror(errno));
 			close(fd);

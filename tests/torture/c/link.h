@@ -13,6 +13,7 @@
 #include <sys/socket.h>
 
 #define ROOM (512 << 10)
+#define TCP_ESTABLISHED 1 /* linux/tcp.h and netinet/tcp.h do not go together */
 #define LIMIT_MS 30000 /* without any progress: a hang */
 
 enum habit {
@@ -31,12 +32,12 @@ struct link {
 	size_t in_from, in_to, out_from, out_to, piped;
 	uint64_t received;	     /* bytes read from the socket */
 	bool ended;		     /* nothing more comes: the far end's FIN or RST */
-	bool unwritable, asked_wrong;
+	bool unwritable, asked_wrong, redirected;
 	int error;
 	uint8_t in[ROOM], out[ROOM];
 };
 
-/* How the bytes of all connections that are closed came. */
+/* Connections, by how their first bytes came; and those of them whose later ones came otherwise. */
 static _Atomic uint64_t by_redirect, by_tcp, by_both;
 
 static struct link *link_new(int fd, enum habit habit, uint64_t random)
@@ -57,25 +58,30 @@ static struct link *link_new(int fd, enum habit habit, uint64_t random)
 	return link;
 }
 
-/* TCP does not count bytes that came by redirect, so its own count says which way they took. */
-static void link_count(struct link *link)
+/* TCP does not count bytes that came by redirect, so its own count says which way they took. A FIN
+ * counts as one byte. */
+static void link_count(struct link *link, bool first)
 {
 	struct tcp_info info = { 0 };
 	socklen_t size = sizeof(info);
 
 	if (!link->received || getsockopt(link->fd, IPPROTO_TCP, TCP_INFO, &info, &size))
 		return;
-	if (info.tcpi_bytes_received <= 1) /* a FIN counts */
-		by_redirect++;
-	else if (info.tcpi_bytes_received >= link->received)
-		by_tcp++;
-	else
+	if (first) {
+		link->redirected = info.tcpi_bytes_received <= (info.tcpi_state != TCP_ESTABLISHED);
+		if (link->redirected)
+			by_redirect++;
+		else
+			by_tcp++;
+	} else if (link->redirected ? info.tcpi_bytes_received > 1
+				    : info.tcpi_bytes_received < link->received) {
 		by_both++;
+	}
 }
 
 static void link_close(struct link *link, bool reset)
 {
-	link_count(link);
+	link_count(link, false);
 	if (reset)
 		setsockopt(link->fd, SOL_SOCKET, SO_LINGER, &(struct linger){ 1, 0 },
 			   sizeof(struct linger));
@@ -170,6 +176,8 @@ static void link_fill(struct link *link)
 	if (n > 0) {
 		link->in_to += n;
 		link->received += n;
+		if (link->received == (uint64_t)n)
+			link_count(link, true);
 	} else if (n == 0) {
 		link->ended = true;
 	} else if (errno != EAGAIN) {

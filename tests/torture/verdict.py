@@ -1,0 +1,94 @@
+"""What came of a run: what was wrong, and what else is not as it should be. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from bpf.reasons import Reason
+from torture.clients import Loss, Totals, unexplained
+from torture.kills import Kill
+from torture.scene import Target
+
+# What a connection may be charged for while its reader does not read. TCP's own receive queues are
+# kept far below it (run.TCP_RMEM), so that what is more can only have come by redirect.
+QUEUE_BOUND = 4 << 20
+# Each is a bug wherever it happens.
+_NEVER = (Reason.UNPAIRED, Reason.ENROL_FAILED, Reason.STALE_TABLE, Reason.NO_ORIGIN)
+
+
+class Paths(NamedTuple):
+    """Connections of a pod by how their bytes came."""
+
+    redirect: int = 0
+    tcp: int = 0
+    both: int = 0
+
+
+class Evidence(NamedTuple):
+    """`said_wrong`: by clients and pods, in words. `paths` and `pairs` (messages of the loopback
+    pair) by pod; `queue`: the longest receive queue, and whose; `counts` by node."""
+
+    totals: Totals
+    said_wrong: Sequence[str]
+    losses: Sequence[Loss]
+    kills: Sequence[Kill]
+    paths: Mapping[str, Paths]
+    pairs: Mapping[str, int]
+    queue: tuple[int, str]
+    counts: Mapping[str, Mapping[Reason, int]]
+
+    @property
+    def wrong(self) -> list[str]:
+        """Transfers that nobody meant to break and that were not complete and right; and wrong
+        bytes of any."""
+        lost = unexplained(self.losses, self.kills)
+        return [*self.said_wrong, *(f"lost: {loss.text}" for loss in lost)]
+
+    @property
+    def broken_by_us(self) -> int:
+        return len(self.losses) - len(unexplained(self.losses, self.kills))
+
+
+def problems(evidence: Evidence, targets: Sequence[Target]) -> Iterator[str]:
+    """Which path was taken, and what it took, where that is not as it should be."""
+    queue, whose = evidence.queue
+    if queue > QUEUE_BOUND:
+        yield (
+            f"a connection of {whose} was charged for {queue >> 10} KiB that were not read, more "
+            f"than {QUEUE_BOUND >> 10} KiB"
+        )
+    clients = Paths(*evidence.totals[-3:])
+    for key, paths in {**evidence.paths, "the clients": clients}.items():
+        if paths.both:
+            yield f"{paths.both} connections of {key} got bytes by redirect and by TCP"
+    if not clients.redirect and any(target.redirected for target in targets):
+        yield "no client got anything by redirect"
+    for target in targets:
+        found = Paths(*map(sum, zip(*(evidence.paths[pod] for pod in target.pods), strict=True)))
+        if target.redirected is False and found.redirect:
+            yield f"{target.text} is not kept off the fast path: {found.redirect} connections"
+        if target.redirected and not found.redirect:
+            yield f"{target.text} got nothing by redirect"
+    for pod, messages in evidence.pairs.items():
+        if not messages:
+            yield f"the loopback pair of {pod} has not run: see its log"
+    for node, counts in evidence.counts.items():
+        for reason in _NEVER:
+            if counts[reason]:
+                yield f"node {node}: {reason.name} {counts[reason]}: {reason.meaning}"
+    # The proxy learns of a reset by a send that misses, once for each connection.
+    missed = sum(counts[Reason.REDIRECT_MISSED] for counts in evidence.counts.values())
+    meant = evidence.totals.broken + evidence.broken_by_us
+    if missed > meant:
+        yield f"{missed} redirects missed, and only {meant} transfers were broken on purpose"
+
+
+def grouped(texts: Sequence[str]) -> Iterator[str]:
+    """The same thing once, with the first example and how often it was said."""
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        groups.setdefault(re.sub(r"\d+", "", text.partition(": ")[2])[:60], []).append(text)
+    for same in groups.values():
+        yield same[0] if len(same) == 1 else f"{len(same)} times such as {same[0]}"
