@@ -82,10 +82,15 @@ NODE_A, NODE_B = ("172.18.0.2", "fd00:172:18::2"), ("172.18.0.3", "fd00:172:18::
 @pytest.mark.parametrize("family", [0, 1])
 def test_pods_and_nodes_reach_pods_of_every_node(lab: Lab, family: int) -> None:
     prefix = ("::ffff:", "")[family]
-    for where, client in (("idle", IDLE), ("node/a", NODE_A)):
-        for pod, addresses in (("echo-1", ECHO_1), ("echo-2", ECHO_2)):
-            answer = lab.python(where, _ASK, addresses[family])
-            assert answer == f"{pod} {prefix}{client[family]}"
+    for where, pod, addresses, client in (
+        ("idle", "echo-1", ECHO_1, IDLE),
+        # A pod's port that a Service leads to: through the relay of the client's node.
+        ("idle", "echo-2", ECHO_2, NODE_A),
+        ("node/a", "echo-1", ECHO_1, NODE_A),
+        ("node/a", "echo-2", ECHO_2, NODE_A),
+    ):
+        answer = lab.python(where, _ASK, addresses[family])
+        assert answer == f"{pod} {prefix}{client[family]}"
 
 
 @pytest.mark.parametrize("family", [0, 1])
