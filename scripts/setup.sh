@@ -29,7 +29,7 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # compiles its clients and backends (gcc), and has nginx and HAProxy as backends too.
 packages="python3-venv python3-bpfcc linux-libc-dev curl"
 [ "$what" = run ] || packages="$packages nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
-# wrk loads, nginx is the backend, nginx and haproxy are what Weft is compared with.
+# wrk is the client of the comparison with peers, of which nginx and haproxy are two.
 [ "$what" != bench ] || packages="$packages wrk"
 if command -v dpkg-query >/dev/null 2>&1; then
     missing=""

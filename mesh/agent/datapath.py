@@ -24,7 +24,14 @@ from bpf.balancer import Balancer
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from mesh.agent.options import Steering
-from mesh.model.nodeconfig import LoadBalancerEntry, Section, SectionKey, WorkloadSection
+from mesh.model.nodeconfig import (
+    MESH_HTTP_PORT,
+    LoadBalancerEntry,
+    Section,
+    SectionKey,
+    WorkloadSection,
+    port_key,
+)
 
 _log = logging.getLogger("weft.agent")
 
@@ -63,6 +70,7 @@ class Datapath:
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._workloads: dict[SectionKey, WorkloadSection] = {}
         self._loaded = False
+        self._broken: str | None = None
         self._synced = False
         self._maps: _Maps | None = None
 
@@ -73,12 +81,12 @@ class Datapath:
             await self._run("bpf.loader", f"--pin={self.pins}")
             self._loaded = True
         except DatapathError as error:
-            self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+            self._break(error)
         try:
             self._maps = _Maps(Balancer(self.pins), settings.Identities(self.pins))
         except DatapathError as error:
-            if not self.failures:
-                self._fail(f"workloads in {self.cgroup} are not steered: {error}")
+            if self._broken is None:
+                self._break(error)
         else:
             self._replace()
             handles = descriptors(self.pins)
@@ -132,6 +140,10 @@ class Datapath:
         """The maps are there, and filled."""
         return self._maps is not None
 
+    def _break(self, error: Exception) -> None:
+        self._broken = str(error)
+        self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+
     def _fail(self, why: str) -> None:
         self.failures.append(why)
         _log.error("%s", why)
@@ -161,6 +173,17 @@ class Datapath:
             self.refused = self._maps.identities.replace(self._workloads)
             self.refused |= self._maps.balancer.replace(self._entries)
 
+    def refusals(self) -> dict[SectionKey, str]:
+        """By section, why it is not in force here; all of the mesh's ports where nothing is steered
+        to them."""
+        if self._broken is None:
+            return self.refused
+        why = f"workloads are not steered here: {self._broken}"
+        return {
+            **self.refused,
+            **{port_key(address, MESH_HTTP_PORT): why for address in self._addresses},
+        }
+
     def enforce(self) -> None:
         """Everything that the kernel is to send to is there: point it to the proxies, attach."""
         if self._maps is None or not self._loaded:
@@ -169,7 +192,7 @@ class Datapath:
             settings.steer_to_proxy(self.pins, self._addresses, sockmap=self.redirects)
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
         except (DatapathError, OSError) as error:
-            self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+            self._break(error)
         else:
             how = "by redirect" if self.redirects else "by TCP"
             _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
