@@ -98,8 +98,9 @@ class Datapath:
     async def _test(self) -> None:
         """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
         attach.check_cgroup(self._options.cgroup)
-        where = (f"--directory={self.pins.parent}", f"--cgroup={self._options.proxy_cgroup.parent}")
-        said = await self._run("bpf.selftest", *where, "--json")
+        beside = self._options.proxy_cgroup
+        where = (f"--directory={self.pins.parent}", f"--cgroup={beside.parent}")
+        said = await self._run("bpf.selftest", *where, f"--name={beside.name}.selftest", "--json")
         self.checks = msgspec.json.decode(said, type=list[selftest.Check])
         wrong = [check for check in self.checks if not check.ok]
         basic = [check for check in wrong if check.name not in selftest.REDIRECT_FACTS]
