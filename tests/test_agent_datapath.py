@@ -138,3 +138,26 @@ def test_mesh_routes_are_not_accepted_where_nothing_is_steered(tmp_path):
         assert condition["status"] == "False"
         assert "not steered here" in condition["message"]
         assert "not a cgroup v2 directory" in condition["message"]
+
+
+def test_proxies_that_the_kernel_would_not_know_are_not_steered_to(tmp_path, world):
+    """Nobody can join a cgroup whose type is not one for processes."""
+    manifests, _, arguments = world
+    write(manifests, 9)
+    with new_cgroup() as parent:
+        threaded = parent / "threaded"
+        threaded.mkdir()
+        try:
+            (threaded / "cgroup.type").write_text("threaded")
+            invalid = threaded / "invalid"
+            invalid.mkdir()
+            try:
+                proxy = f"--proxy-cgroup={invalid}"
+                with running(tmp_path / "run", *arguments, proxy) as weft:
+                    weft.await_line("Weft's own processes are not in")
+                    status = weft.await_status(lambda status: status["ready"])
+                    assert any("not steered" in text for text in status["degraded"])
+            finally:
+                invalid.rmdir()
+        finally:
+            threaded.rmdir()

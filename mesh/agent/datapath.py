@@ -99,6 +99,14 @@ class Datapath:
         """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
         attach.check_cgroup(self._options.cgroup)
         beside = self._options.proxy_cgroup
+        attach.check_cgroup(beside)
+        # The supervisor has joined it before the proxies' listening sockets were made.
+        if not attach.is_member(beside, os.getpid()):
+            raise DatapathError(
+                f"Weft's own processes are not in {beside}, by which the kernel would know the "
+                "proxy's sockets: give --proxy-cgroup one that may have processes (a leaf without "
+                "controllers of its children), and start Weft anew"
+            )
         where = (f"--directory={self.pins.parent}", f"--cgroup={beside.parent}")
         said = await self._run("bpf.selftest", *where, f"--name={beside.name}.selftest", "--json")
         self.checks = msgspec.json.decode(said, type=list[selftest.Check])
