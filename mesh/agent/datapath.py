@@ -99,6 +99,11 @@ class Datapath:
         """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
         attach.check_cgroup(self._options.cgroup)
         beside = self._options.proxy_cgroup
+        if not beside.exists():
+            raise DatapathError(
+                f"the cgroup {beside} for Weft's own processes could not be made: it takes root, or "
+                "name one that is there with --proxy-cgroup"
+            )
         attach.check_cgroup(beside)
         # The supervisor has joined it before the proxies' listening sockets were made.
         if not attach.is_member(beside, os.getpid()):
