@@ -101,8 +101,8 @@ class Datapath:
         beside = self._options.proxy_cgroup
         if not beside.exists():
             raise DatapathError(
-                f"the cgroup {beside} for Weft's own processes could not be made: it takes root, or "
-                "name one that is there with --proxy-cgroup"
+                f"the cgroup {beside} for Weft's own processes could not be made: it takes root, "
+                "or name one that is there with --proxy-cgroup"
             )
         attach.check_cgroup(beside)
         # The supervisor has joined it before the proxies' listening sockets were made.
