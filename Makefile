@@ -2,7 +2,7 @@
 .PHONY: help run test acceptance torture check bench clean setup setup-dev setup-bench
 
 help:
-	@echo "make run         the ingress gateway on examples/storefront, until Ctrl-C"
+	@echo "make run         a lab with examples/storefront in it, until Ctrl-C; as root"
 	@echo "make test        all checks and tests"
 	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
 	@echo "make torture     many transfers between pods, through the proxies, every byte compared"

@@ -16,6 +16,14 @@ from bpf.errors import DatapathError
 from bpf.programs import PROGRAMS, Place
 
 
+def is_member(cgroup: Path, pid: int) -> bool:
+    """Whether a process is in a cgroup, not in one below it."""
+    try:
+        return str(pid) in (cgroup / "cgroup.procs").read_text().split()
+    except OSError:  # EOPNOTSUPP: a cgroup that cannot have any
+        return False
+
+
 def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> None:
     """Attach the programs pinned in `directory`: to the workloads' cgroup and, if it is given, to
     the proxy's, without which nothing is enrolled. DatapathError: what could not be attached; what

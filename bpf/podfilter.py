@@ -101,7 +101,11 @@ def detach(directory: Path, pod: Pod) -> None:
 
 def renew(directory: Path) -> None:
     """Put the programs that are pinned now in the place of those attached to pods, at once, where
-    their maps know the pod: after a change of layouts they do not. DatapathError."""
+    their maps know the pod. What maps of another version of Weft know is taken over first.
+    DatapathError."""
+    for version in pins.other_versions(directory):
+        for name in ("interfaces", "namespaces"):
+            _take_over(version / name, pins.map_path(directory, name))
     with _maps(directory) as maps:
         known = {index.value for _, index in maps.interfaces.items()}
     for name in FILTERS:
@@ -110,6 +114,24 @@ def renew(directory: Path) -> None:
                 with opened(syscall.pinned(str(path))) as link:
                     if syscall.tcx_link(link).interface in known:
                         syscall.update_link(link, program)
+
+
+def _take_over(other: Path, own: Path) -> None:
+    """Entries that are not there yet, if both maps have the same layout."""
+    try:
+        source = syscall.pinned(str(other))
+    except FileNotFoundError:
+        return
+    with opened(source), opened(syscall.pinned(str(own))) as sink:
+        info = syscall.map_info(source)
+        if info != syscall.map_info(sink):
+            return
+        key = syscall.next_key(source, None, info.key_size)
+        while key is not None:
+            value = syscall.lookup(source, key, info.value_size)
+            if value is not None and syscall.lookup(sink, key, info.value_size) is None:
+                syscall.update(sink, key, value)
+            key = syscall.next_key(source, key, info.key_size)
 
 
 class _Maps:

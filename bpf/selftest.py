@@ -86,16 +86,16 @@ class _Failed(Exception):
 T = TypeVar("T", int, str)
 
 
-def run(directory: Path, cgroup: Path) -> list[Check]:
+def run(directory: Path, cgroup: Path, name: str = _NAME) -> list[Check]:
     """All checks, in the order of FACTS. `directory` and `cgroup` (of version 2) are where the
-    self-test makes a directory and a cgroup called "selftest". Blocks for a second or two."""
+    self-test makes a directory and cgroups with that name. Blocks for a second or two."""
     why: dict[str, str] = {}
     stage = "cgroup"
     try:
-        with _own_cgroup(cgroup / _NAME) as own, _own_cgroup(cgroup / f"{_NAME}.proxy") as proxy:
+        with _own_cgroup(cgroup / name) as own, _own_cgroup(cgroup / f"{name}.proxy") as proxy:
             why["cgroup"] = ""
             stage = "programs"
-            with _own_pins(directory / _NAME) as pin:
+            with _own_pins(directory / name) as pin:
                 _load(pin, own, proxy)
                 why["programs"] = ""
                 stage = "maps"
@@ -222,9 +222,10 @@ def main() -> int:
         "--directory", type=Path, required=True, help="where to pin; made if missing"
     )
     parser.add_argument("--cgroup", type=Path, required=True, help="a cgroup v2 directory")
+    parser.add_argument("--name", default=_NAME, help="of what is made there and goes again")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args()
-    checks = run(args.directory, args.cgroup)
+    checks = run(args.directory, args.cgroup, args.name)
     if args.json:
         print(msgspec.json.encode(checks).decode())
         return 0

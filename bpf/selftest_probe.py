@@ -29,7 +29,7 @@ REFUSED_PORT = 81
 
 _MAPPED = "::ffff:" + FRONTENDS["4"]
 _GREETING = b"weft"
-_TIMEOUT_S = 2.0
+TIMEOUT_S = 2.0
 _CLONE_NEWNET = 0x40000000
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _IFREQ = "16sh14x"
@@ -53,8 +53,8 @@ def serve() -> dict[str, int]:
     ports: dict[str, int] = {}
     for version, address in LOOPBACK.items():
         try:
-            stream = socket.create_server((address, 0), family=_family(address))
-            datagrams = socket.socket(_family(address), socket.SOCK_DGRAM)
+            stream = socket.create_server((address, 0), family=family_of(address))
+            datagrams = socket.socket(family_of(address), socket.SOCK_DGRAM)
             datagrams.bind((address, 0))
         except OSError:
             continue  # a kernel without IPv6: its checks fail and say so
@@ -82,7 +82,7 @@ def steered() -> dict[str, str]:
 def detached() -> dict[str, str]:
     """Checks after the pins are gone. The kernel detaches a moment later (bpf_link_put leaves it to
     a work queue)."""
-    deadline = time.monotonic() + _TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S
     while (why := _still_steered()) and time.monotonic() < deadline:
         time.sleep(0.01)
     return {"detach": why}
@@ -90,7 +90,7 @@ def detached() -> dict[str, str]:
 
 def _still_steered() -> str:
     try:
-        _connected(FRONTENDS["4"]).close()
+        connected(FRONTENDS["4"]).close()
     except OSError as error:
         if error.errno == errno.ENETUNREACH:
             return ""
@@ -105,13 +105,13 @@ def _tried(check: Callable[[], str]) -> str:
         return f"{error.strerror or error}: the programs have no effect on this kernel"
 
 
-def _family(address: str) -> socket.AddressFamily:
+def family_of(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def _connected(address: str, port: int = PORT) -> socket.socket:
-    made = socket.socket(_family(address), socket.SOCK_STREAM)
-    made.settimeout(_TIMEOUT_S)
+def connected(address: str, port: int = PORT) -> socket.socket:
+    made = socket.socket(family_of(address), socket.SOCK_STREAM)
+    made.settimeout(TIMEOUT_S)
     try:
         made.connect((address, port))
     except OSError:
@@ -121,21 +121,21 @@ def _connected(address: str, port: int = PORT) -> socket.socket:
 
 
 def _greeted(address: str) -> str:
-    with _connected(address) as connection:
+    with connected(address) as connection:
         found = connection.recv(len(_GREETING), socket.MSG_WAITALL)
     return "" if found == _GREETING else f"connected to {address}, but not to the backend"
 
 
 def _peer(address: str) -> str:
-    with _connected(address) as connection:
+    with connected(address) as connection:
         host, port = connection.getpeername()[:2]
     found = "" if (host, port) == (address, PORT) else f"{host} port {port}"
     return found and f"getpeername says {found} where {address} port {PORT} was asked for"
 
 
 def _answered(address: str) -> str:
-    with socket.socket(_family(address), socket.SOCK_DGRAM) as client:
-        client.settimeout(_TIMEOUT_S)
+    with socket.socket(family_of(address), socket.SOCK_DGRAM) as client:
+        client.settimeout(TIMEOUT_S)
         client.sendto(b"?", (address, PORT))
         data, sender = client.recvfrom(64)
     if data != _GREETING or sender[:2] != (address, PORT):
@@ -145,7 +145,7 @@ def _answered(address: str) -> str:
 
 def _refused(address: str) -> str:
     try:
-        _connected(address, REFUSED_PORT).close()
+        connected(address, REFUSED_PORT).close()
     except ConnectionRefusedError:
         return ""
     except OSError as error:

@@ -22,6 +22,7 @@ from bpf.attach import open_program
 from bpf.balancer import Balancer
 from bpf.layout import Target
 from bpf.proxy import Origin, ProxyHandles, descriptors
+from bpf.selftest_probe import TIMEOUT_S, connected, family_of
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
     MESH_RELAY_PORT,
@@ -38,7 +39,6 @@ _MANY = bytes(range(251)) * 4000
 _SIOCSIFADDR, _FIONREAD = 0x8916, 0x541B
 _TCX_INGRESS, _TCX_EGRESS = 46, 47
 _LOOPBACK_INDEX = 1
-_TIMEOUT_S = 2.0
 _NOBODY = 65534
 
 
@@ -85,11 +85,11 @@ class _World:
         for why in self._entries.apply({entry_key(address, port, "TCP"): entry}).values():
             raise OSError(0, why)
 
-    def connected(self, version: str, port: int = _HTTP) -> _Pair:
+    def taken(self, version: str, port: int = _HTTP) -> _Pair:
         """A workload's connection, accepted by the proxy."""
-        workload = _client(_SERVICE[version], port)
+        workload = connected(_SERVICE[version], port)
         proxy, _ = self._servers[version, port].accept()
-        proxy.settimeout(_TIMEOUT_S)
+        proxy.settimeout(TIMEOUT_S)
         origin = self.handles.origin(proxy.fileno())
         if origin is None:
             raise OSError(0, "nothing is known of a connection that was steered to the proxy")
@@ -115,7 +115,7 @@ def checks(cgroup: Path, proxy_cgroup: Path, pin: Path) -> dict[str, Callable[[]
 
 
 def _relay(world: _World) -> str:
-    with contextlib.closing(world.connected("4", _TCP)) as pair:
+    with contextlib.closing(world.taken("4", _TCP)) as pair:
         os.seteuid(_NOBODY)
         try:
             origin = world.handles.origin(pair.proxy.fileno())
@@ -127,7 +127,7 @@ def _relay(world: _World) -> str:
 
 
 def _redirect(world: _World, version: str) -> str:
-    with contextlib.closing(world.connected(version)) as pair:
+    with contextlib.closing(world.taken(version)) as pair:
         if not pair.origin.enrolled:
             return "the sockets were not enrolled"
         pair.proxy.sendall(_MANY)
@@ -138,15 +138,15 @@ def _redirect(world: _World, version: str) -> str:
 
 
 def _fionread(world: _World) -> str:
-    with contextlib.closing(world.connected("4")) as pair:
+    with contextlib.closing(world.taken("4")) as pair:
         pair.proxy.sendall(b"weft")
-        select.select([pair.workload], [], [], _TIMEOUT_S)
+        select.select([pair.workload], [], [], TIMEOUT_S)
         found = _unread(pair.workload)
         return "" if found == 4 else f"4 bytes wait, and FIONREAD says {found}"
 
 
 def _queue(world: _World) -> str:
-    with contextlib.closing(world.connected("4")) as pair:
+    with contextlib.closing(world.taken("4")) as pair:
         before = world.handles.queued(pair.origin.cookie)
         pair.proxy.sendall(_MANY)
         full = world.handles.queued(pair.origin.cookie)
@@ -158,7 +158,7 @@ def _queue(world: _World) -> str:
 
 
 def _half_close(world: _World) -> str:
-    with contextlib.closing(world.connected("4")) as pair:
+    with contextlib.closing(world.taken("4")) as pair:
         pair.proxy.sendall(b"weft")
         pair.proxy.shutdown(socket.SHUT_WR)
         found = _received(pair.workload, 5)
@@ -170,16 +170,16 @@ def _backend(world: _World) -> str:
         port = backend.getsockname()[1]
         world.frontend(NODE["4"], port, EntryBackend(NODE["4"], port, sockmap=True))
         with world.as_proxy():
-            proxy = _client(NODE["4"], port)
+            proxy = connected(NODE["4"], port)
         with proxy:
             taken, _ = backend.accept()
             with taken:
-                taken.settimeout(_TIMEOUT_S)
+                taken.settimeout(TIMEOUT_S)
                 cookie = world.handles.pair(proxy.fileno())
                 if not cookie:
                     return "the backend's socket was not enrolled"
                 proxy.sendall(b"weft")
-                select.select([taken], [], [], _TIMEOUT_S)
+                select.select([taken], [], [], TIMEOUT_S)
                 if _unread(taken) != 4 or not world.handles.queued(cookie):
                     return "what was sent to it did not come by redirect"
                 return "" if _received(taken, 4) == b"weft" else "other bytes arrived"
@@ -192,19 +192,19 @@ def _deferred(world: _World) -> str:
         target = Target.of(NODE["4"], port, "TCP")
         world.frontend(NODE["4"], port, EntryBackend(NODE["4"], port, sockmap=True))
         with world.as_proxy():
-            with _client(NODE["4"], port) as proxy:
+            with connected(NODE["4"], port) as proxy:
                 if world.handles.pair(proxy.fileno()) is not None:
                     return "its socket counts as there although it is not"
             world.handles.mark_plain(target)
-            with _client(NODE["4"], port) as proxy:
+            with connected(NODE["4"], port) as proxy:
                 found = world.handles.pair(proxy.fileno())
         return "" if found == 0 else "a connection to it is enrolled although it was ruled out"
 
 
 def _miss(world: _World) -> str:
-    with contextlib.closing(world.connected("4")) as pair:
+    with contextlib.closing(world.taken("4")) as pair:
         pair.workload.close()
-        deadline = time.monotonic() + _TIMEOUT_S
+        deadline = time.monotonic() + TIMEOUT_S
         try:
             while time.monotonic() < deadline:
                 pair.proxy.sendall(b"weft")
@@ -230,10 +230,10 @@ def _events(world: _World) -> str:
     fd = syscall.pinned(str(pins.map_path(world.pin, "events")))
     try:
         with _server(NODE["4"]) as server:
-            _client(*server.getsockname()).close()
+            connected(*server.getsockname()).close()
         ready = select.poll()
         ready.register(fd, select.POLLIN)
-        return "" if ready.poll(_TIMEOUT_S * 1000) else "a connection was opened, and none came"
+        return "" if ready.poll(TIMEOUT_S * 1000) else "a connection was opened, and none came"
     finally:
         os.close(fd)
 
@@ -251,24 +251,9 @@ def _add_addresses() -> None:
 
 
 def _server(address: str, port: int = 0) -> socket.socket:
-    server = socket.create_server((address, port), family=_family(address))
-    server.settimeout(_TIMEOUT_S)
+    server = socket.create_server((address, port), family=family_of(address))
+    server.settimeout(TIMEOUT_S)
     return server
-
-
-def _client(address: str, port: int) -> socket.socket:
-    made = socket.socket(_family(address), socket.SOCK_STREAM)
-    made.settimeout(_TIMEOUT_S)
-    try:
-        made.connect((address, port))
-    except OSError:
-        made.close()
-        raise
-    return made
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _received(sock: socket.socket, size: int) -> bytes:

@@ -11,6 +11,7 @@ import random
 
 from l7proxy import metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
+from l7proxy.deadline import until
 from l7proxy.entry import Reply
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.record import Record
@@ -97,7 +98,7 @@ class Attempts:
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
         try:
-            async with asyncio.timeout_at(limit):
+            async with until(limit):
                 lease = await cluster.acquire(
                     client_certificate=self._certificate, avoid=avoid, prefer=prefer
                 )

@@ -19,6 +19,7 @@ from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
 from l7proxy.attempt import Attempt
 from l7proxy.attempts import Attempts
+from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
 from l7proxy.message import ProtocolError, ResponseHead
@@ -158,7 +159,7 @@ class _Exchange:
             await self._send(self._finished_head(location, rule, None), b"")
             return
         timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
-        async with asyncio.timeout(timeout) as self._timeout:
+        async with within(timeout) as self._timeout:
             await self._forward(selected, match)
 
     async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
@@ -242,7 +243,7 @@ class _Exchange:
             if head.upgrade is not None:
                 await self._tunnel(attempt, head)
             else:
-                async with asyncio.timeout_at(attempt.limit):
+                async with until(attempt.limit):
                     await self._relay_body(attempt, head)
         except TimeoutError:  # the backend's; the request's comes as a cancellation
             attempt.lease.failed("timeout")

@@ -7,7 +7,15 @@ up exactly. The admin port reads them; the worker serves nothing itself.
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+import os
+
+from prometheus_client import Counter, Gauge, Histogram, values
+
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    # By default each value asks for the process id whenever it changes: several system calls a
+    # request, for processes that never fork.
+    _PID = os.getpid()
+    values.ValueClass = values.MultiProcessValue(lambda: _PID)  # type: ignore[no-untyped-call]
 
 REQUESTS = Counter(
     "weft_http_requests_total",

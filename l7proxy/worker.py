@@ -157,11 +157,12 @@ class Worker:
                     _log.error("control message %s is not for a worker", type(message).__name__)
 
     def _take_handles(self, descriptors: dict[str, int]) -> None:
-        """The kernel's answers come from these from now on. Those before are closed once no
-        connection asks them any more."""
+        """The kernel's answers come from these from now on. Those before are closed when others
+        come and no connection asks them any more."""
         handles = ProxyHandles(descriptors)
         weakref.finalize(handles, _close, tuple(descriptors.values()))
         self._proxy.use(handles)
+        gc.collect()  # connections that have ended are in cycles, and would keep theirs
 
     async def _take_channel(self, sock: socket.socket) -> None:
         before, self._channel = self._channel, ConfigChannel(self._proxy, self._flows)

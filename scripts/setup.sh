@@ -24,11 +24,11 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # --- Debian packages -----------------------------------------------------------------------------
 # python3-venv: to make .venv. python3-bpfcc: bcc exists for Debian's own Python only, which is why
 # .venv is made from /usr/bin/python3 and sees the system's packages. linux-libc-dev: the kernel's
-# headers that eBPF programs are compiled with. Tests use curl, and other people's HTTP clients as
-# peers and attackers: nghttp and slowhttptest. The torture test compiles its clients and backends
-# (gcc), and has nginx and HAProxy as backends too.
-packages="python3-venv python3-bpfcc linux-libc-dev"
-[ "$what" = run ] || packages="$packages curl nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
+# headers that eBPF programs are compiled with. curl: the client outside in `make run`. Tests use
+# other people's HTTP clients as peers and attackers: nghttp and slowhttptest. The torture test
+# compiles its clients and backends (gcc), and has nginx and HAProxy as backends too.
+packages="python3-venv python3-bpfcc linux-libc-dev curl"
+[ "$what" = run ] || packages="$packages nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
 # wrk is the client of the comparison with peers, of which nginx and haproxy are two.
 [ "$what" != bench ] || packages="$packages wrk"
 if command -v dpkg-query >/dev/null 2>&1; then

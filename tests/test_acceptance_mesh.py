@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
 import json
 import os
 import socket
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from acceptance import outcomes
+from acceptance import outcomes, run_mesh
 from acceptance.cases import SHARED, Case, load_cases, load_objects
 from acceptance.client import Request, Response
 from acceptance.exchange import Mismatch, check_known, grpc_method
 from acceptance.mesh_cases import MESH, load_mesh_cases
 from acceptance.mesh_exchange import compare_mesh, completed, split_host, to_mesh_request
-from acceptance.mesh_lab import NODES, deployment_of, lab_config
+from acceptance.mesh_lab import NODES, deployment_of, lab_config, why_not
 from acceptance.mesh_own import own_mesh_cases
 from acceptance.mesh_steps import OPERATIONS, PROTOCOLS
 from acceptance.outcomes import FAIL, NOT_SUPPORTED, PASS, Outcome, failed, summary
 from acceptance.shares import wrong_shares
 from acceptance.statuses import CONTROLLER, NotYet, mesh_routes_accepted
+from lab_world import needs_root, processes_with
 
+from mesh.lab.cgroups import cgroup_root
 from mesh.lab.config import read_config
 from mesh.lab.plan import make_plan
 from mesh.model.decode import decode
@@ -288,3 +293,31 @@ def test_the_lab_has_a_pod_of_each_deployment_on_each_node(tmp_path: Path) -> No
     sample = next(pod for pod in plan.pods if pod.name == "echo-v1-1")
     assert f"--crt={tmp_path}/cert.crt" in sample.command
     assert os.path.isdir(sample.env["PYTHONPATH"])
+
+
+@needs_data
+@needs_root
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "")
+async def test_cases_are_run_in_a_lab_that_leaves_nothing() -> None:
+    named = {case.name: case for case in load_mesh_cases()}
+    ports = named["MeshPorts"]
+    # The same requests without the route: what they expect must not come true by itself.
+    without = dataclasses.replace(ports, name="without", manifests=(), objects=())
+    claims_more = dataclasses.replace(ports, name="more", features=("Mesh", "MeshOfTomorrow"))
+    args = argparse.Namespace(wait=1.0, verbose=False)
+    # pytest's own directories have names too long for sockets.
+    with tempfile.TemporaryDirectory(prefix="weft-test-") as scratch:
+        found = await run_mesh.run(
+            [named["MeshBasic"], ports, without, claims_more], args, Path(scratch)
+        )
+        assert [(one.test, one.result) for one in found] == [
+            ("MeshBasic", PASS),
+            ("MeshPorts", PASS),
+            ("without", FAIL),
+            ("more", NOT_SUPPORTED),
+        ], found
+        assert "X-Header-Set" in found[2].detail
+        assert list((Path(scratch) / "lab").iterdir()) == []
+        assert processes_with(scratch) == []
+    lab = f"accept-{os.getpid()}"
+    assert [*Path("/run/netns").glob(f"weft.{lab}.*"), *cgroup_root().glob(lab)] == []

@@ -98,3 +98,66 @@ def test_what_cannot_be_steered_is_said_and_the_gateway_goes_on(tmp_path):
         weft.await_line("not a cgroup v2 directory")
         status = weft.await_status(lambda status: status["ready"])
         assert any("not a cgroup v2 directory" in text for text in status["degraded"])
+
+
+_MESH_ROUTE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: r, namespace: default}
+spec:
+  parentRefs: [{group: "", kind: Service, name: s, port: 80}]
+  rules: [{backendRefs: [{name: s, port: 80}]}]
+"""
+
+
+def accepted(weft) -> dict[str, str]:
+    """The condition Accepted of the mesh route."""
+    weft.await_status(lambda status: status["ready"])
+    [route] = weft.ask("/objects", kind="HTTPRoute")["items"]
+    conditions = route["status"]["parents"][0]["conditions"]
+    return next(one for one in conditions if one["type"] == "Accepted")
+
+
+def test_mesh_routes_are_accepted_where_workloads_are_steered(tmp_path, world):
+    manifests, _, arguments = world
+    write(manifests, 9)
+    (manifests / "route.yaml").write_text(_MESH_ROUTE)
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        assert accepted(weft)["status"] == "True"
+
+
+def test_mesh_routes_are_not_accepted_where_nothing_is_steered(tmp_path):
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    write(manifests, 9)
+    (manifests / "route.yaml").write_text(_MESH_ROUTE)
+    arguments = (f"--manifests={manifests}", "--admin=off", "--workers=1")
+    with running(tmp_path / "run", *arguments, f"--steer={tmp_path}") as weft:
+        condition = accepted(weft)
+        assert condition["status"] == "False"
+        assert "not steered here" in condition["message"]
+        assert "not a cgroup v2 directory" in condition["message"]
+
+
+def test_proxies_that_the_kernel_would_not_know_are_not_steered_to(tmp_path, world):
+    """Nobody can join a cgroup whose type is not one for processes."""
+    manifests, _, arguments = world
+    write(manifests, 9)
+    with new_cgroup() as parent:
+        threaded = parent / "threaded"
+        threaded.mkdir()
+        try:
+            (threaded / "cgroup.type").write_text("threaded")
+            invalid = threaded / "invalid"
+            invalid.mkdir()
+            try:
+                proxy = f"--proxy-cgroup={invalid}"
+                with running(tmp_path / "run", *arguments, proxy) as weft:
+                    weft.await_line("Weft's own processes are not in")
+                    status = weft.await_status(lambda status: status["ready"])
+                    assert any("not steered" in text for text in status["degraded"])
+            finally:
+                invalid.rmdir()
+        finally:
+            threaded.rmdir()

@@ -8,7 +8,8 @@ import sys
 from bpf_world import ROOT, TIMEOUT_S, needs_bpf
 from redirect_world import NODE, VIP, World, received, redirect_world
 
-from bpf import maps, pins, settings
+from bpf import layout, maps, pins, settings, syscall
+from bpf.layout import Address, Number
 from mesh.model.nodeconfig import MESH_HTTP_PORT
 
 pytestmark = needs_bpf
@@ -19,11 +20,12 @@ import sys
 from pathlib import Path
 from bpf import layout
 layout.PLAIN *= 2
-from bpf import loader, settings
+from bpf import loader, podfilter, settings
 from bpf.balancer import Balancer
 from mesh.model.nodeconfig import LoadBalancerEntry
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
 loader.load(pin)
+podfilter.renew(pin)
 balancer = Balancer(pin)
 entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
 assert balancer.replace({{"entry": entry}}) == {{}}
@@ -76,6 +78,20 @@ def test_sockets_outlive_the_version_that_enrolled_them(tmp_path):
         assert versions(world) == {pins.version()}
         old_proxy.sendall(b"still by redirect")
         assert received(old, 17) == b"still by redirect"
+
+    with redirect_world(tmp_path) as world:
+        world.run(scenario)
+
+
+def test_pods_are_known_to_the_next_version(tmp_path):
+    def scenario(world: World) -> None:
+        table = maps.PinnedMap(world.pin, "interfaces", Address, Number)
+        table.put(Address.of(NODE), Number(7))
+        another_weft(world)
+        [other] = versions(world) - {pins.version()}
+        key, size = layout.ADDRESS.pack(Address.of(NODE)), layout.U32.size
+        theirs = syscall.pinned(str(world.pin / "maps" / other / "interfaces"))
+        assert syscall.lookup(theirs, key, size) == layout.U32.pack(Number(7))
 
     with redirect_world(tmp_path) as world:
         world.run(scenario)

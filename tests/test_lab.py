@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, host_links, lab_of, needs_root, processes_with, until
 
 from mesh.lab.cgroups import cgroup_root
@@ -82,10 +83,15 @@ NODE_A, NODE_B = ("172.18.0.2", "fd00:172:18::2"), ("172.18.0.3", "fd00:172:18::
 @pytest.mark.parametrize("family", [0, 1])
 def test_pods_and_nodes_reach_pods_of_every_node(lab: Lab, family: int) -> None:
     prefix = ("::ffff:", "")[family]
-    for where, client in (("idle", IDLE), ("node/a", NODE_A)):
-        for pod, addresses in (("echo-1", ECHO_1), ("echo-2", ECHO_2)):
-            answer = lab.python(where, _ASK, addresses[family])
-            assert answer == f"{pod} {prefix}{client[family]}"
+    for where, pod, addresses, client in (
+        ("idle", "echo-1", ECHO_1, IDLE),
+        # A pod's port that a Service leads to: through the relay of the client's node.
+        ("idle", "echo-2", ECHO_2, NODE_A),
+        ("node/a", "echo-1", ECHO_1, NODE_A),
+        ("node/a", "echo-2", ECHO_2, NODE_A),
+    ):
+        answer = lab.python(where, _ASK, addresses[family])
+        assert answer == f"{pod} {prefix}{client[family]}"
 
 
 @pytest.mark.parametrize("family", [0, 1])
@@ -390,3 +396,52 @@ def test_the_example_comes_up(tmp_path: Path) -> None:
         ask = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1]).read().decode())"
         answer = json.loads(lab.python("web-1", ask, "http://recommender:8080/x"))
         assert answer["saw"] == "GET /x"
+
+
+@needs_bpf
+def test_a_lab_of_24_services_leaves_nothing(tmp_path: Path) -> None:
+    """All of it works at once, and all of it goes: also what pins have of it."""
+    serve = """
+import os, socket
+server = socket.create_server(("::", 8080), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    connection, _ = server.accept()
+    connection.sendall(os.environ["POD_NAME"].encode())
+    connection.close()
+"""
+    ask = """
+import socket
+for number in range(24):
+    with socket.create_connection((f"service-{number}", 80), timeout=5) as connection:
+        print(connection.recv(100).decode())
+"""
+    names = [f"service-{number}" for number in range(24)]
+    config = {
+        "nodes": [{"name": "a"}, {"name": "b"}],
+        "outside": [{"name": "client"}],
+        "pods": [
+            {
+                "name": name,
+                "replicas": 2,
+                "command": ["python3", "-c", serve],
+                "ports": [{"name": "tcp", "port": 8080}],
+            }
+            for name in names
+        ]
+        + [{"name": "idle"}],
+        "services": [
+            {"name": name, "ports": [{"port": 80, "targetPort": "tcp"}]} for name in names
+        ],
+    }
+    links = host_links()
+    with lab_of(tmp_path, "many", json.dumps(config)) as lab:
+        done = lab.up()
+        assert done.returncode == 0, done.stderr
+        answers = lab.python("idle", ask).split()
+        assert [answer.rpartition("-")[0] for answer in answers] == names
+        pins = [lab.run_dir / lab.name / "nodes" / f"{node}.weft" / "bpf" for node in "ab"]
+        assert [len(list((path / "links").glob("weft*_pod_*gress"))) for path in pins] == [50, 48]
+        done = lab.weft("down")
+        assert (done.returncode, done.stderr) == (0, f"lab {lab.name} is gone\n")
+        assert lab.leftovers() == []
+        assert host_links() == links

@@ -1,7 +1,7 @@
-"""The storefront: starts its backends and the gateway, says what to try, shows what happens.
+"""The storefront in a lab: starts it, shows a request, says what to try, shows what happens.
 
-`make run` runs this. Ctrl-C (or SIGTERM) ends everything that it started. Exit codes: 0 ended as
-asked, 1 something could not be started or went away.
+`make run` runs this, as root. Ctrl-C (or SIGTERM) takes the lab down. Exit codes: 0 ended as asked,
+1 it could not be started or went away.
 """
 
 from __future__ import annotations
@@ -10,45 +10,33 @@ import argparse
 import base64
 import contextlib
 import datetime
-import errno
 import os
+import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from cryptography import x509
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from certs.selfsigned import Authority
-from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.cli.client import CliError, ask
+from mesh.lab.errors import LabError
+from mesh.lab.lab import down, up
+from mesh.lab.plan import Plan
+from mesh.lab.state import DEFAULT_RUN_DIR, LabDir
 
 HERE = Path(__file__).resolve().parent
+LAB = HERE / "lab.yaml"
 MANIFESTS = HERE / "manifests"
 SECRET = MANIFESTS / "secret.generated.yaml"
 CA = HERE / "ca.generated.pem"
-HOST, HTTP, HTTPS = "shop.example.test", 8080, 8443
-LOG = HERE.parents[1] / "build" / "storefront.log"
-ADMIN = 15090
-BACKENDS = {
-    9101: "catalog-v1",
-    9102: "catalog-v2",
-    9103: "cart",
-    9104: "cart",
-    9105: "checkout",
-    9106: "audit",
-}
-_START_S = 20.0
+WEFT = os.path.relpath(Path(sys.executable).with_name("weft"))
+HOST = "shop.example.test"
+_START_S = 30.0
 _RENEW = datetime.timedelta(days=7)
 
 
@@ -56,30 +44,13 @@ class CannotRun(Exception):
     """What is in the way, and what to do about it."""
 
 
-# --- what has to be there first ------------------------------------------------------------------
-
-
-def check_ports() -> None:
-    """CannotRun: somebody else listens where the storefront has to."""
-    for port in (HTTP, HTTPS, ADMIN, *BACKENDS):
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError as error:
-                why = "is in use" if error.errno == errno.EADDRINUSE else str(error.strerror)
-                raise CannotRun(
-                    f"port {port} of 127.0.0.1 {why}: end what listens there (ss -ltnp "
-                    f"'sport = :{port}' names it), then run this again"
-                ) from None
-
-
-def check_run_dir(run_dir: Path) -> None:
-    """CannotRun: a storefront runs already."""
-    holder = RunDir(run_dir).holder()
-    if holder is not None:
+def check_rights() -> None:
+    """CannotRun: a lab takes root."""
+    if os.geteuid() != 0:
         raise CannotRun(
-            f"the storefront runs already (pid {holder.get('pid', 'unknown')}): end it first"
+            "the storefront's nodes and pods are network namespaces and cgroups, which only root "
+            "can make: run 'sudo make run'.\nWithout root, Weft is an ingress gateway for backends "
+            f"that you start yourself: {WEFT} up --manifests DIR"
         )
 
 
@@ -113,250 +84,120 @@ def _expires_soon() -> bool:
     return end - datetime.datetime.now(datetime.UTC) < _RENEW
 
 
-# --- processes -----------------------------------------------------------------------------------
+class Storefront:
+    """A lab that is up."""
 
+    def __init__(self, run_dir: Path, plan: Plan) -> None:
+        self._plan = plan
+        self._lab = LabDir(run_dir, plan.name)
+        self._options = [] if run_dir == DEFAULT_RUN_DIR else ["--run-dir", str(run_dir)]
+        if len(list(run_dir.glob("*/"))) > 1:
+            self._options += ["--name", plan.name]
 
-class Processes:
-    """What was started, ended in reverse order."""
+    def run_dirs(self) -> list[str]:
+        return [f"--run-dir={self._lab.weft(node.name).path}" for node in self._plan.nodes]
 
-    def __init__(self) -> None:
-        self._all: list[tuple[str, subprocess.Popen[str]]] = []
+    def line(self, command: str, where: str = "", what: str = "") -> str:
+        """A `weft lab` command as somebody types it."""
+        return " ".join(filter(None, [WEFT, "lab", command, *self._options, where, what]))
 
-    def start(self, name: str, command: list[str], **more: Any) -> subprocess.Popen[str]:
-        # A session of its own: Ctrl-C comes to this process alone, which ends the others in order.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, text=True, start_new_session=True, **more
+    def curl(self, what: str, where: str = "outside/client") -> str:
+        return self.line("exec", where, f"-- curl {what}")
+
+    def suggestions(self) -> Sequence[tuple[str, str]]:
+        """What to try, and the line for it."""
+        a, b = (node.addresses[0] for node in self._plan.nodes)
+        plain = f"-H 'Host: {HOST}' http://{a}"
+        tls = f"--resolve {HOST}:443:{b} --cacert {os.path.relpath(CA)} https://{HOST}"
+        websocket = (
+            "-sN --max-time 1 -H 'Connection: Upgrade' -H 'Upgrade: websocket' "
+            "-H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: c3RvcmVmcm9udCBleGFtcA=='"
         )
-        self._all.append((name, process))
-        return process
-
-    def __bool__(self) -> bool:
-        return bool(self._all)
-
-    def ended(self) -> str | None:
-        """The name of one that is not there any more."""
-        return next((name for name, process in self._all if process.poll() is not None), None)
-
-    def end(self) -> None:
-        for _, process in reversed(self._all):
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def start_backends(processes: Processes) -> None:
-    """CannotRun: one of them does not come up."""
-    started = [
-        (
-            name,
-            processes.start(
-                f"{name} (port {port})",
-                [sys.executable, str(HERE / "backends.py"), name, str(port)],
-                stdout=subprocess.PIPE,
-            ),
+        return (
+            ("80 % catalog-v1, 20 % catalog-v2", self.curl(f"{plain}/catalog")),
+            ("the path is rewritten to /cart/42", self.curl(f"{plain}/api/cart/42")),
+            ("redirected to HTTPS", self.curl(f"-i {plain}/checkout")),
+            ("HTTPS and HTTP/2, by the other node", self.curl(f"{tls}/checkout")),
+            ("POST is mirrored to audit", self.curl(f"{tls}/checkout -d order=1")),
+            ("a WebSocket says how many are left", self.curl(f"{websocket} {plain}/stock")),
+            ("no route: 404", self.curl(f"-i {plain}/nowhere")),
+            ("from pod to Service: 80 % to 20 % again", self.curl("http://catalog/", "kiosk")),
         )
-        for port, name in BACKENDS.items()
-    ]
-    for name, process in started:
-        assert process.stdout is not None
-        # The line comes when it listens; an end of file, when it ended.
-        if not process.stdout.readline():
-            raise CannotRun(f"the backend {name} did not start; its message is above")
+
+    def introduce(self) -> None:
+        """Show a request that crosses nodes, and what else there is. CannotRun: it fails."""
+        address = self._plan.nodes[0].addresses[0]
+        crossing = self.curl(f"-sS -H 'Host: {HOST}' -H 'x-canary: yes' http://{address}/catalog")
+        answer = _succeed(crossing)
+        print("\nFrom the client outside to the gateway on node a, to a pod on node b:\n")
+        print(f"$ {crossing}\n{answer}")
+        print("Try, in another terminal:")
+        for what, line in self.suggestions():
+            print(f"  # {what}\n  {line}")
+        first = self.run_dirs()[0]
+        print("\nLook inside:")
+        print(f"  {self.line('status')}")
+        print(f"  {WEFT} get httproutes -A {first}")
+        print(f"  {WEFT} explain GET http://{HOST}/catalog {first}")
+        where = os.path.relpath(MANIFESTS)
+        print(f"\nA change in {where} takes effect at once. Ctrl-C takes it all down.")
+        print("\nRequests and connections, as they happen:", flush=True)
+
+    def complain(self) -> None:
+        """Say what the nodes cannot do on this host."""
+        for node in self._plan.nodes:
+            with contextlib.suppress(CliError):
+                for why in ask(self._lab.weft(node.name).path, "/status")["degraded"]:
+                    print(f"! node {node.name}: {why}; the Gateway works without")
+
+    def watch(self) -> None:
+        """Show flows until Ctrl-C. CannotRun: the lab has gone."""
+        subprocess.run([WEFT, "observe", "-f", "--last=0", *self.run_dirs()], check=False)
+        raise CannotRun(f"nothing to see any more; is the lab still up? {self.line('status')}")
 
 
-def start_gateway(processes: Processes, run_dir: Path) -> None:
-    """CannotRun: it is not ready in time. What it says goes to a file: the terminal is for the
-    view."""
-    LOG.parent.mkdir(exist_ok=True)
-    log = LOG.open("w")
-    process = processes.start(
-        "the gateway",
-        [
-            str(Path(sys.executable).with_name("weft")),
-            "up",
-            f"--manifests={MANIFESTS}",
-            f"--run-dir={run_dir}",
-            "--bind-address=127.0.0.1",
-            "--advertise=127.0.0.1",
-            f"--admin=127.0.0.1:{ADMIN}",
-            "--access-log=json",
-            "--drain-timeout=3",
-        ],
-        stdout=log,
-        stderr=log,
-    )
-    log.close()
+def _succeed(line: str) -> str:
+    """What a command prints once it succeeds: routes and endpoints take a moment to be in force.
+    CannotRun: it does not, in time."""
     deadline = time.monotonic() + _START_S
-    why = ""
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise CannotRun(f"the gateway did not start: {LOG.read_text().strip()}")
-        try:
-            status = ask(run_dir, "/status")
-        except CliError as error:
-            why = error.message
-        else:
-            failed = [port for port in status["ports"] if not port["bound"]]
-            if failed:
-                raise CannotRun(f"port {failed[0]['port']} cannot be bound: {failed[0]['why']}")
-            if status["ready"]:
-                return
-            why = ", ".join(status["notReady"])
-        time.sleep(0.05)
-    raise CannotRun(f"the gateway is not ready after {_START_S:g} s: {why}")
-
-
-# --- what is shown -------------------------------------------------------------------------------
-
-_BASE = f"curl -H 'Host: {HOST}' http://127.0.0.1:{HTTP}"
-_TLS = (
-    f"curl --resolve {HOST}:{HTTPS}:127.0.0.1 --cacert {os.path.relpath(CA)} https://{HOST}:{HTTPS}"
-)
-_WEBSOCKET = (
-    "-sN --max-time 1 -H 'Connection: Upgrade' -H 'Upgrade: websocket' "
-    "-H 'Sec-WebSocket-Version: 13' -H 'Sec-WebSocket-Key: c3RvcmVmcm9udCBleGFtcA=='"
-)
-TRY = (
-    ("80 % catalog-v1, 20 % catalog-v2", f"{_BASE}/catalog"),
-    ("a header chooses the canary", f"{_BASE}/catalog -H 'x-canary: yes'"),
-    ("the path is rewritten to /cart/42", f"{_BASE}/api/cart/42"),
-    ("redirected to HTTPS", f"{_BASE}/checkout -i"),
-    ("HTTPS and HTTP/2", f"{_TLS}/checkout"),
-    ("POST is mirrored to audit", f"{_TLS}/checkout -d order=1"),
-    ("a WebSocket says how many are left", f"{_BASE}/stock {_WEBSOCKET}"),
-    ("no route: 404", f"{_BASE}/nowhere -i"),
-)
-
-
-def introduction(run_dir: Path) -> str:
-    weft = os.path.relpath(Path(sys.executable).with_name("weft"))
-    lines = [
-        "",
-        f"The storefront is open: http://127.0.0.1:{HTTP} and https://{HOST}:{HTTPS}",
-        "",
-        "Try, in another terminal:",
-    ]
-    lines += [f"  # {what}\n  {command}" for what, command in TRY]
-    lines += [
-        "",
-        "Look inside:",
-        f"  {weft} get httproutes -A --run-dir {run_dir}",
-        f"  {weft} explain GET http://{HOST}:{HTTP}/catalog --run-dir {run_dir}",
-        f"  curl http://127.0.0.1:{ADMIN}/metrics",
-        f"  tail -f {os.path.relpath(LOG)}",
-        "",
-        f"A change in {os.path.relpath(MANIFESTS)} takes effect at once. Ctrl-C ends it all.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-class View:
-    """Routes, and how many requests each rule and backend has answered."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
-
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """Route, rule, backend, and the answers by status code. CliError: nobody says."""
-        counts: dict[tuple[str, str, str], Counter[str]] = {}
-        for sample in ask(self._run_dir, "/metrics-json")["items"]:
-            if sample["name"] == "weft_http_requests_total":
-                labels = sample["labels"]
-                route = labels["route"].rpartition("/")[2] or "(no route)"
-                backend = labels["backend"].removeprefix("cluster/Service/")
-                codes = counts.setdefault((route, labels["rule"], backend), Counter())
-                codes[labels["code"]] += int(sample["value"])
-        return [
-            (*key, ", ".join(f"{code}: {count}" for code, count in sorted(codes.items())))
-            for key, codes in sorted(counts.items())
-        ]
-
-    def routes(self) -> list[str]:
-        """A line for each route: name, hostnames, accepted or why not."""
-        lines = []
-        for route in ask(self._run_dir, "/objects", [("kind", "HTTPRoute")])["items"]:
-            conditions = [
-                condition
-                for parent in route.get("status", {}).get("parents", ())
-                for condition in parent["conditions"]
-            ]
-            wrong = [f"{c['reason']}: {c['message']}" for c in conditions if c["status"] != "True"]
-            hosts = ", ".join(route["spec"].get("hostnames", ["*"]))
-            name = route["metadata"]["name"]
-            lines.append(f"{name:<18} {hosts:<20} {'; '.join(wrong) or 'accepted'}")
-        return lines
-
-    def group(self) -> Group:
-        table = Table(title="Requests", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for name in ("ROUTE", "RULE", "BACKEND", "ANSWERS"):
-            table.add_column(name)
-        for row in self.rows():
-            table.add_row(*row)
-        return Group(Text("Routes\n" + "\n".join(self.routes()) + "\n"), table)
-
-
-def watch(processes: Processes, view: View, stop: threading.Event, console: Console) -> None:
-    """Show until `stop`: a live view on a terminal, else a line for each row that has changed.
-    CannotRun: a process went away."""
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            while not stop.wait(0.5):
-                _still_there(processes)
-                # While the agent starts again there is nobody to ask; the next look will show.
-                with contextlib.suppress(CliError):
-                    live.update(view.group(), refresh=True)
-        return
-    for line in view.routes():
-        print(f"route {line}", flush=True)
-    shown: set[tuple[str, ...]] = set()
-    while not stop.wait(0.5):
-        _still_there(processes)
-        with contextlib.suppress(CliError):
-            rows = view.rows()
-            for row in rows:
-                if row not in shown:
-                    print("requests", *filter(None, row), flush=True)
-            shown = set(rows)
-
-
-def _still_there(processes: Processes) -> None:
-    if gone := processes.ended():
-        raise CannotRun(f"{gone} has ended; see {LOG}, or what is above")
+    while True:
+        command = shlex.split(line.replace(" curl ", " curl -f "))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout
+        if time.monotonic() > deadline or done.returncode == 127:
+            raise CannotRun(f"this fails: {line}\n{done.stderr.strip()}")
+        time.sleep(0.1)
 
 
 def main() -> int:
-    default = default_run_dir()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--run-dir", type=Path, default=default.with_name(f"{default.name}-storefront")
-    )
-    run_dir = parser.parse_args().run_dir
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    console = Console()
-    processes = Processes()
+    parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIR)
+    parser.add_argument("--name", help="of the lab; default that of lab.yaml")
+    args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    name = None
     try:
-        check_run_dir(run_dir)
-        check_ports()
+        check_rights()
         make_secret()
-        print("starting the backends and the gateway", flush=True)
-        start_backends(processes)
-        start_gateway(processes, run_dir)
-        print(introduction(run_dir), flush=True)
-        watch(processes, View(run_dir), stop, console)
-    except CannotRun as error:
+        print("starting the lab", flush=True)
+        status = up(LAB, args.run_dir, args.name, _START_S)
+        name = status.plan.name
+        storefront = Storefront(args.run_dir, status.plan)
+        storefront.complain()
+        storefront.introduce()
+        storefront.watch()
+    except KeyboardInterrupt:
+        return 0
+    except (CannotRun, LabError) as error:
         print(f"storefront: {error}", file=sys.stderr)
         return 1
     finally:
-        if processes:
-            print("ending the gateway and the backends", flush=True)
-        processes.end()
-    return 0
+        if name is not None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print("taking the lab down", flush=True)
+            down(args.run_dir, name)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,14 @@ from bpf.balancer import Balancer
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from mesh.agent.options import Steering
-from mesh.model.nodeconfig import LoadBalancerEntry, Section, SectionKey, WorkloadSection
+from mesh.model.nodeconfig import (
+    MESH_HTTP_PORT,
+    LoadBalancerEntry,
+    Section,
+    SectionKey,
+    WorkloadSection,
+    port_key,
+)
 
 _log = logging.getLogger("weft.agent")
 
@@ -63,6 +70,7 @@ class Datapath:
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._workloads: dict[SectionKey, WorkloadSection] = {}
         self._loaded = False
+        self._broken: str | None = None
         self._synced = False
         self._maps: _Maps | None = None
 
@@ -73,12 +81,12 @@ class Datapath:
             await self._run("bpf.loader", f"--pin={self.pins}")
             self._loaded = True
         except DatapathError as error:
-            self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+            self._break(error)
         try:
             self._maps = _Maps(Balancer(self.pins), settings.Identities(self.pins))
         except DatapathError as error:
-            if not self.failures:
-                self._fail(f"workloads in {self.cgroup} are not steered: {error}")
+            if self._broken is None:
+                self._break(error)
         else:
             self._replace()
             handles = descriptors(self.pins)
@@ -90,8 +98,22 @@ class Datapath:
     async def _test(self) -> None:
         """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
         attach.check_cgroup(self._options.cgroup)
-        where = (f"--directory={self.pins.parent}", f"--cgroup={self._options.proxy_cgroup.parent}")
-        said = await self._run("bpf.selftest", *where, "--json")
+        beside = self._options.proxy_cgroup
+        if not beside.exists():
+            raise DatapathError(
+                f"the cgroup {beside} for Weft's own processes could not be made: it takes root, "
+                "or name one that is there with --proxy-cgroup"
+            )
+        attach.check_cgroup(beside)
+        # The supervisor has joined it before the proxies' listening sockets were made.
+        if not attach.is_member(beside, os.getpid()):
+            raise DatapathError(
+                f"Weft's own processes are not in {beside}, by which the kernel would know the "
+                "proxy's sockets: give --proxy-cgroup one that may have processes (a leaf without "
+                "controllers of its children), and start Weft anew"
+            )
+        where = (f"--directory={self.pins.parent}", f"--cgroup={beside.parent}")
+        said = await self._run("bpf.selftest", *where, f"--name={beside.name}.selftest", "--json")
         self.checks = msgspec.json.decode(said, type=list[selftest.Check])
         wrong = [check for check in self.checks if not check.ok]
         basic = [check for check in wrong if check.name not in selftest.REDIRECT_FACTS]
@@ -132,6 +154,10 @@ class Datapath:
         """The maps are there, and filled."""
         return self._maps is not None
 
+    def _break(self, error: Exception) -> None:
+        self._broken = str(error)
+        self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+
     def _fail(self, why: str) -> None:
         self.failures.append(why)
         _log.error("%s", why)
@@ -161,6 +187,17 @@ class Datapath:
             self.refused = self._maps.identities.replace(self._workloads)
             self.refused |= self._maps.balancer.replace(self._entries)
 
+    def refusals(self) -> dict[SectionKey, str]:
+        """By section, why it is not in force here; all of the mesh's ports where nothing is steered
+        to them."""
+        if self._broken is None:
+            return self.refused
+        why = f"workloads are not steered here: {self._broken}"
+        return {
+            **self.refused,
+            **{port_key(address, MESH_HTTP_PORT): why for address in self._addresses},
+        }
+
     def enforce(self) -> None:
         """Everything that the kernel is to send to is there: point it to the proxies, attach."""
         if self._maps is None or not self._loaded:
@@ -169,7 +206,7 @@ class Datapath:
             settings.steer_to_proxy(self.pins, self._addresses, sockmap=self.redirects)
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
         except (DatapathError, OSError) as error:
-            self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+            self._break(error)
         else:
             how = "by redirect" if self.redirects else "by TCP"
             _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)

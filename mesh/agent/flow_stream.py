@@ -45,7 +45,6 @@ async def stream(request: web.Request, store: FlowStore) -> web.StreamResponse:
         await _write(response, [Line(flow) for flow in found])
         while follower is not None and (lines := await follower.batch()):
             await _write(response, lines)
-        await response.write_eof()
     except ConnectionError:  # the reader has seen enough
         pass
     finally:

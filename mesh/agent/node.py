@@ -123,13 +123,13 @@ class Node:
     def _step(self) -> bool:
         """Derive from everything that came in; publish what is settled. Whether to go on."""
         first = self.rollout.config.version == 0
-        refusals = self.rollout.refusals()
+        refusals = self._known_refusals()
         binds = self._known_binds()
         if self._pending or refusals != self._refusals or binds != self._binds or first:
             changes, self._pending = self._pending, {}
             before = self._refusals, self._binds
             for key, why in refusals.items() - self._refusals.items():
-                _log.error("%s is refused by the proxy: %s", key, why)
+                _log.error("%s is refused: %s", key, why)
             self._refusals, self._binds = refusals, binds
             outcome = self._plane.apply(
                 changes,
@@ -147,15 +147,17 @@ class Node:
             if first or ports != self._wanted:
                 self._ask(ports)
             return True
-        if self._unpublished:
-            self.statuses.publish(self._unpublished)
-            self._unpublished = {}
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
             if self.datapath is not None:
                 self.datapath.enforce()
             _log.info("ready: configuration %d is in force", self.rollout.config.version)
             self._ready()
+            return True
+        # What the kernel does is not known before it was told.
+        if self._unpublished and (self.datapath is None or not self.datapath.loading):
+            self.statuses.publish(self._unpublished)
+            self._unpublished = {}
         return False
 
     def _ask(self, ports: tuple[PortAddress, ...]) -> None:
@@ -169,6 +171,10 @@ class Node:
             if self.failures.get(cell) is not error:
                 _log.error("defect in deriving %s of %s", *cell, exc_info=error)
         self.failures = failures
+
+    def _known_refusals(self) -> dict[SectionKey, str]:
+        refusals = dict(self.rollout.refusals())
+        return refusals if self.datapath is None else {**refusals, **self.datapath.refusals()}
 
     def _known_binds(self) -> dict[PortKey, str]:
         if self.bound is None:

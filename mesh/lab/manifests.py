@@ -20,7 +20,7 @@ _FAMILIES = ("IPv4", "IPv6")
 
 
 def to_yaml(objects: Iterable[Object]) -> bytes:
-    return yaml.safe_dump_all(objects, sort_keys=False).encode()
+    return yaml.dump_all(objects, Dumper=yaml.CSafeDumper, sort_keys=False).encode()
 
 
 def services(plan: Plan) -> Iterator[Object]:

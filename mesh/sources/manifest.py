@@ -45,6 +45,11 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
 _MAX_DIGITS = 400
 
 
+# What libyaml says past a bound of its own, which is higher than ours: newer ones look ahead so far
+# before they tell of anything that was opened.
+_TOO_DEEP = "exceeded maximum nesting depth"
+
+
 class UnreadableError(Exception):
     """The whole file says nothing that can be used; the message says where and why."""
 
@@ -78,6 +83,8 @@ def read_documents(data: bytes, *, is_json: bool = False) -> list[Document]:
 def _explain(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    if mark and what == _TOO_DEEP:
+        return f"line {mark.line + 1}: nested deeper than {MAX_DEPTH}"
     where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return f"not YAML{where}: {what}"
 
