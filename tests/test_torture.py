@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import socket
 import subprocess
@@ -17,10 +18,10 @@ from bpf_world import needs_bpf
 from lab_world import lab_of, needs_root
 from torture.clients import Client, Loss, Totals, unexplained
 from torture.kills import Kill
-from torture.memory import Queues
 from torture.programs import Programs, build
 from torture.run import Goal, torture
 from torture.scene import Target, make_scene
+from torture.sockets import Sockets
 from torture.verdict import QUEUE_BOUND, Evidence, Paths, problems
 
 from bpf.reasons import Reason
@@ -179,6 +180,7 @@ GOOD = Evidence(
     paths={"r/echo": Paths(3, 3), "r/off": Paths(0, 6)},
     pairs={"r/echo": 10},
     queue=(QUEUE_BOUND, "r/echo"),
+    redirect_queue=(0, ""),
     counts={"a": {**dict.fromkeys(Reason, 0), Reason.REDIRECT_MISSED: 1}},
 )
 TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), False))
@@ -208,7 +210,7 @@ def test_what_is_not_as_it_should_be_is_told(change: dict[str, Any], problem: st
 
 
 @needs_root
-def test_receive_queues_are_seen(tmp_path: Path) -> None:
+def test_sockets_are_seen_from_outside(tmp_path: Path) -> None:
     netns = tmp_path / "netns"
     create_netns(netns)
     try:
@@ -217,16 +219,19 @@ def test_receive_queues_are_seen(tmp_path: Path) -> None:
             subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
             server = socket.create_server(("127.0.0.1", 0))
             client = socket.create_connection(server.getsockname())
-        queues = Queues({"there": netns})
-        assert queues.longest() == (0, "there")
+        sockets = Sockets({"there": netns})
         with server, client, server.accept()[0] as reader:
             client.sendall(bytes(100_000))
-            size, where = queues.longest()
-            assert where == "there"
-            assert 100_000 <= size < 1_000_000
+            seen = {one.port: one for one in sockets.look()}
+            here, there = (seen[one.getsockname()[1]] for one in (reader, client))
+            assert here.inode == os.fstat(reader.fileno()).st_ino
+            assert (here.where, here.sent, here.received) == ("there", 0, 100_000)
+            assert 100_000 <= here.queue < 1_000_000
+            assert (there.queue, there.sent, there.received) == (0, 100_000, 0)
+            assert not here.redirected
             assert len(reader.recv(100_000, socket.MSG_WAITALL)) == 100_000
-            assert queues.longest()[0] == 0
-        queues.close()
+            assert {one.queue for one in sockets.look()} == {0}
+        sockets.close()
     finally:
         remove_netns(netns)
 

@@ -58,6 +58,7 @@ def report(evidence: Evidence, wrong: list[str]) -> None:
         f"{totals.bytes >> 20} MiB of bodies, {totals.broken} transfers broken on purpose, "
         f"{sum(evidence.pairs.values())} messages in loopback pairs"
     )
+    print(f"max receive queue by redirect {evidence.redirect_queue[0] >> 10} KiB")
     print(f"max receive queue {evidence.queue[0] >> 10} KiB")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lab_world import Lab
@@ -16,9 +17,9 @@ from mesh.lab.plan import Plan, PodPlan
 from mesh.lab.state import LabDir
 from torture.clients import Client, Totals, add
 from torture.kills import Kill, kill
-from torture.memory import Queues
 from torture.programs import Programs
-from torture.scene import Scene
+from torture.scene import BACKEND_PORT, Scene
+from torture.sockets import Sockets
 from torture.verdict import Evidence, Paths
 
 CONNECTIONS = 40
@@ -40,6 +41,31 @@ class Goal(NamedTuple):
     kill_s: float
 
 
+class _Watch:
+    """What of the sockets is remembered: the longest receive queues, and whose, of all and of those
+    that are filled by redirect; and how many of a backend's connections there were of each kind."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.queue = self.redirect_queue = (0, "")
+        self._sockets = Sockets(places)
+        self._inodes: dict[tuple[str, bool], set[int]] = defaultdict(set)
+
+    def look(self) -> None:
+        for seen in self._sockets.look():
+            self.queue = max(self.queue, (seen.queue, seen.where))
+            if seen.redirected:
+                self.redirect_queue = max(self.redirect_queue, (seen.queue, seen.where))
+            # 0: nobody's any more.
+            if seen.port == BACKEND_PORT and seen.inode and (seen.redirected or seen.received > 1):
+                self._inodes[seen.where, seen.redirected].add(seen.inode)
+
+    def paths(self, where: str) -> Paths:
+        return Paths(len(self._inodes[where, True]), len(self._inodes[where, False]))
+
+    def close(self) -> None:
+        self._sockets.close()
+
+
 async def torture(
     lab: Lab,
     scene: Scene,
@@ -56,9 +82,8 @@ async def torture(
         with inside(netns):
             write_sysctls({"net.ipv4.tcp_rmem": TCP_RMEM})  # type: ignore[dict-item]
     clients = [Client(pod, _pod(plan, pod).node) for pod in scene.clients]
-    queues = Queues(places)  # type: ignore[arg-type]
+    watch = _Watch(places)
     kills: list[Kill] = []
-    longest = (0, "")
     try:
         async with asyncio.TaskGroup() as tasks:
             for number, client in enumerate(clients, 1):
@@ -73,12 +98,12 @@ async def torture(
             start = said = time.monotonic()
             while True:
                 await asyncio.sleep(_LOOK_S)
-                longest = max(longest, queues.longest())
+                watch.look()
                 now = time.monotonic()
                 totals = add(clients)
                 if now - said >= 5:
                     said = now
-                    progress(_line(now - start, totals, len(kills), longest[0]))
+                    progress(_line(now - start, totals, len(kills), watch.queue[0]))
                 reached = totals.complete >= goal.transfers and now - start >= goal.seconds
                 if reached or now - start >= goal.limit_s:
                     break
@@ -88,8 +113,8 @@ async def torture(
             for client in clients:
                 await client.ended(_END_S)
     finally:
-        queues.close()
-    return _evidence(files, plan, clients, kills, longest)
+        watch.close()
+    return _evidence(files, plan, scene, clients, kills, watch)
 
 
 async def _kill_now_and_then(plan: Plan, every_s: float, seed: int, kills: list[Kill]) -> None:
@@ -107,9 +132,10 @@ async def _kill_now_and_then(plan: Plan, every_s: float, seed: int, kills: list[
 def _evidence(
     files: LabDir,
     plan: Plan,
+    scene: Scene,
     clients: list[Client],
     kills: list[Kill],
-    longest: tuple[int, str],
+    watch: _Watch,
 ) -> Evidence:
     wrong = [text for client in clients for text in client.wrong]
     paths = {pod.key: Paths() for pod in plan.pods}
@@ -123,6 +149,9 @@ def _evidence(
                 paths[pod.key] = Paths(*map(int, rest.split()))
             elif kind == "pair":
                 pairs[pod.key] = int(rest)
+    for target in scene.targets:
+        if target.seen:
+            paths |= {pod: watch.paths(pod) for pod in target.pods}
     return Evidence(
         totals=add(clients),
         said_wrong=wrong,
@@ -130,7 +159,8 @@ def _evidence(
         kills=kills,
         paths=paths,
         pairs=pairs,
-        queue=longest,
+        queue=watch.queue,
+        redirect_queue=watch.redirect_queue,
         counts={node.name: counters(files.weft(node.name).pins) for node in plan.nodes},
     )
 

@@ -14,6 +14,7 @@ import yaml
 from torture.programs import Programs
 
 NAMESPACES = ("red", "blue")
+BACKEND_PORT = 8080
 # The rule for programs that splice(2): they would hang.
 _OFF = {"weft.dev/sockmap": "disabled"}
 
@@ -68,11 +69,13 @@ backend b
 
 class Target(NamedTuple):
     """What clients ask: HOST/PORT/LETTERS (c/client.c), and its pods as NAMESPACE/NAME.
-    `redirected`: whether the pods get bytes by redirect, where they can tell."""
+    `redirected`: whether the pods get bytes by redirect, None: no matter. `seen`: they cannot say
+    so themselves, but their sockets are looked at."""
 
     text: str
     pods: tuple[str, ...]
     redirected: bool | None = None
+    seen: bool = False
 
 
 class Scene(NamedTuple):
@@ -121,18 +124,18 @@ class _Scene:
                 node,
                 f"exec {command}",
                 labels={"app": app},
-                ports=[{"port": 8080}],
+                ports=[{"port": BACKEND_PORT}],
                 annotations=annotations or {},
             )
             for node in nodes
         )
         ports = [
-            {"name": "http", "port": 80, "targetPort": 8080},
+            {"name": "http", "port": 80, "targetPort": BACKEND_PORT},
             # Not declared to be HTTP: straight to the pod, or by the relay.
-            {"name": "raw", "port": 81, "targetPort": 8080},
+            {"name": "raw", "port": 81, "targetPort": BACKEND_PORT},
         ]
         self.services.append({"name": app, "namespace": namespace, "ports": ports})
-        return Target(f"{app}.{namespace}/80/{letters}", pods, redirected)
+        return Target(f"{app}.{namespace}/80/{letters}", pods, redirected, seen="8081" in command)
 
 
 def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
@@ -150,7 +153,7 @@ def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
     behind = f"sh -c '{own} 8081 & exec"
     echoes = [scene.backend(one, "echo", "ab", "dpbh", f"{own} 8080", True) for one in NAMESPACES]
     raw = [Target(one.text.replace("/80/", "/81/"), one.pods) for one in echoes]
-    in_front = scene.backend("blue", "nginx", "b", "p", f"{behind} nginx -c {nginx}'")
+    in_front = scene.backend("blue", "nginx", "b", "p", f"{behind} nginx -c {nginx}'", True)
     targets = (
         *echoes,
         *raw,
@@ -159,7 +162,7 @@ def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
         scene.backend("red", "splices", "b", "dpbh", f"{own} -s 8080", False, _OFF),
         in_front,
         Target("nginx.blue/80/fp", in_front.pods),
-        scene.backend("red", "haproxy", "b", "dp", f"{behind} haproxy -f {haproxy}'"),
+        scene.backend("red", "haproxy", "b", "dp", f"{behind} haproxy -f {haproxy}'", True),
         scene.backend(
             "blue", "splicing", "a", "dp", f"{behind} haproxy -f {splicing}'", None, _OFF
         ),

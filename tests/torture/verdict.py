@@ -28,7 +28,8 @@ class Paths(NamedTuple):
 
 class Evidence(NamedTuple):
     """`said_wrong`: by clients and pods, in words. `paths` and `pairs` (messages of the loopback
-    pair) by pod; `queue`: the longest receive queue, and whose; `counts` by node."""
+    pair) by pod. `queue`: the longest receive queue in bytes, and whose; `redirect_queue`: of those
+    filled by redirect. `counts` by node."""
 
     totals: Totals
     said_wrong: Sequence[str]
@@ -37,6 +38,7 @@ class Evidence(NamedTuple):
     paths: Mapping[str, Paths]
     pairs: Mapping[str, int]
     queue: tuple[int, str]
+    redirect_queue: tuple[int, str]
     counts: Mapping[str, Mapping[Reason, int]]
 
     @property
