@@ -227,7 +227,8 @@ def test_sockets_are_seen_from_outside(tmp_path: Path) -> None:
             assert here.inode == os.fstat(reader.fileno()).st_ino
             assert (here.where, here.sent, here.received) == ("there", 0, 100_000)
             assert 100_000 <= here.queue < 1_000_000
-            assert (there.queue, there.sent, there.received) == (0, 100_000, 0)
+            assert (there.queue, there.received) == (0, 0)
+            assert 0 < there.sent <= 100_000  # acknowledgements may be late
             assert not here.redirected
             assert len(reader.recv(100_000, socket.MSG_WAITALL)) == 100_000
             assert {one.queue for one in sockets.look()} == {0}
