@@ -293,6 +293,8 @@ MEMBERS = 1 << 16
 CONNECTING = 1 << 14
 OUTGOING_MAX = 1 << 16
 PLAIN = 1 << 12
+# For how long, in seconds.
+PLAIN_S = 600
 SOCKETS_MAX = 1 << 16
 # Of this node; of the cluster.
 PODS = 1 << 10
@@ -318,6 +320,7 @@ _CONSTANTS = (
     "CONNECTING",
     "OUTGOING_MAX",
     "PLAIN",
+    "PLAIN_S",
     "SOCKETS_MAX",
     "PODS",
     "IDENTITIES",

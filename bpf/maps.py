@@ -74,7 +74,7 @@ MAPS = {
     "accepted": Spec(layout.U64, layout.U64, layout.CONNECTING),
     "proxied": Spec(layout.U32, layout.PROXIED, 0),
     "fast": Spec(layout.TARGET, layout.U32, layout.BACKENDS),
-    "plain": Spec(layout.TARGET, layout.U32, layout.PLAIN),
+    "plain": Spec(layout.TARGET, layout.U64, layout.PLAIN),
     "workload_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
     "proxy_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
     "interfaces": Spec(layout.ADDRESS, layout.U32, layout.PODS),

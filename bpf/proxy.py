@@ -10,6 +10,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -92,9 +93,10 @@ class ProxyHandles:
         return max(0, syscall.run(self._queue, _FRAME.pack(cookie)))
 
     def mark_plain(self, backend: Target) -> None:
-        """Connections to this backend are not enrolled from now on: it did not show its socket in
-        time (TCP_DEFER_ACCEPT)."""
-        syscall.update(self._plain, layout.TARGET.pack(backend), layout.U32.pack(Number(1)))
+        """Connections to this backend are not enrolled for PLAIN_S seconds: it did not show its
+        socket in time (TCP_DEFER_ACCEPT)."""
+        now = layout.U64.pack(Number(time.monotonic_ns()))
+        syscall.update(self._plain, layout.TARGET.pack(backend), now)
 
     def _look(self, fd: int) -> Proxied | None:
         data = syscall.lookup(self._proxied, layout.U32.pack(Number(fd)), layout.PROXIED.size)

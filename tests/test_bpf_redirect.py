@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from redirect_world import (
     unread,
 )
 
-from bpf import settings
-from bpf.layout import Target
+from bpf import layout, maps, settings
+from bpf.layout import Number, Target
 from bpf.reasons import Reason
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -151,6 +152,15 @@ def test_a_backend_that_shows_its_socket_late_is_left_plain(world):
         # It also gets to see the connection that was given up, with nothing in it.
         assert received(world.accept(backend), 1) == b""
         assert received(world.accept(backend), 9) == b"a request"
+        # Not by waiting: what was remembered is made older.
+        with contextlib.closing(maps.PinnedMap(world.pin, "plain", Target, Number)) as plain:
+            target = Target.of(NODE, port, "TCP")
+            since = plain.get(target)
+            assert since is not None
+            plain.put(target, Number(max(0, since.value - layout.PLAIN_S * 10**9)))
+        with world.as_proxy():
+            again = world.connect(NODE, port)
+        assert handles.pair(again.fileno()) is None
 
     world.run(scenario)
 

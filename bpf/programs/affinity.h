@@ -2,9 +2,7 @@
 #ifndef WEFT_AFFINITY_H
 #define WEFT_AFFINITY_H
 
-#include "maps.h"
-
-#define SECOND_NS 1000000000ULL
+#include "count.h"
 
 /* 1: `backend` is the one that the client of this frontend had within the timeout. */
 static __always_inline int affine_backend(const struct frontend *frontend,

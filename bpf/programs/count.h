@@ -4,6 +4,8 @@
 
 #include "maps.h"
 
+#define SECOND_NS 1000000000ULL
+
 static __always_inline void count(u32 reason)
 {
 	u64 *counter = counters.lookup(&reason);

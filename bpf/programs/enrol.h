@@ -120,6 +120,14 @@ static __always_inline void take_client(struct bpf_sock_ops *ctx)
 
 /* --- the proxy opens a connection to a workload ------------------------------------------------ */
 
+/* A backend is tried again now and then: it may have been slow just once. */
+static __always_inline int proved_plain(struct target *backend)
+{
+	u64 *since = plain.lookup(backend);
+
+	return since && bpf_ktime_get_ns() - *since < PLAIN_S * SECOND_NS;
+}
+
 static __always_inline void announce_proxy(struct bpf_sock_ops *ctx)
 {
 	struct outgoing value = {};
@@ -127,7 +135,7 @@ static __always_inline void announce_proxy(struct bpf_sock_ops *ctx)
 
 	opened(ctx, &tuple);
 	value.cookie = bpf_get_socket_cookie(ctx);
-	if (redirects() && fast.lookup(&tuple.peer) && !plain.lookup(&tuple.peer))
+	if (redirects() && fast.lookup(&tuple.peer) && !proved_plain(&tuple.peer))
 		value.state = STATE_WANTED;
 	if (outgoing.update(&tuple, &value))
 		count(REASON_ENROL_FAILED);

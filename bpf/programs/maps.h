@@ -25,9 +25,9 @@ BPF_F_TABLE("hash", struct tuple, struct outgoing, outgoing, OUTGOING_MAX, BPF_F
 BPF_F_TABLE("lru_hash", u64, u64, accepted, CONNECTING, 0);
 /* With a proxy's socket, for as long as that lives. */
 BPF_SK_STORAGE(proxied, struct proxied);
-/* Backends that may be enrolled, and those that proved not to be able to. */
+/* Backends that may be enrolled, and when (CLOCK_MONOTONIC, ns) which proved not to be able to. */
 BPF_F_TABLE("hash", struct target, u32, fast, BACKENDS, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("lru_hash", struct target, u32, plain, PLAIN, 0);
+BPF_F_TABLE("lru_hash", struct target, u64, plain, PLAIN, 0);
 
 /* Sockets by their cookies. A key is never deleted, nor overwritten: queued bytes would be lost.
  * BPF_SOCKHASH's leaf is u32; user space is shown cookies only by one of 8 bytes. */
