@@ -318,3 +318,22 @@ def test_before_a_proxy_has_ever_listened_connections_go_straight(world):
         assert received(world.accept(backend), 6) == b"direct"
 
     world.run(scenario)
+
+
+def test_affinity_to_nobody_is_the_proxys_to_answer(world):
+    """A route may lead to other backends."""
+
+    def scenario(world: World) -> None:
+        steer(world)
+        handles = world.handles()
+        world.frontend(VIP, 80, http=True, affinity_s=60)
+        with world.as_proxy():
+            server = world.listen(NODE, MESH_HTTP_PORT)
+        client = world.connect(VIP, 80)
+        proxy = world.accept(server)
+        origin = handles.origin(proxy.fileno())
+        assert origin is not None
+        assert origin.backend is None
+        client.close()
+
+    world.run(scenario)

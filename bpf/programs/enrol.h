@@ -64,8 +64,11 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 	opened(ctx, &tuple);
 	value.cookie = bpf_get_socket_cookie(ctx);
 	origin = recall(value.cookie, &tuple.peer);
-	if (!origin)
+	if (!origin) {
+		/* Of an earlier connection that never came about. */
+		incoming.delete(&tuple);
 		return;
+	}
 	value.netns = bpf_get_netns_cookie(ctx);
 	value.asked = origin->asked;
 	value.backend = origin->backend;
@@ -83,7 +86,7 @@ static __always_inline void establish_workload(struct bpf_sock_ops *ctx)
 
 	opened(ctx, &tuple);
 	value = incoming.lookup(&tuple);
-	if (!value || value->state != STATE_WANTED)
+	if (!value || value->state != STATE_WANTED || value->cookie != bpf_get_socket_cookie(ctx))
 		return;
 	if (enrol_workload(ctx, value->cookie)) {
 		value->state = 0;

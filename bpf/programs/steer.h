@@ -42,7 +42,8 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
 		*reason = REASON_TO_PROXY;
 	} else {
 		result = choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
-		if (result < 0)
+		/* The proxy may know of a route to other backends. */
+		if (result < 0 && !proxy)
 			return result;
 		*reason = proxy ? REASON_TO_PROXY : REASON_BALANCED;
 		if (!proxy && tcp && backend.flags & BACKEND_REMOTE) {

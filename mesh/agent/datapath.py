@@ -71,6 +71,7 @@ class Datapath:
         self._workloads: dict[SectionKey, WorkloadSection] = {}
         self._loaded = False
         self._broken: str | None = None
+        self._enforced = False
         self._synced = False
         self._maps: _Maps | None = None
 
@@ -105,6 +106,11 @@ class Datapath:
                 "or name one that is there with --proxy-cgroup"
             )
         attach.check_cgroup(beside)
+        if beside.is_relative_to(self.cgroup) or self.cgroup.is_relative_to(beside):
+            raise DatapathError(
+                f"{beside} (--proxy-cgroup) and {self.cgroup} (--steer) lie in one another, so the "
+                "proxy's own connections would be steered to the proxy: name one beside the other"
+            )
         # The supervisor has joined it before the proxies' listening sockets were made.
         if not attach.is_member(beside, os.getpid()):
             raise DatapathError(
@@ -208,13 +214,17 @@ class Datapath:
         except (DatapathError, OSError) as error:
             self._break(error)
         else:
+            self._enforced = True
             how = "by redirect" if self.redirects else "by TCP"
             _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
 
     async def tidy(self) -> None:
-        """For ever: let go of the maps of other versions once their sockets have closed."""
+        """For ever: let go of the maps of other versions once their sockets have closed. Not while
+        their programs may still be attached."""
         while pins.other_versions(self.pins):
             await asyncio.sleep(_TIDY_S)
+            if not self._enforced:
+                continue
             try:
                 maps.retire_versions(self.pins)
             except OSError as error:

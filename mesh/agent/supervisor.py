@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from bpf.errors import DatapathError
+from bpf.proxy import descriptors
 from l7proxy.tasks import spawn
 from mesh.agent import ports
 from mesh.agent.child import Child
@@ -53,8 +55,9 @@ class Supervisor:
         self._run_dir = RunDir(args.run_dir)
         self._sockets: dict[PortAddress, socket.socket] = {}
         self._failed: dict[PortAddress, str] = {}
-        # Of the eBPF data path, for workers: names and descriptors.
-        self._handles: tuple[Handles, list[int]] | None = None
+        # Of the eBPF data path, for workers: names and descriptors. What an earlier Weft left in
+        # force sends to proxies, and enrols their sockets, from the start.
+        self._handles = _left_handles(args)
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = _RETRY_S
         self._stop = asyncio.Event()
@@ -63,6 +66,8 @@ class Supervisor:
         about = [f"--run-dir={self._run_dir.path}", f"--workers={args.workers}", *agent_arguments]
         if args.steer is not None:
             about += [f"--steer={args.steer}", f"--proxy-cgroup={proxy_cgroup(args)}"]
+        if args.pins is not None:
+            about.append(f"--pins={args.pins}")
         self._agent = Child(
             "agent",
             lambda fd: [*agent, f"--control-fd={fd}", *about],
@@ -253,6 +258,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--drain-timeout", type=float, default=30.0)
     result.add_argument("--steer", type=Path)
     result.add_argument("--proxy-cgroup", type=Path)
+    result.add_argument("--pins", type=Path)
     # Tests put other programs in their places.
     result.add_argument("--agent-module", default="mesh.agent.agent")
     result.add_argument("--worker-module", default="l7proxy.worker")
@@ -272,6 +278,16 @@ def join_cgroup(path: Path) -> None:
         if (path.parent / "cgroup.procs").exists():
             path.mkdir(exist_ok=True)
             (path / "cgroup.procs").write_text("0")
+
+
+def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
+    if args.steer is None:
+        return None
+    try:
+        found = descriptors(args.pins or RunDir(args.run_dir).pins)
+    except (DatapathError, OSError):
+        return None
+    return Handles(tuple(found)), list(found.values())
 
 
 def main() -> int:
