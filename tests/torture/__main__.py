@@ -50,8 +50,8 @@ def report(evidence: Evidence, wrong: list[str]) -> None:
         said = ", ".join(f"{reason.name} {count}" for reason, count in counts.items() if count)
         print(f"node {node}: {said}")
     totals = evidence.totals
-    paths = {**evidence.paths, "clients": Paths(*totals[-3:])}
-    for who, (redirect, tcp, _) in paths.items():
+    paths = {**evidence.paths, "clients": Paths(totals.by_redirect, totals.by_tcp)}
+    for who, (redirect, tcp) in paths.items():
         if redirect or tcp:
             print(f"{who}: {redirect} connections by redirect, {tcp} by TCP")
     print(

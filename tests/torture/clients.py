@@ -13,7 +13,7 @@ from torture.kills import Kill
 
 class Totals(NamedTuple):
     """Transfers that are complete, broken on purpose and wrong; bytes of bodies; connections by the
-    path their bytes took: redirect, TCP, and (never) both."""
+    path their bytes took."""
 
     complete: int = 0
     broken: int = 0
@@ -21,7 +21,6 @@ class Totals(NamedTuple):
     bytes: int = 0
     by_redirect: int = 0
     by_tcp: int = 0
-    by_both: int = 0
 
 
 class Loss(NamedTuple):
@@ -41,6 +40,7 @@ class Client:
         self.node = node
         self.totals = Totals()
         self.wrong: list[str] = []
+        self.mixed: list[str] = []
         self.losses: list[Loss] = []
         self._process: asyncio.subprocess.Process
         self._reading: asyncio.Task[None]
@@ -76,6 +76,8 @@ class Client:
             elif kind == "LOST":
                 since, at, text = rest.split(" ", 2)
                 self.losses.append(Loss(self.node, int(since), int(at), f"{self.pod}: {text}"))
+            elif kind == "MIXED":
+                self.mixed.append(f"{self.pod}: {rest}")
             else:
                 self.wrong.append(f"{self.pod}: {rest}")
 

@@ -138,6 +138,7 @@ def _evidence(
     watch: _Watch,
 ) -> Evidence:
     wrong = [text for client in clients for text in client.wrong]
+    mixed = [text for client in clients for text in client.mixed]
     paths = {pod.key: Paths() for pod in plan.pods}
     pairs = {pod.key: 0 for pod in plan.pods}
     for pod in plan.pods:
@@ -145,6 +146,8 @@ def _evidence(
             kind, _, rest = line.partition(" ")
             if kind == "WRONG":
                 wrong.append(f"{pod.key}: {rest}")
+            elif kind == "MIXED":
+                mixed.append(f"{pod.key}: {rest}")
             elif kind == "paths":
                 paths[pod.key] = Paths(*map(int, rest.split()))
             elif kind == "pair":
@@ -155,6 +158,7 @@ def _evidence(
     return Evidence(
         totals=add(clients),
         said_wrong=wrong,
+        mixed=mixed,
         losses=[loss for client in clients for loss in client.losses],
         kills=kills,
         paths=paths,

@@ -23,16 +23,16 @@ class Paths(NamedTuple):
 
     redirect: int = 0
     tcp: int = 0
-    both: int = 0
 
 
 class Evidence(NamedTuple):
-    """`said_wrong`: by clients and pods, in words. `paths` and `pairs` (messages of the loopback
+    """`said_wrong` by clients and pods, in words; `mixed`: connections that had bytes both ways. `paths` and `pairs` (messages of the loopback
     pair) by pod. `queue`: the longest receive queue in bytes, and whose; `redirect_queue`: of those
     filled by redirect. `counts` by node."""
 
     totals: Totals
     said_wrong: Sequence[str]
+    mixed: Sequence[str]
     losses: Sequence[Loss]
     kills: Sequence[Kill]
     paths: Mapping[str, Paths]
@@ -61,11 +61,9 @@ def problems(evidence: Evidence, targets: Sequence[Target]) -> Iterator[str]:
             f"a connection of {whose} was charged for {queue >> 10} KiB that were not read, more "
             f"than {QUEUE_BOUND >> 10} KiB"
         )
-    clients = Paths(*evidence.totals[-3:])
-    for key, paths in {**evidence.paths, "the clients": clients}.items():
-        if paths.both:
-            yield f"{paths.both} connections of {key} got bytes by redirect and by TCP"
-    if not clients.redirect and any(target.redirected for target in targets):
+    for text in evidence.mixed:
+        yield f"by redirect and by TCP: {text}"
+    if not evidence.totals.by_redirect and any(target.redirected for target in targets):
         yield "no client got anything by redirect"
     for target in targets:
         found = Paths(*map(sum, zip(*(evidence.paths[pod] for pod in target.pods), strict=True)))

@@ -1,8 +1,8 @@
 /* backend [-a] [-s] [-d] PORT: answers as each request asks for (struct plan), a thread for each
  * connection. -a asks FIONREAD before it reads, -s uses splice(2), -d sets TCP_DEFER_ACCEPT.
  *
- * Says "paths R T B" when they changed: connections whose bytes come by redirect, by TCP, and by
- * both; and "WRONG ..." when bytes are not as they should be.
+ * Says "paths R T" when they changed: connections by redirect and by TCP; and "WRONG ..." when bytes
+ * are not as they should be.
  */
 #include "link.h"
 #include "message.h"
@@ -164,10 +164,10 @@ int main(int count, char **arguments)
 							     (void *)(intptr_t)connection))
 				die("accept");
 		}
-		if (said != by_redirect + by_tcp + by_both) {
-			said = by_redirect + by_tcp + by_both;
-			say("paths %llu %llu %llu", (unsigned long long)by_redirect,
-			    (unsigned long long)by_tcp, (unsigned long long)by_both);
+		if (said != by_redirect + by_tcp) {
+			said = by_redirect + by_tcp;
+			say("paths %llu %llu", (unsigned long long)by_redirect,
+			    (unsigned long long)by_tcp);
 		}
 	}
 }

@@ -4,8 +4,8 @@
  * h to bear a half close; and f that it serves files instead of plans.
  * client files DIRECTORY: makes those files.
  *
- * Says, each half second and at the end, "transfers COMPLETE BROKEN WRONG BYTES R T B" (BROKEN: on
- * purpose; R, T, B: connections by the way of their bytes, see link_count); and one line for each
+ * Says, each half second and at the end, "transfers COMPLETE BROKEN WRONG BYTES R T" (BROKEN: on
+ * purpose; R, T: connections by redirect and by TCP, see link_count); and one line for each
  *     WRONG TARGET ID WHY
  *     LOST SINCE AT TARGET ID WHY     a connection opened at SINCE broke at AT, in nanoseconds of
  *                                     CLOCK_MONOTONIC, though nobody meant it to
@@ -408,10 +408,9 @@ static void stop(int signal)
 
 static void say_totals(void)
 {
-	say("transfers %llu %llu %llu %llu %llu %llu %llu", (unsigned long long)complete,
+	say("transfers %llu %llu %llu %llu %llu %llu", (unsigned long long)complete,
 	    (unsigned long long)broken, (unsigned long long)wrong, (unsigned long long)bytes,
-	    (unsigned long long)by_redirect, (unsigned long long)by_tcp,
-	    (unsigned long long)by_both);
+	    (unsigned long long)by_redirect, (unsigned long long)by_tcp);
 }
 
 static void add_target(char *text)

@@ -27,6 +27,7 @@ struct link {
 	int fd, pipe_in[2], pipe_out[2];
 	enum habit habit;
 	uint64_t random;
+	uint64_t since;
 	uint64_t resume_ns;	     /* it does not read before that */
 	size_t read_max, write_max;  /* of one system call */
 	size_t in_from, in_to, out_from, out_to, piped;
@@ -37,8 +38,8 @@ struct link {
 	uint8_t in[ROOM], out[ROOM];
 };
 
-/* Connections, by how their first bytes came; and those of them whose later ones came otherwise. */
-static _Atomic uint64_t by_redirect, by_tcp, by_both;
+/* Connections, by how their first bytes came. */
+static _Atomic uint64_t by_redirect, by_tcp;
 
 static struct link *link_new(int fd, enum habit habit, uint64_t random)
 {
@@ -50,6 +51,7 @@ static struct link *link_new(int fd, enum habit habit, uint64_t random)
 	link->fd = fd;
 	link->habit = habit;
 	link->random = random;
+	link->since = now_ns();
 	link->read_max = link->write_max = ROOM;
 	if (habit == SPLICE && (pipe2(link->pipe_in, O_NONBLOCK) || pipe2(link->pipe_out, O_NONBLOCK)))
 		die("pipe2");
@@ -58,7 +60,9 @@ static struct link *link_new(int fd, enum habit habit, uint64_t random)
 	return link;
 }
 
-/* TCP does not count bytes that came by redirect, so its own count says which way they took. A FIN
+/* Says "MIXED ..." of a connection that had bytes both ways, which the one rule forbids.
+ *
+ * TCP does not count bytes that came by redirect, so its own count says which way they took. A FIN
  * counts as one byte. */
 static void link_count(struct link *link, bool first)
 {
@@ -75,7 +79,12 @@ static void link_count(struct link *link, bool first)
 			by_tcp++;
 	} else if (link->redirected ? info.tcpi_bytes_received > 1
 				    : info.tcpi_bytes_received < link->received) {
-		by_both++;
+		say("MIXED %llu bytes were read, %llu came by TCP, of a connection that began by %s; "
+		    "state %u, error %d, opened %llu ms ago",
+		    (unsigned long long)link->received,
+		    (unsigned long long)info.tcpi_bytes_received,
+		    link->redirected ? "redirect" : "TCP", info.tcpi_state, link->error,
+		    (unsigned long long)(now_ns() - link->since) / 1000000);
 	}
 }
 
