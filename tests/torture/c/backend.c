@@ -1,8 +1,8 @@
 /* backend [-a] [-s] [-d] PORT: answers as each request asks for (struct plan), a thread for each
  * connection. -a asks FIONREAD before it reads, -s uses splice(2), -d sets TCP_DEFER_ACCEPT.
  *
- * Says "paths R T" when they changed: connections by redirect and by TCP; and "WRONG ..." when bytes
- * are not as they should be.
+ * Says "paths R T" when they changed: connections by redirect and by TCP; and "WRONG ..." when
+ * bytes are not as they should be.
  */
 #include "link.h"
 #include "message.h"
@@ -37,7 +37,7 @@ static bool get_plan(const struct head *head, struct plan *plan)
 	       plan->piece_max <= ROOM / 2;
 }
 
-/* The whole answer is sent, the request is not read: what RFC 9112 section 9.6 asks a server for. */
+/* The whole answer is sent, the request is not read: RFC 9112 section 9.6. */
 static void linger(struct link *link)
 {
 	shutdown(link->fd, SHUT_WR);

@@ -1,7 +1,7 @@
 /* client NUMBER SEED CONNECTIONS TARGET...: transfers over so many connections at once, until
- * SIGTERM, which lets those under way end. A target is HOST/PORT/LETTERS, where the letters say what
- * may be asked of it: d to answer while the request comes, p pipelining, b to break things itself,
- * h to bear a half close; and f that it serves files instead of plans.
+ * SIGTERM, which lets those under way end. A target is HOST/PORT/LETTERS, where the letters say
+ * what may be asked of it: d to answer while the request comes, p pipelining, b to break things
+ * itself, h to bear a half close; and f that it serves files instead of plans.
  * client files DIRECTORY: makes those files.
  *
  * Says, each half second and at the end, "transfers COMPLETE BROKEN WRONG BYTES R T" (BROKEN: on

@@ -13,7 +13,7 @@
 #include <sys/socket.h>
 
 #define ROOM (512 << 10)
-#define TCP_ESTABLISHED 1 /* linux/tcp.h and netinet/tcp.h do not go together */
+#define TCP_TIME_WAIT 6 /* linux/tcp.h and netinet/tcp.h do not go together */
 #define LIMIT_MS 30000 /* without any progress: a hang */
 
 enum habit {
@@ -63,7 +63,7 @@ static struct link *link_new(int fd, enum habit habit, uint64_t random)
 /* Says "MIXED ..." of a connection that had bytes both ways, which the one rule forbids.
  *
  * TCP does not count bytes that came by redirect, so its own count says which way they took. A FIN
- * counts as one byte. */
+ * counts as one byte; in the states from TIME_WAIT on there may have been one. */
 static void link_count(struct link *link, bool first)
 {
 	struct tcp_info info = { 0 };
@@ -72,7 +72,7 @@ static void link_count(struct link *link, bool first)
 	if (!link->received || getsockopt(link->fd, IPPROTO_TCP, TCP_INFO, &info, &size))
 		return;
 	if (first) {
-		link->redirected = info.tcpi_bytes_received <= (info.tcpi_state != TCP_ESTABLISHED);
+		link->redirected = info.tcpi_bytes_received <= (info.tcpi_state >= TCP_TIME_WAIT);
 		if (link->redirected)
 			by_redirect++;
 		else

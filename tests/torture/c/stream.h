@@ -1,6 +1,6 @@
 /* What is sent: for each key a pseudo-random stream that both ends can produce at the speed of
- * memcpy. One random block of 64 KiB, and each 64 KiB of a stream is that block rotated by a hash of
- * key and place; so bytes that are lost, repeated, or another stream's do not go unseen.
+ * memcpy. One random block of 64 KiB, and each 64 KiB of a stream is that block rotated by a hash
+ * of key and place; so bytes that are lost, repeated, or another stream's do not go unseen.
  */
 #pragma once
 #define _GNU_SOURCE
