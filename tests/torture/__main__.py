@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from lab_world import Lab, lab_of
@@ -44,8 +45,9 @@ def report(evidence: Evidence, wrong: list[str]) -> None:
     """In words, but for the last line."""
     for text in wrong:
         print(f"! {text}")
-    ended = [f"{one.process} of {one.node}" for one in evidence.kills]
-    print(f"killed: {', '.join(ended) or 'nobody'}; broke {evidence.broken_by_us} connections")
+    ended = Counter(f"{one.process} of {one.node}" for one in evidence.kills)
+    said = ", ".join(f"{name} {count} times" for name, count in sorted(ended.items()))
+    print(f"killed: {said or 'nobody'}; that broke {evidence.broken_by_us} connections")
     for node, counts in evidence.counts.items():
         said = ", ".join(f"{reason.name} {count}" for reason, count in counts.items() if count)
         print(f"node {node}: {said}")

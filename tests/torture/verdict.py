@@ -27,8 +27,8 @@ class Paths(NamedTuple):
 
 class Evidence(NamedTuple):
     """`said_wrong` by clients and pods, in words; `mixed`: connections that had bytes both ways.
-    `paths` and `pairs` (messages of the loopback pair) by pod. `queue`: the longest receive queue in
-    bytes, and whose; `redirect_queue`: of those filled by redirect. `counts` by node."""
+    `paths` and `pairs` (messages of the loopback pair) by pod. `queue`: the longest receive queue
+    in bytes, and whose; `redirect_queue`: of those filled by redirect. `counts` by node."""
 
     totals: Totals
     said_wrong: Sequence[str]
