@@ -57,13 +57,15 @@ _Waiter = asyncio.Future[tuple[ClientStream, bool]]
 
 
 class Pool:
-    """`limit` is the most connections, `shared`: they carry several streams (HTTP/2);
-    `on_failure` is told of every connect that failed, `on_empty` when nothing is left."""
+    """`endpoint` is the id of where they go, `limit` is the most connections, `shared`: they carry
+    several streams (HTTP/2); `on_failure` is told of every connect that failed, `on_empty` when
+    nothing is left."""
 
     __slots__ = (
         "_connect",
         "_connecting",
         "_connections",
+        "_endpoint",
         "_limit",
         "_loop",
         "_on_empty",
@@ -79,11 +81,13 @@ class Pool:
         self,
         connect: Connect,
         *,
+        endpoint: str,
         limit: int,
         shared: bool,
         on_failure: Callable[[ConnectFailed], None],
         on_empty: Callable[[], None],
     ) -> None:
+        self._endpoint = endpoint
         self._limit = limit
         self._connect = connect
         self._shared = shared
@@ -181,6 +185,9 @@ class Pool:
     async def _add(self) -> None:
         try:
             connection, peer_gone = await self._connect(self._changed)
+            if connection.closed:
+                why = "it closed the connection at once"
+                raise ConnectFailed(self._endpoint, "connect_closed", why)
         except ConnectFailed as error:
             self._connecting -= 1
             self._on_failure(error)

@@ -311,6 +311,7 @@ class Cluster:
 
         pool = Pool(
             connect,
+            endpoint=member.id,
             limit=self._section.max_connections_per_endpoint,
             shared=http2,
             on_failure=lambda _: self.count_failure(member),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import select
+from collections.abc import Callable
 
 import pytest
 from loops import advance, on_both_loops, on_virtual_loop
 from tls_peers import AUTHORITY, certificate
 from upstream_backend import GET, Backend, backend, black_hole, finish, refusing
 
+from l7proxy.http1_client import Http1Client
 from l7proxy.pool import IDLE_S, ConnectFailed, Pool, Retired
-from l7proxy.streams import StreamReset
+from l7proxy.streams import ClientConnection, StreamReset
 from l7proxy.tls import TLSRefused
 from l7proxy.upstream import Cluster, Clusters, ClusterStats, NoEndpoints, Overflow, UpstreamError
 from mesh.model.nodeconfig import ClusterSection, Endpoint, Settings, UpstreamTLS
@@ -595,7 +598,14 @@ async def test_a_client_certificate_that_cannot_be_loaded_fails_without_its_key(
 
 
 def pool(connect) -> Pool:
-    return Pool(connect, limit=1, shared=False, on_failure=lambda _: None, on_empty=lambda: None)
+    return Pool(
+        connect,
+        endpoint="10.0.0.1:80",
+        limit=1,
+        shared=False,
+        on_failure=lambda _: None,
+        on_empty=lambda: None,
+    )
 
 
 async def never(_: object):
@@ -620,3 +630,45 @@ async def test_a_fault_while_connecting_is_logged_and_nobody_hangs(caplog):
     assert caught.value.reason == "internal"
     await asyncio.sleep(0)
     assert "a fault" in caplog.text
+
+
+@on_both_loops
+async def test_an_endpoint_that_closes_at_once_fails_the_request_that_waits():
+    """Nobody is connected for time and again."""
+    connected = 0
+
+    async def slam(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(slam, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    async def connect(on_change: Callable[[ClientConnection], None]):
+        nonlocal connected
+        connected += 1
+        assert connected < 10, "it is connected to without end"
+        transport, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Http1Client(Settings(), on_change), "127.0.0.1", port
+        )
+        gone = select.poll()
+        gone.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        while not connection.closed:
+            await asyncio.sleep(0)
+        return connection, gone
+
+    failures: list[ConnectFailed] = []
+    slammed = Pool(
+        connect,
+        endpoint="10.0.0.1:80",
+        limit=4,
+        shared=False,
+        on_failure=failures.append,
+        on_empty=lambda: None,
+    )
+    async with server:
+        with pytest.raises(ConnectFailed, match="closed the connection at once") as caught:
+            await slammed.wait()
+    assert caught.value.reason == "connect_closed"
+    assert failures == [caught.value]
+    assert connected == 1
+    assert slammed.connections == 0
