@@ -79,11 +79,6 @@ class Module:
             ) from error
         self._lib = bcc.lib
 
-    def functions(self) -> list[str]:
-        count = self._lib.bpf_num_functions(self._bpf.module)
-        names = (self._lib.bpf_function_name(self._bpf.module, index) for index in range(count))
-        return [name.decode() for name in names]
-
     def map_fd(self, name: str) -> int:
         """The descriptor of a map's template. KeyError: the program has no such map."""
         fd: int = self._lib.bpf_table_fd(self._bpf.module, name.encode())

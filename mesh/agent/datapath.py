@@ -63,7 +63,6 @@ class Datapath:
         self.loading = True
         self.failures: list[str] = []
         self.redirects = False
-        self.checks: list[selftest.Check] = []
         self._options = options
         self._addresses = addresses
         self._hand_over = hand_over
@@ -120,8 +119,8 @@ class Datapath:
             )
         where = (f"--directory={self.pins.parent}", f"--cgroup={beside.parent}")
         said = await self._run("bpf.selftest", *where, f"--name={beside.name}.selftest", "--json")
-        self.checks = msgspec.json.decode(said, type=list[selftest.Check])
-        wrong = [check for check in self.checks if not check.ok]
+        checks = msgspec.json.decode(said, type=list[selftest.Check])
+        wrong = [check for check in checks if not check.ok]
         basic = [check for check in wrong if check.name not in selftest.REDIRECT_FACTS]
         for check in wrong:
             _log.error("self-test: %s: %s: %s", check.name, selftest.FACTS[check.name], check.why)
