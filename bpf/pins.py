@@ -94,6 +94,12 @@ def remove(directory: Path) -> None:
         ) from error
 
 
+def below(directory: Path) -> list[Path]:
+    """Pin directories at or below a directory that `prepare` mounted: a running Weft's, and those
+    of self-tests that were killed."""
+    return [mount for mount in _our_mounts() if mount.is_relative_to(directory.resolve())]
+
+
 def is_bpffs(directory: Path) -> bool:
     """Whether the directory lies in a bpffs."""
     # struct statfs begins with f_type, a long on every 64-bit architecture Linux has.
@@ -107,14 +113,18 @@ def _mount(directory: Path) -> None:
 
 
 def _mounted_by_us(directory: Path) -> bool:
+    return directory.resolve() in _our_mounts()
+
+
+def _our_mounts() -> list[Path]:
+    found = []
     for line in Path("/proc/self/mounts").read_bytes().splitlines():
         source, escaped, kind, *_ = line.split(b" ")
         if (source, kind) == (_SOURCE, b"bpf"):
             # Blanks and backslashes are octal there; the rest is bytes as they are.
             where = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), escaped)
-            if where == os.fsencode(directory.resolve()):
-                return True
-    return False
+            found.append(Path(os.fsdecode(where)))
+    return found
 
 
 def _checked(result: int, path: Path) -> None:

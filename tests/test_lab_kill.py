@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, host_links, lab_of, needs_root, until
 
+from bpf import pins
 from mesh.lab.cgroups import cgroup_root, members
 
 pytestmark = needs_root
@@ -135,3 +137,15 @@ def test_a_lab_whose_supervisor_died_is_replaced(tmp_path: Path) -> None:
         assert "False" in status.stdout
         assert lab.up().returncode == 0
         assert lab.weft("status").returncode == 0
+
+
+@needs_bpf
+def test_down_removes_what_a_killed_self_test_had_mounted(tmp_path: Path) -> None:
+    with lab_of(tmp_path, "tested", CONFIG) as lab:
+        assert lab.up().returncode == 0
+        left = lab.run_dir / lab.name / "nodes" / "a.weft" / "proxy.selftest"
+        pins.prepare(left)
+        done = lab.weft("down")
+        assert done.returncode == 0, done.stderr
+        assert not os.path.ismount(left)
+        assert lab.leftovers() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,8 @@ needs_peers = pytest.mark.skipif(
 )
 pytestmark = needs_gcc
 
+# How long a relay waits for more of a stream before it passes on what it has.
+_MORE_S = 0.05
 # What a relay makes of the pieces that it read at one time.
 Change = Callable[[list[bytes]], list[bytes]]
 
@@ -43,12 +46,18 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     return build(tmp_path_factory.mktemp("programs"))
 
 
+def _readable(source: socket.socket) -> bool:
+    return bool(select.select([source], [], [], _MORE_S)[0])
+
+
 def _copy(source: socket.socket, sink: socket.socket, change: Change) -> None:
     with contextlib.suppress(OSError):
         while piece := source.recv(1000):
             pieces = [piece]
-            # Enough of one stream for pieces that can be told apart.
-            while len(piece) == 1000 and len(pieces) < 4 and (piece := source.recv(1000)):
+            # Enough of one stream for pieces that can be told apart, if there is more: the end of a
+            # message may lie just here, and then nothing comes before it has been passed on.
+            while len(piece) == 1000 and len(pieces) < 4 and _readable(source):
+                piece = source.recv(1000)
                 pieces.append(piece)
             sink.sendall(b"".join(change(pieces) if len(pieces) == 4 else pieces))
     for end in (source, sink):

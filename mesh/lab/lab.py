@@ -132,5 +132,6 @@ def _remove(lab: LabDir, plan: Plan | None) -> None:
         for path in _netns_of(lab.name):
             remove_netns(path)
         for node in plan.nodes:
-            pins.remove(lab.weft(node.name).pins)
+            for directory in pins.below(lab.weft(node.name).path):
+                pins.remove(directory)
     lab.remove()
