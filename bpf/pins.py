@@ -10,6 +10,7 @@ Whoever holds a pin directory needs no process of ours to be alive. Knows no map
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -73,6 +74,22 @@ def prepare(directory: Path) -> None:
             f"cannot prepare the pin directory {directory}: {error.strerror}: it takes root "
             "(CAP_SYS_ADMIN to mount bpffs) and a kernel with CONFIG_BPF_SYSCALL"
         ) from error
+
+
+def lock(directory: Path) -> int:
+    """Prepare the pin directory and keep others from filling its maps, for as long as the returned
+    descriptor is open. DatapathError: somebody else does."""
+    prepare(directory)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise DatapathError(
+            f"another gateway steers by the pins in {directory}: stop it, or give this one --pins "
+            "of its own"
+        ) from None
+    return fd
 
 
 def remove(directory: Path) -> None:

@@ -70,7 +70,8 @@ class _World:
         self.frontend(_SERVICE["4"], _TCP, EntryBackend("198.51.100.77", _TCP, remote=True))
         with self.as_proxy():
             self._servers["4", _TCP] = _server(NODE["4"], MESH_RELAY_PORT)
-        settings.steer_to_proxy(pin, NODE.values(), sockmap=True)
+        ports = [(one, port) for one in NODE.values() for port in (MESH_HTTP_PORT, MESH_RELAY_PORT)]
+        settings.steer_to_proxy(pin, ports, sockmap=True)
 
     @contextlib.contextmanager
     def as_proxy(self) -> Iterator[None]:

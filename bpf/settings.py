@@ -22,13 +22,16 @@ from mesh.model.nodeconfig import (
 _NOWHERE = bytes(layout.TARGET.size)
 
 
-def steer_to_proxy(directory: Path, addresses: Iterable[str], *, sockmap: bool) -> None:
-    """From now on new connections to HTTP frontends go to the proxy on these addresses, at most one
-    of each family. DatapathError, OSError."""
-    by_version: dict[int, str] = {ip_address(address).version: address for address in addresses}
+def steer_to_proxy(directory: Path, ports: Iterable[tuple[str, int]], *, sockmap: bool) -> None:
+    """From now on new connections to HTTP frontends and remote backends go to these ports of the
+    proxy, MESH_HTTP_PORT and MESH_RELAY_PORT on at most one address of each family; where there is
+    none, straight to backends. DatapathError, OSError."""
+    by_place: dict[tuple[int, int], str] = {
+        (ip_address(address).version, port): address for address, port in ports
+    }
 
     def at(version: int, port: int) -> bytes:
-        address = by_version.get(version)
+        address = by_place.get((version, port))
         return layout.TARGET.pack(Target.of(address, port, "TCP")) if address else _NOWHERE
 
     config = PinnedMap(directory, "config", Number, Config)

@@ -5,13 +5,20 @@ The workload has a network namespace of its own, so that nothing leaves it where
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
+from pathlib import Path
 
 import pytest
 from bpf_world import needs_bpf, new_actor, new_cgroup, pin_directory
 from support.running import running, service
+
+from bpf.layout import Config, Number
+from bpf.maps import PinnedMap
+from mesh.model.nodeconfig import MESH_HTTP_PORT
 
 pytestmark = needs_bpf
 VIP = "10.96.0.10"
@@ -161,3 +168,41 @@ def test_proxies_that_the_kernel_would_not_know_are_not_steered_to(tmp_path, wor
                 invalid.rmdir()
         finally:
             threaded.rmdir()
+
+
+def test_one_gateway_at_a_time_has_the_pins(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        others = (f"--manifests={empty}", *arguments[1:])
+        with running(tmp_path / "other", *others) as other:
+            other.await_line("another gateway steers by the pins")
+            other.await_status(lambda status: status["ready"])
+            assert workload("connect", VIP, 80)["name"] == "one"
+        assert workload("connect", VIP, 80)["name"] == "one"
+
+
+def test_the_kernel_sends_nobody_to_ports_that_are_somebody_elses(tmp_path, world):
+    manifests, _, arguments = world
+    write(manifests, 9)
+    pin = Path(arguments[-1].removeprefix("--pins="))
+
+    def http4() -> bytes:
+        with contextlib.closing(PinnedMap(pin, "config", Number, Config)) as config:
+            found = config.get(Number(0))
+        assert found is not None
+        return found.http4
+
+    with (
+        socket.create_server(("127.0.0.1", MESH_HTTP_PORT)) as foreign,
+        running(tmp_path / "run", *arguments) as weft,
+    ):
+        weft.await_line("are steered")
+        assert not any(http4())
+        foreign.close()
+        # The supervisor tries again by itself, and the kernel follows.
+        weft.await_line(f"listening on 127.0.0.1 port {MESH_HTTP_PORT}")
+        weft.await_status(lambda _: any(http4()))

@@ -44,7 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def steer(world: World, *, sockmap: bool = True) -> None:
-    settings.steer_to_proxy(world.pin, (NODE, NODE6), sockmap=sockmap)
+    ports = [(one, port) for one in (NODE, NODE6) for port in (MESH_HTTP_PORT, MESH_RELAY_PORT)]
+    settings.steer_to_proxy(world.pin, ports, sockmap=sockmap)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_who_is_not_enrolled(world):
 
 def test_loopback_is_steered_and_not_enrolled(world):
     def scenario(world: World) -> None:
-        settings.steer_to_proxy(world.pin, ("127.0.0.1",), sockmap=True)
+        settings.steer_to_proxy(world.pin, (("127.0.0.1", MESH_HTTP_PORT),), sockmap=True)
         handles = world.handles()
         world.frontend(VIP, 80, http=True, sockmap=True)
         with world.as_proxy():

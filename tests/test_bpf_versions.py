@@ -29,7 +29,7 @@ podfilter.renew(pin)
 balancer = Balancer(pin)
 entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
 assert balancer.replace({{"entry": entry}}) == {{}}
-settings.steer_to_proxy(pin, ({NODE!r},), sockmap=True)
+settings.steer_to_proxy(pin, (({NODE!r}, 15001),), sockmap=True)
 loader.attach.attach(pin, cgroup, proxy_cgroup)
 """
 
@@ -46,7 +46,7 @@ def versions(world: World) -> set[str]:
 
 def test_sockets_outlive_the_version_that_enrolled_them(tmp_path):
     def scenario(world: World) -> None:
-        settings.steer_to_proxy(world.pin, (NODE,), sockmap=True)
+        settings.steer_to_proxy(world.pin, ((NODE, MESH_HTTP_PORT),), sockmap=True)
         world.frontend(VIP, 80, http=True, sockmap=True)
         handles = world.handles()
         with world.as_proxy():

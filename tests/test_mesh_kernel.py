@@ -82,7 +82,8 @@ def hand_over(world: World, proxy: WorkerProcess) -> None:
 
 @contextlib.asynccontextmanager
 async def node(world: World) -> AsyncIterator[Node]:
-    settings.steer_to_proxy(world.pin, (NODE,), sockmap=True)
+    ports = ((NODE, MESH_HTTP_PORT), (NODE, MESH_RELAY_PORT))
+    settings.steer_to_proxy(world.pin, ports, sockmap=True)
     proxy = WorkerProcess()
     with world.as_proxy():
         await proxy.start()

@@ -26,6 +26,7 @@ from bpf.proxy import descriptors
 from mesh.agent.options import Steering
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
+    MESH_RELAY_PORT,
     LoadBalancerEntry,
     Section,
     SectionKey,
@@ -69,13 +70,20 @@ class Datapath:
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._workloads: dict[SectionKey, WorkloadSection] = {}
         self._loaded = False
-        self._broken: str | None = None
-        self._enforced = False
+        self._why_not: str | None = "not all workers have their first configuration yet"
+        self._bound: frozenset[tuple[str, int]] = frozenset()
+        self._lock: int | None = None
         self._synced = False
         self._maps: _Maps | None = None
 
     async def start(self) -> None:
         """Test, load, adopt the maps, and fill them with what was published so far."""
+        try:
+            self._lock = pins.lock(self.pins)
+        except DatapathError as error:
+            self._break(error)
+            self.loading = False
+            return
         try:
             await self._test()
             await self._run("bpf.loader", f"--pin={self.pins}")
@@ -84,15 +92,11 @@ class Datapath:
             self._break(error)
         try:
             self._maps = _Maps(Balancer(self.pins), settings.Identities(self.pins))
-        except DatapathError as error:
-            if self._broken is None:
+        except (DatapathError, OSError) as error:
+            if self._loaded:
                 self._break(error)
         else:
             self._replace()
-            handles = descriptors(self.pins)
-            self._hand_over(handles)
-            for fd in handles.values():
-                os.close(fd)
         self.loading = False
 
     async def _test(self) -> None:
@@ -160,7 +164,7 @@ class Datapath:
         return self._maps is not None
 
     def _break(self, error: Exception) -> None:
-        self._broken = str(error)
+        self._why_not = str(error)
         self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
 
     def _fail(self, why: str) -> None:
@@ -194,10 +198,10 @@ class Datapath:
 
     def refusals(self) -> dict[SectionKey, str]:
         """By section, why it is not in force here; all of the mesh's ports where nothing is steered
-        to them."""
-        if self._broken is None:
+        to them. Nothing while that is being found out."""
+        if self._why_not is None or self.loading:
             return self.refused
-        why = f"workloads are not steered here: {self._broken}"
+        why = f"workloads are not steered here: {self._why_not}"
         return {
             **self.refused,
             **{port_key(address, MESH_HTTP_PORT): why for address in self._addresses},
@@ -208,21 +212,40 @@ class Datapath:
         if self._maps is None or not self._loaded:
             return
         try:
-            settings.steer_to_proxy(self.pins, self._addresses, sockmap=self.redirects)
+            self._point()
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
+            handles = descriptors(self.pins)
         except (DatapathError, OSError) as error:
             self._break(error)
         else:
-            self._enforced = True
+            self._hand_over(handles)
+            for fd in handles.values():
+                os.close(fd)
+            self._why_not = None
             how = "by redirect" if self.redirects else "by TCP"
             _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
+
+    def rebound(self, bound: frozenset[tuple[str, int]]) -> None:
+        """These addresses and ports are Weft's now: the kernel sends to no others."""
+        self._bound = bound
+        if self._why_not is None:
+            try:
+                self._point()
+            except (DatapathError, OSError) as error:
+                self._break(error)
+
+    def _point(self) -> None:
+        ports = (MESH_HTTP_PORT, MESH_RELAY_PORT)
+        places = [(address, port) for address in self._addresses for port in ports]
+        there = [place for place in places if place in self._bound]
+        settings.steer_to_proxy(self.pins, there, sockmap=self.redirects)
 
     async def tidy(self) -> None:
         """For ever: let go of the maps of other versions once their sockets have closed. Not while
         their programs may still be attached."""
         while pins.other_versions(self.pins):
             await asyncio.sleep(_TIDY_S)
-            if not self._enforced:
+            if self._why_not is not None:
                 continue
             try:
                 maps.retire_versions(self.pins)
@@ -234,3 +257,5 @@ class Datapath:
         if self._maps is not None:
             self._maps.balancer.close()
             self._maps.identities.close()
+        if self._lock is not None:
+            os.close(self._lock)

@@ -122,6 +122,12 @@ class Node:
 
     def _step(self) -> bool:
         """Derive from everything that came in; publish what is settled. Whether to go on."""
+        if not self.ready_once and not self.not_ready():
+            self.ready_once = True
+            if self.datapath is not None:
+                self.datapath.enforce()
+            _log.info("ready: configuration %d is in force", self.rollout.config.version)
+            self._ready()
         first = self.rollout.config.version == 0
         refusals = self._known_refusals()
         binds = self._known_binds()
@@ -131,6 +137,8 @@ class Node:
             for key, why in refusals.items() - self._refusals.items():
                 _log.error("%s is refused: %s", key, why)
             self._refusals, self._binds = refusals, binds
+            if self.datapath is not None:
+                self.datapath.rebound(frozenset(port for port, why in binds.items() if not why))
             outcome = self._plane.apply(
                 changes,
                 refusals=_difference(before[0], refusals),
@@ -146,13 +154,6 @@ class Node:
             ports = tuple(PortAddress(address, port) for address, port in sorted(outcome.ports))
             if first or ports != self._wanted:
                 self._ask(ports)
-            return True
-        if not self.ready_once and not self.not_ready():
-            self.ready_once = True
-            if self.datapath is not None:
-                self.datapath.enforce()
-            _log.info("ready: configuration %d is in force", self.rollout.config.version)
-            self._ready()
             return True
         # What the kernel does is not known before it was told.
         if self._unpublished and (self.datapath is None or not self.datapath.loading):
