@@ -114,6 +114,9 @@ class Mesh:
             raise Reply(421, "unknown_origin", "no workload was steered here")
         service = self._by_destination.get(steered.asked)
         if service is None:
+            if steered.asked.address not in self._by_address:
+                # A Service once: connections from here are not steered, nothing would judge them.
+                raise Reply(503, "no_service", "no Service or pod has this address any more")
             match = self._direct.to(steered.asked, http2=head.version == b"2")
             return Selection("", match, steered.asked)
         client = self._by_address.get(info.peer[0])

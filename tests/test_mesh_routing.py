@@ -177,7 +177,10 @@ async def test_a_pods_address_is_gone_to_straight():
     async with mesh_proxy() as mesh, backend() as pod, backend() as web:
         mesh.origins.steer(asked=("127.0.0.1", pod.port))
         port = mesh.serve(
-            cluster("web", web.port), service(producers=True), mesh_route("r", rule(to("web")))
+            cluster("web", web.port),
+            service(producers=True),
+            mesh_route("r", rule(to("web"))),
+            workload("pod", "127.0.0.1"),
         )
         response = await ask(port, get("/direct", "pod.example"))
         assert response.body == b"GET /direct HTTP/1.1"
@@ -187,10 +190,30 @@ async def test_a_pods_address_is_gone_to_straight():
         assert entry["endpoint"] == f"127.0.0.1:{pod.port}"
 
 
+async def test_an_address_that_is_no_service_any_more_and_no_pod_is_not_gone_to():
+    """The proxy's own connections are not steered: it would get past all routes there."""
+    async with mesh_proxy() as mesh, backend() as web:
+        mesh.origins.steer(asked=("127.0.0.1", web.port))
+        asked = service("web", "127.0.0.1", port=web.port)
+        port = mesh.serve(cluster("web", web.port), asked)
+        async with connected(port) as (reader, writer):
+            writer.write(get("/", "web").encode())
+            first = await read_message(reader)
+            assert first is not None
+            assert first.status == 200
+            mesh.apply({}, tuple(asked))
+            writer.write(get("/", "web").encode())
+            second = await read_message(reader)
+            assert second is not None
+            assert second.status == 503
+            assert second.body == b"no_service\n"
+        assert len(web.requests) == 1
+
+
 async def test_a_client_that_speaks_http2_gets_http2_toward_a_pod():
     async with mesh_proxy() as mesh, ServerUnderTest() as pod:
         mesh.origins.steer(asked=("127.0.0.1", pod.port))
-        port = mesh.serve()
+        port = mesh.serve(workload("pod", "127.0.0.1"))
         _, client = await asyncio.get_running_loop().create_connection(
             lambda: Http2Client(Settings(), lambda _: None, scheme=b"http"),
             "127.0.0.1", port, local_addr=(CLIENT, 0),
@@ -209,7 +232,7 @@ async def test_pods_nobody_asks_for_any_more_are_forgotten():
     async with mesh_proxy() as mesh, backend() as one, backend() as two:
         for client, pod in (("127.0.1.1", one), ("127.0.1.2", two)):
             mesh.origins.steer(client, ("127.0.0.1", pod.port))
-        port = mesh.serve()
+        port = mesh.serve(workload("pods", "127.0.0.1"))
         keys = [f"direct/http/127.0.0.1|{pod.port}" for pod in (one, two)]
         await ask(port, client="127.0.1.1")
         advance(40)
