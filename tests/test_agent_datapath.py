@@ -61,7 +61,8 @@ def test_workload_reaches_a_cluster_ip_and_follows_its_endpoints(tmp_path, world
         version = weft.await_status(lambda status: status["config"]["version"] > 1)
         assert version["steered"]
         assert version["degraded"] == []
-        assert workload("connect", VIP, 80)["name"] == "two"
+        # The kernel follows once the workers have acknowledged.
+        weft.await_status(lambda _: workload("connect", VIP, 80)["name"] == "two")
         assert workload("echo", kept["id"], "still here") == ["still here", [VIP, 80]]
 
 

@@ -79,6 +79,7 @@ class Datapath:
     async def start(self) -> None:
         """Test, load, adopt the maps, and fill them with what was published so far."""
         try:
+            attach.check_cgroup(self._options.cgroup)
             self._lock = pins.lock(self.pins)
         except DatapathError as error:
             self._break(error)
@@ -101,7 +102,6 @@ class Datapath:
 
     async def _test(self) -> None:
         """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
-        attach.check_cgroup(self._options.cgroup)
         beside = self._options.proxy_cgroup
         if not beside.exists():
             raise DatapathError(

@@ -24,7 +24,7 @@ from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
 from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import SectionKey
+from mesh.model.nodeconfig import Section, SectionKey
 from mesh.sources.directory import SourceUpdate
 from mesh.sources.documents import Problem
 
@@ -71,6 +71,9 @@ class Node:
         self._refusals: dict[SectionKey, str] = {}
         self._binds: dict[PortKey, str] = {}
         self._unpublished: dict[tuple[str, ObjectKey], Any] = {}
+        # Of the data path, until the workers have it.
+        self._kernel_put: dict[SectionKey, Section] = {}
+        self._kernel_remove: set[SectionKey] = set()
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -122,6 +125,7 @@ class Node:
 
     def _step(self) -> bool:
         """Derive from everything that came in; publish what is settled. Whether to go on."""
+        self._tell_kernel()
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
             if self.datapath is not None:
@@ -148,8 +152,7 @@ class Node:
             if outcome.put or outcome.remove:
                 self.flows.peers.publish(outcome.put, outcome.remove)
                 self.rollout.publish(outcome.put, outcome.remove)
-                if self.datapath is not None:
-                    self.datapath.publish(outcome.put, outcome.remove)
+                self._keep_for_kernel(outcome.put, outcome.remove)
             self._note_failures(outcome.failures)
             ports = tuple(PortAddress(address, port) for address, port in sorted(outcome.ports))
             if first or ports != self._wanted:
@@ -160,6 +163,24 @@ class Node:
             self.statuses.publish(self._unpublished)
             self._unpublished = {}
         return False
+
+    def _keep_for_kernel(
+        self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]
+    ) -> None:
+        if self.datapath is None:
+            return
+        for key in remove:
+            self._kernel_put.pop(key, None)
+        self._kernel_put.update(put)
+        self._kernel_remove |= set(remove)
+        self._kernel_remove -= put.keys()
+
+    def _tell_kernel(self) -> None:
+        """What the workers have by now: it sends nobody to a proxy that does not know better."""
+        put, remove = self._kernel_put, tuple(self._kernel_remove)
+        if self.datapath is not None and (put or remove):
+            self._kernel_put, self._kernel_remove = {}, set()
+            self.datapath.publish(put, remove)
 
     def _ask(self, ports: tuple[PortAddress, ...]) -> None:
         self._wanted = ports
