@@ -13,6 +13,10 @@ from collections.abc import Callable
 
 # A receiver that holds more than so many bytes is not sent to; sent without asking are as many.
 LONG = 256 * 1024
+# A message takes 1 KiB of the kernel's memory besides its bytes (struct sk_msg), charged to nobody,
+# so a receiver does not hold more than so many; which ones it has read is known once that is all.
+MESSAGES = 1024
+_UNASKED_MESSAGES = 256
 # When to look again, in seconds; doubling from the first to the last.
 _FIRST_LOOK_S = 0.0005
 _LAST_LOOK_S = 0.02
@@ -22,7 +26,17 @@ class RedirectQueue:
     """What one receiver has not read. `unread` asks it, in bytes of memory; `on_change` is told
     when `full` has changed."""
 
-    __slots__ = ("_loop", "_on_change", "_sent", "_timer", "_wait_s", "full", "unread")
+    __slots__ = (
+        "_known",
+        "_loop",
+        "_messages",
+        "_on_change",
+        "_sent",
+        "_timer",
+        "_wait_s",
+        "full",
+        "unread",
+    )
 
     def __init__(self, unread: Callable[[], int], on_change: Callable[[], None]) -> None:
         self.unread = unread
@@ -30,6 +44,8 @@ class RedirectQueue:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._sent = 0  # since the receiver was last known not to hold much
+        self._messages = 0  # since it was last known to hold nothing
+        self._known = 0  # of these, when it was last asked
         self._wait_s = _FIRST_LOOK_S
         self._timer: asyncio.TimerHandle | None = None
 
@@ -39,11 +55,13 @@ class RedirectQueue:
         return self._sent if self.full else 0
 
     def sent(self, size: int) -> None:
-        """So many bytes were sent."""
+        """So many bytes were sent, as one message."""
         self._sent += size
-        if self._sent <= LONG or self.full:
+        self._messages += 1
+        few = self._messages - self._known <= _UNASKED_MESSAGES
+        if self.full or (few and self._sent <= LONG):
             return
-        if self.unread() <= LONG:
+        if not self._holds_much():
             self._sent = 0
             return
         self.full = True
@@ -51,8 +69,15 @@ class RedirectQueue:
         self._timer = self._loop.call_later(self._wait_s, self._look)
         self._on_change()
 
+    def _holds_much(self) -> bool:
+        unread = self.unread()
+        if not unread:
+            self._messages = 0
+        self._known = self._messages
+        return unread > LONG or self._messages > MESSAGES
+
     def _look(self) -> None:
-        if self.unread() <= LONG:
+        if not self._holds_much():
             self.close()
             self._on_change()
             return

@@ -17,7 +17,7 @@ from support.proxy import backend, cluster, get, ok, read_message
 
 from bpf.layout import Target
 from l7proxy import metrics
-from l7proxy.redirect import LONG, RedirectQueue
+from l7proxy.redirect import LONG, MESSAGES, RedirectQueue
 from mesh.model.nodeconfig import SETTINGS_KEY, Settings
 
 COOKIE = 7
@@ -84,6 +84,28 @@ async def test_the_receiver_is_asked_only_every_so_many_bytes():
     while queue.full:
         await asyncio.sleep(0)
     assert (changes, queue.overdrawn) == ([True, False], 0)
+
+
+@on_virtual_loop
+async def test_a_receiver_of_many_small_messages_is_waited_for_until_it_has_read_all():
+    unread = 6
+    changes: list[bool] = []
+    queue = RedirectQueue(lambda: unread, lambda: changes.append(queue.full))
+    sent = 0
+    while not queue.full:
+        queue.sent(1)
+        sent += 1
+        assert sent < 2 * MESSAGES, "it holds messages without end"
+    assert sent > MESSAGES
+    advance(1)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert queue.full
+    unread = 0
+    advance(1)
+    while queue.full:
+        await asyncio.sleep(0)
+    assert changes == [True, False]
 
 
 # --- toward clients -------------------------------------------------------------------------------
