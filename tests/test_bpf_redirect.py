@@ -23,7 +23,8 @@ from redirect_world import (
 )
 
 from bpf import layout, maps, settings
-from bpf.layout import Number, Target
+from bpf.layout import Address, Addresses, Number, Target
+from bpf.podfilter import netns_cookie
 from bpf.reasons import Reason
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -336,5 +337,29 @@ def test_affinity_to_nobody_is_the_proxys_to_answer(world):
         assert origin is not None
         assert origin.backend is None
         client.close()
+
+    world.run(scenario)
+
+
+def test_nobody_connects_in_the_name_of_another_address(world):
+    """The packets of one who tries are dropped, but it would have announced itself by then."""
+
+    def scenario(world: World) -> None:
+        steer(world)
+        handles = world.handles()
+        world.frontend(VIP, 80, http=True)
+        with world.as_proxy():
+            server = world.listen(NODE, MESH_HTTP_PORT)
+        nobody = bytes(16)
+        own, other = (Address.of(one).packed for one in (NODE, "198.51.100.9"))
+        with contextlib.closing(
+            maps.PinnedMap(world.pin, "namespaces", Number, Addresses)
+        ) as namespaces:
+            for address, known in ((other, False), (own, True)):
+                namespaces.put(Number(netns_cookie()), Addresses(address, nobody))
+                client = world.connect(VIP, 80)
+                proxy = world.accept(server)
+                assert (handles.origin(proxy.fileno()) is not None) == known
+                client.close()
 
     world.run(scenario)

@@ -36,6 +36,21 @@ static __always_inline int opted_out(const struct target *end)
 	return identity && identity->flags & IDENTITY_PLAIN;
 }
 
+static __always_inline int same_address(const struct target *end, const struct address *address)
+{
+	return end->address[0] == address->words[0] && end->address[1] == address->words[1] &&
+	       end->address[2] == address->words[2] && end->address[3] == address->words[3];
+}
+
+/* A pod can bind to any address (IP_TRANSPARENT). The filter drops its packets then, but whoever has
+ * the address would be taken for steered by the proxy. */
+static __always_inline int is_own(u64 netns, const struct target *end)
+{
+	struct addresses *own = namespaces.lookup(&netns);
+
+	return !own || same_address(end, &own->v4) || same_address(end, &own->v6);
+}
+
 /* Into the maps of sockets, by cookie; 0 or negative errno. (bcc makes a statement of the call.) */
 static __always_inline long enrol_workload(struct bpf_sock_ops *ctx, u64 cookie)
 {
@@ -70,6 +85,8 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 		return;
 	}
 	value.netns = bpf_get_netns_cookie(ctx);
+	if (!is_own(value.netns, &tuple.opener))
+		return;
 	value.asked = origin->asked;
 	value.backend = origin->backend;
 	/* Every network namespace has the same loopback tuples. */
