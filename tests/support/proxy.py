@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import re
+import shutil
 import socket
 import ssl
 import sys
@@ -75,6 +77,8 @@ class WorkerProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         self.metrics_dir = tempfile.mkdtemp(prefix="weft-metrics-")
+        # The last to look at it may be long after the process has ended.
+        atexit.register(shutil.rmtree, self.metrics_dir, ignore_errors=True)
         Path(self.metrics_dir).chmod(0o777)
         # Sanitised output goes to a file: a pipe nobody reads would be a test of its own.
         self.log = tempfile.TemporaryFile()
