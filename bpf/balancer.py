@@ -23,7 +23,8 @@ from bpf import layout, maglev
 from bpf.extents import Extent, Extents
 from bpf.layout import Backend, Frontend, Member, Number, Target
 from bpf.maps import PinnedMap, Slots
-from mesh.model.nodeconfig import LoadBalancerEntry, SectionKey
+from mesh.model.nodeconfig import LoadBalancerEntry
+from mesh.model.section import SectionKey
 
 
 class _Refused(Exception):

@@ -23,13 +23,8 @@ from bpf.balancer import Balancer
 from bpf.layout import Target
 from bpf.proxy import Origin, ProxyHandles, descriptors
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
-from mesh.model.nodeconfig import (
-    MESH_HTTP_PORT,
-    MESH_RELAY_PORT,
-    EntryBackend,
-    LoadBalancerEntry,
-    entry_key,
-)
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, LoadBalancerEntry
+from mesh.model.section import entry_key
 
 # The node, on the loopback interface: TEST-NET-2 (RFC 5737), documentation prefix (RFC 3849).
 NODE = {"4": "198.51.100.1", "6": "2001:db8:1::1"}

@@ -12,12 +12,8 @@ from pathlib import Path
 from bpf import layout
 from bpf.layout import Address, Config, Identity, Number, Target
 from bpf.maps import PinnedMap
-from mesh.model.nodeconfig import (
-    MESH_HTTP_PORT,
-    MESH_RELAY_PORT,
-    SectionKey,
-    WorkloadSection,
-)
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, WorkloadSection
+from mesh.model.section import SectionKey
 
 _NOWHERE = bytes(layout.TARGET.size)
 

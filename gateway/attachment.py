@@ -19,8 +19,8 @@ from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import Attachment
 from mesh.model.references import GROUP, ParentReference
+from mesh.model.routeconfig import Attachment
 
 
 class Parent(NamedTuple):

@@ -37,11 +37,10 @@ from gateway.keys import ROUTE_KINDS, PortKey, RouteKey
 from gateway.node import Mesh
 from mesh.model.derive import Change, Derivation, Index, Rule
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import (
+from mesh.model.nodeconfig import Section, Settings
+from mesh.model.section import (
     SETTINGS_KEY,
-    Section,
     SectionKey,
-    Settings,
     certificate_key,
     entry_key,
     port_key,

@@ -1,4 +1,4 @@
-"""Filters of routes, translated to those of nodeconfig. What is not enforced is refused by name."""
+"""Filters of routes, translated to those of NodeConfig; what is not enforced is refused by name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from gateway.backends import resolve
 from gateway.conditions import Problem
 from gateway.keys import ClusterRef, RouteKey
-from mesh.model import nodeconfig
+from mesh.model import routeconfig
 from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCRouteFilter
 from mesh.model.httproute import HTTPCORSFilter, HTTPPathModifier, HTTPRouteFilter
-from mesh.model.nodeconfig import Filter, HeaderModifier, HeaderValue
+from mesh.model.routeconfig import Filter, HeaderModifier, HeaderValue
 from mesh.model.routes import HTTPHeader, HTTPHeaderFilter, HTTPRequestMirrorFilter
 
 
@@ -62,7 +62,7 @@ def translate(
 def _http_only(one: HTTPRouteFilter) -> Filter | None:
     if one.request_redirect is not None:
         redirect = one.request_redirect
-        return nodeconfig.Redirect(
+        return routeconfig.Redirect(
             redirect.scheme,
             redirect.hostname,
             _path(redirect.path),
@@ -70,7 +70,7 @@ def _http_only(one: HTTPRouteFilter) -> Filter | None:
             redirect.status_code,
         )
     if one.url_rewrite is not None:
-        return nodeconfig.Rewrite(one.url_rewrite.hostname, _path(one.url_rewrite.path))
+        return routeconfig.Rewrite(one.url_rewrite.hostname, _path(one.url_rewrite.path))
     if one.cors is not None:
         return _cors(one.cors)
     return None
@@ -94,25 +94,25 @@ def _values(headers: tuple[HTTPHeader, ...]) -> tuple[HeaderValue, ...]:
     return tuple(first.values())
 
 
-def _path(modifier: HTTPPathModifier | None) -> nodeconfig.PathModifier | None:
+def _path(modifier: HTTPPathModifier | None) -> routeconfig.PathModifier | None:
     if modifier is None:
         return None
     if modifier.type == "ReplaceFullPath":
-        return nodeconfig.PathModifier("ReplaceFullPath", modifier.replace_full_path or "")
-    return nodeconfig.PathModifier("ReplacePrefixMatch", modifier.replace_prefix_match or "")
+        return routeconfig.PathModifier("ReplaceFullPath", modifier.replace_full_path or "")
+    return routeconfig.PathModifier("ReplacePrefixMatch", modifier.replace_prefix_match or "")
 
 
-def _mirror(mirror: HTTPRequestMirrorFilter, cluster: ClusterRef) -> nodeconfig.Mirror:
+def _mirror(mirror: HTTPRequestMirrorFilter, cluster: ClusterRef) -> routeconfig.Mirror:
     numerator, denominator = 1, 1
     if mirror.fraction is not None:
         numerator, denominator = mirror.fraction.numerator, mirror.fraction.denominator
     elif mirror.percent is not None:
         numerator, denominator = mirror.percent, 100
-    return nodeconfig.Mirror(cluster.section, numerator, denominator)
+    return routeconfig.Mirror(cluster.section, numerator, denominator)
 
 
-def _cors(cors: HTTPCORSFilter) -> nodeconfig.Cors:
-    return nodeconfig.Cors(
+def _cors(cors: HTTPCORSFilter) -> routeconfig.Cors:
+    return routeconfig.Cors(
         cors.allow_origins,
         bool(cors.allow_credentials),
         tuple(cors.allow_methods),

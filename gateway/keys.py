@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, TypeAlias
 
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import SectionKey, cluster_key, service_key, service_listener
+from mesh.model.section import SectionKey, cluster_key, service_key, service_listener
 
 PortKey: TypeAlias = tuple[str, int]  # address, port
 

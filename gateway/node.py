@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from gateway.keys import PortKey
-from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, MeshPort, SectionKey, port_key
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, MeshPort
+from mesh.model.section import SectionKey, port_key
 
 
 class Mesh(NamedTuple):

@@ -19,8 +19,9 @@ from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.meta import Condition, ObjectKey
-from mesh.model.nodeconfig import Attachment, RouteSection, route_key
 from mesh.model.references import RouteParentStatus, RouteStatus
+from mesh.model.routeconfig import Attachment, RouteSection
+from mesh.model.section import route_key
 
 
 class Route(NamedTuple):

@@ -20,7 +20,7 @@ from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCBackendRef, GRPCRoute, GRPCRouteMatch, GRPCRouteRule
 from mesh.model.httproute import HTTPBackendRef, HTTPRoute, HTTPRouteMatch, HTTPRouteRule
 from mesh.model.meta import parse_duration
-from mesh.model.nodeconfig import (
+from mesh.model.routeconfig import (
     PathMatch,
     Redirect,
     Retry,

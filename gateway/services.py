@@ -19,15 +19,10 @@ from gateway.node import Mesh
 from mesh.model.core import Service
 from mesh.model.derive import View
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import (
-    MESH_HTTP_PORT,
-    Attachment,
-    SectionKey,
-    ServiceSection,
-    entry_key,
-    port_key,
-)
+from mesh.model.nodeconfig import MESH_HTTP_PORT, ServiceSection
 from mesh.model.references import ParentReference
+from mesh.model.routeconfig import Attachment
+from mesh.model.section import SectionKey, entry_key, port_key
 
 
 class Door(NamedTuple):

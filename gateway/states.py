@@ -14,7 +14,8 @@ from gateway.places import Places, taken
 from gateway.tls_refs import Frontend, GatewayTLS
 from mesh.model.derive import View
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import Listener, PortSection, SectionKey, certificate_key
+from mesh.model.nodeconfig import Listener, PortSection
+from mesh.model.section import SectionKey, certificate_key
 
 
 class ListenerState(NamedTuple):

@@ -24,8 +24,8 @@ from mesh.model.gateway import Gateway, GatewayStatus, ListenerStatus
 from mesh.model.gatewayclass import GatewayClassStatus, SupportedFeature
 from mesh.model.listenerset import ListenerEntryStatus, ListenerSet, ListenerSetStatus
 from mesh.model.meta import Condition, ObjectKey
-from mesh.model.nodeconfig import port_key
 from mesh.model.references import GROUP, RouteGroupKind
+from mesh.model.section import port_key
 
 Status = TypeVar("Status", bound=msgspec.Struct)
 AnyListenerStatus = TypeVar("AnyListenerStatus", ListenerStatus, ListenerEntryStatus)

@@ -19,7 +19,9 @@ from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
 from l7proxy.streams import ServerStream
 from l7proxy.upstream import Clusters, UpstreamError
-from mesh.model.nodeconfig import CertificateSection, Retry, SectionKey
+from mesh.model.nodeconfig import CertificateSection
+from mesh.model.routeconfig import Retry
+from mesh.model.section import SectionKey
 
 # How often a request is sent again although no route asks for it: where that is safe.
 _SAFE_REPEATS = 2

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from l7proxy.field_rules import Refused, check_name
 from l7proxy.message import Framing, RequestHead, ResponseHead
-from mesh.model.nodeconfig import Cors
+from mesh.model.routeconfig import Cors
 
 _ORIGIN = re.compile(rb"(https?)://([0-9a-z._*-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
 _DEFAULT_PORT = {b"http": 80, b"https": 443}

@@ -11,7 +11,8 @@ import asyncio
 from l7proxy.handles import Destination
 from l7proxy.route_compile import RouteMatchResult, straight_to
 from l7proxy.upstream import Clusters
-from mesh.model.nodeconfig import ClusterSection, Endpoint, SectionKey
+from mesh.model.nodeconfig import ClusterSection, Endpoint
+from mesh.model.section import SectionKey
 
 # The one name that all of them have in metrics.
 LABEL = "pod"

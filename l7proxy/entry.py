@@ -14,7 +14,8 @@ from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
 from l7proxy.routing import PortIndex, RouteIndex, RouteMatchResult
 from l7proxy.streams import ConnectionInfo
-from mesh.model.nodeconfig import PortSection, SectionKey, Settings
+from mesh.model.nodeconfig import PortSection, Settings
+from mesh.model.section import SectionKey
 
 
 class Reply(Exception):

@@ -35,7 +35,8 @@ from l7proxy.routing import (
 )
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
 from l7proxy.upstream import Clusters
-from mesh.model.nodeconfig import CertificateSection, SectionKey, Settings
+from mesh.model.nodeconfig import CertificateSection, Settings
+from mesh.model.section import SectionKey
 
 _log = logging.getLogger("weft.exchange")
 

@@ -22,7 +22,8 @@ from l7proxy.explain_rules import (
 from l7proxy.message import ProtocolError, RequestHead
 from l7proxy.routing import PortIndex, RouteIndex
 from l7proxy.streams import ConnectionInfo
-from mesh.model.nodeconfig import Listener, PortSection, Section, SectionKey
+from mesh.model.nodeconfig import Listener, PortSection, Section
+from mesh.model.section import SectionKey
 
 __all__ = ["Explanation", "explain"]
 

@@ -27,17 +27,9 @@ from l7proxy.explain_rules import (
 )
 from l7proxy.message import ProtocolError, RequestHead
 from l7proxy.streams import ConnectionInfo
-from mesh.model.nodeconfig import (
-    LoadBalancerEntry,
-    Section,
-    SectionKey,
-    ServiceSection,
-    WeightedBackend,
-    WorkloadSection,
-    entry_key,
-    service_listener,
-    workload_key,
-)
+from mesh.model.nodeconfig import LoadBalancerEntry, Section, ServiceSection, WorkloadSection
+from mesh.model.routeconfig import WeightedBackend
+from mesh.model.section import SectionKey, entry_key, service_listener, workload_key
 
 _SUFFIXES = (".svc.cluster.local", ".svc")
 

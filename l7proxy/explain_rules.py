@@ -31,15 +31,9 @@ from l7proxy.route_compile import (
 )
 from l7proxy.route_match import RequestView
 from l7proxy.routing import Refused, RouteIndex, host_patterns
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    ClusterSection,
-    RouteSection,
-    Section,
-    SectionKey,
-    Settings,
-    WeightedBackend,
-)
+from mesh.model.nodeconfig import ClusterSection, Section, Settings
+from mesh.model.routeconfig import RouteSection, WeightedBackend
+from mesh.model.section import SETTINGS_KEY, SectionKey
 
 # How far a rule is from being chosen, for the order in which the others are told: 0 lost to another
 # match, n is n things of its match that do not hold, then these.

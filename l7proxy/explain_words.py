@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from l7proxy.route_compile import CompiledMatch, ValueCondition
 from l7proxy.route_match import RequestView, path_holds
-from mesh.model.nodeconfig import (
+from mesh.model.routeconfig import (
     Cors,
     Filter,
     HeaderModifier,

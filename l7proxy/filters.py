@@ -15,7 +15,7 @@ from typing import Protocol
 
 from l7proxy.field_rules import Refused, check_modifiable, check_value
 from l7proxy.message import Headers, RequestHead, ResponseHead
-from mesh.model.nodeconfig import (
+from mesh.model.routeconfig import (
     HeaderModifier,
     HeaderValue,
     Mirror,

@@ -21,14 +21,8 @@ from l7proxy.route_compile import straight_to
 from l7proxy.routing import RouteIndex
 from l7proxy.streams import ConnectionInfo
 from l7proxy.upstream import Clusters
-from mesh.model.nodeconfig import (
-    Endpoint,
-    SectionKey,
-    ServiceSection,
-    Settings,
-    WorkloadSection,
-    service_listener,
-)
+from mesh.model.nodeconfig import Endpoint, ServiceSection, Settings, WorkloadSection
+from mesh.model.section import SectionKey, service_listener
 
 GATEWAY = "mesh"
 _TRUST_DOMAIN = "cluster.local"

@@ -11,7 +11,8 @@ from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
 from l7proxy.upstream import Clusters, UpstreamError
-from mesh.model.nodeconfig import CertificateSection, SectionKey
+from mesh.model.nodeconfig import CertificateSection
+from mesh.model.section import SectionKey
 
 _MAX_RUNNING = 1024
 _DEADLINE_S = 30.0

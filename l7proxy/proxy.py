@@ -34,13 +34,13 @@ from mesh.model.nodeconfig import (
     Delta,
     MeshPort,
     PortSection,
-    RouteSection,
     Section,
-    SectionKey,
     ServiceSection,
     Settings,
     WorkloadSection,
 )
+from mesh.model.routeconfig import RouteSection
+from mesh.model.section import SectionKey
 
 _log = logging.getLogger("weft.proxy")
 Bind: TypeAlias = tuple[str, int]

@@ -28,7 +28,8 @@ from l7proxy.filters import (
 from l7proxy.message import ProtocolError
 from l7proxy.normalise import HOP_BY_HOP, normalise_target
 from l7proxy.session import CompiledSession, compile_session
-from mesh.model.nodeconfig import (
+from mesh.model.nodeconfig import Settings
+from mesh.model.routeconfig import (
     Cors,
     Filter,
     HeaderModifier,
@@ -40,10 +41,9 @@ from mesh.model.nodeconfig import (
     RouteMatch,
     RouteRule,
     RouteSection,
-    SectionKey,
-    Settings,
     ValueMatch,
 )
+from mesh.model.section import SectionKey
 
 # One expression may not take more than this: bytes of RE2's program and its lazily built automaton,
 # and instructions, which bound the time per byte of the text where the automaton does not fit.

@@ -29,7 +29,9 @@ from l7proxy.route_compile import (
     normalise_host,
 )
 from l7proxy.route_match import RequestView, rest_holds
-from mesh.model.nodeconfig import Listener, PortSection, RouteSection, SectionKey
+from mesh.model.nodeconfig import Listener, PortSection
+from mesh.model.routeconfig import RouteSection
+from mesh.model.section import SectionKey
 
 __all__ = [
     "CompiledBackend",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from l7proxy.field_rules import Refused, check_modifiable, check_name
 from l7proxy.message import RequestHead
-from mesh.model.nodeconfig import SessionPersistence
+from mesh.model.routeconfig import SessionPersistence
 
 _MAX_VALUE = 512
 # How far a value's clock may be ahead of ours: another node's proxy may have issued it.

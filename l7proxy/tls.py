@@ -11,7 +11,8 @@ import os
 import ssl
 
 from certs.keypair import BadCertificate, check_ca_bundle, check_keypair
-from mesh.model.nodeconfig import CertificateSection, SectionKey
+from mesh.model.nodeconfig import CertificateSection
+from mesh.model.section import SectionKey
 
 # TLS 1.2: forward secrecy and AEAD only, which is also all that HTTP/2 allows (RFC 9113 §9.2.2).
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"

@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from certs.keypair import KeyPair, check_keypair
 from l7proxy import metrics, tls
 from l7proxy.tls import TLSRefused as TLSRefused
-from mesh.model.nodeconfig import CertificateSection, Listener, PortSection, SectionKey
+from mesh.model.nodeconfig import CertificateSection, Listener, PortSection
+from mesh.model.section import SectionKey
 
 _ALPN = ["h2", "http/1.1"]
 

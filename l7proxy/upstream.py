@@ -19,13 +19,8 @@ from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, TLSRefused
-from mesh.model.nodeconfig import (
-    CertificateSection,
-    ClusterSection,
-    Endpoint,
-    SectionKey,
-    Settings,
-)
+from mesh.model.nodeconfig import CertificateSection, ClusterSection, Endpoint, Settings
+from mesh.model.section import SectionKey
 
 # Connecting is not tried at further endpoints once this many connect timeouts have passed.
 _CONNECT_TIMEOUTS = 3

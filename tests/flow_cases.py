@@ -1,7 +1,8 @@
 """Flow records for tests."""
 
 from mesh.model.flow import Flow, HttpFlow, Peer
-from mesh.model.nodeconfig import LoadBalancerEntry, WorkloadSection, entry_key, workload_key
+from mesh.model.nodeconfig import LoadBalancerEntry, WorkloadSection
+from mesh.model.section import entry_key, workload_key
 
 # 2025-11-25 15:00:01.123 UTC
 TIME = 1_764_082_801_123_000_000

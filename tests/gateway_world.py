@@ -14,7 +14,8 @@ import yaml
 from gateway.control import ControlPlane, Options
 from mesh.model.decode import decode, key_of
 from mesh.model.meta import Condition, ObjectKey
-from mesh.model.nodeconfig import Section, SectionKey
+from mesh.model.nodeconfig import Section
+from mesh.model.section import SectionKey
 
 Objects = dict[str, dict[ObjectKey, Any]]
 

@@ -21,7 +21,8 @@ from bpf.balancer import Balancer
 from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
-from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, entry_key
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
+from mesh.model.section import entry_key
 
 # Documentation addresses (RFC 5737, RFC 3849), on the namespace's loopback interface.
 NODE, NODE6 = "198.51.100.1", "2001:db8:1::1"

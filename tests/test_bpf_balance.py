@@ -14,7 +14,8 @@ from bpf import layout, maps
 from bpf.balancer import Balancer
 from bpf.layout import Affinity, AffinityKey, Member, Number, Target
 from bpf.reasons import Reason
-from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, entry_key
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
+from mesh.model.section import entry_key
 
 pytestmark = needs_bpf
 

@@ -26,12 +26,7 @@ from bpf import layout, maps, settings
 from bpf.layout import Address, Addresses, Number, Target
 from bpf.podfilter import netns_cookie
 from bpf.reasons import Reason
-from mesh.model.nodeconfig import (
-    MESH_HTTP_PORT,
-    MESH_RELAY_PORT,
-    EntryBackend,
-    WorkloadSection,
-)
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
 
 pytestmark = needs_bpf
 NOBODY = 65534

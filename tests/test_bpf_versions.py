@@ -22,7 +22,7 @@ from bpf import layout
 layout.PLAIN *= 2
 from bpf import loader, podfilter, settings
 from bpf.balancer import Balancer
-from mesh.model.nodeconfig import LoadBalancerEntry
+from mesh.model.nodeconfig import (LoadBalancerEntry)
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
 loader.load(pin)
 podfilter.renew(pin)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mesh.model.channel import MAX_FRAME, FrameReader, encode_frame
-from mesh.model.nodeconfig import SETTINGS_KEY, Ack, Delta, Settings
+from mesh.model.nodeconfig import Ack, Delta, Settings
+from mesh.model.section import SETTINGS_KEY
 
 MESSAGES = [Delta(0, 1, {SETTINGS_KEY: Settings()}, ()), Ack(1, {"route/x": "no"}), Ack(2, {})]
 BYTES = b"".join(map(encode_frame, MESSAGES))

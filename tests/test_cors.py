@@ -7,7 +7,7 @@ import pytest
 from l7proxy.cors import compile_cors, preflight, respond
 from l7proxy.field_rules import Refused
 from l7proxy.message import Framing, Headers, RequestHead, ResponseHead
-from mesh.model.nodeconfig import Cors
+from mesh.model.routeconfig import Cors
 
 ORIGIN = "https://www.foo.com"
 

@@ -11,32 +11,31 @@ from l7proxy.explain import Explanation, explain
 from l7proxy.message import RequestHead
 from l7proxy.routing import PortIndex, RouteIndex
 from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    Attachment,
     ClusterSection,
-    Cors,
     Endpoint,
+    Listener,
+    PortSection,
+    Section,
+    Settings,
+    UpstreamTLS,
+)
+from mesh.model.routeconfig import (
+    Attachment,
+    Cors,
     HeaderModifier,
     HeaderValue,
-    Listener,
     Mirror,
     PathMatch,
     PathModifier,
-    PortSection,
     Redirect,
     Rewrite,
     RouteMatch,
     RouteRule,
     RouteSection,
-    Section,
-    Settings,
-    UpstreamTLS,
     ValueMatch,
     WeightedBackend,
-    cluster_key,
-    port_key,
-    route_key,
 )
+from mesh.model.section import SETTINGS_KEY, cluster_key, port_key, route_key
 
 ANY, FOO = "Gateway/infra/gw/any", "Gateway/infra/gw/foo"
 PORT = PortSection("10.0.0.9", 80, "HTTP", "infra/gw", (Listener(ANY), Listener(FOO, "*.foo.com")))

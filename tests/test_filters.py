@@ -8,7 +8,8 @@ from l7proxy import filters
 from l7proxy.field_rules import Refused
 from l7proxy.message import Headers, RequestHead, ResponseHead
 from l7proxy.routing import RouteIndex, RouteMatchResult
-from mesh.model.nodeconfig import (
+from mesh.model.nodeconfig import PortSection
+from mesh.model.routeconfig import (
     Attachment,
     Filter,
     HeaderModifier,
@@ -16,7 +17,6 @@ from mesh.model.nodeconfig import (
     Mirror,
     PathMatch,
     PathModifier,
-    PortSection,
     Redirect,
     Rewrite,
     RouteMatch,

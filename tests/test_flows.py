@@ -11,7 +11,8 @@ from mesh.agent.flow_filter import FilterError, compile_filters, since_ns
 from mesh.agent.flow_peers import HOST, WORLD, Peers, own_addresses
 from mesh.agent.flows import FlowStore, Line, Lost
 from mesh.model.flow import Flows, Peer
-from mesh.model.nodeconfig import WorkloadSection, workload_key
+from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.section import workload_key
 
 
 @pytest.fixture

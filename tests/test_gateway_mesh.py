@@ -11,7 +11,8 @@ import yaml
 from gateway.control import ControlPlane, Options
 from gateway.keys import RouteKey
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import ClusterSection, LoadBalancerEntry, RouteSection, ServiceSection
+from mesh.model.nodeconfig import ClusterSection, LoadBalancerEntry, ServiceSection
+from mesh.model.routeconfig import RouteSection
 from tests.gateway_world import GATEWAY, World, conditions, join, objects, plain
 
 MESH = Options(node="n1", mesh_addresses=("127.0.0.1", "::1"), advertise=("192.0.2.10",))

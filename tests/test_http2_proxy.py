@@ -13,13 +13,8 @@ from support.proxy import backend, cluster, http_port, ok, route, rule, to, work
 from certs.selfsigned import Authority
 from l7proxy.message import Framing, ResponseHead
 from l7proxy.streams import ConnectionInfo, ServerStream
-from mesh.model.nodeconfig import (
-    CertificateSection,
-    Listener,
-    PortSection,
-    certificate_key,
-    port_key,
-)
+from mesh.model.nodeconfig import CertificateSection, Listener, PortSection
+from mesh.model.section import certificate_key, port_key
 from tests.http2_peer import GET, POST, RawPeer, ServerUnderTest
 
 CERTIFICATE = certificate_key("default", "shop")

@@ -19,7 +19,8 @@ from support.proxy import (
     worker,
 )
 
-from mesh.model.nodeconfig import SETTINGS_KEY, Section, Settings
+from mesh.model.nodeconfig import Section, Settings
+from mesh.model.section import SETTINGS_KEY
 
 
 def limited(**settings: object) -> dict[str, Section]:

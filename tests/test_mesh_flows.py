@@ -33,7 +33,7 @@ from support.proxy import (
 from l7proxy import metrics
 from mesh.model.channel import FrameReader
 from mesh.model.flow import Flow, Flows, HttpFlow, Peer
-from mesh.model.nodeconfig import PathMatch, RouteMatch
+from mesh.model.routeconfig import PathMatch, RouteMatch
 
 proxy = proxy_fixture
 PREFIX_A = (RouteMatch(PathMatch("PathPrefix", "/a")),)

@@ -24,15 +24,13 @@ from mesh.model.channel import Handles, Listen, PortAddress, send_control
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
     MESH_RELAY_PORT,
-    SETTINGS_KEY,
     ClusterSection,
     Endpoint,
     EntryBackend,
     MeshPort,
     Settings,
-    cluster_key,
-    port_key,
 )
+from mesh.model.section import SETTINGS_KEY, cluster_key, port_key
 
 pytestmark = needs_bpf
 MIB = 1024 * 1024

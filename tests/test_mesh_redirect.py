@@ -18,7 +18,8 @@ from support.proxy import backend, cluster, get, ok, read_message
 from bpf.layout import Target
 from l7proxy import metrics
 from l7proxy.redirect import LONG, MESSAGES, RedirectQueue
-from mesh.model.nodeconfig import SETTINGS_KEY, Settings
+from mesh.model.nodeconfig import Settings
+from mesh.model.section import SETTINGS_KEY
 
 COOKIE = 7
 BIG = 4 * 1024 * 1024

@@ -17,7 +17,8 @@ from support.mesh import CLIENT, MeshProxy, connected, mesh_proxy
 from test_mesh_flows import agent_of
 
 from mesh.model.flow import Flow, Peer
-from mesh.model.nodeconfig import SETTINGS_KEY, Settings
+from mesh.model.nodeconfig import Settings
+from mesh.model.section import SETTINGS_KEY
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 MIB = 1024 * 1024

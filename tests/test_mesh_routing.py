@@ -13,7 +13,8 @@ from support.proxy import backend, cluster, get, ok, read_message, rule, to
 from l7proxy import metrics
 from l7proxy.http2_client import Http2Client
 from l7proxy.message import RequestHead
-from mesh.model.nodeconfig import (
+from mesh.model.nodeconfig import Settings
+from mesh.model.routeconfig import (
     HeaderModifier,
     HeaderValue,
     PathMatch,
@@ -21,10 +22,8 @@ from mesh.model.nodeconfig import (
     Redirect,
     Rewrite,
     RouteMatch,
-    Settings,
-    service_key,
-    workload_key,
 )
+from mesh.model.section import service_key, workload_key
 
 
 def refused(reason: str) -> float:

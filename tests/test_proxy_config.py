@@ -32,14 +32,9 @@ from support.proxy import (
 
 from certs.selfsigned import Authority
 from mesh.model.channel import Listen, PortAddress, Unlisten, encode_frame, send_control
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    ClientValidation,
-    PathMatch,
-    RouteMatch,
-    Settings,
-    route_key,
-)
+from mesh.model.nodeconfig import ClientValidation, Settings
+from mesh.model.routeconfig import PathMatch, RouteMatch
+from mesh.model.section import SETTINGS_KEY, route_key
 
 proxy = proxy_fixture
 

@@ -24,15 +24,9 @@ from support.proxy import (
     to,
 )
 
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    Mirror,
-    PathMatch,
-    Retry,
-    RouteMatch,
-    Settings,
-    cluster_key,
-)
+from mesh.model.nodeconfig import Settings
+from mesh.model.routeconfig import Mirror, PathMatch, Retry, RouteMatch
+from mesh.model.section import SETTINGS_KEY, cluster_key
 
 proxy = proxy_fixture
 

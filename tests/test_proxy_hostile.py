@@ -31,10 +31,8 @@ from support.proxy import (
 )
 
 from certs.selfsigned import Authority
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    Settings,
-)
+from mesh.model.nodeconfig import Settings
+from mesh.model.section import SETTINGS_KEY
 
 proxy = proxy_fixture
 

@@ -23,13 +23,9 @@ from support.proxy import (
     worker,
 )
 
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    PathMatch,
-    RouteMatch,
-    Settings,
-    cluster_key,
-)
+from mesh.model.nodeconfig import Settings
+from mesh.model.routeconfig import PathMatch, RouteMatch
+from mesh.model.section import SETTINGS_KEY, cluster_key
 
 proxy = proxy_fixture
 

@@ -15,11 +15,9 @@ from support.proxy import (
     to,
 )
 
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    Retry,
-    Settings,
-)
+from mesh.model.nodeconfig import Settings
+from mesh.model.routeconfig import Retry
+from mesh.model.section import SETTINGS_KEY
 
 proxy = proxy_fixture
 

@@ -27,8 +27,8 @@ from support.proxy import (
     to,
 )
 
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
+from mesh.model.nodeconfig import Settings
+from mesh.model.routeconfig import (
     Cors,
     HeaderModifier,
     HeaderValue,
@@ -40,11 +40,9 @@ from mesh.model.nodeconfig import (
     Rewrite,
     RouteMatch,
     SessionPersistence,
-    Settings,
     WeightedBackend,
-    cluster_key,
-    route_key,
 )
+from mesh.model.section import SETTINGS_KEY, cluster_key, route_key
 
 
 def prefix(path: str) -> tuple[RouteMatch, ...]:

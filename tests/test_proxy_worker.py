@@ -29,14 +29,8 @@ from support.proxy import (
 )
 
 from certs.selfsigned import Authority
-from mesh.model.nodeconfig import (
-    SETTINGS_KEY,
-    CertificateSection,
-    Settings,
-    cluster_key,
-    port_key,
-    route_key,
-)
+from mesh.model.nodeconfig import CertificateSection, Settings
+from mesh.model.section import SETTINGS_KEY, cluster_key, port_key, route_key
 
 proxy = proxy_fixture
 

@@ -7,14 +7,13 @@ import pytest
 from l7proxy.message import Headers, RequestHead
 from l7proxy.route_compile import Regex
 from l7proxy.routing import PortIndex, Refused, RouteIndex, pick_backend
-from mesh.model.nodeconfig import (
+from mesh.model.nodeconfig import Listener, PortSection
+from mesh.model.routeconfig import (
     Attachment,
     HeaderModifier,
     HeaderValue,
-    Listener,
     PathMatch,
     PathModifier,
-    PortSection,
     Rewrite,
     RouteMatch,
     RouteRule,
@@ -22,8 +21,8 @@ from mesh.model.nodeconfig import (
     SessionPersistence,
     ValueMatch,
     WeightedBackend,
-    route_key,
 )
+from mesh.model.section import route_key
 
 L = "Gateway/infra/gw/http"
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from l7proxy.message import RequestHead
 from l7proxy.routing import RouteIndex
-from mesh.model.nodeconfig import (
+from mesh.model.routeconfig import (
     Attachment,
     PathMatch,
     RouteMatch,
     RouteRule,
     RouteSection,
     ValueMatch,
-    route_key,
 )
+from mesh.model.section import route_key
 
 LISTENERS = ("Gateway/a/gw/one", "Gateway/a/gw/two")
 HOSTS = ("*", "*.a.com", "*.b.a.com", "a.com", "b.a.com", "c.b.a.com", "z.com")

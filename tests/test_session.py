@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from l7proxy.field_rules import Refused
 from l7proxy.message import Headers, RequestHead
 from l7proxy.session import CompiledSession, compile_session, endpoint_for, response_header
-from mesh.model.nodeconfig import SessionPersistence
+from mesh.model.routeconfig import SessionPersistence
 
 NOW = 1_700_000_000.0
 ENDPOINT = "10.0.0.7:8080"

@@ -334,7 +334,7 @@ def test_certificates_load_after_root_is_given_up():
         """
         import ctypes, os, sys
         from l7proxy.tls_server import ServerTLS
-        from mesh.model.nodeconfig import CertificateSection
+        from mesh.model.nodeconfig import (CertificateSection)
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)

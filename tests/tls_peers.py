@@ -13,12 +13,7 @@ from dataclasses import dataclass
 
 from certs.selfsigned import Authority
 from l7proxy.tls_server import ServerTLS
-from mesh.model.nodeconfig import (
-    CertificateSection,
-    ClientValidation,
-    Listener,
-    PortSection,
-)
+from mesh.model.nodeconfig import CertificateSection, ClientValidation, Listener, PortSection
 
 AUTHORITY = Authority.create("test root")
 OTHER_AUTHORITY = Authority.create("another root")

@@ -29,10 +29,9 @@ from mesh.model.nodeconfig import (
     MESH_RELAY_PORT,
     LoadBalancerEntry,
     Section,
-    SectionKey,
     WorkloadSection,
-    port_key,
 )
+from mesh.model.section import SectionKey, port_key
 
 _log = logging.getLogger("weft.agent")
 

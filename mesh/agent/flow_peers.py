@@ -13,7 +13,8 @@ from pathlib import Path
 import msgspec
 
 from mesh.model.flow import Flow, Peer
-from mesh.model.nodeconfig import LoadBalancerEntry, Section, SectionKey, WorkloadSection
+from mesh.model.nodeconfig import LoadBalancerEntry, Section, WorkloadSection
+from mesh.model.section import SectionKey
 
 HOST, WORLD = 1, 2
 RESERVED = {HOST: "host", WORLD: "world"}

@@ -24,7 +24,8 @@ from mesh.agent.status_store import StatusStore
 from mesh.model.channel import Bound, PortAddress
 from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import Section, SectionKey
+from mesh.model.nodeconfig import Section
+from mesh.model.section import SectionKey
 from mesh.sources.directory import SourceUpdate
 from mesh.sources.documents import Problem
 

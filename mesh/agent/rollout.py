@@ -14,14 +14,8 @@ from typing import NamedTuple
 
 from mesh.model.channel import FrameReader, encode_frame
 from mesh.model.flow import Flows
-from mesh.model.nodeconfig import (
-    PROXY_SECTIONS,
-    Ack,
-    NodeConfig,
-    Section,
-    SectionKey,
-    for_destination,
-)
+from mesh.model.nodeconfig import PROXY_SECTIONS, Ack, NodeConfig, Section, for_destination
+from mesh.model.section import SectionKey
 
 _log = logging.getLogger("weft.agent")
 

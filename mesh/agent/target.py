@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 from l7proxy.explain import explain
 from l7proxy.explain_mesh import explain_mesh
 from l7proxy.explain_rules import Explanation
-from mesh.model.nodeconfig import Section, SectionKey
+from mesh.model.nodeconfig import Section
+from mesh.model.section import SectionKey
 
 
 class TargetError(Exception):

@@ -15,61 +15,25 @@ from typing import Literal, TypeAlias
 import immutables
 import msgspec
 
-# A section's key is "<kind>/<identifier>"; only the constructors below spell it.
-SectionKey: TypeAlias = str
-
-
-def port_key(address: str, port: int) -> SectionKey:
-    return f"port/{address}|{port}"
-
-
-def certificate_key(namespace: str, name: str) -> SectionKey:
-    return f"certificate/{namespace}/{name}"
-
-
-def route_key(kind: str, namespace: str, name: str) -> SectionKey:
-    return f"route/{kind}/{namespace}/{name}"
-
-
-def cluster_key(kind: str, namespace: str, name: str, port: int | None) -> SectionKey:
-    return f"cluster/{kind}/{namespace}/{name}/{port}"
-
-
-def entry_key(address: str, port: int, protocol: str) -> SectionKey:
-    return f"entry/{address}|{port}/{protocol}"
-
-
-def service_key(namespace: str, name: str, port: int) -> SectionKey:
-    return f"service/{namespace}/{name}/{port}"
-
-
-def workload_key(namespace: str, name: str) -> SectionKey:
-    return f"workload/{namespace}/{name}"
-
-
-SETTINGS_KEY: SectionKey = "settings"
+from mesh.model.policyconfig import CidrSection, PolicySection
+from mesh.model.routeconfig import RouteSection
+from mesh.model.section import Part, SectionKey
 
 # Where this node's proxy takes the connections of workloads, on its mesh addresses.
 MESH_HTTP_PORT = 15001
 MESH_RELAY_PORT = 15002
+# Where it takes connections of other nodes' proxies, mutual TLS.
+MESH_TUNNEL_PORT = 15008
 
-
-def service_listener(namespace: str, name: str, port: int, consumer: str | None = None) -> str:
-    """The id of a Service port as a listener that mesh routes attach to. Routes of the Service's
-    own namespace attach to the one for everybody; those of another namespace (`consumer`) to the
-    one that only clients of that namespace see (GEP-1324, producer and consumer routes)."""
-    own = f"Service/{namespace}/{name}/{port}"
-    return own if consumer is None else f"{own}/{consumer}"
-
-
-class _Part(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A value inside a section."""
+# How a workload's port takes connections of other nodes: STRICT by mutual TLS only; PERMISSIVE also
+# plain ones; with DISABLE the mesh encrypts none of them.
+MtlsMode: TypeAlias = Literal["STRICT", "PERMISSIVE", "DISABLE"]
 
 
 # --- ports and listeners -----------------------------------------------------------------------
 
 
-class Listener(_Part, frozen=True):
+class Listener(Part, frozen=True):
     """One listener of a Gateway or ListenerSet on a port.
 
     `id` is "Gateway/<ns>/<name>/<listener>" or "ListenerSet/<ns>/<name>/<listener>"; routes attach
@@ -82,7 +46,7 @@ class Listener(_Part, frozen=True):
     certificates: tuple[SectionKey, ...] = ()
 
 
-class ClientValidation(_Part, frozen=True):
+class ClientValidation(Part, frozen=True):
     """Frontend client-certificate validation of a port (Gateway spec.tls.frontend).
 
     `ca_pem` is a concatenation of PEM certificates. mode "AllowValidOnly" refuses the handshake
@@ -155,7 +119,8 @@ class ServiceSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="servi
 class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="workload"):
     """A pod: who stands behind `addresses` (the primary one first). `identity` is the number of its
     set of labels on this node; `local`: it runs on this node; `sockmap` False: its sockets are kept
-    off the redirect path, as its annotation asks."""
+    off the redirect path, as its annotation asks. `spiffe_id`: who it is to other nodes ("": nobody
+    can vouch for it). `mtls` holds for ports that do not stand in `mtls_ports`."""
 
     namespace: str
     name: str
@@ -166,165 +131,44 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     labels: dict[str, str] = {}
     identity: int = 0
     sockmap: bool = True
+    spiffe_id: str = ""
+    mtls: MtlsMode = "PERMISSIVE"
+    mtls_ports: dict[int, MtlsMode] = {}
 
 
-# --- filters ------------------------------------------------------------------------------------
-
-
-class HeaderValue(_Part, frozen=True):
-    name: str
-    value: str
-
-
-class HeaderModifier(msgspec.Struct, frozen=True, omit_defaults=True, tag="headers"):
-    """set, then add, then remove (HTTPHeaderFilter); names are lower case."""
-
-    direction: Literal["request", "response"]
-    set: tuple[HeaderValue, ...] = ()
-    add: tuple[HeaderValue, ...] = ()
-    remove: tuple[str, ...] = ()
-
-
-class PathModifier(_Part, frozen=True):
-    """HTTPPathModifier. `prefix` is the PathPrefix of the match in force, taken by the matcher."""
-
-    type: Literal["ReplaceFullPath", "ReplacePrefixMatch"]
-    value: str
-
-
-class Redirect(msgspec.Struct, frozen=True, omit_defaults=True, tag="redirect"):
-    """HTTPRequestRedirectFilter; None: as in the request, by the rules of the specification."""
-
-    scheme: Literal["http", "https"] | None = None
-    hostname: str | None = None
-    path: PathModifier | None = None
-    port: int | None = None
-    status: int = 302
-
-
-class Rewrite(msgspec.Struct, frozen=True, omit_defaults=True, tag="rewrite"):
-    """HTTPURLRewriteFilter."""
-
-    hostname: str | None = None
-    path: PathModifier | None = None
-
-
-class Mirror(msgspec.Struct, frozen=True, omit_defaults=True, tag="mirror"):
-    """HTTPRequestMirrorFilter: `numerator`/`denominator` of the requests also go to `cluster`."""
-
-    cluster: SectionKey
-    numerator: int = 1
-    denominator: int = 1
-
-
-class Cors(msgspec.Struct, frozen=True, omit_defaults=True, tag="cors"):
-    """HTTPCORSFilter; origins as written, "*" and "https://*.example.com" included."""
-
-    allow_origins: tuple[str, ...] = ()
-    allow_credentials: bool = False
-    allow_methods: tuple[str, ...] = ()
-    allow_headers: tuple[str, ...] = ()
-    expose_headers: tuple[str, ...] = ()
-    max_age_s: int = 5
-
-
-Filter: TypeAlias = HeaderModifier | Redirect | Rewrite | Mirror | Cors
-
-
-# --- routes -------------------------------------------------------------------------------------
-
-
-class PathMatch(_Part, frozen=True):
-    type: Literal["Exact", "PathPrefix", "RegularExpression"] = "PathPrefix"
-    value: str = "/"
-
-
-class ValueMatch(_Part, frozen=True):
-    """A header (name lower case) or query parameter (name as written) match."""
+class NodeSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="node"):
+    """A node of the cluster and its own addresses (Node status.addresses, InternalIP): where its
+    proxy listens on MESH_TUNNEL_PORT, and from where it connects."""
 
     name: str
-    value: str
-    type: Literal["Exact", "RegularExpression"] = "Exact"
+    addresses: tuple[str, ...]
 
 
-class RouteMatch(_Part, frozen=True):
-    """HTTPRouteMatch: everything given must hold. GRPC method matches become path matches."""
+class SvidSection(msgspec.Struct, frozen=True, tag="svid"):
+    """An identity that this node holds: certificate chain (leaf first) and private key, PEM, valid
+    until `not_after` (seconds since 1970 UTC). Never logged, never printed."""
 
-    path: PathMatch = PathMatch()
-    method: str | None = None
-    headers: tuple[ValueMatch, ...] = ()
-    query: tuple[ValueMatch, ...] = ()
+    spiffe_id: str
+    chain_pem: str
+    key_pem: str
+    not_after: int
 
-
-class WeightedBackend(_Part, frozen=True):
-    """A backendRef. `cluster` None: it does not resolve, and its share of requests gets 500."""
-
-    cluster: SectionKey | None
-    weight: int = 1
-    filters: tuple[Filter, ...] = ()
+    def __repr__(self) -> str:
+        return f"SvidSection({self.spiffe_id})"
 
 
-class Retry(_Part, frozen=True):
-    """HTTPRouteRetry (GEP-1731): connection errors are always retried where a repeat is safe."""
+class TrustBundleSection(msgspec.Struct, frozen=True, tag="bundle"):
+    """The roots of a trust domain: those by which its workloads' certificates are verified, and no
+    others'. PEM certificates one after another."""
 
-    codes: tuple[int, ...] = ()
-    attempts: int = 1
-    backoff_ms: int = 0
-
-
-class SessionPersistence(_Part, frozen=True):
-    """SessionPersistence (GEP-1619). Timeouts in seconds; None is no limit."""
-
-    type: Literal["Cookie", "Header"] = "Cookie"
-    name: str = "weft-session"
-    absolute_timeout_s: float | None = None
-    idle_timeout_s: float | None = None
-    permanent: bool = False
-    path: str = "/"
-
-
-class RouteRule(_Part, frozen=True):
-    """An HTTPRouteRule. With `error_status` the rule answers that status itself: its configuration
-    is not whole (an unresolved filter, say) and the specification asks for an error instead.
-    Timeouts in milliseconds; None is no limit.
-    """
-
-    matches: tuple[RouteMatch, ...]
-    name: str | None = None
-    filters: tuple[Filter, ...] = ()
-    backends: tuple[WeightedBackend, ...] = ()
-    request_timeout_ms: int | None = None
-    backend_timeout_ms: int | None = None
-    retry: Retry | None = None
-    session: SessionPersistence | None = None
-    error_status: int | None = None
-
-
-class Attachment(_Part, frozen=True):
-    """The route serves `hostnames` on a listener: their intersection with the listener's hostname,
-    lower case; "*" is every host."""
-
-    listener: str
-    hostnames: tuple[str, ...]
-
-
-class RouteSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="route"):
-    """One HTTPRoute or GRPCRoute. `created` (RFC 3339, "" if unknown) and the name break ties.
-    `client_headers`: mesh requests tell the backend the client's address and identity."""
-
-    kind: Literal["HTTPRoute", "GRPCRoute"]
-    namespace: str
-    name: str
-    created: str
-    attachments: tuple[Attachment, ...]
-    rules: tuple[RouteRule, ...]
-    client_headers: bool = False
+    trust_domain: str
+    roots_pem: str
 
 
 # --- clusters: where requests go -----------------------------------------------------------------
 
 
-class Endpoint(_Part, frozen=True):
+class Endpoint(Part, frozen=True):
     """A ready endpoint. `name` is the pod's, for people and for session persistence."""
 
     address: str
@@ -332,12 +176,12 @@ class Endpoint(_Part, frozen=True):
     name: str = ""
 
 
-class SubjectAltName(_Part, frozen=True):
+class SubjectAltName(Part, frozen=True):
     type: Literal["Hostname", "URI"]
     value: str
 
 
-class UpstreamTLS(_Part, frozen=True):
+class UpstreamTLS(Part, frozen=True):
     """BackendTLSPolicy: SNI and, without `sans`, the name the certificate must be valid for.
 
     `ca_pem` None means the system's trust store. `broken` is why the policy cannot be enforced:
@@ -367,7 +211,7 @@ class ClusterSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="clust
 # --- load-balancer entries -----------------------------------------------------------------------
 
 
-class EntryBackend(_Part, frozen=True):
+class EntryBackend(Part, frozen=True):
     """`remote`: a meshed pod of another node, reached through the relays of both; `sockmap`: a pod
     of this node whose port declares HTTP/1, so that the proxy may send to it by redirect."""
 
@@ -423,6 +267,8 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True, tag="settings"):
     trusted_hops: int = 0
     trusted_ranges: tuple[str, ...] = ()
     access_log: Literal["json", "text", "off"] = "json"
+    # Who a Gateway's proxy is toward workloads of other nodes; "": nobody, and it connects plainly.
+    gateway_spiffe_id: str = ""
 
 
 Section: TypeAlias = (
@@ -431,6 +277,11 @@ Section: TypeAlias = (
     | MeshPort
     | ServiceSection
     | WorkloadSection
+    | NodeSection
+    | SvidSection
+    | TrustBundleSection
+    | PolicySection
+    | CidrSection
     | RouteSection
     | ClusterSection
     | LoadBalancerEntry
@@ -444,11 +295,16 @@ PROXY_SECTIONS = (
     MeshPort,
     ServiceSection,
     WorkloadSection,
+    NodeSection,
+    SvidSection,
+    TrustBundleSection,
+    PolicySection,
+    CidrSection,
     RouteSection,
     ClusterSection,
     Settings,
 )
-BPF_SECTIONS = (LoadBalancerEntry, WorkloadSection)
+BPF_SECTIONS = (LoadBalancerEntry, WorkloadSection, PolicySection, CidrSection)
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):

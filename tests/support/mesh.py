@@ -21,16 +21,10 @@ from bpf.proxy import Origin
 from l7proxy.accesslog import AccessLog
 from l7proxy.flows import FlowLog
 from l7proxy.proxy import Proxy
-from mesh.model.nodeconfig import (
-    Attachment,
-    MeshPort,
-    NodeConfig,
-    RouteRule,
-    RouteSection,
-    Section,
+from mesh.model.nodeconfig import MeshPort, NodeConfig, Section, ServiceSection, WorkloadSection
+from mesh.model.routeconfig import Attachment, RouteRule, RouteSection
+from mesh.model.section import (
     SectionKey,
-    ServiceSection,
-    WorkloadSection,
     cluster_key,
     port_key,
     route_key,

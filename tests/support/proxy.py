@@ -36,24 +36,16 @@ from mesh.model.channel import (
 from mesh.model.flow import Flows
 from mesh.model.nodeconfig import (
     Ack,
-    Attachment,
     CertificateSection,
     ClusterSection,
     Endpoint,
     Listener,
     NodeConfig,
     PortSection,
-    RouteMatch,
-    RouteRule,
-    RouteSection,
     Section,
-    SectionKey,
-    WeightedBackend,
-    certificate_key,
-    cluster_key,
-    port_key,
-    route_key,
 )
+from mesh.model.routeconfig import Attachment, RouteMatch, RouteRule, RouteSection, WeightedBackend
+from mesh.model.section import SectionKey, certificate_key, cluster_key, port_key, route_key
 
 LISTENER = "Gateway/default/gw/http"
 CERTIFICATE = certificate_key("default", "shop")

@@ -1,0 +1,89 @@
+"""Policies as NodeConfig carries them: what may reach a pod of this node, and what it may reach.
+
+Everything is resolved: selectors have become identities (numbers as in WorkloadSection, of CIDRs and
+of reserved entities too), named ports numbers. Shapes only, like mesh.model.nodeconfig.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from mesh.model.section import Part
+
+# What a rule can name instead of a port: "ANY" is every protocol of the others.
+PolicyProtocol: TypeAlias = Literal["TCP", "UDP", "SCTP", "ICMP", "ICMPv6", "ANY"]
+
+
+class PortRange(Part, frozen=True):
+    """`first` to `last`, both included; 0 to 65535 is every port. For ICMP they are types."""
+
+    protocol: PolicyProtocol = "ANY"
+    first: int = 0
+    last: int = 65535
+
+
+class HeaderRule(Part, frozen=True):
+    """A header that must be there with this value (`value` None: with any); name lower case.
+    `on_mismatch` says what becomes of a request without: "DENY" it does not match the rule; the
+    others let it pass and mend it, or only log (CiliumNetworkPolicy headerMatches[].mismatch)."""
+
+    name: str
+    value: str | None = None
+    on_mismatch: Literal["DENY", "LOG", "ADD", "DELETE", "REPLACE"] = "DENY"
+
+
+class HttpRule(Part, frozen=True):
+    """All that is given must hold. `method`, `path`, `host`: regular expressions (RE2) that must
+    match the whole of it (CiliumNetworkPolicy rules.http); path includes no query."""
+
+    method: str | None = None
+    path: str | None = None
+    host: str | None = None
+    headers: tuple[HeaderRule, ...] = ()
+
+
+class PolicyRule(Part, frozen=True):
+    """`source`: kind, namespace/name and place of the rule in it, such as
+    "NetworkPolicy shop/allow-cart ingress[0]". `peers` None: everybody. `ports` empty: all.
+    `http` None: nothing about requests; else one of them must hold for a request to pass.
+    `authenticated`: only by mutual TLS, or on this node. `audit`: it only tells what it would do."""
+
+    source: str
+    peers: frozenset[int] | None = None
+    ports: tuple[PortRange, ...] = ()
+    deny: bool = False
+    http: tuple[HttpRule, ...] | None = None
+    authenticated: bool = False
+    audit: bool = False
+
+
+class Direction(Part, frozen=True):
+    """`default_deny`: what no rule allows is refused, by the policies named in `selected_by`;
+    `audit`: refusals are told, not carried out. A deny rule stands above every allow rule; a
+    connection or request passes if one allow rule lets it."""
+
+    default_deny: bool = False
+    audit: bool = False
+    selected_by: tuple[str, ...] = ()
+    rules: tuple[PolicyRule, ...] = ()
+
+
+class PolicySection(msgspec.Struct, frozen=True, omit_defaults=True, tag="policy"):
+    """What is in force for one pod of this node; a pod without a section is not selected by any
+    policy."""
+
+    namespace: str
+    pod: str
+    identity: int
+    addresses: tuple[str, ...]
+    ingress: Direction = Direction()
+    egress: Direction = Direction()
+
+
+class CidrSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="cidr"):
+    """The identity of addresses that are no pod's: the longest `cidr` that holds an address says."""
+
+    cidr: str
+    identity: int
