@@ -288,7 +288,7 @@ Section: TypeAlias = (
     | Settings
 )
 
-# Which sections a destination is sent.
+# The sections that proxies are sent.
 PROXY_SECTIONS = (
     PortSection,
     CertificateSection,
@@ -304,7 +304,6 @@ PROXY_SECTIONS = (
     ClusterSection,
     Settings,
 )
-BPF_SECTIONS = (LoadBalancerEntry, WorkloadSection, PolicySection, CidrSection)
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):

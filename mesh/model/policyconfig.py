@@ -1,7 +1,7 @@
 """Policies as NodeConfig carries them: what may reach a pod of this node, and what it may reach.
 
-Everything is resolved: selectors have become identities (numbers as in WorkloadSection, of CIDRs and
-of reserved entities too), named ports numbers. Shapes only, like mesh.model.nodeconfig.
+Everything is resolved: selectors have become identities (numbers as in WorkloadSection, of CIDRs
+and of reserved entities too), named ports numbers. Shapes only, like mesh.model.nodeconfig.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class PolicyRule(Part, frozen=True):
     """`source`: kind, namespace/name and place of the rule in it, such as
     "NetworkPolicy shop/allow-cart ingress[0]". `peers` None: everybody. `ports` empty: all.
     `http` None: nothing about requests; else one of them must hold for a request to pass.
-    `authenticated`: only by mutual TLS, or on this node. `audit`: it only tells what it would do."""
+    `authenticated`: only by mutual TLS, or on this node. `audit`: it only tells what it would
+    do."""
 
     source: str
     peers: frozenset[int] | None = None
@@ -83,7 +84,7 @@ class PolicySection(msgspec.Struct, frozen=True, omit_defaults=True, tag="policy
 
 
 class CidrSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="cidr"):
-    """The identity of addresses that are no pod's: the longest `cidr` that holds an address says."""
+    """The identity of addresses that are no pod's: the longest `cidr` that holds one says."""
 
     cidr: str
     identity: int
