@@ -45,7 +45,8 @@ class Steering(NamedTuple):
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
+    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held;
+    `authority`: its socket for this node, None: there is none."""
 
     manifests: Path
     run_dir: Path
@@ -55,6 +56,7 @@ class AgentOptions(NamedTuple):
     admin: tuple[str, int] | None
     steer: Steering | None
     flow_buffer: int
+    authority: Path | None
 
 
 def parse(arguments: list[str]) -> AgentOptions:
@@ -77,6 +79,8 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
+    parser.add_argument("--authority", type=Path)
+    parser.add_argument("--trust-domain", default="cluster.local")
     args = parser.parse_args(arguments)
     return AgentOptions(
         manifests=args.manifests.absolute(),
@@ -87,6 +91,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         admin=parse_admin(args.admin),
         steer=steering(args),
         flow_buffer=args.flow_buffer,
+        authority=args.authority,
     )
 
 
