@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -64,7 +63,7 @@ class SocketClient:
                 if response.status != 200:
                     raise NoAnswer(f"the authority answers {response.status}: {data[:200]!r}")
                 return msgspec.json.decode(data, type=kind)
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             why = str(error) or type(error).__name__
             raise NoAnswer(f"the authority at {self._socket} does not answer: {why}") from None
         except msgspec.MsgspecError as error:

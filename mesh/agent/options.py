@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from certs.spiffe import BadSpiffeId, check_trust_domain
 from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
@@ -131,7 +132,16 @@ def plane_options(args: argparse.Namespace) -> Options:
         settings=read_settings(args.settings, access_log=args.access_log),
         node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
         mesh_addresses=mesh_addresses(args),
+        authority=getattr(args, "authority", None) is not None,
+        trust_domain=_trust_domain(getattr(args, "trust_domain", "cluster.local")),
     )
+
+
+def _trust_domain(name: str) -> str:
+    try:
+        return check_trust_domain(name)
+    except BadSpiffeId as error:
+        raise OptionError(f"--trust-domain: {error}") from None
 
 
 def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:

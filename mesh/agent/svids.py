@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from cryptography import x509
-
 from certs.bundle import BadBundle, Bundle
 from certs.errors import NotTrusted
 from certs.spiffe import BadSpiffeId, SpiffeId, gateway, parse
-from certs.svid import holds, new_request, peer_identity
+from certs.svid import holds, new_request
 from certs.wire import MAX_REQUESTS, Answer
 from mesh.agent.authority import AuthorityClient, NoAnswer
+from mesh.model.meta import say_duration
 from mesh.model.nodeconfig import Section, SvidSection, TrustBundleSection, WorkloadSection
 from mesh.model.section import SectionKey, bundle_key, svid_key
 
@@ -44,18 +43,6 @@ Put: TypeAlias = Callable[
 ]
 
 
-class Held(NamedTuple):
-    """An SVID in hand. Times in seconds since 1970 UTC; `issuer`: its name, for people."""
-
-    section: SvidSection
-    issuer: str
-    not_before: float
-
-    @property
-    def not_after(self) -> float:
-        return self.section.not_after
-
-
 @dataclass(slots=True)
 class _Identity:
     """An identity that this node must hold. `due`: when to ask for it next; `why`: what went wrong
@@ -63,19 +50,19 @@ class _Identity:
 
     spiffe_id: SpiffeId
     workloads: set[SectionKey] = field(default_factory=set)
-    held: Held | None = None
+    held: SvidSection | None = None
     due: float = 0.0
     failures: int = 0
     why: str = ""
 
 
 class IdentityStatus(NamedTuple):
-    """For people. `workloads`: "<namespace>/<pod>"; `not_after` None: there is no SVID; `why`:
-    what goes wrong, "" if nothing does."""
+    """For people. `workloads`: "<namespace>/<pod>"; `chain_pem` "": there is no SVID; `renewal`:
+    when it is asked for next; `why`: what goes wrong, "" if nothing does."""
 
     spiffe_id: str
     workloads: tuple[str, ...]
-    issuer: str
+    chain_pem: str
     not_after: float | None
     renewal: float
     why: str
@@ -157,9 +144,7 @@ class Svids:
         while True:
             try:
                 answer = await self._client.bundle(have)
-                bundles = {
-                    name: Bundle.from_pem(name, pem) for name, pem in answer.bundles.items()
-                }
+                bundles = {name: Bundle.from_pem(name, pem) for name, pem in answer.bundles.items()}
             except (NoAnswer, BadBundle) as error:
                 self._fail(self._identities.values() if not self._bundles else (), str(error))
                 self._unreachable = str(error)
@@ -222,24 +207,17 @@ class Svids:
             identity.due = self._now() + life * random.uniform(*_RENEW_AT)
             # Its workloads may have gone meanwhile.
             if self._identities.get(str(identity.spiffe_id)) is identity:
-                put[svid_key(str(identity.spiffe_id))] = held.section
+                put[svid_key(str(identity.spiffe_id))] = held
         if put:
             self._change(put)
 
-    def _take(self, spiffe_id: SpiffeId, key_pem: str, answer: Answer) -> Held:
+    def _take(self, spiffe_id: SpiffeId, key_pem: str, answer: Answer) -> SvidSection:
         """NoAnswer: it is refused; NotTrusted: it is not what was asked for."""
         if answer.refused:
             raise NoAnswer(f"the authority refuses: {answer.refused}: {answer.why}")
         leaf = holds(answer.chain_pem, key_pem, spiffe_id, self._bundles, self._now())
-        section = SvidSection(
-            str(spiffe_id),
-            answer.chain_pem,
-            key_pem,
-            int(leaf.not_valid_after_utc.timestamp()),
-        )
-        return Held(
-            section, leaf.issuer.rfc4514_string(), leaf.not_valid_before_utc.timestamp()
-        )
+        end = int(leaf.not_valid_after_utc.timestamp())
+        return SvidSection(str(spiffe_id), answer.chain_pem, key_pem, end)
 
     def _fail(self, identities: Iterable[_Identity], why: str) -> None:
         now = self._now()
@@ -268,6 +246,11 @@ class Svids:
 
     # --- what can be asked -----------------------------------------------------------------------
 
+    @property
+    def bundles(self) -> Mapping[str, Bundle]:
+        """By trust domain."""
+        return self._bundles
+
     def waiting(self) -> bool:
         """Whether some identity was never asked for yet, or the answer is outstanding."""
         return any(one.held is None and not one.failures for one in self._identities.values())
@@ -277,7 +260,7 @@ class Svids:
             IdentityStatus(
                 spiffe_id,
                 tuple(sorted(key.removeprefix("workload/") for key in one.workloads)),
-                one.held.issuer if one.held else "",
+                one.held.chain_pem if one.held else "",
                 one.held.not_after if one.held else None,
                 one.due,
                 one.why,
@@ -300,22 +283,9 @@ class Svids:
             else:
                 result.append(
                     f"the SVID of {one.spiffe_id} cannot be renewed, it is valid for another "
-                    f"{duration(one.held.not_after - now)}: {one.why}"
+                    f"{say_duration(one.held.not_after - now)}: {one.why}"
                 )
         return result
-
-
-def duration(seconds: float) -> str:
-    """For people: the two largest units."""
-    left = max(0, int(seconds))
-    for unit, size, smaller, part in (
-        ("d", 86400, "h", 3600),
-        ("h", 3600, "m", 60),
-        ("m", 60, "s", 1),
-    ):
-        if left >= size:
-            return f"{left // size}{unit}{left % size // part}{smaller}"
-    return f"{left}s"
 
 
 def _pause(failures: int) -> float:

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,9 @@ class Process:
             await self._listen(stack, self._options.admin_socket, self._service.admin_app())
             for node, path in self._options.nodes.items():
                 await self._listen(stack, path, self._service.node_app(node))
-            _log.info("authority of %s, in %s", self._authority.trust_domain, self._options.directory)
+            _log.info(
+                "authority of %s, in %s", self._authority.trust_domain, self._options.directory
+            )
             await stop.wait()
             for task in work:
                 task.cancel()
@@ -74,13 +77,7 @@ class Process:
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        mask = os.umask(0o177)
-        try:
-            await web.UnixSite(runner, str(path)).start()
-        finally:
-            os.umask(mask)
+        await web.SockSite(runner, _private_socket(path)).start()
 
     async def _follow(self, manifests: Path) -> None:
         """The pods of one directory."""
@@ -111,6 +108,20 @@ class Process:
                 except AuthorityError as error:
                     _log.error("%s", error)
                 await queue.get()
+
+
+def _private_socket(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        path.unlink(missing_ok=True)
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise AuthorityError(f"{path}: cannot listen there: {error.strerror or error}") from None
+    finally:
+        os.umask(mask)
+    return sock
 
 
 def main() -> int:
