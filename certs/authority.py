@@ -31,6 +31,8 @@ SKEW_S = 60.0
 # A P-256 request is 500 bytes; more than this is none of ours.
 MAX_REQUEST = 8 * 1024
 _DAY_S = 86_400.0
+# Former roots at a time; a bundle has to stay small.
+_MAX_RETIRING = 8
 # What is left of an issuer's life when it is replaced.
 _ROOT_LEFT = 0.2
 _INTERMEDIATE_LEFT = 1 / 3
@@ -217,6 +219,10 @@ class Authority:
     def _publish_next(self, signer: Signer, now: float) -> None:
         if self._state.next is not None:
             raise AuthorityError("a rotation of the root is under way: wait until it is through")
+        if len(self._state.retiring) >= _MAX_RETIRING:
+            raise AuthorityError(
+                f"{_MAX_RETIRING} former roots are still in use: wait until one has gone"
+            )
         version = self._state.version + 1
         self._change(next=signer, next_version=version, next_since=now, version=version)
 

@@ -30,6 +30,7 @@ from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
+from mesh.agent.svid_file import SvidFile
 from mesh.agent.svids import Svids
 from mesh.model.channel import (
     Bound,
@@ -70,7 +71,7 @@ class Agent:
             datapath=self._datapath(options),
             flows=flows,
             kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
-            svids=Svids(self._authority, options.plane.trust_domain) if self._authority else None,
+            svids=self._svids(options, run_dir),
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
@@ -80,6 +81,11 @@ class Agent:
         if options.steer is None:
             return None
         return Datapath(options.steer, options.plane.mesh_addresses, self._hand_over)
+
+    def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
+        if self._authority is None:
+            return None
+        return Svids(self._authority, options.plane.trust_domain, SvidFile(run_dir.svids))
 
     async def run(self) -> None:
         """Until SIGTERM or the end of the supervisor."""
@@ -97,8 +103,7 @@ class Agent:
             if (datapath := self._node.datapath) is not None:
                 work.append(group.create_task(self._serve(datapath), name="datapath"))
             if self._node.svids is not None:
-                svids = self._node.svids.run(self._node.sections_changed)
-                work.append(group.create_task(svids, name="SVIDs"))
+                work.append(group.create_task(self._node.svids.run(), name="SVIDs"))
             await self._stop.wait()
             for task in work:
                 task.cancel()

@@ -13,7 +13,6 @@ from certs.wire import WAIT_S, Answer, BundleAnswer, IssueAnswer, IssueRequest
 
 # What an answer may take; a question for the bundle is held on purpose.
 _TIMEOUT_S = 10.0
-_MAX_ANSWER = 8 * 1024 * 1024
 
 A = TypeVar("A")
 
@@ -59,7 +58,7 @@ class SocketClient:
         url = f"http://authority{path}"
         try:
             async with self._session.request(method, url, data=body, timeout=timeout) as response:
-                data = await response.content.read(_MAX_ANSWER)
+                data = await response.read()
                 if response.status != 200:
                     raise NoAnswer(f"the authority answers {response.status}: {data[:200]!r}")
                 return msgspec.json.decode(data, type=kind)

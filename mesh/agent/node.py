@@ -85,6 +85,8 @@ class Node:
         self._kernel_remove: set[SectionKey] = set()
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        if svids is not None:
+            svids.attach(self.sections_changed)
 
     # --- what comes in ---------------------------------------------------------------------------
 
