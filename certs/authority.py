@@ -88,20 +88,28 @@ class Authority:
             raise AuthorityError(str(error)) from None
         self._lives = lives
         self._file = StateFile(directory)
-        state = self._file.read()
-        if state is None:
-            signer = self._complete(brought or self._new_root(now), now)
-            state = State(trust_domain, 1, signer, lives.svid_s)
-            self._file.write(state)
-        elif state.trust_domain != trust_domain:
-            raise AuthorityError(
-                f"{directory} is the authority of {state.trust_domain}, not of {trust_domain}: "
-                "choose another directory"
-            )
-        self._state = state
-        self._load()
-        if lives.svid_s > state.longest_life_s:
-            self._change(longest_life_s=lives.svid_s)
+        try:
+            state = self._file.read()
+            if state is None:
+                signer = self._complete(brought or self._new_root(now), now)
+                state = State(trust_domain, 1, signer, lives.svid_s)
+                self._file.write(state)
+            elif state.trust_domain != trust_domain:
+                raise AuthorityError(
+                    f"{directory} is the authority of {state.trust_domain}, not of {trust_domain}: "
+                    "choose another directory"
+                )
+            self._state = state
+            self._load()
+            if lives.svid_s > state.longest_life_s:
+                self._change(longest_life_s=lives.svid_s)
+        except ValueError:
+            # The library's own words could quote the file.
+            self._file.close()
+            raise self._file.damaged() from None
+        except BaseException:
+            self._file.close()
+            raise
 
     @property
     def version(self) -> int:
@@ -252,6 +260,7 @@ class Authority:
         self._root = _one(signer.root)
         self._chain = x509.load_pem_x509_certificates(signer.chain.encode())
         self._issuer = Issuer(self._chain[0], _key(signer.issuer_key))
+        self.bundle()
 
     def _new_root(self, now: float) -> Signer:
         life = Life.between(now - SKEW_S, now + self._lives.root_s)

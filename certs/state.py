@@ -69,11 +69,13 @@ class StateFile:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             check_private(directory, "chmod 700")
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AuthorityError(f"another authority runs in {directory}: stop it first") from None
         except OSError as error:
             raise AuthorityError(f"{directory} cannot be used: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise AuthorityError(f"another authority runs in {directory}: stop it first") from None
 
     def read(self) -> State | None:
         """None: there is no authority yet. AuthorityError: it cannot be read or understood."""
@@ -86,10 +88,7 @@ class StateFile:
             raise AuthorityError(f"{self._file} cannot be read: {error.strerror}") from None
         except msgspec.MsgspecError:
             # Its own words could quote the file.
-            raise AuthorityError(
-                f"{self._file} is not what an authority writes: put back a copy of it, or remove it"
-                " to begin with a new root, which nobody trusts yet"
-            ) from None
+            raise self.damaged() from None
         if state.format != _FORMAT:
             raise AuthorityError(f"{self._file} is of another version of Weft")
         return state
@@ -113,6 +112,13 @@ class StateFile:
                 os.close(directory)
         except OSError as error:
             raise AuthorityError(f"{self._file} cannot be written: {error.strerror}") from None
+
+    def damaged(self) -> AuthorityError:
+        """What to say of a file that cannot be understood."""
+        return AuthorityError(
+            f"{self._file} is not what an authority writes: put back a copy of it, or remove it to "
+            "begin with a new root, which nobody trusts yet"
+        )
 
     def close(self) -> None:
         os.close(self._lock)
