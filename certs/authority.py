@@ -148,10 +148,11 @@ class Authority:
     def bundle(self) -> Bundle:
         """All roots that certificates in use may lead to."""
         state = self._state
-        roots = [state.signer.root, *(one.root for one in state.retiring)]
+        roots = {state.signer.root, *(one.root for one in state.retiring)}
         if state.next is not None:
-            roots.insert(1, state.next.root)
-        return Bundle.from_pem(self.trust_domain, "".join(roots))
+            roots.add(state.next.root)
+        # In an order that does not tell which of them is in use.
+        return Bundle.from_pem(self.trust_domain, "".join(sorted(roots)))
 
     # --- rotation --------------------------------------------------------------------------------
 

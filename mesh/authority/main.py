@@ -62,9 +62,7 @@ class Process:
             await self._listen(stack, self._options.admin_socket, self._service.admin_app())
             for node, path in self._options.nodes.items():
                 await self._listen(stack, path, self._service.node_app(node))
-            _log.info(
-                "authority of %s, in %s", self._authority.trust_domain, self._options.directory
-            )
+            _log.info("answers for %s", self._authority.trust_domain)
             await stop.wait()
             for task in work:
                 task.cancel()
