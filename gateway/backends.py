@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 from gateway import backend_tls
+from gateway.addresses import canonical
 from gateway.conditions import Problem
 from gateway.declared import app_protocol
 from gateway.grants import not_permitted, permitted
@@ -142,7 +143,7 @@ def endpoints(
                 if pod and pods.setdefault(pod, piece.address_type) != piece.address_type:
                     continue
                 # The API allows several addresses and says that only the first counts.
-                address = endpoint.addresses[0]
+                address = canonical(endpoint.addresses[0])
                 result[address, number] = Endpoint(address, number, pod)
     return tuple(sorted(result.values(), key=lambda e: (e.address, e.port)))
 

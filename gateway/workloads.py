@@ -9,12 +9,12 @@ two pods claim is the younger's (addresses of deleted pods are given out again).
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
+from gateway.addresses import canonical
 from gateway.annotations import may_use_sockmap, mtls, mtls_ports
 from gateway.node import Mesh
 from mesh.model.core import Namespace
@@ -80,12 +80,14 @@ def nodes(view: View, key: ObjectKey) -> NodeSection | None:
     """None: nothing is known of where it is."""
     node: Node = view.get("Node", key)
     found = dict.fromkeys(
-        # As all other addresses are written, that they may be compared.
-        str(ipaddress.ip_address(one.address))
-        for one in node.status.addresses
-        if one.type == "InternalIP"
+        canonical(one.address) for one in node.status.addresses if one.type == "InternalIP"
     )
     return NodeSection(key.name, tuple(found)) if found else None
+
+
+def nodes_at(key: ObjectKey, node: NodeSection) -> tuple[str, ...]:
+    """The addresses of a node (for an index)."""
+    return node.addresses
 
 
 def namespaces(view: View, key: ObjectKey) -> MtlsMode:
@@ -97,8 +99,8 @@ def namespaces(view: View, key: ObjectKey) -> MtlsMode:
 def pods(view: View, key: ObjectKey) -> PodState | None:
     pod: Pod = view.get("Pod", key)
     status = pod.status
-    found = dict.fromkeys((status.pod_ip, *(one.ip for one in status.pod_ips)))
-    addresses = tuple(address for address in found if address)
+    written = (status.pod_ip, *(one.ip for one in status.pod_ips))
+    addresses = tuple(dict.fromkeys(canonical(one) for one in written if one))
     if not addresses or pod.spec.host_network or status.phase in ("Succeeded", "Failed"):
         return None
     account = pod.spec.service_account_name or "default"

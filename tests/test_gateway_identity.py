@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.annotations import misused
 from gateway.control import Options
-from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import (
     MeshPort,
     MtlsMode,
@@ -14,7 +12,7 @@ from mesh.model.nodeconfig import (
     Settings,
     WorkloadSection,
 )
-from tests.gateway_world import GATEWAY, World, join, objects
+from tests.gateway_world import GATEWAY, World, join
 
 MESH = Options(node="n1", mesh_addresses=("127.0.0.1", "::1"), authority=True)
 NODE = """
@@ -143,6 +141,16 @@ def test_modes_of_namespace_pod_and_port(
         assert (section.mtls, section.mtls_ports) == (mode, ports)
 
 
+def test_modes_that_are_none_are_told() -> None:
+    found = world(namespace("{weft.dev/mtls: Strict}"), pod("{weft.dev/mtls: none}"))
+    assert found.told("Namespace", "default", "") == (
+        "annotation weft.dev/mtls is 'Strict', not 'STRICT' or 'PERMISSIVE' or 'DISABLE'; until"
+        " that is mended, the pods of this namespace must be connected to by mutual TLS (STRICT)",
+    )
+    (problem,) = found.told("Pod", "p")
+    assert "'none'" in problem
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -161,11 +169,14 @@ def test_modes_of_namespace_pod_and_port(
 )
 def test_ports_that_are_none_make_all_of_a_pod_strict(value: str) -> None:
     text = pod(f"{{weft.dev/mtls: DISABLE, weft.dev/mtls-ports: '{value}'}}")
-    section = workload(world(text))
+    found = world(text)
+    section = workload(found)
     assert (section.mtls, section.mtls_ports) == ("STRICT", {})
-    (problem,) = misused(objects(text)["Pod"][ObjectKey("default", "p")])
+    (problem,) = found.told("Pod", "p")
     assert problem.startswith(f"annotation weft.dev/mtls-ports is {value!r}, not PORT=MODE")
     assert problem.endswith("this pod must be connected to by mutual TLS (STRICT)")
+    found.apply(pod())
+    assert found.problems == {}
 
 
 def test_a_namespaces_mode_is_told_to_its_own_pods_only() -> None:

@@ -123,8 +123,12 @@ spec:
   validation: {hostname: c.test, wellKnownCACertificates: System}
 """,
     """
+kind: Namespace
+metadata: {name: default, annotations: {weft.dev/mtls: strict}}
+""",
+    """
 kind: Pod
-metadata: {name: backend-a, labels: {app: a}}
+metadata: {name: backend-a, labels: {app: a}, annotations: {weft.dev/sockmap: maybe}}
 spec: {nodeName: n1}
 status: {podIP: 10.0.0.1}
 """,
@@ -156,7 +160,10 @@ endpoints: [{addresses: [10.0.0.2]}]
 """,
     """
 kind: HTTPRoute
-metadata: {name: mesh, creationTimestamp: '2024-01-01T00:00:00Z'}
+metadata:
+  name: mesh
+  creationTimestamp: '2024-01-01T00:00:00Z'
+  annotations: {weft.dev/client-headers: maybe}
 spec:
   parentRefs: [{group: '', kind: Service, name: backend}, {group: '', kind: Service, name: rival}]
   rules: [{backendRefs: [{name: backend, port: 80}]}]

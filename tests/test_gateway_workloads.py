@@ -354,6 +354,47 @@ def test_services_that_disagree_about_a_pods_port(
     assert (one.http, one.sockmap, one.backends[0].sockmap) == (http, sockmap, sockmap)
 
 
+@pytest.mark.parametrize("second", ["grpc", "tcp"])
+def test_what_another_service_says_of_a_pods_port_counts_for_a_services_backends(
+    second: str,
+) -> None:
+    """The kernel knows backends by address and port, whichever Service they were reached by."""
+    found = world(
+        service("a", HTTP),
+        piece("a", "10.0.0.1 10.0.0.2"),
+        pod(),
+        pod("q", "10.0.0.2"),
+    )
+    assert [one.sockmap for one in entry(found, "10.96.0.1|80").backends] == [True, True]
+    found.apply(service("b", f"{{name: {second}, port: 81}}", ip="None"))
+    found.apply(piece("b", "10.0.0.1", f"{{name: {second}, port: 8080}}"))
+    one = entry(found, "10.96.0.1|80")
+    assert (one.http, one.sockmap) == (True, True)
+    assert [backend.sockmap for backend in one.backends] == [False, True]
+    found.delete("Service", "b")
+    assert [one.sockmap for one in entry(found, "10.96.0.1|80").backends] == [True, True]
+
+
+def test_what_a_backend_tls_policy_is_about_is_not_enrolled() -> None:
+    policy = """
+kind: BackendTLSPolicy
+metadata: {name: tls}
+spec:
+  targetRefs: [{group: '', kind: Service, name: s, sectionName: PORT}]
+  validation: {hostname: s.test, wellKnownCACertificates: System}
+"""
+    found = world(service("s", HTTP), piece("s", "10.0.0.1"), pod())
+    found.apply(policy.replace("PORT", "other"))
+    assert entry(found, "10.96.0.1|80").backends[0].sockmap
+    found.apply(policy.replace("PORT", "http"))
+    one, direct = entry(found, "10.96.0.1|80"), entry(found, "10.0.0.1|8080")
+    assert (one.http, one.backends[0].sockmap) == (True, False)
+    # Who asks the pod itself must speak TLS.
+    assert (direct.http, direct.backends[0].sockmap) == (False, False)
+    found.delete("BackendTLSPolicy", "tls")
+    assert entry(found, "10.0.0.1|8080").backends[0].sockmap
+
+
 def test_entries_of_pods_follow_slices_services_and_pods() -> None:
     found = world(service("s", HTTP), piece("s", "10.0.0.1 10.0.0.2"), pod())
     assert list(found.of("entry")) == ["entry/10.96.0.1|80/TCP", "entry/10.0.0.1|8080/TCP"]

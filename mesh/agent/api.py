@@ -146,7 +146,9 @@ class Api:
     def _all_problems(self) -> list[Problem]:
         """What is wrong in the files, and what of them is not in force as meant."""
         node = self._node
-        return sorted([*node.problems, *warnings(node.objects, node.statuses.unmet, self._origin)])
+        told = [(ident, why) for ident, found in node.told.items() for why in found]
+        told += node.statuses.unmet.items()
+        return sorted([*node.problems, *warnings(node.objects, told, self._origin)])
 
     async def _explain(self, request: web.Request) -> web.Response:
         """?method=&url=&header=NAME:VALUE (several)&address=&from=NAMESPACE/POD."""

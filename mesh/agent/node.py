@@ -58,6 +58,8 @@ class Node:
         self.datapath = datapath
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
+        # What the control plane says of objects that statuses do not say.
+        self.told: dict[tuple[str, ObjectKey], tuple[str, ...]] = {}
         self.statuses = StatusStore()
         self.bound: Bound | None = None
         self.synced = False
@@ -150,6 +152,10 @@ class Node:
                 binds=_difference(before[1], binds),
             )
             self._unpublished.update(outcome.statuses)
+            for ident, told in outcome.problems.items():
+                self.told.pop(ident, None)
+                if told is not None:
+                    self.told[ident] = told
             if outcome.put or outcome.remove:
                 self.flows.peers.publish(outcome.put, outcome.remove)
                 self.rollout.publish(outcome.put, outcome.remove)
