@@ -16,6 +16,9 @@ from mesh.model.pod import Pod
 
 Annotated: TypeAlias = Namespace | Pod | HTTPRoute | GRPCRoute
 
+# All of them begin so.
+PREFIX = "weft.dev/"
+
 # Requests of a mesh route tell the backend the client's address and identity.
 CLIENT_HEADERS = "weft.dev/client-headers"
 # The sockets of a pod are kept off the redirect path.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from gateway.annotations import misused
+from gateway.annotations import PREFIX, misused
 from gateway.cluster_ips import ClusterIPs
 from gateway.keys import RouteKey
 from mesh.model.derive import View
 from mesh.model.meta import ObjectKey
+from mesh.model.pod import Pod
 
 Problems: TypeAlias = tuple[str, ...]
 
@@ -21,7 +22,16 @@ def of_namespace(view: View, key: ObjectKey) -> Problems | None:
 
 
 def of_pod(view: View, key: ObjectKey) -> Problems | None:
-    return tuple(misused(view.get("Pod", key))) or None
+    pod: Pod = view.get("Pod", key)
+    if not pod.spec.host_network:
+        return tuple(misused(pod)) or None
+    idle = sorted(name for name in pod.metadata.annotations if name.startswith(PREFIX))
+    if not idle:
+        return None
+    return (
+        f"{', '.join(idle)}: without effect, because the pod is in its host's network"
+        " (spec.hostNetwork), where Weft cannot tell it from others",
+    )
 
 
 def of_route(view: View, key: RouteKey) -> Problems | None:

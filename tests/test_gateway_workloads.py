@@ -130,6 +130,16 @@ def test_pods_that_are_no_workloads(text: str) -> None:
     assert world(text).of("workload") == {}
 
 
+def test_pods_in_their_hosts_network_are_told_that_annotations_do_nothing() -> None:
+    asks = "{weft.dev/sockmap: disabled, weft.dev/mtls: STRICT, other: x}"
+    found = world(pod(host_network="true", annotations=asks), pod("q", host_network="true"))
+    (problem,) = found.told("Pod", "p")
+    assert problem.startswith("weft.dev/mtls, weft.dev/sockmap: without effect, because the pod is")
+    assert found.told("Pod", "q") == ()
+    found.apply(pod(annotations=asks))
+    assert found.told("Pod", "p") == ()
+
+
 def test_pending_pods_and_those_of_other_nodes_are_workloads() -> None:
     found = world(pod(phase="Pending"), pod("q", "10.0.0.2", node="n2"))
     assert workload(found).local
