@@ -22,7 +22,7 @@ def pod_entry(mesh: Mesh) -> Callable[[View, PortKey], LoadBalancerEntry | None]
     def compute(view: View, place: PortKey) -> LoadBalancerEntry | None:
         address, port = place
         holder: Holder | None = view.get("holders", address)
-        if holder is None:
+        if holder is None or not holder.meshed:
             return None
         said = spoken(view, place)
         http = said in ("http1", "http2") and mesh.at(address) is not None

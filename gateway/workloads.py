@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from gateway.addresses import canonical
-from gateway.annotations import may_use_sockmap, mtls, mtls_ports
+from gateway.annotations import APART, may_use_sockmap, meshed, mtls, mtls_ports
 from gateway.node import Mesh
 from mesh.model.core import Namespace
 from mesh.model.derive import View
@@ -44,22 +44,25 @@ class LabelSet(NamedTuple):
         return FIRST_IDENTITY + int.from_bytes(digest, "big") % ((1 << _BITS) - FIRST_IDENTITY)
 
 
-class Mtls(NamedTuple):
-    """`mode` holds for ports that do not stand in `ports`; None: the namespace's."""
+class NamespaceState(NamedTuple):
+    """What holds for pods of a namespace that say nothing."""
 
-    mode: MtlsMode | None
-    ports: tuple[tuple[int, MtlsMode], ...] = ()
+    mtls: MtlsMode
+    meshed: bool
 
 
 class PodState(NamedTuple):
-    """A pod that is a workload."""
+    """A pod that is a workload. `mtls` holds for ports that do not stand in `mtls_ports`; `meshed`:
+    it is not left alone."""
 
     created: str
     addresses: tuple[str, ...]
     node: str
     sockmap: bool
     labels: LabelSet
-    mtls: Mtls
+    mtls: MtlsMode = "PERMISSIVE"
+    mtls_ports: tuple[tuple[int, MtlsMode], ...] = ()
+    meshed: bool = True
 
 
 class Holder(NamedTuple):
@@ -68,9 +71,11 @@ class Holder(NamedTuple):
     pod: ObjectKey
     node: str
     sockmap: bool
+    meshed: bool
 
     def remote(self, mesh: Mesh) -> bool:
-        return bool(mesh.node) and self.node not in ("", mesh.node)
+        """A meshed pod of another node."""
+        return self.meshed and bool(mesh.node) and self.node not in ("", mesh.node)
 
     def local(self, mesh: Mesh) -> bool:
         return bool(mesh.node) and self.node == mesh.node
@@ -90,10 +95,18 @@ def nodes_at(key: ObjectKey, node: NodeSection) -> tuple[str, ...]:
     return node.addresses
 
 
-def namespaces(view: View, key: ObjectKey) -> MtlsMode:
-    """How the pods of a namespace are connected to if they say nothing."""
+def namespaces(view: View, key: ObjectKey) -> NamespaceState:
     namespace: Namespace = view.get("Namespace", key)
-    return mtls(namespace) or _DEFAULT
+    said = meshed(namespace)
+    return NamespaceState(
+        mtls(namespace) or _DEFAULT, key.name not in APART if said is None else said
+    )
+
+
+def of_namespace(view: View, name: str) -> NamespaceState:
+    """Whether there is a Namespace object or not."""
+    found: NamespaceState | None = view.get("namespaces", ObjectKey("", name))
+    return found or NamespaceState(_DEFAULT, name not in APART)
 
 
 def pods(view: View, key: ObjectKey) -> PodState | None:
@@ -104,19 +117,21 @@ def pods(view: View, key: ObjectKey) -> PodState | None:
     if not addresses or pod.spec.host_network or status.phase in ("Succeeded", "Failed"):
         return None
     account = pod.spec.service_account_name or "default"
-    return PodState(
+    state = PodState(
         pod.metadata.creation_timestamp or "",
         addresses,
         pod.spec.node_name or "",
         may_use_sockmap(pod),
         LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
-        _mtls(pod),
     )
-
-
-def _mtls(pod: Pod) -> Mtls:
+    namespace = of_namespace(view, key.namespace)
+    said = meshed(pod)
+    if not (namespace.meshed if said is None else said):
+        return state._replace(sockmap=False, mtls="DISABLE", meshed=False)
     ports = mtls_ports(pod)
-    return Mtls("STRICT") if ports is None else Mtls(mtls(pod), tuple(sorted(ports.items())))
+    if ports is None:
+        return state._replace(mtls="STRICT")
+    return state._replace(mtls=mtls(pod) or namespace.mtls, mtls_ports=tuple(sorted(ports.items())))
 
 
 def pods_at(key: ObjectKey, pod: PodState) -> tuple[str, ...]:
@@ -129,7 +144,7 @@ def holders(view: View, address: str) -> Holder:
         (view.get("pods", key), key) for key in view.bucket("pods_at", address)
     ]
     pod, key = max(found, key=lambda one: (one[0].created, one[1]))
-    return Holder(key, pod.node, pod.sockmap)
+    return Holder(key, pod.node, pod.sockmap, pod.meshed)
 
 
 def label_sets(key: ObjectKey, pod: PodState) -> Iterator[LabelSet]:
@@ -176,9 +191,12 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             labels=dict(pod.labels.labels),
             identity=view.get("identities", pod.labels),
             sockmap=pod.sockmap,
-            spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account),
-            mtls=pod.mtls.mode or view.get("namespaces", ObjectKey("", key.namespace)) or _DEFAULT,
-            mtls_ports=dict(pod.mtls.ports),
+            spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account)
+            if pod.meshed
+            else "",
+            mtls=pod.mtls,
+            mtls_ports=dict(pod.mtls_ports),
+            meshed=pod.meshed,
         )
 
     return compute

@@ -134,10 +134,64 @@ def test_pods_in_their_hosts_network_are_told_that_annotations_do_nothing() -> N
     asks = "{weft.dev/sockmap: disabled, weft.dev/mtls: STRICT, other: x}"
     found = world(pod(host_network="true", annotations=asks), pod("q", host_network="true"))
     (problem,) = found.told("Pod", "p")
-    assert problem.startswith("weft.dev/mtls, weft.dev/sockmap: without effect, because the pod is")
+    assert problem.startswith("weft.dev/mtls, weft.dev/sockmap: without effect on this pod")
     assert found.told("Pod", "q") == ()
     found.apply(pod(annotations=asks))
     assert found.told("Pod", "p") == ()
+
+
+@pytest.mark.parametrize(
+    ("of_namespace", "of_pod", "namespace", "meshed"),
+    [
+        ("{}", "{}", "default", True),
+        ("{weft.dev/mesh: disabled}", "{}", "default", False),
+        ("{}", "{weft.dev/mesh: disabled}", "default", False),
+        ("{weft.dev/mesh: disabled}", "{weft.dev/mesh: enabled}", "default", True),
+        ("{}", "{}", "kube-system", False),
+        ("{weft.dev/mesh: enabled}", "{}", "kube-system", True),
+        ("{}", "{weft.dev/mesh: enabled}", "kube-system", True),
+        # What is none does not count.
+        ("{weft.dev/mesh: none}", "{weft.dev/mesh: none}", "default", True),
+        ("{weft.dev/mesh: none}", "{}", "kube-system", False),
+    ],
+)
+def test_who_is_in_the_mesh(of_namespace: str, of_pod: str, namespace: str, meshed: bool) -> None:
+    own = f"{{kind: Namespace, metadata: {{name: {namespace}, labels: {of_namespace}}}}}"
+    mine = pod(labels=of_pod, namespace=namespace)
+    for order in ((own, mine), (mine, own)):
+        found = World(MESH)
+        for text in order:
+            found.apply(text)
+        assert workload(found, namespace=namespace).meshed is meshed
+        told = found.told("Pod", "p", namespace) + found.told("Namespace", namespace, "")
+        assert len(told) == f"{of_namespace}{of_pod}".count("none")
+        assert all("not 'enabled' or 'disabled'" in one for one in told)
+
+
+def test_a_pod_that_is_out_of_the_mesh_is_left_alone() -> None:
+    asks = "{weft.dev/mtls: STRICT, weft.dev/mtls-ports: '80=x'}"
+    out = pod("out", "10.0.0.1", labels="{weft.dev/mesh: disabled}", annotations=asks)
+    far = pod("far", "10.0.0.2", labels="{weft.dev/mesh: disabled}", node="n2")
+    options = Options(node="n1", mesh_addresses=("127.0.0.1",), authority=True)
+    strict = "{kind: Namespace, metadata: {name: default, annotations: {weft.dev/mtls: STRICT}}}"
+    found = world(
+        service("s", HTTP), piece("s", "10.0.0.1 10.0.0.2"), out, far, strict, options=options
+    )
+    section = workload(found, "out")
+    assert section.identity >= FIRST_IDENTITY
+    assert (section.mtls, section.mtls_ports, section.sockmap) == ("DISABLE", {}, False)
+    assert section.spiffe_id == ""
+    assert list(found.of("entry")) == ["entry/10.96.0.1|80/TCP"]
+    backends = entry(found, "10.96.0.1|80").backends
+    assert [(one.remote, one.sockmap) for one in backends] == [(False, False)] * 2
+    idle, overruled = found.told("Pod", "out")
+    assert idle.startswith("weft.dev/mtls, weft.dev/mtls-ports: without effect on this pod: it is")
+    assert overruled.startswith("Namespace default asks for mutual TLS (STRICT), without effect")
+    assert len(found.told("Pod", "far")) == 1
+    found.apply(strict.replace("metadata: {", "metadata: {labels: {weft.dev/mesh: disabled}, "))
+    assert found.told("Pod", "far") == ()
+    (idle,) = found.told("Namespace", "default", "")
+    assert idle.startswith("weft.dev/mtls: without effect on pods of this namespace")
 
 
 def test_pending_pods_and_those_of_other_nodes_are_workloads() -> None:
