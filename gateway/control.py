@@ -268,8 +268,8 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("listener_set_status", "set_parents", status.listener_set_status),
         Rule("route_status", "attached", outcomes.route_status(name, mesh)),
         Rule("policy_status", "policies", backend_tls.policy_status(name)),
-        Rule("namespace_problems", "Namespace", problems.of_namespace),
-        Rule("pod_problems", "Pod", problems.of_pod),
+        Rule("namespace_problems", "Namespace", problems.of_namespace(mesh)),
+        Rule("pod_problems", "Pod", problems.of_pod(mesh)),
         Rule("route_problems", "Route", problems.of_route),
         Rule("service_problems", "Service", problems.of_service),
     )

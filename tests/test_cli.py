@@ -108,7 +108,8 @@ spec:
 def test_validate_with_and_without_a_mesh(tmp_path):
     (tmp_path / "mesh.yaml").write_text(MESH)
     code, text, _ = weft("validate", tmp_path, "--mesh-address=127.0.0.1")
-    assert (code, text.count("warning:")) == (0, 3)
+    assert (code, text.count("warning:")) == (0, 4)
+    assert "there is no authority on this node" in text
     assert "'strict', not 'STRICT' or 'PERMISSIVE' or 'DISABLE'; until that is mended" in text
     assert "'no', not 'enabled' or 'disabled'; until that is mended, sockmap is not used" in text
     assert "'yes', not 'true' or 'false'; until that is mended, the client is not told" in text

@@ -152,6 +152,56 @@ def test_modes_that_are_none_are_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (MESH, ""),
+        (Options(node="n1", mesh_addresses=("127.0.0.1",)), "there is no authority on this node"),
+        (Options(authority=True), "there is no mesh on this node"),
+    ],
+)
+def test_strict_that_cannot_be_had_is_told_where_it_is_asked_for(
+    options: Options, why: str
+) -> None:
+    ports = pod("{weft.dev/mtls-ports: 80=STRICT}", "q")
+    off = pod("{weft.dev/mtls: PERMISSIVE}", "r")
+    found = world(namespace("{weft.dev/mtls: STRICT}"), pod(), ports, off, options=options)
+    told = {(kind, key.name): said for (kind, key), said in found.problems.items()}
+    if why:
+        assert told.keys() == {("Namespace", "default"), ("Pod", "q")}
+        assert all(why in one for said in told.values() for one in said)
+    else:
+        assert told == {}
+
+
+def test_datagrams_to_strict_ports_are_told_of_their_service() -> None:
+    dns = """
+kind: Service
+metadata: {name: dns}
+spec:
+  clusterIP: 10.96.0.10
+  ports:
+  - {name: dns, port: 53, protocol: UDP}
+  - {name: dns-tcp, port: 53, protocol: TCP}
+---
+kind: EndpointSlice
+metadata: {name: dns-1, labels: {kubernetes.io/service-name: dns}}
+addressType: IPv4
+ports: [{name: dns, port: 5353, protocol: UDP}, {name: dns-tcp, port: 5353}]
+endpoints: [{addresses: [10.0.0.1]}]
+"""
+    found = world(dns, pod())
+    assert found.told("Service", "dns") == ()
+    found.apply(pod("{weft.dev/mtls-ports: 53=STRICT}"))
+    assert found.told("Service", "dns") == ()
+    found.apply(namespace("{weft.dev/mtls: STRICT}"))
+    (problem,) = found.told("Service", "dns")
+    assert problem.startswith("port 53/UDP leads to pods that must be connected to by mutual TLS")
+    assert "what other nodes send to default/p is dropped" in problem
+    found.apply(pod("{weft.dev/mtls-ports: 5353=PERMISSIVE}"))
+    assert found.told("Service", "dns") == ()
+
+
+@pytest.mark.parametrize(
     "value",
     [
         "8080",

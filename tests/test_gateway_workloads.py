@@ -136,7 +136,7 @@ def test_pods_in_their_hosts_network_are_told_that_annotations_do_nothing() -> N
     (problem,) = found.told("Pod", "p")
     assert problem.startswith("weft.dev/mtls, weft.dev/sockmap: without effect on this pod")
     assert found.told("Pod", "q") == ()
-    found.apply(pod(annotations=asks))
+    found.apply(pod(annotations="{weft.dev/sockmap: disabled}"))
     assert found.told("Pod", "p") == ()
 
 
