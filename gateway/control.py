@@ -198,7 +198,9 @@ _STATUSES = {
 }
 _PROBLEMS = {
     "namespace_problems": "Namespace",
+    "node_problems": "Node",
     "pod_problems": "Pod",
+    "policy_problems": "BackendTLSPolicy",
     "service_problems": "Service",
 }
 
@@ -217,7 +219,9 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("gateway_doors", "gateways", listeners.gateway_doors),
         Rule("set_doors", "set_parents", listeners.set_doors),
         # Nodes and workloads.
-        Rule("nodes", "Node", workloads.nodes),
+        Rule("node_states", "Node", workloads.node_states),
+        Rule("node_holders", "nodes_at", workloads.node_holders),
+        Rule("nodes", "node_states", workloads.nodes),
         Rule("namespaces", "Namespace", workloads.namespaces),
         Rule("pods", "Pod", workloads.pods),
         Rule("holders", "pods_at", workloads.holders),
@@ -254,7 +258,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("mesh_listeners", "routes_of_listener", lambda view, listener: True),
         Rule("services", "http_ports", services.services),
         Rule("service_sections", "services", services.section),
-        Rule("clusters", "cluster_users", backends.cluster),
+        Rule("clusters", "cluster_users", backends.cluster(mesh)),
         Rule("service_gateways", "used_from", lambda view, pair: True),
         # Load-balancer entries.
         Rule("slice_ports", "EndpointSlice", pod_ports.slice_ports(mesh)),
@@ -269,9 +273,11 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("route_status", "attached", outcomes.route_status(name, mesh)),
         Rule("policy_status", "policies", backend_tls.policy_status(name)),
         Rule("namespace_problems", "Namespace", problems.of_namespace(mesh)),
+        Rule("node_problems", "Node", problems.of_node),
         Rule("pod_problems", "Pod", problems.of_pod(mesh)),
+        Rule("policy_problems", "policies", problems.of_policy),
         Rule("route_problems", "Route", problems.of_route),
-        Rule("service_problems", "Service", problems.of_service),
+        Rule("service_problems", "Service", problems.of_service(mesh)),
     )
 
 
@@ -280,7 +286,7 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("grants_in", "ReferenceGrant", lambda key, grant: (key.namespace,)),
         Index("slices_of", "EndpointSlice", backends.slice_service),
         Index("policies_on", "BackendTLSPolicy", backend_tls.targets),
-        Index("nodes_at", "nodes", workloads.nodes_at),
+        Index("nodes_at", "node_states", workloads.nodes_at),
         Index("claimed_by", "service_claims", cluster_ips.claimed),
         Index("cluster_ips_at", "cluster_ips", cluster_ips.addresses),
         Index("service_frontends", "cluster_ips", cluster_ips.frontends),

@@ -31,7 +31,7 @@ def service_entry(mesh: Mesh) -> Callable[[View, Frontend], LoadBalancerEntry]:
         port = next(p for p in service.spec.ports if (p.port, p.protocol) == (number, protocol))
         steered = mesh.at(address) is not None and protocol == "TCP"
         http = steered and view.get("services", ServicePortKey(*key, number)) is not None
-        found = endpoints(view, key, port, "IPv6" if ":" in address else "IPv4")
+        found = endpoints(view, mesh, key, port, "IPv6" if ":" in address else "IPv4")
         return LoadBalancerEntry(
             address=address,
             port=number,

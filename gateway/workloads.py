@@ -3,7 +3,7 @@ and how it wants to be connected to.
 
 Knows Nodes, Namespaces and Pods, and nothing of Services. A pod in its host's network has no
 address of its own, and one that has ended has none any more: neither is a workload. An address that
-two pods claim is the younger's (addresses of deleted pods are given out again).
+two pods or two nodes claim is the younger's (addresses of what is gone are given out again).
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class LabelSet(NamedTuple):
         return FIRST_IDENTITY + int.from_bytes(digest, "big") % ((1 << _BITS) - FIRST_IDENTITY)
 
 
+class NodeState(NamedTuple):
+    created: str
+    addresses: tuple[str, ...]
+
+
 class NamespaceState(NamedTuple):
     """What holds for pods of a namespace that say nothing."""
 
@@ -81,18 +86,32 @@ class Holder(NamedTuple):
         return bool(mesh.node) and self.node == mesh.node
 
 
-def nodes(view: View, key: ObjectKey) -> NodeSection | None:
+def node_states(view: View, key: ObjectKey) -> NodeState | None:
     """None: nothing is known of where it is."""
     node: Node = view.get("Node", key)
     found = dict.fromkeys(
         canonical(one.address) for one in node.status.addresses if one.type == "InternalIP"
     )
-    return NodeSection(key.name, tuple(found)) if found else None
+    return NodeState(node.metadata.creation_timestamp or "", tuple(found)) if found else None
 
 
-def nodes_at(key: ObjectKey, node: NodeSection) -> tuple[str, ...]:
+def nodes_at(key: ObjectKey, node: NodeState) -> tuple[str, ...]:
     """The addresses of a node (for an index)."""
     return node.addresses
+
+
+def node_holders(view: View, address: str) -> ObjectKey:
+    found: list[tuple[str, ObjectKey]] = [
+        (view.get("node_states", key).created, key) for key in view.bucket("nodes_at", address)
+    ]
+    return max(found)[1]
+
+
+def nodes(view: View, key: ObjectKey) -> NodeSection | None:
+    """None: all its addresses are others'."""
+    node: NodeState = view.get("node_states", key)
+    own = tuple(one for one in node.addresses if view.get("node_holders", one) == key)
+    return NodeSection(key.name, own) if own else None
 
 
 def namespaces(view: View, key: ObjectKey) -> NamespaceState:
@@ -113,7 +132,12 @@ def pods(view: View, key: ObjectKey) -> PodState | None:
     pod: Pod = view.get("Pod", key)
     status = pod.status
     written = (status.pod_ip, *(one.ip for one in status.pod_ips))
-    addresses = tuple(dict.fromkeys(canonical(one) for one in written if one))
+    # What is a node's stays a node's: the mesh must not take its own traffic for a pod's.
+    addresses = tuple(
+        address
+        for address in dict.fromkeys(canonical(one) for one in written if one)
+        if not view.bucket("nodes_at", address)
+    )
     if not addresses or pod.spec.host_network or status.phase in ("Succeeded", "Failed"):
         return None
     account = pod.spec.service_account_name or "default"

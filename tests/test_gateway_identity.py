@@ -68,6 +68,43 @@ def test_a_node_is_where_its_internal_addresses_are() -> None:
     assert found.of("node") == {}
 
 
+def test_an_address_is_the_younger_nodes() -> None:
+    def named(name: str, created: str, addresses: str) -> str:
+        listed = ", ".join(f"{{type: InternalIP, address: {one}}}" for one in addresses.split())
+        return f"""
+kind: Node
+metadata: {{name: {name}, creationTimestamp: '{created}T00:00:00Z'}}
+status: {{addresses: [{listed}]}}
+"""
+
+    old = named("old", "2024-01-01", "192.0.2.1 192.0.2.9")
+    new = named("new", "2024-01-02", "192.0.2.1")
+    for order in ((old, new), (new, old)):
+        found = World(MESH)
+        for text in order:
+            found.apply(text)
+        assert found.of("node") == {
+            "node/old": NodeSection("old", ("192.0.2.9",)),
+            "node/new": NodeSection("new", ("192.0.2.1",)),
+        }
+    (problem,) = found.told("Node", "old", "")
+    assert problem.startswith("address 192.0.2.1 is Node new's, which is younger")
+    found.delete("Node", "new", "")
+    assert found.of("node") == {"node/old": NodeSection("old", ("192.0.2.1", "192.0.2.9"))}
+    assert found.problems == {}
+
+
+def test_a_nodes_address_is_no_pods() -> None:
+    text = NODE.replace("2001:DB8::0:2", "10.0.0.1")
+    found = world(pod(), text)
+    assert found.of("workload") == {}
+    (problem,) = found.told("Pod", "p")
+    assert problem.startswith("address 10.0.0.1 is a Node's")
+    found.delete("Node", "n2", "")
+    assert workload(found).addresses == ("10.0.0.1",)
+    assert found.problems == {}
+
+
 # --- identities -----------------------------------------------------------------------------------
 
 

@@ -134,7 +134,19 @@ status: {podIP: 10.0.0.1}
 """,
     """
 kind: Node
-metadata: {name: n2}
+metadata: {name: former, creationTimestamp: '2024-01-01T00:00:00Z'}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
+""",
+    """
+kind: BackendTLSPolicy
+metadata: {name: for-nothing}
+spec:
+  targetRefs: [{group: '', kind: Service, name: gone}]
+  validation: {hostname: c.test, wellKnownCACertificates: System}
+""",
+    """
+kind: Node
+metadata: {name: n2, creationTimestamp: '2024-01-02T00:00:00Z'}
 status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
 """,
     """

@@ -353,6 +353,39 @@ def test_affinity_stays_with_the_kernel_unless_a_route_is_attached() -> None:
     assert found.of("service") == {}
 
 
+def test_affinity_does_not_hold_where_a_route_is_attached_and_that_is_told() -> None:
+    found = world(
+        service("s", HTTP + ", {name: tcp, port: 81}", more=", sessionAffinity: ClientIP"),
+        """
+kind: HTTPRoute
+metadata: {name: route}
+spec: {parentRefs: [{group: '', kind: Service, name: s}]}
+""",
+    )
+    assert entry(found, "10.96.0.1|80").http
+    (problem,) = found.told("Service", "s")
+    assert problem.startswith("spec.sessionAffinity ClientIP does not hold at port 80: mesh routes")
+    found.delete("HTTPRoute", "route")
+    assert found.told("Service", "s") == ()
+
+
+def test_a_local_service_is_reached_on_its_own_node_only() -> None:
+    local = service("s", HTTP, more=", internalTrafficPolicy: Local")
+    slices = piece("s", "10.0.0.1 10.0.0.2 10.0.0.3")
+    for address, node in (("10.0.0.1", "n1"), ("10.0.0.2", "n2")):
+        slices = slices.replace(f"['{address}']", f"['{address}'], nodeName: {node}")
+    found = world(local, slices)
+    assert [one.address for one in entry(found, "10.96.0.1|80").backends] == ["10.0.0.1"]
+    (own,) = found.of("cluster").values()
+    assert [one.address for one in own.endpoints] == ["10.0.0.1"]
+    found.apply(service("s", HTTP, more=", internalTrafficPolicy: Cluster"))
+    assert len(entry(found, "10.96.0.1|80").backends) == 3
+    nameless = world(local, slices, options=Options(mesh_addresses=("127.0.0.1",)))
+    assert len(entry(nameless, "10.96.0.1|80").backends) == 3
+    (problem,) = nameless.told("Service", "s")
+    assert problem.startswith("spec.internalTrafficPolicy Local does not hold")
+
+
 # --- pods asked directly --------------------------------------------------------------------------
 
 
