@@ -304,6 +304,19 @@ def test_get_and_status(tmp_path, manifests):
         (manifests / "routes.yaml").write_text(f"{route('r', path='/x')}\n---\n{service()}")
         instance.await_status(lambda status: not status["problems"])
 
+        # What no status has a place for.
+        labels = "{weft.dev/mesh: x}"
+        (manifests / "namespace.yaml").write_text(
+            f"{{apiVersion: v1, kind: Namespace, metadata: {{name: a, labels: {labels}}}}}"
+        )
+        instance.await_status(lambda status: status["problems"] == {"warning": 1})
+        assert weft("get", "problems", *at)[1] == (
+            f"warning: {manifests}/namespace.yaml document 1: Namespace/a: label weft.dev/mesh is"
+            " 'x', not 'enabled' or 'disabled'; until that is mended, it does not count\n"
+        )
+        (manifests / "namespace.yaml").unlink()
+        instance.await_status(lambda status: not status["problems"])
+
         (manifests / "broken.yaml").write_text(BROKEN)
         instance.await_status(lambda status: status["problems"])
         code, text, _ = weft("status", *at)
