@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 
 # Seconds before the first probe, between probes; probes unanswered until the end.
 _KEEPALIVE = (
@@ -11,6 +12,10 @@ _KEEPALIVE = (
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
 )
+
+
+# struct linger, of a close that resets, and of one in good order (socket(7)).
+_RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 class DialFailed(Exception):
@@ -51,3 +56,10 @@ def keep_alive(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def reset_on_close(sock: socket.socket, on: bool = True) -> None:
+    """Whether a close tells the peer by a reset that it is no orderly end, which it then is whoever
+    closes: the kernel for a process that was killed, too. What the peer does not have yet is lost.
+    OSError: the connection is gone."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _ORDERLY)
