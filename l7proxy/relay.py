@@ -9,7 +9,6 @@ passed on, every close resets, that of a killed worker's too.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Callable
 
@@ -119,7 +118,8 @@ class _Relay:
         self._halves -= 1
         if not self._halves:
             for side in (self.client, self.backend):
-                side.close_in_order()
+                side.reset_on_close(False)
+                side.close_now()
 
     def lost(self, side: _Side) -> None:
         if self._halves:
@@ -199,10 +199,3 @@ class _Side(Link):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._relay.lost(self)
-
-    def close_in_order(self) -> None:
-        """Both sides have ended, and have been told so."""
-        if self.transport is not None and not self.lost:
-            with contextlib.suppress(OSError):
-                reset_on_close(self.transport.get_extra_info("socket"), False)
-            self.close_now()
