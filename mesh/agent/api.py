@@ -95,6 +95,8 @@ class Api:
         not_ready, degraded = node.not_ready(), node.degraded()
         if self._admin.error:
             degraded.append(self._admin.error)
+        if full := self._run_dir.full():
+            degraded.append(full)
         if not node.synced:
             degraded += [problem.message for problem in node.problems]
         address = self._admin.address
