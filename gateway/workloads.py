@@ -16,13 +16,10 @@ import msgspec
 from gateway.annotations import may_use_sockmap
 from gateway.node import Mesh
 from mesh.model.derive import View
+from mesh.model.identity import FIRST_WORKLOAD, WORKLOAD_BITS
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.pod import Pod
-
-# Below are the numbers of what is no workload (the node, the world, ...).
-FIRST_IDENTITY = 256
-_BITS = 24
 
 
 class LabelSet(NamedTuple):
@@ -36,7 +33,8 @@ class LabelSet(NamedTuple):
     def number(self) -> int:
         """24 bits that follow from the set alone, so that all nodes and restarts agree."""
         digest = hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=8).digest()
-        return FIRST_IDENTITY + int.from_bytes(digest, "big") % ((1 << _BITS) - FIRST_IDENTITY)
+        room = (1 << WORKLOAD_BITS) - FIRST_WORKLOAD
+        return FIRST_WORKLOAD + int.from_bytes(digest, "big") % room
 
 
 class PodState(NamedTuple):
@@ -113,7 +111,7 @@ def identities(view: View, labels: LabelSet) -> int:
     number: int = view.get("set_numbers", labels)
     rivals = view.bucket("sets_of_number", number)
     rank = sorted(rivals).index(labels) if len(rivals) > 1 else 0
-    return number | rank << _BITS
+    return number | rank << WORKLOAD_BITS
 
 
 def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]:
