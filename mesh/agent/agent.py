@@ -75,7 +75,8 @@ class Agent:
     def _datapath(self, options: AgentOptions) -> Datapath | None:
         if options.steer is None:
             return None
-        return Datapath(options.steer, options.plane.mesh_addresses, self._hand_over)
+        plane = options.plane
+        return Datapath(options.steer, plane.mesh_addresses, self._hand_over, plane.node)
 
     async def run(self) -> None:
         """Until SIGTERM or the end of the supervisor."""
