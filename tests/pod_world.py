@@ -1,7 +1,7 @@
 """A node with two pods behind the filter, and a machine elsewhere that can send whatever it likes.
 
-    out  eth0  10.7.0.2, fd07::2, and on its loopback interface whatever else it is asked to be
-    node eth0  10.7.0.1, fd07::1; 10.8.0.1 and fd08::1 on its loopback interface; a route to each pod
+    out  eth0  10.7.0.2, fd07::2, and on lo whatever else it is asked to be
+    node eth0  10.7.0.1, fd07::1; 10.8.0.1 and fd08::1 on lo; a route to each pod
     a, b       10.9.0.2 and fd09::2, 10.9.0.3 and fd09::3
 
 Real namespaces, links, programs and sockets; the test's own process makes them all.
@@ -26,6 +26,7 @@ from pyroute2 import IPRoute
 
 from bpf import maps
 from bpf.enforcement import EnforcedSection, Enforcement
+from bpf.layout import Flow, FlowKey
 from bpf.reasons import Reason
 from mesh.lab import cni
 from mesh.lab.kernel import create_netns, inside, remove_netns, write_sysctls
@@ -104,6 +105,15 @@ class PodWorld:
             raise
         return made
 
+    @contextlib.contextmanager
+    def connection(
+        self, where: str, server: socket.socket
+    ) -> Iterator[tuple[socket.socket, socket.socket]]:
+        """Both ends of a new one, the opener's first."""
+        with self.connect(where, server) as client, server.accept()[0] as accepted:
+            accepted.settimeout(TIMEOUT_S)
+            yield client, accepted
+
     def attempt(self, where: str, server: socket.socket, source: str = "") -> Outcome:
         """To connect and be answered: "answered", or the name of the errno."""
         before = self.counters()
@@ -141,6 +151,13 @@ class PodWorld:
         assert data == message
         receiver.sendto(b"re " + message, source[:2])
         assert sender.recv(100) == b"re " + message
+
+    def forget_flows(self) -> None:
+        """As when the map was full, or another version's."""
+        flows = maps.PinnedMap(self.pin, "flows", FlowKey, Flow)
+        for key, _ in list(flows.items()):
+            flows.remove(key)
+        flows.close()
 
     def add_address(self, where: str, address: str) -> None:
         """On the loopback interface."""
