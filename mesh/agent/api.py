@@ -96,6 +96,8 @@ class Api:
         not_ready, degraded = node.not_ready(), node.degraded()
         if self._admin.error:
             degraded.append(self._admin.error)
+        if full := self._run_dir.full():
+            degraded.append(full)
         if not node.synced:
             degraded += [problem.message for problem in node.problems]
         address = self._admin.address
@@ -148,7 +150,9 @@ class Api:
     def _all_problems(self) -> list[Problem]:
         """What is wrong in the files, and what of them is not in force as meant."""
         node = self._node
-        return sorted([*node.problems, *warnings(node.objects, node.statuses.unmet, self._origin)])
+        told = [(ident, why) for ident, found in node.told.items() for why in found]
+        told += node.statuses.unmet.items()
+        return sorted([*node.problems, *warnings(node.objects, told, self._origin)])
 
     async def _explain(self, request: web.Request) -> web.Response:
         """?method=&url=&header=NAME:VALUE (several)&address=&from=NAMESPACE/POD."""

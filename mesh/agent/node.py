@@ -61,6 +61,8 @@ class Node:
         self.svids = svids
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
+        # What the control plane says of objects that statuses do not say.
+        self.told: dict[tuple[str, ObjectKey], tuple[str, ...]] = {}
         self.statuses = StatusStore()
         self.bound: Bound | None = None
         self.synced = False
@@ -179,6 +181,10 @@ class Node:
                 binds=_difference(before[1], binds),
             )
             self._unpublished.update(outcome.statuses)
+            for ident, told in outcome.problems.items():
+                self.told.pop(ident, None)
+                if told is not None:
+                    self.told[ident] = told
             if self.svids is not None:
                 self.svids.workloads_changed(outcome.put, outcome.remove)
             self._publish({**outcome.put, **self._more_put}, (*outcome.remove, *self._more_remove))
