@@ -266,8 +266,8 @@ async def test_the_authority_is_away(tmp_path):
         assert world.svids.seconds_left() == {GATEWAY: pytest.approx(280, abs=1)}
         tried = world.asked
         await after(270)
-        # Less and less often, but more often toward the end.
-        assert 5 < world.asked - tried < 40
+        # Not all the time, but soon enough.
+        assert 40 < world.asked - tried < 120
         assert world.svid(GATEWAY) is held
         await after(10)
         assert world.svid(GATEWAY) is None

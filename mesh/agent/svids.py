@@ -35,7 +35,7 @@ _log = logging.getLogger("weft.agent")
 _RENEW_AT = (0.45, 0.55)
 # After a failure, and twice that after another; never more than an eighth of what is left matters.
 _RETRY_S = 0.25
-_MAX_RETRY_S = 30.0
+_MAX_RETRY_S = 5.0
 # Clocks are set: no timer is trusted for longer.
 _MAX_WAIT_S = 60.0
 

@@ -218,6 +218,7 @@ def _plain(status: LabStatus) -> dict[str, Any]:
 
     plain: dict[str, Any] = msgspec.to_builtins(status.plan)
     plain["complete"] = status.complete
+    plain["authority"] = {"running": status.authority}
     for node in plain["nodes"]:
         node["running"] = status.supervisors[node["name"]]
     for pod in plain["pods"]:
@@ -227,7 +228,9 @@ def _plain(status: LabStatus) -> dict[str, Any]:
 
 def _show(status: LabStatus) -> None:
     plan = status.plan
+    authority = "runs" if status.authority else "has ended"
     click.echo(f"lab {plan.name}{'' if status.complete else ', not complete'}")
+    click.echo(f"the authority of {plan.trust_domain} {authority}")
     click.echo()
     table(
         ["NODE", "ADDRESSES", "PODS", "RUNNING"],
