@@ -33,7 +33,7 @@ _log = logging.getLogger("weft.agent")
 
 # Of its life, when an SVID is renewed: nodes that started together do not ask together.
 _RENEW_AT = (0.45, 0.55)
-# After a failure, and twice that after another; never more than an eighth of what is left matters.
+# After a failure, and twice that after another.
 _RETRY_S = 0.25
 _MAX_RETRY_S = 5.0
 # Clocks are set: no timer is trusted for longer.
