@@ -48,8 +48,8 @@ class SocketClient:
         return answers
 
     async def bundle(self, have: str) -> BundleAnswer:
-        path = f"/v1/bundle?have={have}"
-        return await self._ask("GET", path, BundleAnswer, WAIT_S + _TIMEOUT_S)
+        timeout_s = _TIMEOUT_S + (WAIT_S if have else 0)
+        return await self._ask("GET", f"/v1/bundle?have={have}", BundleAnswer, timeout_s)
 
     async def _ask(
         self, method: str, path: str, kind: type[A], timeout_s: float, body: bytes | None = None

@@ -171,7 +171,7 @@ class Svids:
         self._file.write(
             Kept(
                 {name: bundle.to_pem() for name, bundle in self._bundles.items()},
-                tuple(section for section in held if section is not None),
+                (*(one for one in held if one is not None), *self._kept.values()),
             )
         )
         return self._put(put, remove)
