@@ -14,6 +14,7 @@ from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
 from l7proxy.message import RequestHead, ResponseHead
+from l7proxy.peers import Caller
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
@@ -30,7 +31,7 @@ _MAX_DOUBLINGS = 16
 
 
 class Attempts:
-    """`certificate` is what TLS backends are shown."""
+    """On behalf of `caller`; `certificate` is what TLS backends are shown."""
 
     def __init__(
         self,
@@ -38,12 +39,14 @@ class Attempts:
         stream: ServerStream,
         body: RequestBody,
         record: Record,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
         self._body = body
         self._record = record
+        self._caller = caller
         self._certificate = certificate
         self._loop = asyncio.get_running_loop()
 
@@ -96,16 +99,21 @@ class Attempts:
             return Failure(503, "no_endpoints", f"{backend.label} is not known here")
         self._record.attempts += 1
         self._record.endpoint = ""
+        self._record.way = None
         timeout = rule.backend_timeout_s
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
         try:
             async with until(limit):
                 lease = await cluster.acquire(
-                    client_certificate=self._certificate, avoid=avoid, prefer=prefer
+                    self._caller,
+                    client_certificate=self._certificate,
+                    avoid=avoid,
+                    prefer=prefer,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint
+                self._record.way = lease.way
                 attempt = Attempt(lease, self._stream, self._body, limit)
                 response = await attempt.response(head)
         except UpstreamError as error:
