@@ -25,7 +25,7 @@ from l7proxy.reach import reach
 from l7proxy.relay import Relay
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel_wire import Answer, Preface, WireError
-from l7proxy.tunnels import Tunnel, Tunnels
+from l7proxy.tunnels import Pair, Tunnel, Tunnels
 from mesh.model.flow import Peer
 from mesh.model.nodeconfig import Settings, WorkloadSection
 
@@ -111,6 +111,10 @@ class TunnelAcceptor(Acceptor):
         keep_alive(backend.sock)
         return backend.sock
 
+    def prove(self, pair: Pair, peer: VerifiedPeer) -> None:
+        """Both ends of what is open between them have proved who they are once more."""
+        self._tunnels.proven(pair, peer, self._peers.credentials.until(pair.destination))
+
     def watch(
         self,
         incoming: _Incoming,
@@ -129,9 +133,16 @@ class TunnelAcceptor(Acceptor):
                 return refusal.reason
             return None
 
-        until = min(peer.until, self._peers.credentials.until(own))
-        keys = keys_of(source, destination)
-        tunnel = Tunnel("in", incoming.stream, own, peer, until, keys, still)
+        tunnel = Tunnel(
+            "in",
+            incoming.stream,
+            Pair(source, own, address),
+            own,
+            peer,
+            self._peers.credentials.until(own),
+            keys_of(source, destination),
+            still,
+        )
         tunnel.cut = incoming.revoke
         self._tunnels.add(tunnel)
 
@@ -167,6 +178,10 @@ class _Incoming(Relay):
                 own = port._peers.credentials.asked_for(stream.ssl)
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
+            if preface.kind == "proof":
+                port.prove(Pair(source, own, client.address[0]), peer)
+                self.answer_proof()
+                return
             self._client = port.count_for(source, client)
             self._tell(peer, source, destination)
             backend = await port.connect(self, preface)
@@ -201,6 +216,12 @@ class _Incoming(Relay):
         elif not self.stream.is_closing():
             self.stream.abort()
         self.end()
+
+    def answer_proof(self) -> None:
+        """There is nothing else to it, and nothing to tell."""
+        self.stream.write(tunnel_wire.encode(Answer()))
+        self.stream.close()
+        self._port.left(self, self._client)
 
     def revoke(self, reason: str) -> None:
         """It would not be let in any more. HTTP's sender ends it after the request in flight."""

@@ -21,13 +21,14 @@ _HEAD = struct.Struct(">4sBH")
 _MAX_BYTES = 2048
 _MAX_WORDS = 400
 
-Kind: TypeAlias = Literal["http", "tcp"]
+Kind: TypeAlias = Literal["http", "tcp", "proof"]
 
 
 class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
     """`source`: "<ns>/<name>" of the pod, or the Gateway, on whose behalf the sender connects;
-    `address` and `port`: the endpoint to connect to. `port_of_source`: of the pod's own
-    connection, for flow records; 0: there are several, or none."""
+    `address` and `port`: the endpoint to connect to. `kind` "proof": nothing is connected to, for
+    tunnels between the two that are open already (see `tunnels`). `port_of_source`: of the pod's
+    own connection, for flow records; 0: there are several, or none."""
 
     source: str
     address: str
