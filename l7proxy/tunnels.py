@@ -187,6 +187,7 @@ class Tunnels:
     def _old(self, tunnel: Tunnel, until: int) -> None:
         tunnel.grow_old()
         if tunnel.until == until and tunnel.pair not in self._proving and not tunnel.stream.lost:
+            self._proving.add(tunnel.pair)
             spawn(self._prove(tunnel), name="prove a tunnel")
         else:
             self._wake_when_old(tunnel)
@@ -194,7 +195,6 @@ class Tunnels:
     async def _prove(self, tunnel: Tunnel) -> None:
         assert tunnel.prove is not None
         shown_until = self._credentials.until(tunnel.own)
-        self._proving.add(tunnel.pair)
         try:
             self.proven(tunnel.pair, await tunnel.prove(), shown_until)
         except DialFailed:

@@ -26,6 +26,7 @@ static __always_inline int redirects(void)
 	return at && at->flags & CONFIG_SOCKMAP;
 }
 
+/* Who is not known (yet) may have opted out. */
 static __always_inline int opted_out(const struct target *end)
 {
 	struct address address = {};
@@ -33,7 +34,7 @@ static __always_inline int opted_out(const struct target *end)
 
 	__builtin_memcpy(address.words, end->address, sizeof(address.words));
 	identity = identities.lookup(&address);
-	return identity && identity->flags & IDENTITY_PLAIN;
+	return !identity || identity->flags & IDENTITY_PLAIN;
 }
 
 static __always_inline int same_address(const struct target *end, const struct address *address)
