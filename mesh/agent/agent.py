@@ -80,7 +80,8 @@ class Agent:
     def _datapath(self, options: AgentOptions) -> Datapath | None:
         if options.steer is None:
             return None
-        return Datapath(options.steer, options.plane.mesh_addresses, self._hand_over)
+        plane = options.plane
+        return Datapath(options.steer, plane.mesh_addresses, self._hand_over, plane.node)
 
     def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
         if self._authority is None:
