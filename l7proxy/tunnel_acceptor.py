@@ -192,6 +192,8 @@ class _Incoming(Relay):
         except ConnectionError:
             self.refuse("broken_off")
         except (Refusal, WireError, NotTrusted, DialFailed) as error:
+            if isinstance(error, DialFailed):
+                self.failed("ERROR", error.reason)
             self.refuse(error.reason, str(error))
         except BaseException:
             self.refuse("internal")
