@@ -98,7 +98,7 @@ def of_pod(mesh: Mesh) -> Callable[[View, ObjectKey], Problems | None]:
 
 
 def _unreachable(view: View, mesh: Mesh, state: workloads.PodState) -> Problems:
-    if not mesh.trust_domain or state.node in ("", mesh.node):
+    if not (mesh.on and mesh.trust_domain) or state.node in ("", mesh.node):
         return ()
     if view.get("nodes", ObjectKey("", state.node)) is not None:
         return ()
