@@ -19,14 +19,12 @@ from gateway.annotations import APART, may_use_sockmap, meshed, mtls, mtls_ports
 from gateway.node import Mesh
 from mesh.model.core import Namespace
 from mesh.model.derive import View
+from mesh.model.identity import FIRST_WORKLOAD, WORKLOAD_BITS
 from mesh.model.meta import ObjectKey
 from mesh.model.node import Node
 from mesh.model.nodeconfig import MtlsMode, NodeSection, WorkloadSection
 from mesh.model.pod import Pod
 
-# Below are the numbers of what is no workload (the node, the world, ...).
-FIRST_IDENTITY = 256
-_BITS = 24
 _DEFAULT: MtlsMode = "PERMISSIVE"
 
 
@@ -41,7 +39,8 @@ class LabelSet(NamedTuple):
     def number(self) -> int:
         """24 bits that follow from the set alone, so that all nodes and restarts agree."""
         digest = hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=8).digest()
-        return FIRST_IDENTITY + int.from_bytes(digest, "big") % ((1 << _BITS) - FIRST_IDENTITY)
+        room = (1 << WORKLOAD_BITS) - FIRST_WORKLOAD
+        return FIRST_WORKLOAD + int.from_bytes(digest, "big") % room
 
 
 class NodeState(NamedTuple):
@@ -191,7 +190,7 @@ def identities(view: View, labels: LabelSet) -> int:
     number: int = view.get("set_numbers", labels)
     rivals = view.bucket("sets_of_number", number)
     rank = sorted(rivals).index(labels) if len(rivals) > 1 else 0
-    return number | rank << _BITS
+    return number | rank << WORKLOAD_BITS
 
 
 def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]:

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
-from l7proxy.dial import keep_alive
+from l7proxy.dial import bound_unread, keep_alive
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
@@ -289,6 +289,7 @@ class Proxy:
         sock.setblocking(False)
         # Accepted connections inherit it; the proxy may have nothing to send for long.
         keep_alive(sock)
+        bound_unread(sock)
         self._state.bound[bind] = sock
         self._start_accepting(bind)
 

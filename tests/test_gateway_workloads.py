@@ -8,7 +8,8 @@ import pytest
 
 from gateway import workloads
 from gateway.control import Options
-from gateway.workloads import FIRST_IDENTITY, LabelSet
+from gateway.workloads import LabelSet
+from mesh.model.identity import FIRST_WORKLOAD
 from mesh.model.nodeconfig import LoadBalancerEntry, WorkloadSection
 from tests.gateway_world import BACKEND, World, join, objects, plain
 
@@ -114,7 +115,7 @@ def test_a_pod_is_a_workload() -> None:
 def test_pods_are_workloads_where_there_is_no_mesh() -> None:
     section = workload(world(pod(), options=Options()))
     assert not section.local
-    assert section.identity >= FIRST_IDENTITY
+    assert section.identity >= FIRST_WORKLOAD
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_a_pod_that_is_out_of_the_mesh_is_left_alone() -> None:
         service("s", HTTP), piece("s", "10.0.0.1 10.0.0.2"), out, far, strict, options=options
     )
     section = workload(found, "out")
-    assert section.identity >= FIRST_IDENTITY
+    assert section.identity >= FIRST_WORKLOAD
     assert (section.mtls, section.mtls_ports, section.sockmap) == ("DISABLE", {}, False)
     assert section.spiffe_id == ""
     assert list(found.of("entry")) == ["entry/10.96.0.1|80/TCP"]
@@ -236,7 +237,7 @@ def test_identities_follow_namespace_account_and_labels_alone() -> None:
 
 def test_numbers_have_24_bits() -> None:
     numbers = [LabelSet("ns", "sa", (("n", str(n)),)).number for n in range(2000)]
-    assert all(FIRST_IDENTITY <= number < 1 << 24 for number in numbers)
+    assert all(FIRST_WORKLOAD <= number < 1 << 24 for number in numbers)
     assert len(set(numbers)) > 1990
 
 
