@@ -32,7 +32,10 @@ _output_option = click.option(
 
 @click.group()
 def certs() -> None:
-    """Identities of workloads (SVIDs), trust bundles, and the authority."""
+    """Identities of workloads (SVIDs), trust bundles, and the authority.
+
+    Exit codes: 0 well, 1 a problem was found, 2 wrong usage, 3 nobody answers.
+    """
 
 
 @certs.command("list")
