@@ -135,8 +135,14 @@ class Identities:
             own = section.name == self._node
             number: int = Reserved.HOST if own else Reserved.REMOTE_NODE
             return Identity(number, layout.IDENTITY_PLAIN)
-        may = isinstance(section, WorkloadSection) and section.sockmap
-        return Identity(section.identity, 0 if may else layout.IDENTITY_PLAIN)
+        if isinstance(section, CidrSection):
+            return Identity(section.identity, layout.IDENTITY_PLAIN)
+        flags = 0 if section.sockmap else layout.IDENTITY_PLAIN
+        if not section.meshed:
+            flags |= layout.IDENTITY_APART
+        elif section.node and not section.local:
+            flags |= layout.IDENTITY_FAR
+        return Identity(section.identity, flags)
 
     def _claim(
         self, key: SectionKey, prefixes: frozenset[Prefix], claim: _Claim | None = None
