@@ -62,9 +62,10 @@ def opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def open_program(directory: Path, name: str) -> int:
-    """A descriptor of a pinned program. DatapathError: it is not there."""
-    path = pins.program_path(directory, name)
+def open_program(directory: Path, name: str, of: str | None = None) -> int:
+    """A descriptor of a pinned program, of a version (None: this one). DatapathError: it is not
+    there."""
+    path = pins.program_path(directory, name, of)
     try:
         return syscall.pinned(str(path))
     except OSError as error:

@@ -1,5 +1,5 @@
-"""The loader, `python -m bpf.loader --pin DIR [--cgroup PATH [--proxy-cgroup PATH]]`: compiles,
-loads, pins, and attaches where it is told to.
+"""The loader, `python -m bpf.loader --pin DIR [--cgroup PATH [--proxy-cgroup PATH]] [--pods DIR]`:
+compiles, loads, pins, and attaches where it is told to.
 
 Run again on the same directory it adopts the maps with all that is in them, if they are of the same
 layout, and replaces the programs one by one, each at once: no connection passes a hook without a
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bpf import attach, pins, podfilter, syscall
@@ -36,11 +37,9 @@ def load(directory: Path) -> None:
     pins.prepare(directory)
     for name, fd in templates.items():
         if adopted[name] is None:
-            _pin(fd, pins.map_path(directory, name))
+            _pin(syscall.pin, fd, pins.map_path(directory, name))
     for name, fd in programs.items():
-        path = pins.program_path(directory, name)
-        path.unlink(missing_ok=True)
-        _pin(fd, path)
+        _pin(pins.replace, fd, pins.program_path(directory, name))
 
 
 def _adopt(directory: Path, name: str, template: int) -> int | None:
@@ -62,9 +61,9 @@ def _adopt(directory: Path, name: str, template: int) -> int | None:
     return adopted
 
 
-def _pin(fd: int, path: Path) -> None:
+def _pin(how: Callable[[int, Path], None], fd: int, path: Path) -> None:
     try:
-        syscall.pin(fd, str(path))
+        how(fd, path)
     except OSError as error:
         raise DatapathError(
             f"cannot pin {path}: {error.strerror}: it takes a bpffs, and "
@@ -102,11 +101,12 @@ def main() -> int:
     parser.add_argument(
         "--proxy-cgroup", type=Path, help="cgroup v2 directory of the proxy, for redirects to it"
     )
+    parser.add_argument("--pods", type=Path, help="directory where this node's pods are recorded")
     parser.add_argument(
         "--remove", action="store_true", help="detach and unpin everything in --pin"
     )
     args = parser.parse_args()
-    if args.remove and (args.cgroup or args.proxy_cgroup):
+    if args.remove and (args.cgroup or args.proxy_cgroup or args.pods):
         parser.error("--remove goes with --pin only")
     if args.proxy_cgroup and not args.cgroup:
         parser.error("--proxy-cgroup goes with --cgroup")
@@ -117,7 +117,9 @@ def main() -> int:
         for cgroup in filter(None, (args.cgroup, args.proxy_cgroup)):
             attach.check_cgroup(cgroup)
         load(args.pin)
-        podfilter.renew(args.pin)
+        if args.pods is not None:
+            for problem in podfilter.renew(args.pin, args.pods):
+                print(f"weft: {problem}", file=sys.stderr)
         if args.cgroup is not None:
             attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
     except DatapathError as error:

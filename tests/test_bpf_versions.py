@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
 from bpf_world import ROOT, TIMEOUT_S, needs_bpf
 from redirect_world import NODE, VIP, World, received, redirect_world
 
-from bpf import layout, maps, pins, settings, syscall
-from bpf.layout import Address, Number
-from mesh.model.nodeconfig import MESH_HTTP_PORT
+from bpf import pins, settings
+from bpf import versions as version_files
+from bpf.layout import Target
+from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend
 
 pytestmark = needs_bpf
 
@@ -20,22 +22,26 @@ import sys
 from pathlib import Path
 from bpf import layout
 layout.PLAIN *= 2
-from bpf import loader, podfilter, settings
+from bpf import loader, settings
 from bpf.balancer import Balancer
-from mesh.model.nodeconfig import (LoadBalancerEntry)
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
+port = int(sys.argv[4])
 loader.load(pin)
-podfilter.renew(pin)
 balancer = Balancer(pin)
 entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
-assert balancer.replace({{"entry": entry}}) == {{}}
+own = LoadBalancerEntry({NODE!r}, port, "TCP", (EntryBackend({NODE!r}, port, sockmap=True),), "y",
+                        http=True, sockmap=True)
+assert balancer.replace({{"entry": entry, "own": own}}) == {{}}
 settings.steer_to_proxy(pin, (({NODE!r}, 15001),), sockmap=True)
 loader.attach.attach(pin, cgroup, proxy_cgroup)
 """
 
 
-def another_weft(world: World) -> None:
-    command = [sys.executable, "-c", _OTHER_WEFT, world.pin, world.workloads, world.proxies]
+def another_weft(world: World, port: int = 9) -> None:
+    """`port`: of a backend at NODE."""
+    command = [sys.executable, "-c", _OTHER_WEFT]
+    command += map(str, (world.pin, world.workloads, world.proxies, port))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
 
@@ -66,15 +72,25 @@ def test_sockets_outlive_the_version_that_enrolled_them(tmp_path):
         new = world.connect(VIP, 80)
         new_proxy = world.accept(server)
         assert handles.origin(new_proxy.fileno()) is None
+        # Who asks all versions knows both.
+        handles = world.handles()
+        assert handles.origin(old_proxy.fileno()) == before
+        other = handles.origin(new_proxy.fileno())
+        assert other is not None
+        assert other.enrolled
+        assert handles.queued(before.cookie) == handles.queued(other.cookie) == 0
+        old_proxy.sendall(b"unread")
+        assert handles.queued(before.cookie)
+        assert received(old, 6) == b"unread"
         new_proxy.sendall(b"new")
         assert received(new, 3) == b"new"
 
         # The other version is current in this test's eyes, and goes last.
-        maps.retire_versions(world.pin)
+        version_files.retire(world.pin)
         assert len(versions(world)) == 2
         new.close()
         new_proxy.close()
-        maps.retire_versions(world.pin)
+        version_files.retire(world.pin)
         assert versions(world) == {pins.version()}
         old_proxy.sendall(b"still by redirect")
         assert received(old, 17) == b"still by redirect"
@@ -83,15 +99,55 @@ def test_sockets_outlive_the_version_that_enrolled_them(tmp_path):
         world.run(scenario)
 
 
-def test_pods_are_known_to_the_next_version(tmp_path):
+def test_backends_are_paired_by_the_version_that_is_attached(tmp_path):
     def scenario(world: World) -> None:
-        table = maps.PinnedMap(world.pin, "interfaces", Address, Number)
-        table.put(Address.of(NODE), Number(7))
+        settings.steer_to_proxy(world.pin, ((NODE, MESH_HTTP_PORT),), sockmap=True)
+        server = world.listen(NODE)
+        port = server.getsockname()[1]
+        own = EntryBackend(NODE, port, sockmap=True)
+        world.frontend(NODE, port, own, http=True, sockmap=True)
+        another_weft(world, port)
+        handles = world.handles()
+
+        def pair() -> tuple[socket.socket, socket.socket, int | None]:
+            with world.as_proxy():
+                proxy = world.connect(NODE, port)
+            backend = world.accept(server)
+            return proxy, backend, handles.pair(proxy.fileno())
+
+        proxy, backend, cookie = pair()
+        assert cookie
+        proxy.sendall(b"by redirect")
+        assert received(backend, 11) == b"by redirect"
+        handles.mark_plain(Target.of(NODE, port, "TCP"))
+        proxy, backend, cookie = pair()
+        assert cookie == 0
+        proxy.sendall(b"by TCP")
+        assert received(backend, 6) == b"by TCP"
+
+    with redirect_world(tmp_path) as world:
+        world.run(scenario)
+
+
+def test_redirects_are_stopped_in_the_maps_of_all_versions(tmp_path):
+    def scenario(world: World) -> None:
+        settings.steer_to_proxy(world.pin, ((NODE, MESH_HTTP_PORT),), sockmap=True)
         another_weft(world)
-        [other] = versions(world) - {pins.version()}
-        key, size = layout.ADDRESS.pack(Address.of(NODE)), layout.U32.size
-        theirs = syscall.pinned(str(world.pin / "maps" / other / "interfaces"))
-        assert syscall.lookup(theirs, key, size) == layout.U32.pack(Number(7))
+        with world.as_proxy():
+            server = world.listen(NODE, MESH_HTTP_PORT)
+
+        def enrolled() -> bool:
+            workload = world.connect(VIP, 80)
+            proxy = world.accept(server)
+            found = world.handles().origin(proxy.fileno())
+            assert found is not None
+            proxy.sendall(b"whole")
+            assert received(workload, 5) == b"whole"
+            return found.enrolled
+
+        assert enrolled()
+        version_files.stop_redirects(world.pin)
+        assert not enrolled()
 
     with redirect_world(tmp_path) as world:
         world.run(scenario)

@@ -45,6 +45,7 @@ class RunDir:
         self.api_socket = self.path / "agent.sock"
         self.metrics = self.path / "metrics"
         self.pins = self.path / "bpf"
+        self.pods = self.path / "pods"
         self._dead: deque[int] = deque()
 
     def holder(self) -> dict[str, Any] | None:
