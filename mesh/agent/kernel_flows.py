@@ -52,8 +52,8 @@ class KernelFlows:
         if self._ring is not None:
             return
         try:
-            fd = maps.open_pinned(self._pins, "events")
             self._lost = maps.counters(self._pins)[Reason.EVENTS_LOST]
+            fd = maps.open_pinned(self._pins, "events")
         except DatapathError as error:
             failure = f"the eBPF data path's events are not seen: {error}"
             if failure != self.failure:
