@@ -1,5 +1,5 @@
-"""The loader, `python -m bpf.loader --pin DIR [--cgroup PATH [--proxy-cgroup PATH]] [--pods DIR]`:
-compiles, loads, pins, and attaches where it is told to.
+"""The loader, `python -m bpf.loader --pin DIR [--cgroup PATH [--proxy-cgroup PATH]]`: compiles,
+loads, pins, and attaches where it is told to.
 
 Run again on the same directory it adopts the maps with all that is in them, if they are of the same
 layout, and replaces the programs one by one, each at once: no connection passes a hook without a
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bpf import attach, pins, podfilter, syscall
+from bpf import attach, pins, syscall
 from bpf.errors import DatapathError
 from bpf.maps import MAPS
 from bpf.programs import LICENCE, PROGRAMS, SOURCE
@@ -101,12 +101,11 @@ def main() -> int:
     parser.add_argument(
         "--proxy-cgroup", type=Path, help="cgroup v2 directory of the proxy, for redirects to it"
     )
-    parser.add_argument("--pods", type=Path, help="directory where this node's pods are recorded")
     parser.add_argument(
         "--remove", action="store_true", help="detach and unpin everything in --pin"
     )
     args = parser.parse_args()
-    if args.remove and (args.cgroup or args.proxy_cgroup or args.pods):
+    if args.remove and (args.cgroup or args.proxy_cgroup):
         parser.error("--remove goes with --pin only")
     if args.proxy_cgroup and not args.cgroup:
         parser.error("--proxy-cgroup goes with --cgroup")
@@ -117,9 +116,6 @@ def main() -> int:
         for cgroup in filter(None, (args.cgroup, args.proxy_cgroup)):
             attach.check_cgroup(cgroup)
         load(args.pin)
-        if args.pods is not None:
-            for problem in podfilter.renew(args.pin, args.pods):
-                print(f"weft: {problem}", file=sys.stderr)
         if args.cgroup is not None:
             attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
     except DatapathError as error:

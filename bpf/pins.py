@@ -3,6 +3,7 @@
     <pin directory>/maps/<version>/<map>            see bpf/maps.py
     <pin directory>/programs/<version>/<program>    the newest on these maps; see bpf/programs.py
     <pin directory>/links/<hook>                    a program attached; without the file it is not
+    <pin directory>/links/<version>/<hook>          one that stays with its version
 
 The version follows from the layout of the maps.
 
@@ -52,7 +53,7 @@ def other_versions(directory: Path) -> list[str]:
 
 def remove_version(directory: Path, of: str) -> None:
     """Lets go of what a version pinned. OSError."""
-    for part in ("programs", "maps"):
+    for part in ("links", "programs", "maps"):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(directory / part / of)
 
@@ -71,8 +72,9 @@ def version() -> str:
     return hashlib.sha256(layout.description().encode()).hexdigest()[:12]
 
 
-def link_path(directory: Path, hook: str) -> Path:
-    return directory / "links" / hook
+def link_path(directory: Path, hook: str, of: str | None = None) -> Path:
+    """`of`: the version with which it stays."""
+    return directory / "links" / (of or "") / hook
 
 
 def prepare(directory: Path) -> None:
@@ -86,7 +88,7 @@ def prepare(directory: Path) -> None:
                     "give an empty directory, or one below /sys/fs/bpf"
                 )
             _mount(directory)
-        for part in (f"maps/{version()}", f"programs/{version()}", "links"):
+        for part in (f"maps/{version()}", f"programs/{version()}", f"links/{version()}"):
             (directory / part).mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise DatapathError(

@@ -3,8 +3,8 @@
     pod_egress      packets from the pod: ingress of the veth's end on the node
     pod_ingress     packets to the pod: egress of that end
 
-Pods are recorded in files (a Pod each, by interface), whether there is a filter yet or not: the
-loader attaches what it has loaded to all of them. Works in the network namespace of the node. An
+Pods are recorded in files (a Pod each, by interface), whether there is a filter yet or not: `renew`
+attaches what is loaded to all of them. Works in the network namespace of the node. An
 attachment is a pinned tcx link: it lives without us, and ends with the interface, while its pin
 stays until it is removed. Knows nothing of how pods get their interfaces.
 """
@@ -194,13 +194,11 @@ def _packed(pod: Pod) -> Addresses:
 
 
 def _attached(directory: Path, pod: Pod, name: str) -> int | None:
-    """The index of the interface that the pinned program filters; None: the link is gone or has
-    another program."""
+    """The index of the interface that the pinned link filters; None: it is gone, or another."""
     try:
         link = syscall.pinned(str(pins.link_path(directory, _link(pod.interface, name))))
     except FileNotFoundError:
         return None
-    with opened(link), opened(open_program(directory, name)) as program:
+    with opened(link):
         found = syscall.tcx_link(link)
-        wanted = syscall.program_id(program), PROGRAMS[name].attach_type
-        return found.interface if (found.program, found.attach_type) == wanted else None
+        return found.interface if found.attach_type == PROGRAMS[name].attach_type else None

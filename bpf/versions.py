@@ -7,6 +7,7 @@ stay there until they close.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from bpf import layout, pins, syscall
@@ -31,10 +32,10 @@ def retire(directory: Path) -> bool:
     return bool(idle)
 
 
-def stop_redirects(directory: Path) -> None:
-    """No socket is enrolled from now on, whichever version's programs are attached; those that are
-    stay so. A version whose configuration has another size is left alone. OSError."""
-    for version in (pins.version(), *pins.other_versions(directory)):
+def stop_redirects(directory: Path, which: Iterable[str]) -> None:
+    """No socket is enrolled from now on by programs of these versions; those that are stay so. One
+    whose configuration has another size is left alone. OSError."""
+    for version in which:
         try:
             config = PinnedMap(directory, "config", Number, Config, version)
         except DatapathError:

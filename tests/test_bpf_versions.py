@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import IO
 
 from bpf_world import ROOT, TIMEOUT_S, needs_bpf
-from redirect_world import NODE, VIP, World, received, redirect_world
+from redirect_world import NODE, VIP, World, await_that, received, redirect_world
 
 from bpf import pins, settings
 from bpf import versions as version_files
 from bpf.layout import Target
+from bpf.programs import PROGRAMS, Place
 from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend
 
 pytestmark = needs_bpf
 
 # What a Weft of another layout would do, in a process of its own.
 _OTHER_WEFT = f"""
-import sys
+import os, sys
 from pathlib import Path
 from bpf import layout
 layout.PLAIN *= 2
-from bpf import loader, settings
+from bpf import loader, settings, syscall
 from bpf.balancer import Balancer
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
-port = int(sys.argv[4])
+port, steps = map(int, sys.argv[4:6])
 loader.load(pin)
 balancer = Balancer(pin)
 entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
@@ -34,16 +38,50 @@ own = LoadBalancerEntry({NODE!r}, port, "TCP", (EntryBackend({NODE!r}, port, soc
                         http=True, sockmap=True)
 assert balancer.replace({{"entry": entry, "own": own}}) == {{}}
 settings.steer_to_proxy(pin, (({NODE!r}, 15001),), sockmap=True)
+
+def stepped(call):
+    def step(*arguments):
+        print(flush=True)
+        sys.stdin.readline()
+        return call(*arguments)
+    return step
+
+if steps:
+    syscall.link, syscall.update_link = map(stepped, (syscall.link, syscall.update_link))
 loader.attach.attach(pin, cgroup, proxy_cgroup)
 """
 
 
+def other_weft(world: World, port: int, *, steps: bool) -> list[str]:
+    command = [sys.executable, "-c", _OTHER_WEFT]
+    return [*command, *map(str, (world.pin, world.workloads, world.proxies, port, int(steps)))]
+
+
 def another_weft(world: World, port: int = 9) -> None:
     """`port`: of a backend at NODE."""
-    command = [sys.executable, "-c", _OTHER_WEFT]
-    command += map(str, (world.pin, world.workloads, world.proxies, port))
+    command = other_weft(world, port, steps=False)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
+
+
+@contextlib.contextmanager
+def another_weft_in_steps(world: World, port: int) -> Iterator[Iterator[None]]:
+    """One for each link that it makes or changes."""
+    with subprocess.Popen(
+        other_weft(world, port, steps=True), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def steps(ask: IO[bytes], answers: IO[bytes]) -> Iterator[None]:
+            while answers.readline():
+                yield
+                ask.write(b"\n")
+                ask.flush()
+            yield
+
+        yield steps(process.stdin, process.stdout)
+    assert process.returncode == 0
 
 
 def versions(world: World) -> set[str]:
@@ -146,8 +184,52 @@ def test_redirects_are_stopped_in_the_maps_of_all_versions(tmp_path):
             return found.enrolled
 
         assert enrolled()
-        version_files.stop_redirects(world.pin)
+        version_files.stop_redirects(world.pin, versions(world))
         assert not enrolled()
+
+    with redirect_world(tmp_path) as world:
+        world.run(scenario)
+
+
+def test_no_connection_fails_while_another_version_takes_over(tmp_path):
+    """Nor would one if that were killed at any moment."""
+
+    def connects(world: World, server: socket.socket, mesh: socket.socket) -> None:
+        handles = world.handles()
+        workload = world.connect(VIP, 80)
+        proxy = world.accept(mesh)
+        origin = handles.origin(proxy.fileno())
+        assert origin is not None
+        assert origin.asked == Target.of(VIP, 80, "TCP")
+        proxy.sendall(b"to the workload")
+        assert received(workload, 15) == b"to the workload"
+        assert workload.getpeername() == (VIP, 80)
+        with world.as_proxy():
+            proxy = world.connect(*server.getsockname())
+        backend = world.accept(server)
+        await_that(lambda: handles.pair(proxy.fileno()) is not None)
+        proxy.sendall(b"to the backend")
+        assert received(backend, 14) == b"to the backend"
+
+    def scenario(world: World) -> None:
+        settings.steer_to_proxy(world.pin, ((NODE, MESH_HTTP_PORT),), sockmap=True)
+        server = world.listen(NODE)
+        port = server.getsockname()[1]
+        own = EntryBackend(NODE, port, sockmap=True)
+        world.frontend(NODE, port, own, http=True, sockmap=True)
+        world.frontend(VIP, 80, http=True, sockmap=True)
+        with world.as_proxy():
+            mesh = world.listen(NODE, MESH_HTTP_PORT)
+        old = world.connect(VIP, 80)
+        world.accept(mesh)
+        with another_weft_in_steps(world, port) as steps:
+            count = 0
+            for _ in steps:
+                connects(world, server, mesh)
+                assert old.getpeername() == (VIP, 80)
+                count += 1
+        cgroups = (Place.WORKLOADS, Place.PROXIES)
+        assert count > sum(program.place in cgroups for program in PROGRAMS.values())
 
     with redirect_world(tmp_path) as world:
         world.run(scenario)

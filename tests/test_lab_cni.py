@@ -18,7 +18,7 @@ from bpf_world import loader, needs_bpf, pin_directory
 from lab_world import needs_root
 from pyroute2 import IPRoute
 
-from bpf import pins, syscall
+from bpf import pins, podfilter, syscall
 from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap, counters
 from bpf.reasons import Reason
@@ -85,7 +85,7 @@ def filter_state(config: cni.CniConfig) -> tuple[object, ...]:
     interfaces = PinnedMap(directory, "interfaces", Address, Number)
     namespaces = PinnedMap(directory, "namespaces", Number, Addresses)
     with contextlib.closing(interfaces), contextlib.closing(namespaces):
-        pinned = {path.name for path in (directory / "links").iterdir()}
+        pinned = {path.name for path in (directory / "links").glob("weft*")}
         recorded = {path.name for path in records.iterdir()} if records.exists() else set()
         return recorded, pinned, dict(interfaces.items()), dict(namespaces.items())
 
@@ -235,8 +235,8 @@ def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniC
             os.close(link)
 
     before = program()
-    done = loader("--pin", config.datapath.pins, "--pods", config.datapath.records)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert loader("--pin", config.datapath.pins).returncode == 0
+    assert podfilter.renew(config.datapath.pins, config.datapath.records) == []
     assert program() != before
     cni.check(ID, pod, "eth0", config)
 
@@ -252,20 +252,24 @@ def test_a_pod_that_was_there_before_the_filter_gets_it(pod: str, tmp_path: Path
         cni.add(ID, pod, "eth0", config)
         # Guarded by routing until then.
         cni.check(ID, pod, "eth0", config)
-        load = ("--pin", directory, "--pods", tmp_path / "pods")
-        assert loader(*load).returncode == 0
+
+        def load() -> None:
+            assert loader("--pin", directory).returncode == 0
+            assert podfilter.renew(directory, tmp_path / "pods") == []
+
+        load()
         cni.check(ID, pod, "eth0", config)
         host = cni.host_interface(ID, "eth0")
         links = {f"{host}_{name}" for name in ("pod_egress", "pod_ingress")}
-        assert {path.name for path in (directory / "links").iterdir()} == links
-        # The loader is killed, or the pins are removed: all is made again.
+        assert {path.name for path in (directory / "links").glob("weft*")} == links
+        # Somebody removes the pins: all is made again.
         assert loader("--pin", directory, "--remove").returncode == 0
-        assert loader(*load).returncode == 0
+        load()
         cni.check(ID, pod, "eth0", config)
 
         cni.delete(ID, "eth0", config)
         assert list((tmp_path / "pods").iterdir()) == []
-        assert loader(*load).returncode == 0
+        load()
         assert filter_state(config) == (set(), set(), {}, {})
 
 

@@ -3,9 +3,9 @@ into its maps, descriptors to the proxies, programs to the cgroups.
 
 In this order: the self-test; the loader, a process of its own; the maps are filled, and the proxies
 have their descriptors; the first whole configuration is in force everywhere; then `enforce` points
-the kernel to the proxies and attaches the programs. What an earlier agent left in force stays so
-until then, and also where something fails: the gateway goes on, says what is not as it should be,
-and tries again. Knows nothing of how entries come about.
+the kernel to the proxies and attaches the programs, also to the pods that are there. What an
+earlier agent left in force stays so until then, and also where something fails: the gateway goes
+on, says what is not as it should be, and tries again. Knows nothing of how entries come about.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from bpf import attach, pins, settings, versions
+from bpf import attach, pins, podfilter, settings, versions
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
@@ -73,9 +73,10 @@ class Datapath:
         self._changed = changed
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._workloads: dict[SectionKey, WorkloadSection] = {}
-        # What is not as it should be: in all, and of sending by redirect.
+        # What is not as it should be: in all, of sending by redirect, of pods.
         self._broken: str | None = None
         self._by_tcp: str | None = None
+        self._unfiltered: list[str] = []
         self._tests = 0
         self._tested = False
         self._redirects = False
@@ -123,7 +124,7 @@ class Datapath:
                     await self._test()
                 if not self._loaded:
                     loading.check_places(self._options)
-                    await loading.load(self.pins, self._options.pods)
+                    await loading.load(self.pins)
                     self._loaded = True
             finally:
                 # Maps that were there before are kept as they should be in any case.
@@ -147,7 +148,8 @@ class Datapath:
         self._redirects = mode != "proxy" and verdict.redirect is None
         if not self._redirects:
             # Programs that are attached by now may have been told otherwise.
-            versions.stop_redirects(self.pins)
+            left = pins.other_versions(self.pins)
+            versions.stop_redirects(self.pins, (pins.version(), *left))
         if verdict.steering is not None:
             raise DatapathError(verdict.steering)
         if mode == "kernel" and verdict.redirect is not None:
@@ -195,7 +197,7 @@ class Datapath:
             result.append(f"{what}: {self._broken}")
         if self._by_tcp is not None:
             result.append(f"the proxy sends to workloads by TCP, not by redirect: {self._by_tcp}")
-        return result
+        return [*result, *self._unfiltered]
 
     def _break(self, error: Exception) -> None:
         before, self._broken = self._broken, str(error)
@@ -249,7 +251,9 @@ class Datapath:
             self._point()
             if not self._loaded:
                 return
+            versions.stop_redirects(self.pins, pins.other_versions(self.pins))
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
+            self._unfiltered = podfilter.renew(self.pins, self._options.pods)
         except (DatapathError, OSError) as error:
             self._break(error)
             self._again.set()

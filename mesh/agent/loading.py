@@ -64,9 +64,9 @@ async def test(options: Steering) -> Verdict:
     return Verdict(_first(basic), _first(wrong))
 
 
-async def load(pins: Path, pods: Path) -> None:
+async def load(pins: Path) -> None:
     """The loader. DatapathError: what was in the way."""
-    await _run("bpf.loader", f"--pin={pins}", f"--pods={pods}")
+    await _run("bpf.loader", f"--pin={pins}")
 
 
 def _first(checks: list[selftest.Check]) -> str | None:
@@ -89,6 +89,4 @@ async def _run(module: str, *arguments: str) -> bytes:
     why = complained.decode(errors="replace").strip().removeprefix("weft: ")
     if process.returncode != 0:
         raise DatapathError(why or f"{module} ended with status {process.returncode}")
-    if why:
-        _log.warning("%s: %s", module, why)
     return said

@@ -50,7 +50,7 @@ _BEFORE_LINKS = {
 
 class CniDatapath(Model, frozen=True, kw_only=True):
     """`pins`: the pin directory of the node's eBPF programs, which may come later; `records`: where
-    the loader of them finds this node's pods (bpf/podfilter.py)."""
+    the agent then finds this node's pods (bpf/podfilter.py)."""
 
     pins: Path
     records: Path
