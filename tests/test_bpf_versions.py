@@ -28,7 +28,7 @@ from bpf import layout
 layout.PLAIN *= 2
 from bpf import loader, settings, syscall
 from bpf.balancer import Balancer
-from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, WorkloadSection
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
 port, steps = map(int, sys.argv[4:6])
 loader.load(pin)
@@ -37,6 +37,8 @@ entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
 own = LoadBalancerEntry({NODE!r}, port, "TCP", (EntryBackend({NODE!r}, port, sockmap=True),), "y",
                         http=True, sockmap=True)
 assert balancer.replace({{"entry": entry, "own": own}}) == {{}}
+pod = WorkloadSection("x", "pod", ({NODE!r},))
+assert settings.Identities(pin).replace({{"pod": pod}}) == {{}}
 settings.steer_to_proxy(pin, (({NODE!r}, 15001),), sockmap=True)
 
 def stepped(call):

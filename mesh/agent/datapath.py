@@ -1,5 +1,5 @@
-"""The eBPF data path as a destination of the configuration: load-balancer entries and identities
-into its maps, descriptors to the proxies, programs to the cgroups.
+"""The eBPF data path as a destination of the configuration: load-balancer entries, identities and
+policies into its maps, descriptors to the proxies, programs to the cgroups.
 
 In this order: the self-test; the loader, a process of its own; the maps are filled, and the proxies
 have their descriptors; the first whole configuration is in force everywhere; then `enforce` points
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from bpf import attach, pins, podfilter, settings, versions
 from bpf.balancer import Balancer
+from bpf.enforcement import ENFORCED, EnforcedSection, Enforcement
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from mesh.agent import loading
@@ -27,7 +28,6 @@ from mesh.model.nodeconfig import (
     MESH_RELAY_PORT,
     LoadBalancerEntry,
     Section,
-    WorkloadSection,
 )
 from mesh.model.section import SectionKey, port_key
 
@@ -47,13 +47,13 @@ class _Maps(NamedTuple):
     """What is filled."""
 
     balancer: Balancer
-    identities: settings.Identities
+    enforcement: Enforcement
 
 
 class Datapath:
     """`loading`: until it was tried to load it. `why_not`: why this agent has put nothing in force,
     in words; None: it has. `refused`: sections not in force. `hand_over` gives descriptors to the
-    proxies; `changed` is called after each attempt."""
+    proxies; `changed` is called after each attempt; `node` is this one's name."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class Datapath:
         addresses: tuple[str, ...],
         hand_over: Callable[[Mapping[str, int]], None],
         changed: Callable[[], None],
+        node: str | None,
     ) -> None:
         self.cgroup = options.cgroup
         self.pins = options.pins
@@ -71,8 +72,9 @@ class Datapath:
         self._addresses = addresses
         self._hand_over = hand_over
         self._changed = changed
+        self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
-        self._workloads: dict[SectionKey, WorkloadSection] = {}
+        self._enforced: dict[SectionKey, EnforcedSection] = {}
         # What is not as it should be: in all, of sending by redirect, of pods.
         self._broken: str | None = None
         self._by_tcp: str | None = None
@@ -164,7 +166,7 @@ class Datapath:
         if self._maps is None:
             try:
                 balancer = Balancer(self.pins)
-                self._maps = _Maps(balancer, settings.Identities(self.pins))
+                self._maps = _Maps(balancer, Enforcement(self.pins, self._node))
             except (DatapathError, OSError):
                 if self._loaded:
                     raise
@@ -211,23 +213,24 @@ class Datapath:
         """Take what is for the data path of a step from one version to the next, the first one
         whole: what an agent before this one left goes with it."""
         entries = {key: one for key, one in put.items() if isinstance(one, LoadBalancerEntry)}
-        workloads = {key: one for key, one in put.items() if isinstance(one, WorkloadSection)}
+        enforced = {key: one for key, one in put.items() if isinstance(one, ENFORCED)}
         self._entries.update(entries)
-        self._workloads.update(workloads)
+        self._enforced.update(enforced)
         gone = tuple(key for key in remove if self._entries.pop(key, None) is not None)
-        left = tuple(key for key in remove if self._workloads.pop(key, None) is not None)
+        left = tuple(key for key in remove if self._enforced.pop(key, None) is not None)
         if not self._synced:
             self._synced = True
             self._replace()
-        elif self._maps is not None and (entries or gone or workloads or left):
-            for key in (*entries, *gone, *workloads, *left):
+        elif self._maps is not None and (entries or gone or enforced or left):
+            for key in (*entries, *gone, *enforced, *left):
                 self.refused.pop(key, None)
-            self.refused |= self._maps.identities.apply(workloads, left)
+            if enforced or left:
+                self.refused |= self._maps.enforcement.apply(enforced, left)
             self.refused |= self._maps.balancer.apply(entries, gone)
 
     def _replace(self) -> None:
         if self._maps is not None and self._synced:
-            self.refused = self._maps.identities.replace(self._workloads)
+            self.refused = self._maps.enforcement.replace(self._enforced)
             self.refused |= self._maps.balancer.replace(self._entries)
 
     def refusals(self) -> dict[SectionKey, str]:
@@ -294,7 +297,7 @@ class Datapath:
         """Let go of the maps; what is in them stays in force."""
         if self._maps is not None:
             self._maps.balancer.close()
-            self._maps.identities.close()
+            self._maps.enforcement.close()
         if self._lock is not None:
             os.close(self._lock)
 
