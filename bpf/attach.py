@@ -39,6 +39,16 @@ def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> N
             _attach(directory, name, cgroups[program.place])
 
 
+def adopt(directory: Path, proxy_cgroup: Path) -> None:
+    """What an earlier Weft left for the sockets of proxies is for this cgroup, where that one's has
+    gone. Before its processes have sockets. DatapathError, OSError: nothing was left, or it cannot
+    be attached."""
+    with opened(syscall.pinned(str(pins.link_path(directory, "proxies")))) as link:
+        gone = not syscall.cgroup_of_link(link)
+    if gone:
+        _attach(directory, "proxies", proxy_cgroup)
+
+
 def check_cgroup(cgroup: Path) -> None:
     """DatapathError: not a directory of cgroup v2, or the root of it."""
     if not (cgroup / "cgroup.controllers").exists():

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from mesh.lab.cgroups import members
 from mesh.lab.plan import NodePlan, Plan
 from mesh.lab.state import LabDir, NodeStatus, PodStatus, find_lab
 from mesh.model.meta import Model
 
+# "Stopped" on order, "Ended" by itself: it is started again.
+WeftPhase = Literal["Running", "Stopped", "Ended"]
+
 
 class LabStatus(Model, frozen=True, kw_only=True):
-    """`supervisors` tells by node whether its supervisor runs; `complete` whether `up` came to its
-    end."""
+    """`supervisors` tells by node whether its supervisor runs, `weft` how its Weft is; `complete`
+    whether `up` came to its end."""
 
     plan: Plan
     complete: bool
     supervisors: dict[str, bool]
+    weft: dict[str, WeftPhase]
     pods: dict[str, PodStatus]
 
     @property
@@ -24,6 +29,7 @@ class LabStatus(Model, frozen=True, kw_only=True):
         return (
             self.complete
             and all(self.supervisors.values())
+            and "Ended" not in self.weft.values()
             and all(pod.well for pod in self.pods.values())
         )
 
@@ -45,9 +51,16 @@ def look(lab: LabDir, plan: Plan) -> LabStatus:
         plan=plan,
         complete=lab.up_mark.exists(),
         supervisors={node.name: _runs(node, statuses[node.name]) for node in plan.nodes},
+        weft={node.name: _weft(lab, node, statuses[node.name]) for node in plan.nodes},
         pods=pods,
     )
 
 
 def _runs(node: NodePlan, status: NodeStatus | None) -> bool:
     return status is not None and status.pid in members(node.system_cgroup)
+
+
+def _weft(lab: LabDir, node: NodePlan, status: NodeStatus | None) -> WeftPhase:
+    if lab.weft(node.name).holder() is not None:
+        return "Running"
+    return "Stopped" if status is not None and status.weft_stopped else "Ended"
