@@ -179,7 +179,7 @@ def test_a_pod_that_is_out_of_the_mesh_is_left_alone() -> None:
         service("s", HTTP), piece("s", "10.0.0.1 10.0.0.2"), out, far, strict, options=options
     )
     section = workload(found, "out")
-    assert section.identity >= FIRST_IDENTITY
+    assert section.identity >= FIRST_WORKLOAD
     assert (section.mtls, section.mtls_ports, section.sockmap) == ("DISABLE", {}, False)
     assert section.spiffe_id == ""
     assert list(found.of("entry")) == ["entry/10.96.0.1|80/TCP"]
