@@ -136,7 +136,8 @@ def _start_supervisor(lab: LabDir, node: NodePlan) -> subprocess.Popen[bytes]:
 
 
 def _wait(lab: LabDir, plan: Plan, wait_s: float) -> None:
-    """Until all pods are settled and every node's Weft runs. LabError: a supervisor or the authority ended; why."""
+    """Until all pods are settled and all Wefts run. LabError: a supervisor or the authority ended;
+    why."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         statuses = [lab.node_status(node.name) for node in plan.nodes]
