@@ -26,8 +26,8 @@ from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Section
 from mesh.model.section import SectionKey
-from mesh.sources.directory import SourceUpdate
 from mesh.sources.documents import Problem
+from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.agent")
 
