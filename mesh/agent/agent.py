@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
 
 from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
@@ -38,7 +39,9 @@ from mesh.model.channel import (
     receive_control,
     send_control,
 )
+from mesh.model.meta import ObjectKey
 from mesh.sources.directory import DirectorySource
+from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.agent")
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +71,7 @@ class Agent:
             flows=flows,
             kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
         )
-        self._source = DirectorySource(options.manifests)
+        self._source = _source(options)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
@@ -158,6 +161,23 @@ class Agent:
                     _log.error("control message %s is not for an agent", type(message).__name__)
             for fd in fds:
                 os.close(fd)
+
+
+class Source(Protocol):
+    """What objects come from: a directory, a cluster."""
+
+    def updates(self) -> AsyncGenerator[SourceUpdate, None]: ...
+
+    def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]: ...
+
+
+def _source(options: AgentOptions) -> Source:
+    if options.manifests is not None:
+        return DirectorySource(options.manifests)
+    # 12 MB that nobody needs who has no cluster.
+    from mesh.sources.kubernetes import KubernetesSource
+
+    return KubernetesSource(options.kubeconfig)
 
 
 def _ready() -> None:

@@ -45,9 +45,12 @@ class Steering(NamedTuple):
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
+    """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
+    or the pod's service account) leads to. `admin` None: no admin port; `steer` None: no eBPF;
+    `flow_buffer`: flow records held."""
 
-    manifests: Path
+    manifests: Path | None
+    kubeconfig: Path | None
     run_dir: Path
     control_fd: int
     workers: int
@@ -60,7 +63,9 @@ class AgentOptions(NamedTuple):
 def parse(arguments: list[str]) -> AgentOptions:
     """The agent's command line. OptionError: a value cannot be used."""
     parser = argparse.ArgumentParser(prog="mesh.agent.agent", allow_abbrev=False)
-    parser.add_argument("--manifests", type=Path, required=True)
+    parser.add_argument("--source", choices=("directory", "kubernetes"))
+    parser.add_argument("--manifests", type=Path)
+    parser.add_argument("--kubeconfig", type=Path)
     parser.add_argument("--run-dir", type=Path, default=default_run_dir())
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
@@ -79,7 +84,8 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     args = parser.parse_args(arguments)
     return AgentOptions(
-        manifests=args.manifests.absolute(),
+        manifests=manifests(args),
+        kubeconfig=args.kubeconfig,
         run_dir=args.run_dir,
         control_fd=args.control_fd,
         workers=args.workers,
@@ -88,6 +94,22 @@ def parse(arguments: list[str]) -> AgentOptions:
         steer=steering(args),
         flow_buffer=args.flow_buffer,
     )
+
+
+def manifests(args: argparse.Namespace) -> Path | None:
+    """The directory that objects come from; None: they come from a cluster. OptionError: it is not
+    said which, or both are."""
+    cluster = args.source == "kubernetes" or (args.source is None and args.kubeconfig is not None)
+    if cluster and args.manifests is None:
+        return None
+    if cluster or args.kubeconfig is not None:
+        raise OptionError("--manifests is for a directory, --kubeconfig for a cluster: give one")
+    if args.manifests is None:
+        raise OptionError(
+            "nothing says where objects come from: give --manifests DIR, --kubeconfig FILE, or "
+            "--source kubernetes for the cluster that this pod is in"
+        )
+    return Path(args.manifests.absolute())
 
 
 def steering(args: argparse.Namespace) -> Steering | None:

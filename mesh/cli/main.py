@@ -81,7 +81,18 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--manifests", type=_MANIFESTS, required=True, help="Directory of YAML or JSON.")
+@click.option("--manifests", type=_MANIFESTS, help="Directory of YAML or JSON.")
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Instead of --manifests: the cluster that this file leads to.",
+)
+@click.option(
+    "--source",
+    type=click.Choice(["directory", "kubernetes"]),
+    help="kubernetes: the cluster of $KUBECONFIG, ~/.kube/config or this pod.  [default: by"
+    " --manifests or --kubeconfig]",
+)
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
@@ -139,9 +150,9 @@ def cli() -> None:
 )
 @run_dir_option
 def up(**options: object) -> None:
-    """Run the gateway in the foreground, on the manifests in a directory.
+    """Run the gateway in the foreground, on the manifests in a directory or on a cluster's objects.
 
-    Changes in the directory take effect at once. SIGTERM or Ctrl-C stops the gateway when its
+    Changes take effect at once. SIGTERM or Ctrl-C stops the gateway when its
     connections are finished; a second one stops it at once.
 
     Exit codes: 0 stopped as asked, 1 it cannot run or connections were cut, 2 wrong usage.
