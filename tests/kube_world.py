@@ -120,3 +120,4 @@ async def following(
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        await found.source.close()

@@ -71,7 +71,7 @@ class Agent:
             flows=flows,
             kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
         )
-        self._source = _source(options)
+        self._source, self._reporter = _source(options, self._node)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
@@ -93,11 +93,14 @@ class Agent:
                 group.create_task(self._node.run(), name="node"),
                 group.create_task(self._follow_source(), name="source"),
             ]
+            if self._reporter is not None:
+                work.append(group.create_task(self._reporter.run(), name="reports"))
             if (datapath := self._node.datapath) is not None:
                 work.append(group.create_task(self._serve(datapath), name="datapath"))
             await self._stop.wait()
             for task in work:
                 task.cancel()
+        await self._source.close()
         await self._admin.close()
         await self._api.close()
         if self._node.kernel is not None:
@@ -170,14 +173,34 @@ class Source(Protocol):
 
     def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]: ...
 
+    async def close(self) -> None: ...
 
-def _source(options: AgentOptions) -> Source:
+
+class Background(Protocol):
+    """Work that goes on beside, until it is cancelled."""
+
+    async def run(self) -> None: ...
+
+
+def _source(options: AgentOptions, node: Node) -> tuple[Source, Background | None]:
+    """Where objects come from, and who tells there what became of them."""
     if options.manifests is not None:
-        return DirectorySource(options.manifests)
+        return DirectorySource(options.manifests), None
     # 12 MB that nobody needs who has no cluster.
+    from mesh.agent.cluster import Reporter
     from mesh.sources.kubernetes import KubernetesSource
 
-    return KubernetesSource(options.kubeconfig)
+    source = KubernetesSource(options.kubeconfig)
+    reporter = Reporter(
+        node,
+        source.client,
+        name=options.plane.node or socket.gethostname().lower(),
+        namespace=options.namespace,
+        addresses=options.plane.advertise,
+        mesh_addresses=options.plane.mesh_addresses,
+    )
+    node.settled = reporter.changed
+    return source, reporter
 
 
 def _ready() -> None:

@@ -23,6 +23,7 @@ from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
+DEFAULT_NAMESPACE = "weft-system"
 DEFAULT_ADMIN = "127.0.0.1:15090"
 DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
@@ -46,11 +47,12 @@ class Steering(NamedTuple):
 
 class AgentOptions(NamedTuple):
     """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
-    or the pod's service account) leads to. `admin` None: no admin port; `steer` None: no eBPF;
-    `flow_buffer`: flow records held."""
+    or the pod's service account) leads to, and `namespace` is Weft's own there. `admin` None: no
+    admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
 
     manifests: Path | None
     kubeconfig: Path | None
+    namespace: str
     run_dir: Path
     control_fd: int
     workers: int
@@ -66,6 +68,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--source", choices=("directory", "kubernetes"))
     parser.add_argument("--manifests", type=Path)
     parser.add_argument("--kubeconfig", type=Path)
+    parser.add_argument("--namespace", default=DEFAULT_NAMESPACE)
     parser.add_argument("--run-dir", type=Path, default=default_run_dir())
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
@@ -86,6 +89,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     return AgentOptions(
         manifests=manifests(args),
         kubeconfig=args.kubeconfig,
+        namespace=args.namespace,
         run_dir=args.run_dir,
         control_fd=args.control_fd,
         workers=args.workers,

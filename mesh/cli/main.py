@@ -94,6 +94,12 @@ def cli() -> None:
     " --manifests or --kubeconfig]",
 )
 @click.option(
+    "--namespace",
+    default="weft-system",
+    show_default=True,
+    help="Weft's own namespace in the cluster, where the node's Lease is.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1, 256),
     help="Proxy processes.  [default: one per core]",
@@ -160,6 +166,54 @@ def up(**options: object) -> None:
     from mesh.cli.up import run
 
     run(options)
+
+
+@cli.command()
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Way to the cluster.  [default: $KUBECONFIG, ~/.kube/config, or the pod's account]",
+)
+@click.option(
+    "--namespace",
+    default="weft-system",
+    show_default=True,
+    help="Weft's own namespace in the cluster.",
+)
+@click.option("--address-pool", metavar="CIDR", multiple=True, help="As of the nodes' weft up.")
+@click.option(
+    "--bind-address",
+    metavar="ADDRESS",
+    default="0.0.0.0",
+    show_default=True,
+    help="As of the nodes' weft up.",
+)
+@click.option(
+    "--advertise",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Address that Gateways show in their status that name none; may be repeated.  [default:"
+    " the nodes']",
+)
+@click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
+def controller(
+    kubeconfig: Path | None,
+    namespace: str,
+    address_pool: tuple[str, ...],
+    bind_address: str,
+    advertise: tuple[str, ...],
+    mesh: bool,
+) -> None:
+    """Write the statuses of a cluster's Gateway API objects.
+
+    Several may run: one of them leads, the others wait to take over. Nothing is called Programmed
+    that not every node that serves has in force.
+
+    Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
+    """
+    from mesh.cli.controller import run
+
+    run(kubeconfig, namespace, address_pool, bind_address, advertise, mesh)
 
 
 @cli.command()

@@ -283,6 +283,9 @@ class DirectorySource:
         """File and document of an object in force. KeyError: there is none."""
         return self._manifests.origin(kind, key)
 
+    async def close(self) -> None:
+        """Nothing is held beyond `updates`."""
+
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """Until the caller closes it. A root that is not there yet, or goes, is waited for; what
         was in force stays in force."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -66,10 +66,11 @@ class _Kind:
         source, ident = self._source, ObjectId(self.info.kind, key)
         before = self.current.get(key)
         metadata = raw["metadata"]
-        if source.keep_status:
+        if source.seen is not None:
             self.written[key] = Written(
                 metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
             )
+            source.seen(self.info.kind, key)
         try:
             obj = read(raw, custom=self.group not in _BUILT_IN)
         except InvalidObject as error:
@@ -138,19 +139,20 @@ class _Kind:
 
 class KubernetesSource:
     """`updates()` yields first the whole content, then every change. `kinds`: which ones, all if
-    none; `keep_status`: remember what statuses are on the server, for `written`."""
+    None. `seen`, where there is one, is called with kind and key of every object that is new or has
+    changed in any way, and `written` then tells what status it has on the server."""
 
     def __init__(
         self,
         kubeconfig: Path | None,
         *,
         kinds: frozenset[str] | None = None,
-        keep_status: bool = False,
+        seen: Callable[[str, ObjectKey], None] | None = None,
         discovery_s: float = _DISCOVERY_S,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.client = Client(kubeconfig)
-        self.keep_status = keep_status
+        self.seen = seen
         self.wrong: dict[ObjectId, list[Problem]] = {}
         self.wake = asyncio.Event()
         self._pending: dict[str, dict[ObjectKey, Object | None]] = {}
@@ -170,13 +172,33 @@ class KubernetesSource:
         self._kinds[kind].current[key]
         return PLACE, 0
 
+    def has(self, kind: str, key: ObjectKey) -> bool:
+        """Whether an object is in force."""
+        return key in self._kinds[kind].current
+
     def written(self, kind: str, key: ObjectKey) -> Written | None:
-        """What is on the server of an object, with `keep_status`; None: it is gone."""
+        """What is on the server of an object, with `seen`; None: it is gone."""
         return self._kinds[kind].written.get(key)
+
+    def all_written(self, kind: str) -> Mapping[ObjectKey, Written]:
+        """What is on the server of every object of a kind."""
+        return self._kinds[kind].written
+
+    def version(self, kind: str) -> str:
+        """The API version in which a kind is read."""
+        return self._kinds[kind].api_version.rpartition("/")[2]
 
     def tell(self, ident: ObjectId, obj: Object | None) -> None:
         self._pending.setdefault(ident.kind, {})[ident.key] = obj
         self.wake.set()
+
+    async def open(self) -> None:
+        """Read the credentials before anything else. SourceError: there are none."""
+        await self.client.open()
+
+    async def close(self) -> None:
+        """The connection, when nobody uses it any more."""
+        await self.client.close()
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """Until the caller closes it. A server that is away is waited for; what was in force stays
@@ -208,7 +230,6 @@ class KubernetesSource:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self.client.close()
 
     def _synced(self) -> bool:
         """Whether everything that is served has been listed."""

@@ -163,7 +163,7 @@ class Client:
     ) -> aiohttp.ClientResponse:
         api = self._api
         if api is None:
-            raise SourceError("the connection to the cluster is not open")
+            raise ServerError(0, "Unreachable", "no credentials have been read yet")
         async with _translated():
             method, url, headers, body, _ = await api.param_serialize(
                 method,

@@ -235,7 +235,9 @@ class Objects:
         if config.get("apiVersion") != api_version or config.get("kind") != target.resource.kind:
             raise bad_request(f"apply needs apiVersion {api_version}, kind {target.resource.kind}")
         if live is not None:
-            self._check_version(target, live, config.get("metadata") or {}, needed=False)
+            given = config.get("metadata") or {}
+            self._check_version(target, live, given, needed=False)
+            self._check_uid(target, live, given)
         new = apply.applied(
             base,
             self._part(target, config),
@@ -265,13 +267,7 @@ class Objects:
     def _prepared(self, target: Target, live: Raw, new: Raw) -> Raw:
         """The new version of an object, with everything that a client cannot change as it was."""
         resource, before = target.resource, live["metadata"]
-        if (uid := new["metadata"].get("uid")) and uid != before["uid"]:
-            raise conflict(
-                resource,
-                target.name,
-                f"Precondition failed: UID in precondition: {uid}, UID in object meta: "
-                f"{before['uid']}",
-            )
+        self._check_uid(target, live, new["metadata"])
         managed = new["metadata"].get("managedFields")
         if target.subresource in ("status", "approval"):
             kept = new.get("status")
@@ -321,6 +317,13 @@ class Objects:
             text = "Invalid value: 0x0: must be specified for an update"
             causes = [("metadata.resourceVersion", "FieldValueInvalid", text)]
             raise invalid(target.resource, target.name, causes)
+
+    def _check_uid(self, target: Target, live: Raw, metadata: Raw) -> None:
+        """An object of the same name is another one where its uid is (api-concepts)."""
+        given, uid = metadata.get("uid"), live["metadata"]["uid"]
+        if given and given != uid:
+            text = f"UID in precondition: {given}, UID in object meta: {uid}"
+            raise conflict(target.resource, target.name, f"Precondition failed: {text}")
 
     def _replace(self, target: Target, live: Raw, new: Raw, dry_run: bool) -> Raw:
         # A write that changes nothing is none: no event, no new resourceVersion.
