@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-
 from apiserver.server import ApiServer
 from kube_world import CRDS, GROUP, needs_crds
+
 from tests.support.running import PROJECT, free_port, gateway, route, running, service
 from tests.test_agent_end_to_end import WAIT_S, Client, backend, busy
 
