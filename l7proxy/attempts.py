@@ -102,7 +102,10 @@ class Attempts:
         try:
             async with until(limit):
                 lease = await cluster.acquire(
-                    client_certificate=self._certificate, avoid=avoid, prefer=prefer
+                    client=self._record.client,
+                    client_certificate=self._certificate,
+                    avoid=avoid,
+                    prefer=prefer,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint

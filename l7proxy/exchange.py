@@ -181,7 +181,9 @@ class _Exchange:
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                self._shared.mirrors.send(mirror.cluster, copy, self._body, certificate)
+                self._shared.mirrors.send(
+                    mirror.cluster, copy, self._body, self.record.client, certificate
+                )
         attempts = Attempts(
             self._shared.clusters, self._stream, self._body, self.record, certificate
         )

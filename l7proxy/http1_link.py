@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from l7proxy.dial import reset_on_close
 from l7proxy.redirect import RedirectQueue
 
 # Received bytes beyond which reading pauses, and written ones beyond which writers wait.
@@ -221,6 +222,13 @@ class Link(asyncio.Protocol):
         # uvloop's socket objects cannot be shut down; a duplicate of the descriptor can.
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(own.fileno())) as duplicate:
             duplicate.shutdown(socket.SHUT_WR)
+
+    def reset_on_close(self, on: bool) -> None:
+        """Whether every close, a killed worker's too, is a reset (see `dial.reset_on_close`): so
+        while nothing but an orderly end tells the peer that it has everything. TLS tells it."""
+        if self.transport is not None and not self.gone and not self.tls:
+            with contextlib.suppress(OSError):
+                reset_on_close(self.transport.get_extra_info("socket"), on)
 
     def abort(self) -> None:
         """Cut the connection: what waits to be written is lost."""

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
-from l7proxy.dial import keep_alive
+from l7proxy.dial import bound_unread, keep_alive
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
@@ -33,6 +33,7 @@ from mesh.model.nodeconfig import (
     ClusterSection,
     Delta,
     MeshPort,
+    NodeSection,
     PortSection,
     Section,
     ServiceSection,
@@ -172,6 +173,8 @@ class Proxy:
                 self._put_port(section)
             case MeshPort():
                 self._put_mesh_port(section)
+            case NodeSection():
+                pass
             case _:
                 raise Refused(f"a {type(section).__name__} is not for the proxy")
         return set()
@@ -227,6 +230,8 @@ class Proxy:
             before.acceptor = self._acceptor(before.port, tls)
 
     def _put_mesh_port(self, section: MeshPort) -> None:
+        if section.kind == "tunnel":
+            raise Refused("this proxy takes no connections of other nodes")
         bind = (section.address, section.port)
         before = self._state.mesh.get(bind)
         self._state.mesh[bind] = self._mesh_acceptor(section.kind)
@@ -284,6 +289,7 @@ class Proxy:
         sock.setblocking(False)
         # Accepted connections inherit it; the proxy may have nothing to send for long.
         keep_alive(sock)
+        bound_unread(sock)
         self._state.bound[bind] = sock
         self._start_accepting(bind)
 

@@ -2,28 +2,25 @@
 
 Bytes pass as they are, each way no faster than the other side takes them. The end of one side's
 bytes is passed on by itself; what is no orderly end is passed on as a reset, so that nobody takes
-half a conversation for a whole one.
+half a conversation for a whole one. Sockets are set so from the start: until both ends have been
+passed on, every close resets, that of a killed worker's too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-import struct
 from collections.abc import Callable
 
 from l7proxy import metrics
 from l7proxy.acceptor import Acceptor, Admission, Client
-from l7proxy.dial import DialFailed, dial, keep_alive
+from l7proxy.dial import DialFailed, dial, keep_alive, reset_on_close
 from l7proxy.flows import FlowLog
 from l7proxy.handles import Destination, Steered
 from l7proxy.http1_link import Link
 from l7proxy.tasks import spawn
 from mesh.model.flow import Verdict
 from mesh.model.nodeconfig import Settings
-
-_RESET = struct.pack("ii", 1, 0)  # struct linger: a close that resets (socket(7))
 
 
 class RelayAcceptor(Acceptor):
@@ -45,10 +42,12 @@ class RelayAcceptor(Acceptor):
         backend = client.steered.backend if client.steered is not None else None
         relay = _Relay(self, client, backend or Destination("", 0))
         try:
+            reset_on_close(sock)
             if backend is None:
                 relay.failed("DROPPED", "no_backend")
                 return
             upstream = await dial(*backend, client.settings.connect_timeout_s)
+            reset_on_close(upstream)
             if self.draining:
                 relay.failed("ERROR", "draining")
                 upstream.close()
@@ -60,7 +59,7 @@ class RelayAcceptor(Acceptor):
             relay.failed("ERROR", error.reason)
         finally:
             if not relay.joined:
-                _reset(sock)
+                sock.close()
                 relay.end()
 
     def cut_off(self) -> None:
@@ -119,12 +118,13 @@ class _Relay:
         self._halves -= 1
         if not self._halves:
             for side in (self.client, self.backend):
+                side.reset_on_close(False)
                 side.close_now()
 
     def lost(self, side: _Side) -> None:
         if self._halves:
             self.failed("ERROR", "client_reset" if side is self.client else "backend_reset")
-            side.other.reset()
+            side.other.abort()
         self._end_if_lost()
 
     def _end_if_lost(self) -> None:
@@ -133,8 +133,8 @@ class _Relay:
 
     def cut_off(self, reason: str) -> None:
         self.failed("ERROR", reason)
-        self.client.reset()
-        self.backend.reset()
+        self.client.abort()
+        self.backend.abort()
 
     def end(self) -> None:
         if self._ended:
@@ -199,16 +199,3 @@ class _Side(Link):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._relay.lost(self)
-
-    def reset(self) -> None:
-        if self.transport is not None and not self.lost:
-            own = self.transport.get_extra_info("socket")
-            with contextlib.suppress(OSError):
-                own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self.transport.abort()
-
-
-def _reset(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    sock.close()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from l7proxy.balance import Balancer, Member
 from l7proxy.connect import connect_to
+from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
 from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
@@ -37,7 +38,11 @@ class NoEndpoints(UpstreamError):
 
 class Overflow(UpstreamError):
     def __init__(self, limit: int) -> None:
-        super().__init__("max_pending", f"{limit} requests already wait for a connection")
+        super().__init__(
+            "max_pending",
+            f"too many requests already wait for a connection: {limit} at most, and of one client "
+            "no more than there is room for beside them",
+        )
 
 
 class TLSBroken(UpstreamError):
@@ -166,7 +171,7 @@ class Cluster:
         self.http2 = section.protocol == "h2c"
         self._settings = settings
         self._kernel = kernel or Kernel()
-        self._pending = 0
+        self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
         self._section = section
@@ -187,6 +192,7 @@ class Cluster:
             self._balancer.update(section.endpoints)
         for member in gone:
             _retire(member)
+        self._pending.limit = section.max_pending
         for pool in self._pools:
             pool.set_limit(section.max_connections_per_endpoint)
 
@@ -200,13 +206,13 @@ class Cluster:
 
     @property
     def in_use(self) -> bool:
-        return bool(self._pools or self._pending or self._balancer.ejected)
+        return bool(self._pools or self._pending.taken or self._balancer.ejected)
 
     def stats(self) -> ClusterStats:
         return ClusterStats(
             connections=sum(pool.connections for pool in self._pools),
             idle=sum(pool.idle for pool in self._pools),
-            pending=self._pending,
+            pending=self._pending.taken,
             ejected=len(self._balancer.ejected),
         )
 
@@ -218,12 +224,14 @@ class Cluster:
     async def acquire(
         self,
         *,
+        client: str = "",
         client_certificate: tuple[SectionKey, CertificateSection] | None = None,
         avoid: Collection[str] = (),
         prefer: str | None = None,
     ) -> Lease:
-        """A stream to an endpoint. `avoid`: ids of endpoints to use only if there are no others;
-        `prefer`: the id of the one to use if it is there and healthy.
+        """A stream to an endpoint. `client`: among whom connections are shared; `avoid`: ids of
+        endpoints to use only if there are no others; `prefer`: the id of the one to use if it is
+        there and healthy.
 
         Connecting that fails goes on at another endpoint until all were tried. How long to wait is
         the caller's to bound, by cancelling. NoEndpoints, Overflow, TLSBroken, ConnectFailed (the
@@ -236,15 +244,16 @@ class Cluster:
             raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
         pool = self._pool(member, certificate)
-        if (stream := pool.take()) is not None:
+        if (stream := pool.take(client)) is not None:
             member.load += 1
             return Lease(self, member, pool, stream, reused=True)
-        return await self._acquire_slowly(member, pool, certificate, avoid, prefer)
+        return await self._acquire_slowly(member, pool, client, certificate, avoid, prefer)
 
     async def _acquire_slowly(
         self,
         member: Member | None,
         pool: Pool,
+        client: str,
         certificate: CertificateSection | None,
         avoid: Collection[str],
         prefer: str | None,
@@ -254,14 +263,14 @@ class Cluster:
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         tried: set[str] = set()
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
-        if self._pending >= self._section.max_pending:
-            raise Overflow(self._section.max_pending)
-        self._pending += 1
+        if not self._pending.may_take(client):
+            raise Overflow(self._pending.limit)
+        self._pending.take(client)
         try:
             while member is not None:
                 member.load += 1
                 try:
-                    stream, reused = await pool.wait()
+                    stream, reused = await pool.wait(client)
                     return Lease(self, member, pool, stream, reused=reused)
                 except ConnectFailed as error:
                     member.load -= 1
@@ -280,7 +289,7 @@ class Cluster:
                 if member is not None:
                     pool = self._pool(member, certificate)
         finally:
-            self._pending -= 1
+            self._pending.give(client)
         raise failure
 
     def _pool(self, member: Member, certificate: CertificateSection | None) -> Pool:

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-import socket
-import sys
 from pathlib import Path
 
-from mesh.agent.options import OptionError, check_address, check_pool
-from mesh.cli.client import CliError, UsageError
-from mesh.controller.controller import ControllerOptions, serve
-from mesh.sources.kubernetes_client import SourceError
+import click
 
 
-def run(
+@click.command()
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Way to the cluster.  [default: $KUBECONFIG, ~/.kube/config, or the pod's account]",
+)
+@click.option(
+    "--namespace",
+    default="weft-system",
+    show_default=True,
+    help="Weft's own namespace in the cluster.",
+)
+@click.option("--address-pool", metavar="CIDR", multiple=True, help="As of the nodes' weft up.")
+@click.option(
+    "--bind-address",
+    metavar="ADDRESS",
+    default="0.0.0.0",
+    show_default=True,
+    help="As of the nodes' weft up.",
+)
+@click.option(
+    "--advertise",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Address that Gateways show in their status that name none; may be repeated.  [default:"
+    " the nodes']",
+)
+@click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
+def controller(
     kubeconfig: Path | None,
     namespace: str,
     address_pool: tuple[str, ...],
@@ -23,6 +43,24 @@ def run(
     advertise: tuple[str, ...],
     mesh: bool,
 ) -> None:
+    """Write the statuses of a cluster's Gateway API objects.
+
+    Several may run: one of them leads, the others wait to take over. Nothing is called Programmed
+    that not every node that serves has in force.
+
+    Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
+    """
+    import asyncio
+    import logging
+    import os
+    import socket
+    import sys
+
+    from mesh.agent.options import OptionError, check_address, check_pool
+    from mesh.cli.client import CliError, UsageError
+    from mesh.controller.controller import ControllerOptions, serve
+    from mesh.sources.kubernetes_client import SourceError
+
     try:
         options = ControllerOptions(
             kubeconfig=kubeconfig,

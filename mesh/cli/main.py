@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from mesh.agent.rundir import default_run_dir
+from mesh.cli.certs import certs
+from mesh.cli.controller import controller
 from mesh.cli.lab import lab
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -142,6 +144,20 @@ def cli() -> None:
     " if this kernel passes the self-test, by that or nothing, or by TCP.",
 )
 @click.option(
+    "--authority",
+    metavar="SOCKET",
+    type=click.Path(path_type=Path),
+    help="Where 'weft authority' answers this node; workloads get identities then, and connect to"
+    " those of other nodes by mutual TLS.",
+)
+@click.option(
+    "--trust-domain",
+    metavar="NAME",
+    default="cluster.local",
+    show_default=True,
+    help="Whose identities workloads have, with --authority.",
+)
+@click.option(
     "--flow-buffer",
     metavar="N",
     type=click.IntRange(1, 10_000_000),
@@ -170,50 +186,60 @@ def up(**options: object) -> None:
 
 @cli.command()
 @click.option(
-    "--kubeconfig",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Way to the cluster.  [default: $KUBECONFIG, ~/.kube/config, or the pod's account]",
+    "--dir",
+    "directory",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Where its keys and certificates are, mode 0700; made if missing.",
 )
 @click.option(
-    "--namespace",
-    default="weft-system",
-    show_default=True,
-    help="Weft's own namespace in the cluster.",
-)
-@click.option("--address-pool", metavar="CIDR", multiple=True, help="As of the nodes' weft up.")
-@click.option(
-    "--bind-address",
-    metavar="ADDRESS",
-    default="0.0.0.0",
-    show_default=True,
-    help="As of the nodes' weft up.",
-)
-@click.option(
-    "--advertise",
-    metavar="ADDRESS",
+    "--manifests",
+    type=_MANIFESTS,
     multiple=True,
-    help="Address that Gateways show in their status that name none; may be repeated.  [default:"
-    " the nodes']",
+    required=True,
+    help="Directory with the Pods: which service accounts are on which node; may be repeated.",
 )
-@click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
-def controller(
-    kubeconfig: Path | None,
-    namespace: str,
-    address_pool: tuple[str, ...],
-    bind_address: str,
-    advertise: tuple[str, ...],
-    mesh: bool,
-) -> None:
-    """Write the statuses of a cluster's Gateway API objects.
+@click.option(
+    "--node",
+    metavar="NAME=SOCKET",
+    multiple=True,
+    help="A node, and the socket where its agent asks; may be repeated.",
+)
+@click.option("--trust-domain", metavar="NAME", default="cluster.local", show_default=True)
+@click.option(
+    "--svid-life",
+    metavar="DURATION",
+    default="1h",
+    show_default=True,
+    help="How long the certificates of workloads are valid; agents renew them at half of it.",
+)
+@click.option("--intermediate-life", metavar="DURATION", default="720h", show_default=True)
+@click.option("--root-life", metavar="DURATION", default="87600h", show_default=True)
+@click.option(
+    "--ca",
+    metavar="PATH",
+    type=click.Path(path_type=Path, exists=True),
+    help="A root or intermediate of your own: a directory with tls.crt, tls.key and ca.crt, or the"
+    " manifest of such a Secret (cert-manager's). Taken over anew whenever it changes.",
+)
+@click.option(
+    "--federation",
+    metavar="TRUST-DOMAIN=FILE",
+    multiple=True,
+    help="Roots of another trust domain, PEM or a SPIFFE bundle document; may be repeated.",
+)
+def authority(directory: Path, **options: object) -> None:
+    """Run the authority of a trust domain in the foreground: it signs certificates of workloads.
 
-    Several may run: one of them leads, the others wait to take over. Nothing is called Programmed
-    that not every node that serves has in force.
+    An agent gets certificates for the service accounts of pods on its own node and for nobody else;
+    which node asks is known by the socket.
 
     Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
     """
-    from mesh.cli.controller import run
+    from mesh.cli.certs import run_authority
 
-    run(kubeconfig, namespace, address_pool, bind_address, advertise, mesh)
+    run_authority({"dir": directory, **options})
 
 
 @cli.command()
@@ -396,6 +422,8 @@ def version(output: str) -> None:
 
 
 cli.add_command(lab)
+cli.add_command(certs)
+cli.add_command(controller)
 
 
 def main() -> None:
