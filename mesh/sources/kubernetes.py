@@ -19,6 +19,7 @@ import msgspec
 from l7proxy.tasks import spawn
 from mesh.model.decode import KINDS, InvalidObject, KindInfo, Object
 from mesh.model.meta import ObjectKey
+from mesh.model.references import GROUP
 from mesh.sources.documents import ObjectId, Problem
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError, SourceError
 from mesh.sources.kubernetes_objects import PLACE, problems, read
@@ -113,6 +114,11 @@ class _Kind:
             else:
                 _log.info("%s: can be followed again", self.info.kind)
             self._source.wake.set()
+
+    def absent(self, what: str) -> None:
+        """The server does not serve it; where it is of other people's, nobody need care."""
+        text = f"not served by the cluster ({what}): install its CustomResourceDefinition to use it"
+        self.say(text, level="warning" if self.group == GROUP else "note")
 
     # --- its place on the server -----------------------------------------------------------------
 
@@ -250,7 +256,7 @@ class KubernetesSource:
         for kind in self._kinds.values():
             if kind.task is task and isinstance(error := task.exception(), ServerError):
                 kind.stop()
-                kind.say(_ABSENT.format(error), level="warning")
+                kind.absent(str(error))
                 return
         task.result()
 
@@ -301,8 +307,7 @@ class KubernetesSource:
                     kind.start(version, self.client, self._backoff)
                     break
             else:
-                group = kind.group or "core"
-                kind.say(_ABSENT.format(f"{kind.info.plural} of {group}"), level="warning")
+                kind.absent(f"{kind.info.plural} of {kind.group or 'core'}")
 
     async def _served(self, path: str) -> frozenset[str]:
         try:
@@ -312,9 +317,6 @@ class KubernetesSource:
                 return frozenset()
             raise
         return frozenset(one["name"] for one in found["resources"])
-
-
-_ABSENT = "not served by the cluster ({}): install its CustomResourceDefinition to use it"
 
 
 def _same(a: Object, b: Object) -> bool:
