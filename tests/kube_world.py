@@ -18,6 +18,7 @@ from mesh.sources.kubernetes_client import Backoff
 CRDS = Path(__file__).parent.parent.parent / "shared/gateway-api/crds/experimental"
 WAIT_S = 20
 GROUP = "gateway.networking.k8s.io"
+CONTROLLER = "weft.dev/gateway-controller"
 
 needs_crds = pytest.mark.skipif(not CRDS.exists(), reason="no ../shared/gateway-api/crds")
 
@@ -43,6 +44,27 @@ def route(name: str, path: str = "/", namespace: str = "default") -> Any:
         "spec": {
             "parentRefs": [{"name": "gw"}],
             "rules": [{"matches": [{"path": {"type": "PathPrefix", "value": path}}]}],
+        },
+    }
+
+
+def gateway_class(name="weft", controller=CONTROLLER):
+    return {
+        "apiVersion": f"{GROUP}/v1",
+        "kind": "GatewayClass",
+        "metadata": {"name": name},
+        "spec": {"controllerName": controller},
+    }
+
+
+def gateway(name="gw", class_name="weft", port=80):
+    return {
+        "apiVersion": f"{GROUP}/v1",
+        "kind": "Gateway",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": {
+            "gatewayClassName": class_name,
+            "listeners": [{"name": "http", "port": port, "protocol": "HTTP"}],
         },
     }
 

@@ -5,36 +5,24 @@ import contextlib
 
 import pytest
 from apiserver.server import ApiServer
-from kube_world import CRDS, GROUP, WAIT_S, needs_crds, quick, route
+from kube_world import (
+    CONTROLLER,
+    CRDS,
+    GROUP,
+    WAIT_S,
+    gateway,
+    gateway_class,
+    needs_crds,
+    quick,
+    route,
+)
 
 from mesh.controller.controller import Controller, ControllerOptions
 from mesh.model.decode import KINDS
 from mesh.model.nodereport import ANNOTATION, LABELS, NodeReport, encode_report
 
 NAMESPACE = "weft-system"
-CONTROLLER = "weft.dev/gateway-controller"
 pytestmark = needs_crds
-
-
-def gateway_class(name="weft", controller=CONTROLLER):
-    return {
-        "apiVersion": f"{GROUP}/v1",
-        "kind": "GatewayClass",
-        "metadata": {"name": name},
-        "spec": {"controllerName": controller},
-    }
-
-
-def gateway(name="gw", class_name="weft", port=80):
-    return {
-        "apiVersion": f"{GROUP}/v1",
-        "kind": "Gateway",
-        "metadata": {"name": name, "namespace": "default"},
-        "spec": {
-            "gatewayClassName": class_name,
-            "listeners": [{"name": "http", "port": port, "protocol": "HTTP"}],
-        },
-    }
 
 
 class World:

@@ -9,6 +9,7 @@ have none here, `_LISTS` says it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from apiserver.errors import ApiError
@@ -325,11 +326,13 @@ def updated(
     schema: Schema | None,
     api_version: str,
     now: str,
+    only: Callable[[Path], bool],
 ) -> dict[str, Any]:
     """The object after any other write: its writer owns what it changed, everybody else loses that
-    ("Field management": operation Update)."""
+    ("Field management": operation Update). `only`: the fields that the endpoint writes."""
     before = fields_of(live, schema) if live is not None else {}
-    after = fields_of(new, schema)
+    after = {path: value for path, value in fields_of(new, schema).items() if only(path)}
+    before = {path: value for path, value in before.items() if only(path)}
     changed = frozenset(
         path for path, value in after.items() if path not in before or before[path] != value
     )

@@ -345,6 +345,8 @@ class Objects:
         return target.resource.schemas.get(target.version)
 
     def _owned(self, target: Target, live: Raw | None, new: Raw, who: Who) -> Raw:
+        # Each endpoint resets what is the other's, so nobody owns that by it.
+        with_status = "status" in target.resource.subresources
         return apply.updated(
             live,
             new,
@@ -352,6 +354,9 @@ class Objects:
             schema=self._schema(target),
             api_version=target.resource.api_version(target.version),
             now=now(),
+            only=(lambda path: (path[0] == "f:status") == bool(target.subresource))
+            if with_status
+            else (lambda path: True),
         )
 
     # --- delete ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import base64
 import json
 import ssl
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,8 @@ class ApiServer:
 
     def install_crds(self, directory: Path) -> None:
         """Every CustomResourceDefinition in the files of a directory."""
-        for file in sorted(directory.glob("*.yaml")):
-            for document in yaml.load_all(file.read_text(), yaml.CSafeLoader):
-                if document and document.get("kind") == "CustomResourceDefinition":
-                    self.create(document)
+        for document in _crds(directory):
+            self.create(document)
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -361,6 +360,16 @@ class ApiServer:
         if _PARTIAL in request.headers.get("Accept", ""):
             kind, version = "PartialObjectMetadataList", "meta.k8s.io/v1"
         return _json({"kind": kind, "apiVersion": version, "metadata": metadata, "items": items})
+
+
+@cache
+def _crds(directory: Path) -> tuple[Raw, ...]:
+    return tuple(
+        document
+        for file in sorted(directory.glob("*.yaml"))
+        for document in yaml.load_all(file.read_text(), yaml.CSafeLoader)
+        if document and document.get("kind") == "CustomResourceDefinition"
+    )
 
 
 def _selected(request: web.Request, target: Target) -> Any:
