@@ -279,6 +279,7 @@ async def test_large_objects_survive(server, tmp_path):
 
 
 async def test_only_secrets_that_listeners_can_refer_to(server, tmp_path):
+    secrets = {}
     for kind in ("kubernetes.io/tls", "Opaque"):
         secret = {
             "apiVersion": "v1",
@@ -287,10 +288,23 @@ async def test_only_secrets_that_listeners_can_refer_to(server, tmp_path):
             "type": kind,
             "data": {"tls.crt": "eA==", "tls.key": "eA==", "more": "eA=="},
         }
+        secret["metadata"]["labels"] = {"a": "b"}
+        secrets[kind] = secret
         server.create(secret)
     async with following(server, tmp_path, kinds=frozenset(("Secret",))) as source:
-        ((key, secret),) = source.state["Secret"].items()
-        assert (key.name, sorted(secret.data)) == ("tls", ["tls.crt", "tls.key"])
+        found = {key.name: secret for key, secret in source.state["Secret"].items()}
+        assert sorted(found["tls"].data) == ["tls.crt", "tls.key"]
+        # Of others it is known that they are there, and no more.
+        assert (found["opaque"].type, found["opaque"].data) == ("other", {})
+        assert found["opaque"].metadata.labels == {"a": "b"}
+        # One takes the name of the other.
+        server.delete(secrets["Opaque"])
+        secrets["Opaque"]["type"] = "kubernetes.io/tls"
+        server.create(secrets["Opaque"])
+        key = ObjectKey("default", "opaque")
+        await source.until(lambda: source.state["Secret"].get(key, found["opaque"]).data)
+    lists = [path for _, path in server.requests if "/secrets?" in path]
+    assert all("fieldSelector" in path for path in lists)
 
 
 @needs_crds

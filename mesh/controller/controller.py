@@ -130,8 +130,9 @@ class Controller:
             self._pending.setdefault(kind, {}).update(changes)
             for obj in changes.values():
                 # Of what is gone nobody has a version but that of its kind as a whole.
-                version = obj.metadata.resource_version if obj is not None else None
-                number = int(version) if version else update.versions.get(kind, 0)
+                number = update.versions.get(kind, 0)
+                if obj is not None:
+                    number = min(number, int(obj.metadata.resource_version or 0))
                 self._needed[kind] = max(self._needed.get(kind, 0), number)
         self._synced = self._synced or update.complete
         self._wake.set()

@@ -32,8 +32,8 @@ _log = logging.getLogger("weft.source")
 _DISCOVERY_S = 15.0
 # Groups that every cluster has; all others are defined by CustomResourceDefinitions.
 _BUILT_IN = frozenset(("", "discovery.k8s.io"))
-# Other Secrets hold nothing that a listener may refer to.
-_SELECT = {"Secret": {"fieldSelector": "type=kubernetes.io/tls"}}
+# Other Secrets hold nothing that a listener may refer to; that they are there is all that is read.
+_TLS = "kubernetes.io/tls"
 
 
 class Written(NamedTuple):
@@ -50,8 +50,8 @@ class _Kind:
     def __init__(self, source: KubernetesSource, group: str, info: KindInfo) -> None:
         self.info = info
         self.group = group
-        self.reflector: Reflector | None = None
-        self.task: asyncio.Task[None] | None = None
+        self.reflectors: list[Reflector] = []
+        self.tasks: list[asyncio.Task[None]] = []
         self.problem: Problem | None = None
         self.version = 0
         self.current: dict[ObjectKey, Object] = {}
@@ -85,8 +85,12 @@ class _Kind:
         self.current[key] = obj
         source.tell(ident, obj)
 
-    def gone(self, key: ObjectKey) -> None:
+    def gone(self, key: ObjectKey, uid: str) -> None:
         ident = ObjectId(self.info.kind, key)
+        now = self.current.get(key)
+        if now is not None and now.metadata.uid != uid:
+            # Another one has its name already.
+            return
         self.written.pop(key, None)
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
@@ -95,6 +99,9 @@ class _Kind:
 
     def reached(self, version: str) -> None:
         self.version = int(version) if version.isdigit() else self.version + 1
+        self._source.wake.set()
+
+    def listed(self) -> None:
         self._source.wake.set()
 
     def failing(self, why: ServerError | None) -> None:
@@ -127,20 +134,46 @@ class _Kind:
     def start(self, version: str, client: Client, backoff: Callable[[], Backoff]) -> None:
         self.api_version = f"{self.group}/{version}" if self.group else version
         root = "/apis" if self.group else "/api"
-        self.reflector = Reflector(
-            client,
-            f"{root}/{self.api_version}/{self.info.plural}",
-            self,
-            query=_SELECT.get(self.info.kind),
-            backoff=backoff,
-        )
-        self.task = spawn(self.reflector.run(), name=f"watch {self.info.plural}")
+        path = f"{root}/{self.api_version}/{self.info.plural}"
+        if self.info.kind == "Secret":
+            select = {"fieldSelector": f"type={_TLS}"}
+            rest = {"fieldSelector": f"type!={_TLS}"}
+            others = _OtherSecrets(self)
+            self.reflectors = [
+                Reflector(client, path, self, query=select, backoff=backoff),
+                Reflector(client, path, others, query=rest, metadata=True, backoff=backoff),
+            ]
+        else:
+            self.reflectors = [Reflector(client, path, self, backoff=backoff)]
+        self.tasks = [spawn(one.run(), name=f"watch {self.info.plural}") for one in self.reflectors]
 
     def stop(self) -> None:
-        if self.reflector is not None:
-            self.reflector.forget()
-        self.reflector = self.task = None
+        for task in self.tasks:
+            task.cancel()
+        for reflector in self.reflectors:
+            reflector.forget()
+        self.reflectors, self.tasks = [], []
         self.version = 0
+
+
+class _OtherSecrets:
+    """Secrets that hold nothing for a listener: their metadata, and that they are of another type.
+    No data plane depends on them, so no version of them is waited for."""
+
+    def __init__(self, kind: _Kind) -> None:
+        self._kind = kind
+
+    def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
+        self._kind.changed(key, {**raw, "type": "other"})
+
+    def gone(self, key: ObjectKey, uid: str) -> None:
+        self._kind.gone(key, uid)
+
+    def reached(self, version: str) -> None:
+        self._kind.listed()
+
+    def failing(self, why: ServerError | None) -> None:
+        self._kind.failing(why)
 
 
 class KubernetesSource:
@@ -215,8 +248,8 @@ class KubernetesSource:
             while True:
                 await self.wake.wait()
                 self.wake.clear()
-                for task in (discovery, *(kind.task for kind in self._kinds.values())):
-                    if task is not None and task.done() and not task.cancelled():
+                for task in (discovery, *self._tasks()):
+                    if task.done() and not task.cancelled():
                         await self._ended(task)
                 problems = self._problems()
                 self._complete = self._complete or self._synced()
@@ -232,15 +265,18 @@ class KubernetesSource:
                     told = now
                     yield SourceUpdate(changes, problems, True, versions)
         finally:
-            tasks = [discovery, *(kind.task for kind in self._kinds.values() if kind.task)]
+            tasks = [discovery, *self._tasks()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [task for kind in self._kinds.values() for task in kind.tasks]
+
     def _synced(self) -> bool:
         """Whether everything that is served has been listed."""
         return self._discovered and all(
-            kind.reflector is None or kind.reflector.synced for kind in self._kinds.values()
+            reflector.synced for kind in self._kinds.values() for reflector in kind.reflectors
         )
 
     def _problems(self) -> tuple[Problem, ...]:
@@ -254,7 +290,7 @@ class KubernetesSource:
         """A reflector ends by itself only where its kind is not served any more; anything else is a
         defect, and the caller's to see."""
         for kind in self._kinds.values():
-            if kind.task is task and isinstance(error := task.exception(), ServerError):
+            if task in kind.tasks and isinstance(error := task.exception(), ServerError):
                 kind.stop()
                 kind.absent(str(error))
                 return
@@ -295,7 +331,7 @@ class KubernetesSource:
             self.wake.set()
 
     async def _look(self) -> None:
-        missing = [kind for kind in self._kinds.values() if kind.reflector is None]
+        missing = [kind for kind in self._kinds.values() if not kind.reflectors]
         served: dict[str, frozenset[str]] = {}
         for kind in missing:
             for version in kind.info.versions:

@@ -18,6 +18,12 @@ from mesh.sources.kubernetes_client import Backoff, Client, ServerError
 
 PAGE = 500
 _WATCH_S = (300, 600)
+# What a list and a watch answer with ("Metadata-only fetches").
+_WHOLE = ("application/json", "application/json")
+_METADATA = (
+    "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1",
+    "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1",
+)
 
 
 class Sink(Protocol):
@@ -26,7 +32,7 @@ class Sink(Protocol):
     def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
         """New, or another than before."""
 
-    def gone(self, key: ObjectKey) -> None: ...
+    def gone(self, key: ObjectKey, uid: str) -> None: ...
 
     def reached(self, version: str) -> None:
         """All changes up to this resourceVersion have been told."""
@@ -43,8 +49,9 @@ class Known(NamedTuple):
 
 
 class Reflector:
-    """`path` is that of the collection. `run` ends with ServerError 404 when the server does not
-    serve it any more; everything else is tried again."""
+    """`path` is that of the collection; with `metadata` objects come without anything else. `run`
+    ends with ServerError 404 when the server does not serve it any more; everything else is tried
+    again."""
 
     def __init__(
         self,
@@ -53,7 +60,7 @@ class Reflector:
         sink: Sink,
         *,
         query: dict[str, str] | None = None,
-        accept: str = "application/json",
+        metadata: bool = False,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.synced = False
@@ -61,7 +68,7 @@ class Reflector:
         self._path = path
         self._sink = sink
         self._query: dict[str, str | int] = dict(query or {})
-        self._accept = accept
+        self._list_as, self._watch_as = _METADATA if metadata else _WHOLE
         self._backoff = backoff()
         self._known: dict[ObjectKey, Known] = {}
         self._version = ""
@@ -92,9 +99,9 @@ class Reflector:
 
     def forget(self) -> None:
         """The server does not have the kind any more."""
-        for key in list(self._known):
+        for key, known in list(self._known.items()):
             del self._known[key]
-            self._sink.gone(key)
+            self._sink.gone(key, known.uid)
 
     async def _list(self) -> str:
         """All objects, page by page, as they were at one version: that version."""
@@ -105,7 +112,7 @@ class Reflector:
             if token:
                 query["continue"] = token
             try:
-                page = await self._client.request("GET", self._path, query, accept=self._accept)
+                page = await self._client.request("GET", self._path, query, accept=self._list_as)
             except ServerError as error:
                 if error.status == 410 and limit:
                     # Compacted between two pages: once more, in one piece, so that it ends.
@@ -119,8 +126,7 @@ class Reflector:
                 break
             await asyncio.sleep(0)
         for key in [key for key in self._known if key not in seen]:
-            del self._known[key]
-            self._sink.gone(key)
+            self._sink.gone(key, self._known.pop(key).uid)
         return str(page["metadata"]["resourceVersion"])
 
     def _take(self, raw: dict[str, Any]) -> ObjectKey:
@@ -142,7 +148,7 @@ class Reflector:
             "timeoutSeconds": random.randint(*_WATCH_S),
         }
         came = False
-        async with self._client.stream(self._path, query, accept=self._accept) as lines:
+        async with self._client.stream(self._path, query, accept=self._watch_as) as lines:
             self._sink.failing(None)
             async for line in lines:
                 if not came:
@@ -163,8 +169,8 @@ class Reflector:
         metadata = raw["metadata"]
         if kind == "DELETED":
             key = ObjectKey(metadata.get("namespace", ""), metadata["name"])
-            if self._known.pop(key, None) is not None:
-                self._sink.gone(key)
+            if (known := self._known.pop(key, None)) is not None:
+                self._sink.gone(key, known.uid)
         elif kind != "BOOKMARK":
             self._take(raw)
         self._version = metadata["resourceVersion"]
