@@ -96,7 +96,7 @@ class Controller:
             query={"labelSelector": ",".join(f"{k}={v}" for k, v in LABELS.items())},
         )
         self._pending: dict[str, dict[ObjectKey, Any]] = {}
-        self._needed: dict[str, int] = {}
+        self._needed: Mapping[str, int] = {}
         self._synced = False
         self._binds: Mapping[PortKey, str] = {}
         self._refusals: Mapping[SectionKey, str] = {}
@@ -128,12 +128,8 @@ class Controller:
     def _source_changed(self, update: SourceUpdate) -> None:
         for kind, changes in update.changes.items():
             self._pending.setdefault(kind, {}).update(changes)
-            for obj in changes.values():
-                # Of what is gone nobody has a version but that of its kind as a whole.
-                number = update.versions.get(kind, 0)
-                if obj is not None:
-                    number = min(number, int(obj.metadata.resource_version or 0))
-                self._needed[kind] = max(self._needed.get(kind, 0), number)
+        if update.changes:
+            self._needed = update.newest
         self._synced = self._synced or update.complete
         self._wake.set()
 
@@ -163,7 +159,7 @@ class Controller:
         for cell, error in outcome.failures.items():
             _log.error("defect in deriving %s of %s", *cell, exc_info=error)
         if outcome.statuses:
-            self._held.append(_Held(dict(self._needed), outcome.statuses))
+            self._held.append(_Held(self._needed, outcome.statuses))
 
     def _release(self) -> None:
         """Statuses that have become true, the newest of each object."""

@@ -65,7 +65,7 @@ class Nodes:
         if before is None or before.report != report:
             self._changed()
 
-    def gone(self, key: ObjectKey, uid: str) -> None:
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
         if self._seen.pop(key.name, None) is not None:
             self._changed()
 

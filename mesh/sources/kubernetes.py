@@ -53,7 +53,7 @@ class _Kind:
         self.reflectors: list[Reflector] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.problem: Problem | None = None
-        self.version = 0
+        self.version = self.newest = 0
         self.current: dict[ObjectKey, Object] = {}
         self.written: dict[ObjectKey, Written] = {}
         self._source = source
@@ -83,9 +83,10 @@ class _Kind:
         if before is not None and _same(before, obj):
             return
         self.current[key] = obj
+        self.newest = max(self.newest, _number(metadata["resourceVersion"]))
         source.tell(ident, obj)
 
-    def gone(self, key: ObjectKey, uid: str) -> None:
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
         ident = ObjectId(self.info.kind, key)
         now = self.current.get(key)
         if now is not None and now.metadata.uid != uid:
@@ -95,10 +96,11 @@ class _Kind:
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
         if self.current.pop(key, None) is not None:
+            self.newest = max(self.newest, _number(version))
             self._source.tell(ident, None)
 
     def reached(self, version: str) -> None:
-        self.version = int(version) if version.isdigit() else self.version + 1
+        self.version = _number(version)
         self._source.wake.set()
 
     def listed(self) -> None:
@@ -153,7 +155,7 @@ class _Kind:
         for reflector in self.reflectors:
             reflector.forget()
         self.reflectors, self.tasks = [], []
-        self.version = 0
+        self.version = self.newest = 0
 
 
 class _OtherSecrets:
@@ -164,10 +166,11 @@ class _OtherSecrets:
         self._kind = kind
 
     def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
-        self._kind.changed(key, {**raw, "type": "other"})
+        metadata = {**raw["metadata"], "resourceVersion": ""}
+        self._kind.changed(key, {**raw, "metadata": metadata, "type": "other"})
 
-    def gone(self, key: ObjectKey, uid: str) -> None:
-        self._kind.gone(key, uid)
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
+        self._kind.gone(key, uid, "")
 
     def reached(self, version: str) -> None:
         self._kind.listed()
@@ -263,7 +266,8 @@ class KubernetesSource:
                 now = (problems, versions)
                 if changes or now != told:
                     told = now
-                    yield SourceUpdate(changes, problems, True, versions)
+                    newest = {k: kind.newest for k, kind in self._kinds.items() if kind.newest}
+                    yield SourceUpdate(changes, problems, True, versions, newest)
         finally:
             tasks = [discovery, *self._tasks()]
             for task in tasks:
@@ -353,6 +357,12 @@ class KubernetesSource:
                 return frozenset()
             raise
         return frozenset(one["name"] for one in found["resources"])
+
+
+def _number(version: str) -> int:
+    """A resourceVersion to compare with others of its server ("Resource versions": they are
+    ordered); 0: there is none."""
+    return int(version) if version.isdigit() else 0
 
 
 def _same(a: Object, b: Object) -> bool:

@@ -32,7 +32,8 @@ class Sink(Protocol):
     def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
         """New, or another than before."""
 
-    def gone(self, key: ObjectKey, uid: str) -> None: ...
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
+        """`version`: of the deletion, "" where it was only found out later."""
 
     def reached(self, version: str) -> None:
         """All changes up to this resourceVersion have been told."""
@@ -101,7 +102,7 @@ class Reflector:
         """The server does not have the kind any more."""
         for key, known in list(self._known.items()):
             del self._known[key]
-            self._sink.gone(key, known.uid)
+            self._sink.gone(key, known.uid, "")
 
     async def _list(self) -> str:
         """All objects, page by page, as they were at one version: that version."""
@@ -126,7 +127,7 @@ class Reflector:
                 break
             await asyncio.sleep(0)
         for key in [key for key in self._known if key not in seen]:
-            self._sink.gone(key, self._known.pop(key).uid)
+            self._sink.gone(key, self._known.pop(key).uid, "")
         return str(page["metadata"]["resourceVersion"])
 
     def _take(self, raw: dict[str, Any]) -> ObjectKey:
@@ -170,7 +171,7 @@ class Reflector:
         if kind == "DELETED":
             key = ObjectKey(metadata.get("namespace", ""), metadata["name"])
             if (known := self._known.pop(key, None)) is not None:
-                self._sink.gone(key, known.uid)
+                self._sink.gone(key, known.uid, metadata["resourceVersion"])
         elif kind != "BOOKMARK":
             self._take(raw)
         self._version = metadata["resourceVersion"]
