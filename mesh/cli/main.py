@@ -11,6 +11,7 @@ import click
 from mesh.agent.rundir import default_run_dir
 from mesh.cli.certs import certs
 from mesh.cli.controller import controller
+from mesh.cli.install import check, install, uninstall
 from mesh.cli.lab import lab
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -423,7 +424,8 @@ def version(output: str) -> None:
 
 cli.add_command(lab)
 cli.add_command(certs)
-cli.add_command(controller)
+for command in (controller, install, uninstall, check):
+    cli.add_command(command)
 
 
 def main() -> None:

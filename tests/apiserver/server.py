@@ -204,6 +204,9 @@ class ApiServer:
                 raise bad_request("fieldManager is required for apply patch")
             config = yaml.load(await request.text(), yaml.CSafeLoader)
             before = self.store.get(target.key)
+            if before is None:
+                # server-side-apply, "API implementation": who creates by it needs both verbs.
+                self.auth.check(who.user, "create", target)
             force = request.query.get("force") == "true"
             obj = self.objects.apply(target, config, who, force=force, dry_run=dry_run)
             return _shown(request, target, obj, status=200 if before else 201)
