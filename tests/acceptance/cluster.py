@@ -139,6 +139,11 @@ class ClusterGateway(GatewayProcess):
         self._controller_command = [weft, "controller", f"--kubeconfig={kubeconfig}", pool]
         self._controller: asyncio.subprocess.Process | None = None
 
+    @property
+    def controller_pid(self) -> int:
+        assert self._controller is not None
+        return self._controller.pid
+
     def objects(self, kind: str, namespace: str = "", name: str = "") -> list[Json]:
         def key(obj: Json) -> tuple[str, str]:
             return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]

@@ -95,6 +95,9 @@ async def serve_watch(
                 continue
             if event.revision > seen and (line := _line(event, target, chosen, shown)):
                 lines.append(line)
+    except ConnectionError:
+        # The client has gone; there is nobody to tell.
+        return response
     finally:
         store.unwatch(resource.id, queue)
 
