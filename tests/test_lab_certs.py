@@ -90,7 +90,7 @@ def lab(tmp_path_factory):
     directory = tmp_path_factory.mktemp("lab")
     (directory / "serve.py").write_text(SERVE)
     with lab_of(directory, "certs", CONFIG) as lab:
-        done = lab.up()
+        done = lab.up("--wait", "90")
         assert done.returncode == 0, done.stderr
         yield lab
 
