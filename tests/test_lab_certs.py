@@ -92,6 +92,8 @@ def lab(tmp_path_factory):
     with lab_of(directory, "certs", CONFIG) as lab:
         done = lab.up("--wait", "90")
         assert done.returncode == 0, done.stderr
+        # On a machine with much else to do the lab does not wait that long.
+        until(lambda: all(node(lab, name)["ready"] for name in ("a", "b")))
         yield lab
 
 
