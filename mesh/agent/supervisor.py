@@ -18,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from l7proxy.tasks import spawn
 from mesh.agent import ports
@@ -285,9 +284,9 @@ def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
         return None
     try:
         found = descriptors(args.pins or RunDir(args.run_dir).pins)
-    except (DatapathError, OSError):
+    except OSError:
         return None
-    return Handles(tuple(found)), list(found.values())
+    return (Handles(tuple(found)), list(found.values())) if found else None
 
 
 def main() -> int:

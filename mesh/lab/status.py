@@ -11,11 +11,12 @@ from mesh.model.meta import Model
 
 
 class LabStatus(Model, frozen=True, kw_only=True):
-    """`supervisors` tells by node whether its supervisor runs; `complete` whether `up` came to its
-    end."""
+    """`supervisors` tells by node whether its supervisor runs, `authority` whether the authority
+    does; `complete` whether `up` came to its end."""
 
     plan: Plan
     complete: bool
+    authority: bool
     supervisors: dict[str, bool]
     pods: dict[str, PodStatus]
 
@@ -23,6 +24,7 @@ class LabStatus(Model, frozen=True, kw_only=True):
     def healthy(self) -> bool:
         return (
             self.complete
+            and self.authority
             and all(self.supervisors.values())
             and all(pod.well for pod in self.pods.values())
         )
@@ -44,6 +46,7 @@ def look(lab: LabDir, plan: Plan) -> LabStatus:
     return LabStatus(
         plan=plan,
         complete=lab.up_mark.exists(),
+        authority=bool(members(plan.authority_cgroup)),
         supervisors={node.name: _runs(node, statuses[node.name]) for node in plan.nodes},
         pods=pods,
     )
