@@ -26,15 +26,16 @@ def is_member(cgroup: Path, pid: int) -> bool:
 
 def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> None:
     """Attach the programs pinned in `directory`: to the workloads' cgroup and, if it is given, to
-    the proxy's, without which nothing is enrolled. DatapathError: what could not be attached; what
-    was attached before still is."""
+    the proxy's, without which nothing is enrolled. Those first that serve sockets, then those that
+    decide for new ones: each of these finds the others of its version there, however far this gets.
+    DatapathError: what could not be attached; what was attached before still is."""
     cgroups = {Place.WORKLOADS: cgroup}
     if proxy_cgroup is not None:
         cgroups[Place.PROXIES] = proxy_cgroup
         _attach_verdict(directory)
     for path in cgroups.values():
         check_cgroup(path)
-    for name, program in PROGRAMS.items():
+    for name, program in sorted(PROGRAMS.items(), key=lambda one: not one[1].stays):
         if program.place in cgroups:
             _attach(directory, name, cgroups[program.place])
 
@@ -72,9 +73,10 @@ def opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def open_program(directory: Path, name: str) -> int:
-    """A descriptor of a pinned program. DatapathError: it is not there."""
-    path = pins.program_path(directory, name)
+def open_program(directory: Path, name: str, of: str | None = None) -> int:
+    """A descriptor of a pinned program, of a version (None: this one). DatapathError: it is not
+    there."""
+    path = pins.program_path(directory, name, of)
     try:
         return syscall.pinned(str(path))
     except OSError as error:
@@ -84,8 +86,12 @@ def open_program(directory: Path, name: str) -> int:
         ) from error
 
 
+def _path(directory: Path, name: str) -> Path:
+    return pins.link_path(directory, name, pins.version() if PROGRAMS[name].stays else None)
+
+
 def _attach(directory: Path, name: str, cgroup: Path) -> None:
-    path = pins.link_path(directory, name)
+    path = _path(directory, name)
     with (
         opened(open_program(directory, name)) as program,
         opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
@@ -107,8 +113,7 @@ def _attach(directory: Path, name: str, cgroup: Path) -> None:
 
 
 def _attach_verdict(directory: Path) -> None:
-    """To the sockets of this version: the link stays with the map as long as that is pinned."""
-    path = pins.map_path(directory, "verdict")
+    path = _path(directory, "verdict")
     with (
         opened(open_program(directory, "verdict")) as program,
         opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,

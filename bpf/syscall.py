@@ -202,7 +202,7 @@ def run(program: int, packet: bytes) -> int:
     return returned
 
 
-def pin(fd: int, path: str) -> None:
+def pin(fd: int, path: str | os.PathLike[str]) -> None:
     name = _buffer(os.fsencode(path) + b"\0")
     _bpf(_OBJ_PIN, "=QII", ctypes.addressof(name), fd, 0)
 

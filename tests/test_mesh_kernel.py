@@ -16,8 +16,8 @@ from redirect_world import NODE, VIP, World, redirect_world
 from support.mesh import mesh_route, service, workload
 from support.proxy import WorkerProcess, get, ok, read_message, rule, to
 
-from bpf import pins, settings, syscall
-from bpf.proxy import HANDLES
+from bpf import settings
+from bpf.proxy import HANDLES, descriptors
 from bpf.reasons import Reason
 from l7proxy.redirect import LONG
 from mesh.model.channel import Handles, Listen, PortAddress, send_control
@@ -68,13 +68,9 @@ class Node:
 
 def hand_over(world: World, proxy: WorkerProcess) -> None:
     """The kernel's handles, to the worker."""
-    paths = [
-        pins.program_path(world.pin, name) if name == "queue" else pins.map_path(world.pin, name)
-        for name in HANDLES
-    ]
-    fds = tuple(syscall.pinned(str(path)) for path in paths)
-    send_control(proxy.control, Handles(HANDLES), fds)
-    for fd in fds:
+    handles = descriptors(world.pin)
+    send_control(proxy.control, Handles(tuple(handles)), tuple(handles.values()))
+    for fd in handles.values():
         os.close(fd)
 
 

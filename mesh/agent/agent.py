@@ -80,8 +80,13 @@ class Agent:
     def _datapath(self, options: AgentOptions) -> Datapath | None:
         if options.steer is None:
             return None
-        plane = options.plane
-        return Datapath(options.steer, plane.mesh_addresses, self._hand_over, plane.node)
+        return Datapath(
+            options.steer,
+            options.plane.mesh_addresses,
+            self._hand_over,
+            self._datapath_changed,
+            options.plane.node,
+        )
 
     def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
         if self._authority is None:
@@ -102,7 +107,7 @@ class Agent:
                 group.create_task(self._follow_source(), name="source"),
             ]
             if (datapath := self._node.datapath) is not None:
-                work.append(group.create_task(self._serve(datapath), name="datapath"))
+                work.append(group.create_task(datapath.run(), name="datapath"))
             if self._node.svids is not None:
                 work.append(group.create_task(self._node.svids.run(), name="SVIDs"))
             await self._stop.wait()
@@ -122,12 +127,11 @@ class Agent:
             async for update in updates:
                 self._node.source_changed(update)
 
-    async def _serve(self, datapath: Datapath) -> None:
-        await datapath.start()
-        if self._node.kernel is not None and datapath.opened:
-            self._node.kernel.start()
-        self._node.look_again()
-        await datapath.tidy()
+    def _datapath_changed(self) -> None:
+        node = self._node
+        if node.kernel is not None and node.datapath is not None and node.datapath.opened:
+            node.kernel.start()
+        node.look_again()
 
     def _workers_changed(self) -> None:
         self._node.look_again()

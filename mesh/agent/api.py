@@ -17,6 +17,7 @@ from aiohttp import web
 
 from mesh.agent import flow_stream, metrics, svid_status
 from mesh.agent.admin import Admin
+from mesh.agent.datapath import Datapath
 from mesh.agent.flow_filter import FilterError
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions
@@ -110,7 +111,7 @@ class Api:
                 if address and not self._admin.error
                 else None,
                 "ready": not not_ready,
-                "steered": str(node.datapath.cgroup) if node.datapath is not None else None,
+                **_steered(node.datapath),
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {
@@ -206,6 +207,18 @@ def redacted(section: Section) -> Any:
     if isinstance(section, CertificateSection | SvidSection):
         section = msgspec.structs.replace(section, key_pem="<redacted>")
     return msgspec.to_builtins(section)
+
+
+def _steered(datapath: Datapath | None) -> dict[str, str | None]:
+    """`steered`: the cgroup whose workloads this agent steers, if any; `notSteered`: why it does
+    not, where it was asked to."""
+    if datapath is None:
+        return {"steered": None, "notSteered": None}
+    why_not = "it is being tested and loaded" if datapath.loading else datapath.why_not
+    if why_not is None:
+        return {"steered": str(datapath.cgroup), "notSteered": None}
+    how = "only as an earlier Weft left it" if datapath.left else "no"
+    return {"steered": None, "notSteered": f"{how}: {why_not}"}
 
 
 def _host(address: str) -> str:

@@ -35,13 +35,14 @@ class OptionError(Exception):
 
 
 class Steering(NamedTuple):
-    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, and where it is
-    pinned. `mode`: "auto" sends to workloads by redirect if the self-test says so, "kernel" insists
-    on it, "proxy" never does."""
+    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
+    and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
+    self-test says so, "kernel" insists on it, "proxy" never does."""
 
     cgroup: Path
     proxy_cgroup: Path
     pins: Path
+    pods: Path
     mode: Literal["auto", "kernel", "proxy"]
 
 
@@ -99,8 +100,9 @@ def parse(arguments: list[str]) -> AgentOptions:
 def steering(args: argparse.Namespace) -> Steering | None:
     if args.steer is None:
         return None
-    pins = args.pins or RunDir(args.run_dir).pins
-    return Steering(args.steer, args.proxy_cgroup, pins, args.datapath)
+    run_dir = RunDir(args.run_dir)
+    pins = args.pins or run_dir.pins
+    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath)
 
 
 def parse_admin(text: str) -> tuple[str, int] | None:

@@ -47,6 +47,7 @@ class RunDir:
         self.api_socket = self.path / "agent.sock"
         self.metrics = self.path / "metrics"
         self.pins = self.path / "bpf"
+        self.pods = self.path / "pods"
         self.svids = self.path / "svids.json"
         self._dead: deque[int] = deque()
 

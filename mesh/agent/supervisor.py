@@ -299,10 +299,11 @@ def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
     pins = args.pins or RunDir(args.run_dir).pins
     try:
         found = descriptors(pins)
-        adopt(pins, proxy_cgroup(args))
-    except (DatapathError, OSError):
+        with contextlib.suppress(DatapathError):
+            adopt(pins, proxy_cgroup(args))
+    except OSError:
         return None
-    return Handles(tuple(found)), list(found.values())
+    return (Handles(tuple(found)), list(found.values())) if found else None
 
 
 def main() -> int:

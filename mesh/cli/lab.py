@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mesh.cli.client import CliError, UsageError
+from mesh.cli.client import CliError, UsageError, ask
 from mesh.cli.output import dump, note, table
 
 if TYPE_CHECKING:
+    from mesh.lab.plan import Plan
     from mesh.lab.status import LabStatus
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,6 +93,8 @@ def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
         f"lab {plan.name} is up: {len(plan.nodes)} nodes, {len(plan.pods)} pods, "
         f"{len(plan.services)} services in {time.monotonic() - start:.1f} s"
     )
+    for node, why in _not_steered(plan, run_dir).items():
+        note(f"! node {node} is not steered: {why}")
     if not status.healthy:
         for node, weft in status.weft.items():
             if weft == "Ended":
@@ -129,11 +132,12 @@ def status(name: str | None, output: str, run_dir: Path) -> None:
     from mesh.lab.status import status as look
 
     found = look(run_dir, name)
+    not_steered = _not_steered(found.plan, run_dir)
     if output == "table":
-        _show(found)
+        _show(found, not_steered)
     else:
-        dump(_plain(found), output)
-    raise SystemExit(0 if found.healthy else 1)
+        dump(_plain(found, not_steered), output)
+    raise SystemExit(0 if found.healthy and not not_steered else 1)
 
 
 @lab.command()
@@ -216,26 +220,46 @@ def _state(pod: Any) -> str:
     return f"Failed: {pod.message}" if pod.phase == "Failed" else str(pod.phase)
 
 
-def _plain(status: LabStatus) -> dict[str, Any]:
+def _not_steered(plan: Plan, run_dir: Path) -> dict[str, str]:
+    """The nodes whose Weft has not put its eBPF data path in force, and why."""
+    from mesh.lab.state import LabDir
+
+    lab = LabDir(run_dir, plan.name)
+    found = {}
+    for node in plan.nodes:
+        try:
+            why = ask(lab.weft(node.name).path, "/status")["notSteered"]
+        except CliError as error:
+            why = error.message
+        if why is not None:
+            found[node.name] = why
+    return found
+
+
+def _plain(status: LabStatus, not_steered: dict[str, str]) -> dict[str, Any]:
     """The status as plain data: the plan with what is the case beside it."""
     import msgspec
 
     plain: dict[str, Any] = msgspec.to_builtins(status.plan)
     plain["complete"] = status.complete
+    plain["authority"] = {"running": status.authority}
     for node in plain["nodes"]:
         node["running"] = status.supervisors[node["name"]]
         node["weft"] = status.weft[node["name"]]
+        node["notSteered"] = not_steered.get(node["name"])
     for pod in plain["pods"]:
         pod["status"] = msgspec.to_builtins(status.pods[f"{pod['namespace']}/{pod['name']}"])
     return plain
 
 
-def _show(status: LabStatus) -> None:
+def _show(status: LabStatus, not_steered: dict[str, str]) -> None:
     plan = status.plan
+    authority = "runs" if status.authority else "has ended"
     click.echo(f"lab {plan.name}{'' if status.complete else ', not complete'}")
+    click.echo(f"the authority of {plan.trust_domain} {authority}")
     click.echo()
     table(
-        ["NODE", "ADDRESSES", "PODS", "RUNNING", "WEFT"],
+        ["NODE", "ADDRESSES", "PODS", "RUNNING", "WEFT", "STEERED"],
         [
             [
                 node.name,
@@ -243,6 +267,7 @@ def _show(status: LabStatus) -> None:
                 ",".join(node.pod_ranges),
                 str(status.supervisors[node.name]),
                 status.weft[node.name],
+                str(node.name not in not_steered),
             ]
             for node in plan.nodes
         ],
@@ -279,3 +304,7 @@ def _show(status: LabStatus) -> None:
         table(
             ["OUTSIDE", "ADDRESSES"], [[one.name, ",".join(one.addresses)] for one in plan.outside]
         )
+    if not_steered:
+        click.echo()
+    for node_name, why in not_steered.items():
+        click.echo(f"! node {node_name} is not steered: {why}")

@@ -15,11 +15,12 @@ WeftPhase = Literal["Running", "Stopped", "Ended"]
 
 
 class LabStatus(Model, frozen=True, kw_only=True):
-    """`supervisors` tells by node whether its supervisor runs, `weft` how its Weft is; `complete`
-    whether `up` came to its end."""
+    """`supervisors` tells by node whether its supervisor runs, `weft` how its Weft is, `authority`
+    whether the authority runs; `complete` whether `up` came to its end."""
 
     plan: Plan
     complete: bool
+    authority: bool
     supervisors: dict[str, bool]
     weft: dict[str, WeftPhase]
     pods: dict[str, PodStatus]
@@ -28,6 +29,7 @@ class LabStatus(Model, frozen=True, kw_only=True):
     def healthy(self) -> bool:
         return (
             self.complete
+            and self.authority
             and all(self.supervisors.values())
             and "Ended" not in self.weft.values()
             and all(pod.well for pod in self.pods.values())
@@ -50,6 +52,7 @@ def look(lab: LabDir, plan: Plan) -> LabStatus:
     return LabStatus(
         plan=plan,
         complete=lab.up_mark.exists(),
+        authority=bool(members(plan.authority_cgroup)),
         supervisors={node.name: _runs(node, statuses[node.name]) for node in plan.nodes},
         weft={node.name: _weft(lab, node, statuses[node.name]) for node in plan.nodes},
         pods=pods,

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import msgspec
 
-from bpf.podfilter import is_loaded
 from l7proxy.tasks import spawn
 from mesh.lab import cni
 from mesh.lab.cgroups import remove_tree
@@ -190,12 +189,11 @@ class Supervisor:
         write_etc(self._lab, pod)
 
     def _network(self, pod: PodPlan) -> cni.CniConfig:
-        directory = self._lab.weft(self._node.name).pins
+        weft = self._lab.weft(self._node.name)
         return cni.CniConfig(
             addresses=pod.addresses,
             node_addresses=self._node.addresses,
-            # Where Weft has no rights to load eBPF programs, pods run without.
-            pins=str(directory) if is_loaded(directory) else None,
+            datapath=cni.CniDatapath(pins=weft.pins, records=weft.pods),
         )
 
     def _start(self, pod: PodPlan) -> None:
