@@ -44,7 +44,7 @@ def adopt(directory: Path, proxy_cgroup: Path) -> None:
     """What an earlier Weft left for the sockets of proxies is for this cgroup, where that one's has
     gone. Before its processes have sockets. DatapathError, OSError: nothing was left, or it cannot
     be attached."""
-    with opened(syscall.pinned(str(pins.link_path(directory, "proxies")))) as link:
+    with opened(syscall.pinned(str(_path(directory, "proxies")))) as link:
         gone = not syscall.cgroup_of_link(link)
     if gone:
         _attach(directory, "proxies", proxy_cgroup)

@@ -104,7 +104,7 @@ def test_an_orderly_end_leaves_what_is_in_force_and_nothing_else(tmp_path, world
     assert workload("connect", VIP, 80)["name"] == "one"
 
     def attached_to() -> int:
-        with opened(syscall.pinned(str(pins.link_path(pin, "proxies")))) as link:
+        with opened(syscall.pinned(str(pins.link_path(pin, "proxies", pins.version())))) as link:
             return syscall.cgroup_of_link(link)
 
     until(lambda: attached_to() == 0)  # the kernel takes its time

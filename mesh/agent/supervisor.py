@@ -299,7 +299,7 @@ def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
     pins = args.pins or RunDir(args.run_dir).pins
     try:
         found = descriptors(pins)
-        with contextlib.suppress(DatapathError):
+        with contextlib.suppress(DatapathError, OSError):
             adopt(pins, proxy_cgroup(args))
     except OSError:
         return None
