@@ -298,10 +298,9 @@ def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
         return None
     pins = args.pins or RunDir(args.run_dir).pins
     try:
+        adopt(pins, proxy_cgroup(args))
         found = descriptors(pins)
-        with contextlib.suppress(DatapathError, OSError):
-            adopt(pins, proxy_cgroup(args))
-    except OSError:
+    except (DatapathError, OSError):
         return None
     return (Handles(tuple(found)), list(found.values())) if found else None
 
