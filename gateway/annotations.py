@@ -18,7 +18,7 @@ from mesh.model.pod import Pod
 # All of them begin so.
 PREFIX = "weft.dev/"
 
-# Requests of a mesh route tell the backend the client's address and identity.
+# Requests of a mesh route, or to a pod, tell the backend the client's address and identity.
 CLIENT_HEADERS = "weft.dev/client-headers"
 # The sockets of a pod are kept off the redirect path.
 SOCKMAP = "weft.dev/sockmap"
@@ -35,9 +35,9 @@ APART = ("kube-system",)
 _MODES: tuple[MtlsMode, ...] = get_args(MtlsMode)
 
 
-def client_headers(route: HTTPRoute | GRPCRoute) -> bool:
+def client_headers(obj: HTTPRoute | GRPCRoute | Pod) -> bool:
     """No, unless it says yes: headers name who the client is."""
-    return route.metadata.annotations.get(CLIENT_HEADERS) == "true"
+    return obj.metadata.annotations.get(CLIENT_HEADERS) == "true"
 
 
 def may_use_sockmap(pod: Pod) -> bool:
@@ -72,10 +72,11 @@ def mtls_ports(pod: Pod) -> dict[int, MtlsMode] | None:
 def misused(obj: Namespace | Pod | HTTPRoute | GRPCRoute) -> Iterator[str]:
     """What is wrong with an object's annotations and labels but for mutual TLS, and what is done
     meanwhile."""
-    if isinstance(obj, HTTPRoute | GRPCRoute):
+    if not isinstance(obj, Namespace):
         value = obj.metadata.annotations.get(CLIENT_HEADERS)
         meanwhile = "the client is not told to backends"
         yield from _wrong(f"annotation {CLIENT_HEADERS}", value, ("true", "false"), meanwhile)
+    if isinstance(obj, HTTPRoute | GRPCRoute):
         return
     value = obj.metadata.labels.get(MESH)
     yield from _wrong(f"label {MESH}", value, ("enabled", "disabled"), "it does not count")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from gateway.addresses import canonical
-from gateway.annotations import APART, may_use_sockmap, meshed, mtls, mtls_ports
+from gateway.annotations import APART, client_headers, may_use_sockmap, meshed, mtls, mtls_ports
 from gateway.node import Mesh
 from mesh.model.core import Namespace
 from mesh.model.derive import View
@@ -67,6 +67,7 @@ class PodState(NamedTuple):
     mtls: MtlsMode = "PERMISSIVE"
     mtls_ports: tuple[tuple[int, MtlsMode], ...] = ()
     meshed: bool = True
+    client_headers: bool = False
 
 
 class Holder(NamedTuple):
@@ -146,6 +147,7 @@ def pods(view: View, key: ObjectKey) -> PodState | None:
         pod.spec.node_name or "",
         may_use_sockmap(pod),
         LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
+        client_headers=client_headers(pod),
     )
     namespace = of_namespace(view, key.namespace)
     said = meshed(pod)
@@ -220,6 +222,7 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             mtls=pod.mtls,
             mtls_ports=dict(pod.mtls_ports),
             meshed=pod.meshed,
+            client_headers=pod.client_headers,
         )
 
     return compute

@@ -12,7 +12,7 @@ _KEEPALIVE = (
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
 )
-
+_IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h; Python 3.12 has it
 
 # How much a peer may send that has not been read yet, bytes: enough for 8 Gbit/s at a round trip of
 # 1 ms. The kernel takes it as half of the memory it charges a socket for (SO_RCVBUF in socket(7)),
@@ -30,8 +30,10 @@ class DialFailed(Exception):
         self.reason = reason
 
 
-async def dial(address: str, port: int, timeout_s: float) -> socket.socket:
-    """A connected socket, not blocking. DialFailed."""
+async def dial(
+    address: str, port: int, timeout_s: float, *, source: str | None = None
+) -> socket.socket:
+    """A connected socket, not blocking. `source`: the address to connect from. DialFailed."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -40,6 +42,10 @@ async def dial(address: str, port: int, timeout_s: float) -> socket.socket:
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         bound_unread(sock)
+        if source is not None:
+            # Ports are shared between peers, as without an address of our own (ip(7)).
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((source, 0))
         async with asyncio.timeout(timeout_s):
             await asyncio.get_running_loop().sock_connect(sock, (address, port))
     except BaseException as error:

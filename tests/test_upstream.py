@@ -14,6 +14,7 @@ from tls_peers import AUTHORITY, certificate
 from upstream_backend import GET, Backend, backend, black_hole, finish, refusing
 
 from l7proxy.http1_client import Http1Client
+from l7proxy.peers import Caller
 from l7proxy.pool import IDLE_S, ConnectFailed, Pool, Retired
 from l7proxy.streams import ClientConnection, StreamReset
 from l7proxy.tls import TLSRefused
@@ -290,7 +291,7 @@ async def test_clients_take_turns_and_none_gets_everything():
         served: list[str] = []
 
         async def hold(client: str) -> Lease:
-            lease = await cluster.acquire(client=client)
+            lease = await cluster.acquire(Caller(client))
             served.append(client)
             return lease
 
@@ -307,7 +308,7 @@ async def test_clients_take_turns_and_none_gets_everything():
         while cluster.stats().pending < 23:
             await asyncio.sleep(0)
         with pytest.raises(Overflow):
-            await cluster.acquire(client="greedy")
+            await cluster.acquire(Caller("greedy"))
         asked += ask_for("c", 1)
         while cluster.stats().pending < 24:
             await asyncio.sleep(0)
@@ -411,7 +412,7 @@ async def test_resets_and_cancellations_at_random_leave_nothing_behind():
         async def client(number: int) -> None:
             nonlocal answered
             for _ in range(40):
-                asked = asyncio.ensure_future(ask(cluster, client=str(number)))
+                asked = asyncio.ensure_future(ask(cluster, caller=Caller(str(number))))
                 for _ in range(chance.randrange(30)):
                     await asyncio.sleep(0)
                 if chance.random() < 0.3:

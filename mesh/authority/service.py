@@ -87,6 +87,7 @@ class Service:
         """For ever: rotate what is due."""
         while True:
             self._tend.clear()
+            self._look_again()
             everywhere = self._authority.version if self._all_have_it() else 0
             try:
                 due = self._authority.tick(self._now(), everywhere, self._brought)
@@ -168,11 +169,12 @@ class Service:
             return response
         answers = []
         for pem in asked:
-            answers.append(self._sign(node, pem))
+            answers.append(self.sign(node, pem))
             await asyncio.sleep(0)  # others are answered meanwhile
         return _json(IssueAnswer(tuple(answers)))
 
-    def _sign(self, node: str, pem: str) -> Answer:
+    def sign(self, node: str, pem: str) -> Answer:
+        """A certificate for what a node may hold."""
         try:
             issued = self._authority.sign(pem, self._placement.allowed(node), self._now())
         except IssueRefused as error:
@@ -187,7 +189,10 @@ class Service:
         _log.warning("refused to node %s: %s: %s", node, reason, why)
 
     async def _bundle(self, node: str, request: web.Request) -> web.Response:
-        have = request.query.get("have", "")
+        return _json(await self.bundle(node, request.query.get("have", "")))
+
+    async def bundle(self, node: str, have: str) -> BundleAnswer:
+        """The trust bundles, once they are others than a node has in force, or after a while."""
         if self._has[node] != have:
             self._has[node] = have
             self._tend.set()
@@ -195,7 +200,7 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WAIT_S):
                     await self._changed.wait()
-        return _json(self._answer)
+        return self._answer
 
     # --- administrators --------------------------------------------------------------------------
 

@@ -122,7 +122,8 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     set of labels on this node; `local`: it runs on this node; `sockmap` False: its sockets are kept
     off the redirect path, as its annotation asks. `spiffe_id`: who it is to other nodes ("": nobody
     can vouch for it). `mtls` holds for ports that do not stand in `mtls_ports`. `meshed` False: the
-    mesh leaves it alone (it has opted out), and only policies know it."""
+    mesh leaves it alone (it has opted out), and only policies know it. `client_headers`: requests
+    tell it who their client is."""
 
     namespace: str
     name: str
@@ -137,6 +138,7 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     mtls: MtlsMode = "PERMISSIVE"
     mtls_ports: dict[int, MtlsMode] = {}
     meshed: bool = True
+    client_headers: bool = False
 
 
 class NodeSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="node"):
