@@ -28,6 +28,7 @@ from l7proxy.tunnel_wire import Answer, Preface, WireError
 from l7proxy.tunnels import Pair, Tunnel, Tunnels
 from mesh.model.flow import Peer
 from mesh.model.nodeconfig import Settings, WorkloadSection
+from mesh.model.section import node_key
 
 # What this node may be about to be told: the sender's node may have heard of a pod first.
 _PASSING = frozenset(("node_unknown", "pod_unknown", "pod_node", "target_unknown"))
@@ -65,6 +66,11 @@ class TunnelAcceptor(Acceptor):
         local = plain(sock.getsockname())
         stream = TLSStream(self._peers.credentials.server(), server_side=True)
         incoming = _Incoming(self, stream, client, local)
+        if self._peers.at(client.address[0]) is not None:
+            # No proxy's, so it need not cost a handshake.
+            sock.close()
+            incoming.refuse("pod_address")
+            return
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
             await incoming.run()
@@ -126,6 +132,9 @@ class TunnelAcceptor(Acceptor):
     ) -> None:
         """Cut it off when it would not be let in any more."""
 
+        node = self._peers.node_at(address)
+        assert node is not None  # it was let in
+
         def still() -> str | None:
             try:
                 judge(self._peers, address, peer.spiffe_id, own, incoming.preface)
@@ -140,7 +149,7 @@ class TunnelAcceptor(Acceptor):
             own,
             peer,
             self._peers.credentials.until(own),
-            keys_of(source, destination),
+            (*keys_of(source, destination), node_key(node.name)),
             still,
         )
         tunnel.cut = incoming.revoke

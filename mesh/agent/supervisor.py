@@ -16,8 +16,11 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from bpf.attach import adopt
+from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from l7proxy.tasks import spawn
 from mesh.agent import ports
@@ -96,7 +99,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._run_dir.fresh_metrics(_WORKER_USER)
+        self._run_dir.freshen(_WORKER_USER)
         self._agent.start()
         for worker in self._workers.values():
             worker.start()
@@ -220,6 +223,7 @@ class Supervisor:
         for child in (*self._workers.values(), self._agent):
             child.kill(signal.SIGKILL)
             await child.gone.wait()
+        self._run_dir.api_socket.unlink(missing_ok=True)
         _log.info("ended")
         return 0 if drained else 1
 
@@ -270,21 +274,33 @@ def proxy_cgroup(args: argparse.Namespace) -> Path:
     return given or args.steer.with_name(f"{args.steer.name}.proxy")
 
 
-def join_cgroup(path: Path) -> None:
-    """Before any other process or socket is made: they inherit it. Where that is not possible the
-    agent, which is to attach programs to it, says why."""
+@contextlib.contextmanager
+def in_cgroup(path: Path) -> Iterator[None]:
+    """In it before any other process or socket is made: they inherit it. Gone at the end, unless
+    somebody else is in it. Where it cannot be made the agent, which is to attach programs to it,
+    says why."""
+    before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     with contextlib.suppress(OSError):
         if (path.parent / "cgroup.procs").exists():
             path.mkdir(exist_ok=True)
             (path / "cgroup.procs").write_text("0")
+    yield
+    root = path
+    while (root.parent / "cgroup.procs").exists():
+        root = root.parent
+    with contextlib.suppress(OSError):
+        (root / before / "cgroup.procs").write_text("0")
+        path.rmdir()
 
 
 def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
     if args.steer is None:
         return None
+    pins = args.pins or RunDir(args.run_dir).pins
     try:
-        found = descriptors(args.pins or RunDir(args.run_dir).pins)
-    except OSError:
+        adopt(pins, proxy_cgroup(args))
+        found = descriptors(pins)
+    except (DatapathError, OSError):
         return None
     return (Handles(tuple(found)), list(found.values())) if found else None
 
@@ -293,8 +309,11 @@ def main() -> int:
     args, agent_arguments = parser().parse_known_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
     name_process("weft")
-    if args.steer is not None:
-        join_cgroup(proxy_cgroup(args))
+    with contextlib.nullcontext() if args.steer is None else in_cgroup(proxy_cgroup(args)):
+        return _up(args, agent_arguments)
+
+
+def _up(args: argparse.Namespace, agent_arguments: list[str]) -> int:
     run_dir = RunDir(args.run_dir)
     about = {"started": time.time(), "workers": args.workers, "agent": agent_arguments}
     try:

@@ -96,6 +96,9 @@ def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
     for node, why in _not_steered(plan, run_dir).items():
         note(f"! node {node} is not steered: {why}")
     if not status.healthy:
+        for node, weft in status.weft.items():
+            if weft == "Ended":
+                note(f"! Weft of node {node} does not run: see 'weft lab logs node/{node}'")
         for pod in status.pods.values():
             if not pod.well:
                 note(f"! {pod.key} is not ready ({_state(pod)}): see 'weft lab logs {pod.key}'")
@@ -145,8 +148,9 @@ def stop(pod: str, name: str | None, run_dir: Path) -> None:
     """Stop a pod as a cluster does; its endpoints are terminating, then gone.
 
     Its process gets SIGTERM and five seconds. The pod keeps its addresses for 'weft lab start'.
+    node/NAME: end the node's Weft in good order; else it is started again whenever it ends.
 
-    Exit codes: 0 stopped, 1 no such lab or pod, 2 wrong usage.
+    Exit codes: 0 stopped, 1 no such lab, pod or node, 2 wrong usage.
     """
     from mesh.lab.use import stop as end
 
@@ -158,7 +162,7 @@ def stop(pod: str, name: str | None, run_dir: Path) -> None:
 @_name_option
 @_run_dir_option
 def start(pod: str, name: str | None, run_dir: Path) -> None:
-    """Start a pod that was stopped or has ended, and wait until it is ready.
+    """Start a pod that was stopped or has ended, and wait until it is ready; node/NAME: its Weft.
 
     Exit codes: 0 it is ready, 1 it is not, it runs already or does not exist, 2 wrong usage.
     """
@@ -242,6 +246,7 @@ def _plain(status: LabStatus, not_steered: dict[str, str]) -> dict[str, Any]:
     for node in plain["nodes"]:
         node["running"] = status.supervisors[node["name"]]
         node["notSteered"] = not_steered.get(node["name"])
+        node["weft"] = status.weft[node["name"]]
     for pod in plain["pods"]:
         pod["status"] = msgspec.to_builtins(status.pods[f"{pod['namespace']}/{pod['name']}"])
     return plain
@@ -254,13 +259,14 @@ def _show(status: LabStatus, not_steered: dict[str, str]) -> None:
     click.echo(f"the authority of {plan.trust_domain} {authority}")
     click.echo()
     table(
-        ["NODE", "ADDRESSES", "PODS", "RUNNING", "STEERED"],
+        ["NODE", "ADDRESSES", "PODS", "RUNNING", "WEFT", "STEERED"],
         [
             [
                 node.name,
                 ",".join(node.addresses),
                 ",".join(node.pod_ranges),
                 str(status.supervisors[node.name]),
+                status.weft[node.name],
                 str(node.name not in not_steered),
             ]
             for node in plan.nodes
