@@ -60,7 +60,7 @@ class TunnelAcceptor(Acceptor):
         self.flows = flows
         self._kernel = kernel
         self._peers = peers
-        self._tunnels = tunnels
+        self.tunnels = tunnels
 
     async def begin(self, sock: socket.socket, client: Client) -> None:
         local = plain(sock.getsockname())
@@ -117,10 +117,6 @@ class TunnelAcceptor(Acceptor):
         keep_alive(backend.sock)
         return backend.sock
 
-    def prove(self, pair: Pair, peer: VerifiedPeer) -> None:
-        """Both ends of what is open between them have proved who they are once more."""
-        self._tunnels.proven(pair, peer, self._peers.credentials.until(pair.destination))
-
     def watch(
         self,
         incoming: _Incoming,
@@ -153,7 +149,7 @@ class TunnelAcceptor(Acceptor):
             still,
         )
         tunnel.cut = incoming.revoke
-        self._tunnels.add(tunnel)
+        self.tunnels.add(tunnel)
 
     def cut_off(self) -> None:
         for connection in tuple(self.open):
@@ -188,7 +184,7 @@ class _Incoming(Relay):
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
             if preface.kind == "proof":
-                port.prove(Pair(source, own, client.address[0]), peer)
+                port.tunnels.prove(Pair(source, own, client.address[0]), peer)
                 self.answer_proof()
                 return
             self._client = port.count_for(source, client)
