@@ -214,6 +214,8 @@ class Cluster:
         self._kernel = kernel or Kernel()
         self._other_nodes = other_nodes or OtherNodes.alone(settings())
         self._peers = self._other_nodes.peers
+        # Asking for it costs a system call (Python before 3.12).
+        self._loop = asyncio.get_running_loop()
         self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
@@ -260,7 +262,7 @@ class Cluster:
         )
 
     def count_failure(self, member: Member) -> None:
-        self._balancer.failed(member, asyncio.get_running_loop().time(), self._settings())
+        self._balancer.failed(member, self._loop.time(), self._settings())
 
     # --- leases -----------------------------------------------------------------------------------
 
@@ -280,7 +282,7 @@ class Cluster:
         last one).
         """
         settings = self._settings()
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         member = self._balancer.pick(now, settings, avoid=avoid, prefer=prefer)
         if member is None:
             raise NoEndpoints(f"{self.key} has no ready endpoints")
@@ -302,7 +304,7 @@ class Cluster:
         prefer: str | None,
     ) -> Lease:
         settings = self._settings()
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         tried: set[str] = set()
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
