@@ -197,6 +197,22 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
         assert workload("connect", VIP, 80)["name"] == "one"
 
 
+def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    with running(tmp_path / "run", *arguments) as weft:
+        status = weft.await_status(lambda status: any(one["version"] for one in status["workers"]))
+        worker = status["workers"][0]["pid"]
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            # One that never answers must not hold up the others.
+            weft.await_line("not all workers have taken the data path's descriptors")
+            assert not any("are steered" in line for line in weft.said)
+            weft.await_line("are steered")
+        finally:
+            os.kill(worker, signal.SIGCONT)
+
+
 def test_what_cannot_be_steered_is_said_and_the_gateway_goes_on(tmp_path):
     manifests = tmp_path / "manifests"
     manifests.mkdir()

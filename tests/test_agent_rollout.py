@@ -18,7 +18,7 @@ from mesh.model.channel import Bound, FrameReader, PortAddress, encode_frame
 from mesh.model.decode import decode, key_of
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Ack, ClusterSection, LoadBalancerEntry, SvidSection
-from mesh.sources.directory import SourceUpdate
+from mesh.sources.update import SourceUpdate
 from tests.support.running import gateway, route
 
 WAIT_S = 10

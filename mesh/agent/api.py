@@ -105,7 +105,9 @@ class Api:
         return _json(
             {
                 "agent": {"pid": os.getpid(), "started": self._started},
-                "manifests": str(self._options.manifests),
+                "manifests": str(
+                    self._options.manifests or self._options.kubeconfig or "in cluster"
+                ),
                 "runDir": str(self._run_dir.path),
                 "admin": f"{_host(address[0])}:{address[1]}"
                 if address and not self._admin.error

@@ -60,6 +60,7 @@ class Supervisor:
         # Of the eBPF data path, for workers: names and descriptors. What an earlier Weft left in
         # force sends to proxies, and enrols their sockets, from the start.
         self._handles = _left_handles(args)
+        self._holders: set[int] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = _RETRY_S
         self._stop = asyncio.Event()
@@ -89,8 +90,8 @@ class Supervisor:
             env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": "."},
             directory=self._run_dir.metrics,
             started=lambda: self._worker_started(number),
-            ended=self._run_dir.forget_worker,
-            message=lambda message, fds: _discard(fds),
+            ended=lambda pid: self._worker_ended(number, pid),
+            message=lambda message, fds: self._from_worker(number, message, fds),
         )
 
     async def run(self) -> int:
@@ -125,6 +126,23 @@ class Supervisor:
             self._workers[number].send(message, tuple(fds))
         self._connect(number)
 
+    def _worker_ended(self, number: int, pid: int) -> None:
+        self._run_dir.forget_worker(pid)
+        self._holders.discard(number)
+        self._tell_held()
+
+    def _from_worker(self, number: int, message: Control, fds: list[int]) -> None:
+        _discard(fds)
+        if self._handles is not None and message == self._handles[0]:
+            self._holders.add(number)
+            self._tell_held()
+
+    def _tell_held(self) -> None:
+        """The agent, once all workers that are there have the descriptors."""
+        there = {number for number, worker in self._workers.items() if worker.pid is not None}
+        if self._handles is not None and there <= self._holders:
+            self._agent.send(self._handles[0])
+
     def _connect(self, number: int) -> None:
         """A new config channel between the agent and a worker, if both are there."""
         worker = self._workers[number]
@@ -152,10 +170,12 @@ class Supervisor:
 
     def _keep(self, message: Handles, fds: list[int]) -> None:
         before, self._handles = self._handles, (message, fds)
+        self._holders.clear()
         if before is not None:
             _discard(before[1])
         for worker in self._workers.values():
             worker.send(message, tuple(fds))
+        self._tell_held()
 
     # --- ports -----------------------------------------------------------------------------------
 
@@ -275,10 +295,10 @@ def proxy_cgroup(args: argparse.Namespace) -> Path:
 
 
 @contextlib.contextmanager
-def in_cgroup(path: Path) -> Iterator[None]:
-    """In it before any other process or socket is made: they inherit it. Gone at the end, unless
-    somebody else is in it. Where it cannot be made the agent, which is to attach programs to it,
-    says why."""
+def in_cgroup(path: Path, *, ours: bool) -> Iterator[None]:
+    """In it before any other process or socket is made: they inherit it. `ours`: gone at the end,
+    unless somebody else is in it. Where it cannot be made the agent, which is to attach programs to
+    it, says why."""
     before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     with contextlib.suppress(OSError):
         if (path.parent / "cgroup.procs").exists():
@@ -290,7 +310,8 @@ def in_cgroup(path: Path) -> Iterator[None]:
         root = root.parent
     with contextlib.suppress(OSError):
         (root / before / "cgroup.procs").write_text("0")
-        path.rmdir()
+        if ours:
+            path.rmdir()
 
 
 def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
@@ -309,7 +330,10 @@ def main() -> int:
     args, agent_arguments = parser().parse_known_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
     name_process("weft")
-    with contextlib.nullcontext() if args.steer is None else in_cgroup(proxy_cgroup(args)):
+    if args.steer is None:
+        return _up(args, agent_arguments)
+    cgroup = proxy_cgroup(args)
+    with in_cgroup(cgroup, ours=args.proxy_cgroup is None or not cgroup.exists()):
         return _up(args, agent_arguments)
 
 
