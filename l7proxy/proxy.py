@@ -32,7 +32,7 @@ from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.tunnel import Digger
 from l7proxy.tunnel_acceptor import TunnelAcceptor
 from l7proxy.tunnels import Tunnels
-from l7proxy.upstream import Clusters, ClusterStats, OtherNodes
+from l7proxy.upstream import Clusters, ClusterStats
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
@@ -107,10 +107,9 @@ class Proxy:
         self._kernel = Kernel()
         self._credentials = Credentials()
         self._peers = Peers(self._credentials, self._state.settings)
-        self._tunnels = Tunnels(self._credentials)
-        self._digger = Digger(self._peers, self._tunnels)
-        other_nodes = OtherNodes(self._peers, self._digger)
-        self._clusters = Clusters(self._state.settings, self._kernel, other_nodes)
+        self.tunnels = Tunnels(self._credentials)
+        self._digger = Digger(self._peers, self.tunnels)
+        self._clusters = Clusters(self._state.settings, self._kernel, self._digger)
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
@@ -160,7 +159,7 @@ class Proxy:
         for bind in stale_tls:
             self._reload_tls(bind)
         self._peers.told()
-        self._tunnels.changed((*delta.put, *gone))
+        self.tunnels.changed((*delta.put, *gone))
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -278,7 +277,7 @@ class Proxy:
                 flows=self._exchanges.flows,
                 kernel=self._kernel,
                 peers=self._peers,
-                tunnels=self._tunnels,
+                tunnels=self.tunnels,
             )
         if kind == "relay":
             return RelayAcceptor(
