@@ -21,6 +21,13 @@ static __always_inline int is_loopback(const struct target *target)
 	       target->address[3] == __builtin_bswap32(1);
 }
 
+/* Linux takes it for the own loopback address where it is a destination. */
+static __always_inline int is_unspecified(const struct target *target)
+{
+	return !target->address[0] && !target->address[1] && !target->address[3] &&
+	       (!target->address[2] || target->address[2] == MAPPED_PREFIX);
+}
+
 static __always_inline int same_address(const struct target *end, const struct address *address)
 {
 	return end->address[0] == address->words[0] && end->address[1] == address->words[1] &&
