@@ -117,7 +117,11 @@ def main() -> int:
         for cgroup in filter(None, (args.cgroup, args.proxy_cgroup)):
             attach.check_cgroup(cgroup)
         load(args.pin)
-        podfilter.renew(args.pin)
+        if pins.other_versions(args.pin):
+            # The filter at pods goes on by their maps until these here say what is in force.
+            podfilter.take_over(args.pin)
+        else:
+            podfilter.renew(args.pin)
         if args.cgroup is not None:
             attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
     except DatapathError as error:

@@ -99,13 +99,22 @@ def detach(directory: Path, pod: Pod) -> None:
                 maps.namespaces.remove(key)
 
 
-def renew(directory: Path) -> None:
-    """Put the programs that are pinned now in the place of those attached to pods, at once, where
-    their maps know the pod. What maps of another version of Weft know is taken over first.
-    DatapathError."""
+def take_over(directory: Path) -> None:
+    """What the maps of another version of Weft know of pods. DatapathError."""
     for version in pins.other_versions(directory):
         for name in ("interfaces", "namespaces"):
             _take_over(version / name, pins.map_path(directory, name))
+
+
+def renew(directory: Path) -> None:
+    """Put the programs that are pinned now in the place of those attached to pods, at once, where
+    their maps know the pod; what is in the maps is in force from then on. What another version of
+    Weft knows of pods and of their flows is taken over. DatapathError."""
+    take_over(directory)
+    flows = [version / "flows" for version in pins.other_versions(directory)]
+    own_flows = pins.map_path(directory, "flows")
+    for other in flows:
+        _take_over(other, own_flows)
     with _maps(directory) as maps:
         known = {index.value for _, index in maps.interfaces.items()}
     for name in FILTERS:
@@ -114,6 +123,9 @@ def renew(directory: Path) -> None:
                 with opened(syscall.pinned(str(path))) as link:
                     if syscall.tcx_link(link).interface in known:
                         syscall.update_link(link, program)
+    # Those that were opened meanwhile.
+    for other in flows:
+        _take_over(other, own_flows)
 
 
 def _take_over(other: Path, own: Path) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bpf import attach, maps, pins, selftest, settings
+from bpf import attach, maps, pins, podfilter, selftest, settings
 from bpf.balancer import Balancer
 from bpf.enforcement import ENFORCED, EnforcedSection, Enforcement
 from bpf.errors import DatapathError
@@ -215,6 +215,7 @@ class Datapath:
             return
         try:
             self._point()
+            podfilter.renew(self.pins)
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
             handles = descriptors(self.pins)
         except (DatapathError, OSError) as error:
