@@ -24,6 +24,8 @@ from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySe
 
 _POD = NODE["4"]
 _KEY = "policy/self/test"
+# Above those that clients get: on this interface, answers are packets from the pod too.
+_PORT = 65000
 _LOOPBACK_INDEX = 1
 _TCX_INGRESS, _TCX_EGRESS = 46, 47
 
@@ -38,17 +40,16 @@ def _refusals(pin: Path) -> str:
         f"cidr/{cidr}": CidrSection(cidr, FIRST_CIDR + place)
         for place, cidr in enumerate(("198.51.0.0/16", f"{_POD}/32", "198.51.100.0/24"))
     }
-    with _pod(pin) as enforcement, _attached(pin, "pod_egress", _TCX_INGRESS), _server() as server:
-        address, port = server.getsockname()
+    with _pod(pin) as enforcement, _attached(pin, "pod_egress", _TCX_INGRESS), _server():
         for why, peer, last in (
-            ("a connection that no rule allows", FIRST_CIDR, 65535),
-            ("a connection to another port than a rule's", FIRST_CIDR + 1, port - 1),
+            ("a connection that no rule allows", FIRST_CIDR, _PORT),
+            ("a connection to another port than a rule's", FIRST_CIDR + 1, _PORT - 1),
         ):
             enforcement.apply({**ranges, _KEY: _only(peer, PortRange("TCP", 1, last))})
-            if not _is_refused(address, port):
+            if not _is_refused():
                 return f"{why} is let through"
-        enforcement.apply({_KEY: _only(FIRST_CIDR + 1, PortRange("TCP", 1, port))})
-        return "a connection that a rule allows is refused" if _is_refused(address, port) else ""
+        enforcement.apply({_KEY: _only(FIRST_CIDR + 1, PortRange("TCP", 1, _PORT))})
+        return "a connection that a rule allows is refused" if _is_refused() else ""
 
 
 def _own_stack(pin: Path) -> str:
@@ -105,16 +106,16 @@ def _attached(pin: Path, name: str, attach_type: int) -> Iterator[None]:
 
 
 def _server() -> socket.socket:
-    return socket.create_server((_POD, 0))
+    return socket.create_server((_POD, _PORT))
 
 
-def _is_refused(address: str, port: int) -> bool:
+def _is_refused() -> bool:
     """To the pod, at once, not after a while. OSError: otherwise."""
     with socket.socket() as client:
         client.settimeout(TIMEOUT_S)
         client.bind((_POD, 0))
         try:
-            client.connect((address, port))
+            client.connect((_POD, _PORT))
         except ConnectionRefusedError:
             return True
         return False
