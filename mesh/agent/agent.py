@@ -59,14 +59,15 @@ class Agent:
         peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
         flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
+        datapath = self._datapath(options)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
             ready=_ready,
-            datapath=self._datapath(options),
+            datapath=datapath,
             flows=flows,
-            kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
+            kernel=KernelFlows(datapath.pins, flows, datapath.rule) if datapath else None,
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
