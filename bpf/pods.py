@@ -23,7 +23,7 @@ from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
 # Of one pod, so that one huge policy does not take the room of all others.
-MAX_ENTRIES = 1 << 14
+MAX_ENTRIES = layout.POLICIES // 4
 
 _Rules: TypeAlias = tuple[Direction, Direction]
 PodSection: TypeAlias = WorkloadSection | PolicySection
@@ -190,6 +190,7 @@ class Pods:
 
     def _write(self, number: int, section: PolicySection) -> None:
         keys, rules = self._written[number]
+        values: list[Policy] = []
         egress = entries(section.egress, layout.EGRESS)
         for entry in chain(egress, entries(section.ingress, layout.INGRESS)):
             if len(keys) == MAX_ENTRIES:
@@ -199,11 +200,11 @@ class Pods:
                 rules[source] = next(self._rule_numbers)
                 self._sources[rules[source]] = source
             port = entry.port.to_bytes(2, "big")
-            key = PolicyKey(
-                entry.bits, number, entry.identity, entry.direction, entry.protocol, port
+            keys.append(
+                PolicyKey(entry.bits, number, entry.identity, entry.direction, entry.protocol, port)
             )
-            keys.append(key)
-            self._policies.put(key, Policy(entry.flags, rules[source]))
+            values.append(Policy(entry.flags, rules[source]))
+        self._policies.put_all(zip(keys, values, strict=True))
 
     def _leave(self, policy: _Policy) -> None:
         """A pod less that uses a set."""
