@@ -1,8 +1,9 @@
-"""Pods as workloads: who stands behind an address, on which node, with which identity.
+"""Nodes, and Pods as workloads: who stands behind an address, on which node, with which identity,
+and how it wants to be connected to.
 
-Knows Pods and nothing of Services. A pod in its host's network has no address of its own, and one
-that has ended has none any more: neither is a workload. An address that two pods claim is the
-younger's (addresses of deleted pods are given out again).
+Knows Nodes, Namespaces and Pods, and nothing of Services. A pod in its host's network has no
+address of its own, and one that has ended has none any more: neither is a workload. An address that
+two pods or two nodes claim is the younger's (addresses of what is gone are given out again).
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from typing import NamedTuple
 
 import msgspec
 
-from gateway.annotations import may_use_sockmap
+from gateway.addresses import canonical
+from gateway.annotations import APART, client_headers, may_use_sockmap, meshed, mtls, mtls_ports
 from gateway.node import Mesh
+from mesh.model.core import Namespace
 from mesh.model.derive import View
 from mesh.model.identity import FIRST_WORKLOAD, WORKLOAD_BITS
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.node import Node
+from mesh.model.nodeconfig import MtlsMode, NodeSection, WorkloadSection
 from mesh.model.pod import Pod
+
+_DEFAULT: MtlsMode = "PERMISSIVE"
 
 
 class LabelSet(NamedTuple):
@@ -37,14 +43,31 @@ class LabelSet(NamedTuple):
         return FIRST_WORKLOAD + int.from_bytes(digest, "big") % room
 
 
+class NodeState(NamedTuple):
+    created: str
+    addresses: tuple[str, ...]
+
+
+class NamespaceState(NamedTuple):
+    """What holds for pods of a namespace that say nothing."""
+
+    mtls: MtlsMode
+    meshed: bool
+
+
 class PodState(NamedTuple):
-    """A pod that is a workload."""
+    """A pod that is a workload. `mtls` holds for ports that do not stand in `mtls_ports`; `meshed`:
+    it is not left alone."""
 
     created: str
     addresses: tuple[str, ...]
     node: str
     sockmap: bool
     labels: LabelSet
+    mtls: MtlsMode = "PERMISSIVE"
+    mtls_ports: tuple[tuple[int, MtlsMode], ...] = ()
+    meshed: bool = True
+    client_headers: bool = False
 
 
 class Holder(NamedTuple):
@@ -53,29 +76,87 @@ class Holder(NamedTuple):
     pod: ObjectKey
     node: str
     sockmap: bool
+    meshed: bool
 
     def remote(self, mesh: Mesh) -> bool:
-        return bool(mesh.node) and self.node not in ("", mesh.node)
+        """A meshed pod of another node."""
+        return self.meshed and bool(mesh.node) and self.node not in ("", mesh.node)
 
     def local(self, mesh: Mesh) -> bool:
         return bool(mesh.node) and self.node == mesh.node
 
 
+def node_states(view: View, key: ObjectKey) -> NodeState | None:
+    """None: nothing is known of where it is."""
+    node: Node = view.get("Node", key)
+    found = dict.fromkeys(
+        canonical(one.address) for one in node.status.addresses if one.type == "InternalIP"
+    )
+    return NodeState(node.metadata.creation_timestamp or "", tuple(found)) if found else None
+
+
+def nodes_at(key: ObjectKey, node: NodeState) -> tuple[str, ...]:
+    """The addresses of a node (for an index)."""
+    return node.addresses
+
+
+def node_holders(view: View, address: str) -> ObjectKey:
+    found: list[tuple[str, ObjectKey]] = [
+        (view.get("node_states", key).created, key) for key in view.bucket("nodes_at", address)
+    ]
+    return max(found)[1]
+
+
+def nodes(view: View, key: ObjectKey) -> NodeSection | None:
+    """None: all its addresses are others'."""
+    node: NodeState = view.get("node_states", key)
+    own = tuple(one for one in node.addresses if view.get("node_holders", one) == key)
+    return NodeSection(key.name, own) if own else None
+
+
+def namespaces(view: View, key: ObjectKey) -> NamespaceState:
+    namespace: Namespace = view.get("Namespace", key)
+    said = meshed(namespace)
+    return NamespaceState(
+        mtls(namespace) or _DEFAULT, key.name not in APART if said is None else said
+    )
+
+
+def of_namespace(view: View, name: str) -> NamespaceState:
+    """Whether there is a Namespace object or not."""
+    found: NamespaceState | None = view.get("namespaces", ObjectKey("", name))
+    return found or NamespaceState(_DEFAULT, name not in APART)
+
+
 def pods(view: View, key: ObjectKey) -> PodState | None:
     pod: Pod = view.get("Pod", key)
     status = pod.status
-    found = dict.fromkeys((status.pod_ip, *(one.ip for one in status.pod_ips)))
-    addresses = tuple(address for address in found if address)
+    written = (status.pod_ip, *(one.ip for one in status.pod_ips))
+    # What is a node's stays a node's: the mesh must not take its own traffic for a pod's.
+    addresses = tuple(
+        address
+        for address in dict.fromkeys(canonical(one) for one in written if one)
+        if not view.bucket("nodes_at", address)
+    )
     if not addresses or pod.spec.host_network or status.phase in ("Succeeded", "Failed"):
         return None
     account = pod.spec.service_account_name or "default"
-    return PodState(
+    state = PodState(
         pod.metadata.creation_timestamp or "",
         addresses,
         pod.spec.node_name or "",
         may_use_sockmap(pod),
         LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
+        client_headers=client_headers(pod),
     )
+    namespace = of_namespace(view, key.namespace)
+    said = meshed(pod)
+    if not (namespace.meshed if said is None else said):
+        return state._replace(sockmap=False, mtls="DISABLE", meshed=False)
+    ports = mtls_ports(pod)
+    if ports is None:
+        return state._replace(mtls="STRICT")
+    return state._replace(mtls=mtls(pod) or namespace.mtls, mtls_ports=tuple(sorted(ports.items())))
 
 
 def pods_at(key: ObjectKey, pod: PodState) -> tuple[str, ...]:
@@ -88,7 +169,7 @@ def holders(view: View, address: str) -> Holder:
         (view.get("pods", key), key) for key in view.bucket("pods_at", address)
     ]
     pod, key = max(found, key=lambda one: (one[0].created, one[1]))
-    return Holder(key, pod.node, pod.sockmap)
+    return Holder(key, pod.node, pod.sockmap, pod.meshed)
 
 
 def label_sets(key: ObjectKey, pod: PodState) -> Iterator[LabelSet]:
@@ -135,6 +216,13 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             labels=dict(pod.labels.labels),
             identity=view.get("identities", pod.labels),
             sockmap=pod.sockmap,
+            spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account)
+            if pod.meshed
+            else "",
+            mtls=pod.mtls,
+            mtls_ports=dict(pod.mtls_ports),
+            meshed=pod.meshed,
+            client_headers=pod.client_headers,
         )
 
     return compute

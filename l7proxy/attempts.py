@@ -7,13 +7,15 @@ asks for is GEP-1731's. Knows clusters and attempts, nothing of routes' choice o
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 
-from l7proxy import metrics
+from l7proxy import forwarding, metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
 from l7proxy.message import RequestHead, ResponseHead
+from l7proxy.peers import Caller, Direct, Tunnelled, caller_identity
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
@@ -30,7 +32,7 @@ _MAX_DOUBLINGS = 16
 
 
 class Attempts:
-    """`certificate` is what TLS backends are shown."""
+    """On behalf of `caller`; `certificate` is what TLS backends are shown."""
 
     def __init__(
         self,
@@ -38,12 +40,14 @@ class Attempts:
         stream: ServerStream,
         body: RequestBody,
         record: Record,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
         self._body = body
         self._record = record
+        self._caller = caller
         self._certificate = certificate
         self._loop = asyncio.get_running_loop()
 
@@ -96,18 +100,23 @@ class Attempts:
             return Failure(503, "no_endpoints", f"{backend.label} is not known here")
         self._record.attempts += 1
         self._record.endpoint = ""
+        self._record.way = None
         timeout = rule.backend_timeout_s
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
         try:
             async with until(limit):
                 lease = await cluster.acquire(
-                    client_certificate=self._certificate, avoid=avoid, prefer=prefer
+                    self._caller,
+                    client_certificate=self._certificate,
+                    avoid=avoid,
+                    prefer=prefer,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint
+                self._record.way = lease.way
                 attempt = Attempt(lease, self._stream, self._body, limit)
-                response = await attempt.response(head)
+                response = await attempt.response(self._told(head, lease.way))
         except UpstreamError as error:
             metrics.UPSTREAM_FAILURES.labels(backend.label, error.reason).inc()
             # Nothing has been sent.
@@ -126,6 +135,16 @@ class Attempts:
             metrics.UPSTREAM_FAILURES.labels(backend.label, response.reason).inc()
             return response
         return attempt, response
+
+    def _told(self, head: RequestHead, way: Direct | Tunnelled) -> RequestHead:
+        """The head for this endpoint: it may ask to be told who the client is."""
+        if way.destination is None or not way.destination.client_headers:
+            return head
+        head = dataclasses.replace(head)
+        # Behind a Gateway the address stands there already.
+        address = None if self._caller.gateway else self._caller.client
+        forwarding.tell_client(head, address, caller_identity(way))
+        return head
 
     async def _back_off(self, retry: Retry, retries: int) -> None:
         """Wait at least the route's backoff, doubled with every retry, jittered upwards."""

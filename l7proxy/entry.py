@@ -12,6 +12,7 @@ from l7proxy import forwarding
 from l7proxy.filters import ListeningPort
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
+from l7proxy.peers import Caller
 from l7proxy.routing import PortIndex, RouteIndex, RouteMatchResult
 from l7proxy.streams import ConnectionInfo
 from mesh.model.nodeconfig import PortSection, Settings
@@ -49,6 +50,9 @@ class Entry(Protocol):
     def client_certificate(self) -> SectionKey | None:
         """What TLS backends are shown."""
 
+    def caller(self, client: str) -> Caller:
+        """On whose behalf backends are connected to, for a client's request (its address)."""
+
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """Who asks. Takes claims that clients must not make off the head, and adds what every
         backend is told, in place."""
@@ -64,6 +68,9 @@ class GatewayPort:
     def __init__(self, section: PortSection) -> None:
         self.section = section
         self._index = PortIndex(section)
+
+    def caller(self, client: str) -> Caller:
+        return Caller(client, self.section.gateway)
 
     def replace(self, section: PortSection) -> None:
         self.section = section

@@ -178,12 +178,13 @@ class _Exchange:
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
         certificate = self._client_certificate()
+        caller = self._entry.caller(self.record.client)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                self._shared.mirrors.send(mirror.cluster, copy, self._body, certificate)
+                self._shared.mirrors.send(mirror.cluster, copy, self._body, caller, certificate)
         attempts = Attempts(
-            self._shared.clusters, self._stream, self._body, self.record, certificate
+            self._shared.clusters, self._stream, self._body, self.record, caller, certificate
         )
         attempt, response = await attempts.run(head, rule, backend, prefer)
         await self._relay(attempt, response, rule, backend)

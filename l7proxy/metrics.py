@@ -11,11 +11,10 @@ import os
 
 from prometheus_client import Counter, Gauge, Histogram, values
 
+from l7proxy.metric_files import FileValue
+
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    # By default each value asks for the process id whenever it changes: several system calls a
-    # request, for processes that never fork.
-    _PID = os.getpid()
-    values.ValueClass = values.MultiProcessValue(lambda: _PID)  # type: ignore[no-untyped-call]
+    values.ValueClass = FileValue
 
 REQUESTS = Counter(
     "weft_http_requests_total",
@@ -102,4 +101,20 @@ PLAIN = Counter(
 FLOWS_LOST = Counter(
     "weft_worker_flows_lost_total",
     "Flow records that were not sent: no agent, or one that does not read",
+)
+TUNNELS = Gauge(
+    "weft_tunnels",
+    "Open connections with other nodes by mutual TLS, out or in",
+    ("direction",),
+    multiprocess_mode="livesum",
+)
+TUNNELS_OUTLIVING = Gauge(
+    "weft_tunnels_outliving",
+    "Of the tunnels those that are older than a certificate they were made with",
+    multiprocess_mode="livesum",
+)
+TUNNEL_FAILURES = Counter(
+    "weft_tunnel_failures_total",
+    "Connections with other nodes that were not made, or cut off, by reason",
+    ("reason",),
 )

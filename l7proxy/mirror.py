@@ -7,6 +7,7 @@ import asyncio
 
 from l7proxy import metrics
 from l7proxy.message import Framing, ProtocolError, RequestHead
+from l7proxy.peers import Caller
 from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
@@ -30,6 +31,7 @@ class Mirrors:
         cluster: SectionKey,
         head: RequestHead,
         body: RequestBody,
+        caller: Caller,
         client_certificate: tuple[SectionKey, CertificateSection] | None,
     ) -> None:
         """Mirror a request whose body has not been read yet; `head` is the mirror's own copy."""
@@ -40,19 +42,22 @@ class Mirrors:
         head.upgrade = None
         feed = body.feed() if head.body is not Framing.NONE else None
         self._running += 1
-        spawn(self._run(cluster, head, feed, client_certificate), name=f"mirror to {cluster}")
+        spawn(
+            self._run(cluster, head, feed, caller, client_certificate), name=f"mirror to {cluster}"
+        )
 
     async def _run(
         self,
         key: SectionKey,
         head: RequestHead,
         feed: MirrorFeed | None,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
     ) -> None:
         outcome = "failed"
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                outcome = await self._exchange(key, head, feed, certificate)
+                outcome = await self._exchange(key, head, feed, caller, certificate)
         except (StreamReset, ProtocolError, UpstreamError, TimeoutError):
             pass
         finally:
@@ -64,12 +69,13 @@ class Mirrors:
         key: SectionKey,
         head: RequestHead,
         feed: MirrorFeed | None,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
     ) -> str:
         cluster = self._clusters.get(key)
         if cluster is None:
             return "no_endpoints"
-        lease = await cluster.acquire(client_certificate=certificate)
+        lease = await cluster.acquire(caller, client_certificate=certificate)
         try:
             await lease.stream.request(head)
             if feed is not None and not await _send_body(lease.stream, feed):

@@ -17,26 +17,34 @@ from typing import Literal, TypeAlias
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
-from l7proxy.dial import keep_alive
+from l7proxy.credentials import Credentials
+from l7proxy.dial import bound_unread, keep_alive
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
+from l7proxy.peers import Peers
 from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
 from l7proxy.tls_server import ServerTLS, TLSRefused
+from l7proxy.tunnel import Digger
+from l7proxy.tunnel_acceptor import TunnelAcceptor
+from l7proxy.tunnels import Tunnels
 from l7proxy.upstream import Clusters, ClusterStats
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
     Delta,
     MeshPort,
+    NodeSection,
     PortSection,
     Section,
     ServiceSection,
     Settings,
+    SvidSection,
+    TrustBundleSection,
     WorkloadSection,
 )
 from mesh.model.routeconfig import RouteSection
@@ -54,6 +62,9 @@ _PAUSE_S = 0.5
 _ORDER: dict[type, int] = {
     Settings: 0,
     CertificateSection: 1,
+    SvidSection: 1,
+    TrustBundleSection: 1,
+    NodeSection: 1,
     ClusterSection: 2,
     RouteSection: 3,
     WorkloadSection: 4,
@@ -94,12 +105,16 @@ class Proxy:
         self._state = _State()
         self._routes = RouteIndex()
         self._kernel = Kernel()
-        self._clusters = Clusters(self._state.settings, self._kernel)
+        self._credentials = Credentials()
+        self._peers = Peers(self._credentials, self._state.settings)
+        self._tunnels = Tunnels(self._credentials)
+        self._digger = Digger(self._peers, self._tunnels)
+        self._clusters = Clusters(self._state.settings, self._kernel, self._digger)
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
         self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log, flows)
-        self._mesh = Mesh(self._clusters)
+        self._mesh = Mesh(self._clusters, self._peers)
         self._reported: dict[str, ClusterStats] = {}
         self._draining = False
 
@@ -143,6 +158,8 @@ class Proxy:
             del state.refused[key]
         for bind in stale_tls:
             self._reload_tls(bind)
+        self._peers.told()
+        self._tunnels.changed((*delta.put, *gone))
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -153,7 +170,7 @@ class Proxy:
             case Settings():
                 forwarding.check(section)
                 state.settings = self._exchanges.settings = section
-                self._clusters.settings = section
+                self._clusters.settings = self._peers.settings = section
                 self._access_log.format = section.access_log
             case CertificateSection():
                 ServerTLS.check_certificate(key, section)
@@ -165,7 +182,13 @@ class Proxy:
             case RouteSection():
                 self._routes.put(key, section)
             case WorkloadSection():
-                self._mesh.put_workload(key, section)
+                self._peers.put_workload(key, section)
+            case NodeSection():
+                self._peers.put_node(key, section)
+            case SvidSection():
+                self._credentials.put_svid(section)
+            case TrustBundleSection():
+                self._credentials.put_bundle(section)
             case ServiceSection():
                 self._mesh.put_service(key, section)
             case PortSection():
@@ -189,13 +212,20 @@ class Proxy:
             case RouteSection():
                 self._routes.remove(key)
             case WorkloadSection():
-                self._mesh.remove_workload(key)
+                self._peers.remove_workload(key)
+            case NodeSection():
+                self._peers.remove_node(key)
+            case SvidSection(spiffe_id=spiffe_id):
+                self._credentials.remove_svid(spiffe_id)
+            case TrustBundleSection(trust_domain=trust_domain):
+                self._credentials.remove_bundle(trust_domain)
             case ServiceSection():
                 self._mesh.remove_service(key)
             case PortSection(address=address, port=port):
                 self._retire(state.served.pop((address, port)).acceptor, (address, port))
             case MeshPort(address=address, port=port):
                 self._retire(state.mesh.pop((address, port)), (address, port))
+                self._tell_own_addresses()
         return set()
 
     def _ports_with(self, certificate: SectionKey) -> set[Bind]:
@@ -233,14 +263,30 @@ class Proxy:
         if before is not None:
             before.drain()
         self._start_accepting(bind)
+        self._tell_own_addresses()
 
-    def _mesh_acceptor(self, kind: Literal["http", "relay"]) -> Acceptor:
+    def _tell_own_addresses(self) -> None:
+        mesh = self._state.mesh.items()
+        self._peers.listen(bind[0] for bind, one in mesh if isinstance(one, TunnelAcceptor))
+
+    def _mesh_acceptor(self, kind: Literal["http", "relay", "tunnel"]) -> Acceptor:
+        if kind == "tunnel":
+            return TunnelAcceptor(
+                settings=lambda: self._state.settings,
+                admission=self._admission,
+                flows=self._exchanges.flows,
+                kernel=self._kernel,
+                peers=self._peers,
+                tunnels=self._tunnels,
+            )
         if kind == "relay":
             return RelayAcceptor(
                 settings=lambda: self._state.settings,
                 admission=self._admission,
                 identify=self._kernel.steered,
                 flows=self._exchanges.flows,
+                peers=self._peers,
+                digger=self._digger,
             )
         return HttpAcceptor(
             handler=functools.partial(self._exchanges.serve, self._mesh),
@@ -284,6 +330,7 @@ class Proxy:
         sock.setblocking(False)
         # Accepted connections inherit it; the proxy may have nothing to send for long.
         keep_alive(sock)
+        bound_unread(sock)
         self._state.bound[bind] = sock
         self._start_accepting(bind)
 

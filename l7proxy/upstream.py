@@ -1,8 +1,9 @@
 """Clusters: an endpoint and a stream to it for every request.
 
-Balances, keeps connections per endpoint and client certificate (identities never share one), goes
-to another endpoint when connecting fails, and leaves failing endpoints alone for a while. Knows
-nothing of requests beyond the status that `Lease.succeeded` is told.
+Balances, keeps connections per endpoint and client certificate, and those to other nodes per
+workload on whose behalf they are (identities never share one), goes to another endpoint when
+connecting fails, and leaves failing endpoints alone for a while. Knows nothing of requests beyond
+the status that `Lease.succeeded` is told.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import select
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from l7proxy.balance import Balancer, Member
-from l7proxy.connect import connect_to
+from l7proxy.balance import Balancer, Member, PoolKey
+from l7proxy.connect import connect_through, connect_to
+from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
+from l7proxy.peers import Caller, Direct, NoWay, Tunnelled
 from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, TLSRefused
+from l7proxy.tunnel import Digger
 from mesh.model.nodeconfig import CertificateSection, ClusterSection, Endpoint, Settings
 from mesh.model.section import SectionKey
 
@@ -26,6 +30,7 @@ from mesh.model.section import SectionKey
 _CONNECT_TIMEOUTS = 3
 # Client certificates whose TLS contexts a cluster keeps.
 _MAX_IDENTITIES = 8
+_NOBODY = Caller()
 # Gateway errors speak of the endpoint's health; a 500 may be the request's fault.
 _GATEWAY_ERRORS = frozenset((502, 503, 504))
 
@@ -37,7 +42,11 @@ class NoEndpoints(UpstreamError):
 
 class Overflow(UpstreamError):
     def __init__(self, limit: int) -> None:
-        super().__init__("max_pending", f"{limit} requests already wait for a connection")
+        super().__init__(
+            "max_pending",
+            f"too many requests already wait for a connection: {limit} at most, and of one client "
+            "no more than there is room for beside them",
+        )
 
 
 class TLSBroken(UpstreamError):
@@ -61,14 +70,23 @@ class ClusterStats(NamedTuple):
 
 
 class Lease:
-    """A stream to an endpoint, for one request. `reused`: its connection served others before."""
+    """A stream to an endpoint, for one request. `reused`: its connection served others before;
+    `way`: how it was made."""
 
-    __slots__ = ("_cluster", "_held", "_member", "_pool", "reused", "stream")
+    __slots__ = ("_cluster", "_held", "_member", "_pool", "reused", "stream", "way")
 
     def __init__(
-        self, cluster: Cluster, member: Member, pool: Pool, stream: ClientStream, *, reused: bool
+        self,
+        cluster: Cluster,
+        member: Member,
+        pool: Pool,
+        stream: ClientStream,
+        way: Direct | Tunnelled,
+        *,
+        reused: bool,
     ) -> None:
         self.stream = stream
+        self.way = way
         self.reused = reused
         self._cluster = cluster
         self._member = member
@@ -110,9 +128,15 @@ class Lease:
 class Clusters:
     """The clusters in force, by section key."""
 
-    def __init__(self, settings: Settings, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        kernel: Kernel | None = None,
+        digger: Digger | None = None,
+    ) -> None:
         self.settings = settings
         self._kernel = kernel or Kernel()
+        self._digger = digger
         self._clusters: dict[SectionKey, Cluster] = {}
 
     def put(self, key: SectionKey, section: ClusterSection, *, label: str | None = None) -> None:
@@ -121,7 +145,12 @@ class Clusters:
         cluster = self._clusters.get(key)
         if cluster is None:
             self._clusters[key] = Cluster(
-                key, section, lambda: self.settings, kernel=self._kernel, label=label or key
+                key,
+                section,
+                lambda: self.settings,
+                kernel=self._kernel,
+                digger=self._digger,
+                label=label or key,
             )
         else:
             cluster.replace(section)
@@ -159,6 +188,7 @@ class Cluster:
         settings: Callable[[], Settings],
         *,
         kernel: Kernel | None = None,
+        digger: Digger | None = None,
         label: str = "",
     ) -> None:
         self.key = key
@@ -166,7 +196,9 @@ class Cluster:
         self.http2 = section.protocol == "h2c"
         self._settings = settings
         self._kernel = kernel or Kernel()
-        self._pending = 0
+        self._digger = digger or Digger.alone(settings())
+        self._peers = self._digger.peers
+        self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
         self._section = section
@@ -187,6 +219,7 @@ class Cluster:
             self._balancer.update(section.endpoints)
         for member in gone:
             _retire(member)
+        self._pending.limit = section.max_pending
         for pool in self._pools:
             pool.set_limit(section.max_connections_per_endpoint)
 
@@ -200,13 +233,13 @@ class Cluster:
 
     @property
     def in_use(self) -> bool:
-        return bool(self._pools or self._pending or self._balancer.ejected)
+        return bool(self._pools or self._pending.taken or self._balancer.ejected)
 
     def stats(self) -> ClusterStats:
         return ClusterStats(
             connections=sum(pool.connections for pool in self._pools),
             idle=sum(pool.idle for pool in self._pools),
-            pending=self._pending,
+            pending=self._pending.taken,
             ejected=len(self._balancer.ejected),
         )
 
@@ -217,13 +250,14 @@ class Cluster:
 
     async def acquire(
         self,
+        caller: Caller = _NOBODY,
         *,
         client_certificate: tuple[SectionKey, CertificateSection] | None = None,
         avoid: Collection[str] = (),
         prefer: str | None = None,
     ) -> Lease:
-        """A stream to an endpoint. `avoid`: ids of endpoints to use only if there are no others;
-        `prefer`: the id of the one to use if it is there and healthy.
+        """A stream to an endpoint, on behalf of `caller`. `avoid`: ids of endpoints to use only if
+        there are no others; `prefer`: the id of the one to use if it is there and healthy.
 
         Connecting that fails goes on at another endpoint until all were tried. How long to wait is
         the caller's to bound, by cancelling. NoEndpoints, Overflow, TLSBroken, ConnectFailed (the
@@ -235,16 +269,18 @@ class Cluster:
         if member is None:
             raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
-        pool = self._pool(member, certificate)
-        if (stream := pool.take()) is not None:
-            member.load += 1
-            return Lease(self, member, pool, stream, reused=True)
-        return await self._acquire_slowly(member, pool, certificate, avoid, prefer)
+        way = self._peers.way(caller, *member.target)
+        if not isinstance(way, NoWay):
+            pool = self._pool(member, caller, way, certificate)
+            if (stream := pool.take(caller.client)) is not None:
+                member.load += 1
+                return Lease(self, member, pool, stream, way, reused=True)
+        return await self._acquire_slowly(member, caller, certificate, avoid, prefer)
 
     async def _acquire_slowly(
         self,
         member: Member | None,
-        pool: Pool,
+        caller: Caller,
         certificate: CertificateSection | None,
         avoid: Collection[str],
         prefer: str | None,
@@ -254,15 +290,21 @@ class Cluster:
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         tried: set[str] = set()
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
-        if self._pending >= self._section.max_pending:
-            raise Overflow(self._section.max_pending)
-        self._pending += 1
+        if not self._pending.may_take(caller.client):
+            raise Overflow(self._pending.limit)
+        self._pending.take(caller.client)
         try:
             while member is not None:
                 member.load += 1
                 try:
-                    stream, reused = await pool.wait()
-                    return Lease(self, member, pool, stream, reused=reused)
+                    way = await self._peers.settled_way(
+                        caller, *member.target, settings.connect_timeout_s
+                    )
+                    if isinstance(way, NoWay):
+                        raise ConnectFailed(member.id, way.reason, way.why)
+                    pool = self._pool(member, caller, way, certificate)
+                    stream, reused = await pool.wait(caller.client)
+                    return Lease(self, member, pool, stream, way, reused=reused)
                 except ConnectFailed as error:
                     member.load -= 1
                     failure = error
@@ -277,32 +319,48 @@ class Cluster:
                 member = self._balancer.pick(
                     loop.time(), settings, avoid=avoid, tried=tried, prefer=prefer
                 )
-                if member is not None:
-                    pool = self._pool(member, certificate)
         finally:
-            self._pending -= 1
+            self._pending.give(caller.client)
         raise failure
 
-    def _pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
-        return member.pools.get(certificate) or self._new_pool(member, certificate)
+    def _pool(
+        self,
+        member: Member,
+        caller: Caller,
+        way: Direct | Tunnelled,
+        certificate: CertificateSection | None,
+    ) -> Pool:
+        key = certificate if isinstance(way, Direct) else (way.source, certificate)
+        return member.pools.get(key) or self._new_pool(member, key, caller, certificate)
 
     # --- connecting -------------------------------------------------------------------------------
 
-    def _new_pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
+    def _new_pool(
+        self,
+        member: Member,
+        key: PoolKey,
+        caller: Caller,
+        certificate: CertificateSection | None,
+    ) -> Pool:
         tls = self._client_tls(certificate)
         http2 = self.http2
+        source = key[0] if isinstance(key, tuple) else None
 
         async def connect(
             on_change: Callable[[ClientConnection], None],
         ) -> tuple[ClientConnection, select.poll]:
-            return await connect_to(
-                member, tls, self._settings(), self._kernel, on_change, http2=http2
+            if source is None:
+                return await connect_to(
+                    member, tls, self._settings(), self._kernel, on_change, http2=http2
+                )
+            return await connect_through(
+                self._digger, caller, source, member, tls, self._settings(), on_change, http2=http2
             )
 
         def on_empty() -> None:
             self._pools.discard(pool)
-            if member.pools.get(certificate) is pool:
-                del member.pools[certificate]
+            if member.pools.get(key) is pool:
+                del member.pools[key]
 
         pool = Pool(
             connect,
@@ -312,7 +370,7 @@ class Cluster:
             on_failure=lambda _: self.count_failure(member),
             on_empty=on_empty,
         )
-        member.pools[certificate] = pool
+        member.pools[key] = pool
         self._pools.add(pool)
         return pool
 

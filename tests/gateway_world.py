@@ -42,7 +42,7 @@ def _default(raw: dict[str, Any], generation: int | None) -> None:
     """Short manifests: the API version follows from the kind, and everything has a generation."""
     kind = raw["kind"]
     versions = {"EndpointSlice": "discovery.k8s.io/v1"}
-    core = ("Namespace", "Service", "Secret", "ConfigMap", "Pod")
+    core = ("Namespace", "Service", "Secret", "ConfigMap", "Pod", "Node")
     gateway_api = "gateway.networking.k8s.io/v1"
     raw.setdefault("apiVersion", "v1" if kind in core else versions.get(kind, gateway_api))
     if generation is not None:
@@ -58,6 +58,7 @@ class World:
         self.unbindable = dict(unbindable)
         self.sections: dict[SectionKey, Section] = {}
         self.statuses: dict[tuple[str, ObjectKey], Any] = {}
+        self.problems: dict[tuple[str, ObjectKey], tuple[str, ...]] = {}
         self.bound: dict[tuple[str, int], str | None] = {}
         self.answer = True
         self.apply(CLASS)
@@ -83,6 +84,11 @@ class World:
                 del self.statuses[status_key]
             else:
                 self.statuses[status_key] = status
+        for problem_key, told in outcome.problems.items():
+            if told is None:
+                del self.problems[problem_key]
+            else:
+                self.problems[problem_key] = told
         if not self.answer:
             return
         answer = {
@@ -126,6 +132,10 @@ class World:
         elif hasattr(status, "ancestors"):
             status = status.ancestors[0]
         return next(one.message for one in status.conditions if one.type == type)
+
+    def told(self, kind: str, name: str, namespace: str = "default") -> tuple[str, ...]:
+        """The problems of an object that stand in no status."""
+        return self.problems.get((kind, ObjectKey(namespace, name)), ())
 
     def of(self, kind: str) -> dict[SectionKey, Any]:
         """The sections of a kind."""

@@ -141,6 +141,10 @@ def pod(**status: Any) -> Manifest:
     return manifest("Pod", status=status)
 
 
+def node(*addresses: Manifest) -> Manifest:
+    return manifest("Node", status={"addresses": list(addresses)})
+
+
 GW, GW_A, GW_B = {"name": "gw"}, {"name": "gw", "sectionName": "a"}, {"name": "gw", "port": 80}
 TLS = {"certificateRefs": [{"name": "c"}]}
 TARGET = {"group": "", "kind": "Service", "name": "s"}
@@ -619,6 +623,12 @@ CASES = [
         "spec.clusterIP",
     ),
     Case(
+        "must be IP addresses or None",
+        service({"port": 80}, clusterIPs=["10.0.0.1", "fd00::1"]),
+        service({"port": 80}, clusterIPs=["10.0.0.1", "x"]),
+        "spec.clusterIPs",
+    ),
+    Case(
         "ports must be named when there are several",
         service({"port": 80}),
         service({"port": 80}, {"port": 81, "name": "b"}),
@@ -730,5 +740,11 @@ CASES = [
         pod(podIP="10.0.0.1", podIPs=[{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]),
         pod(podIP="10.0.0.1", podIPs=[{"ip": "fd00::1"}, {"ip": "10.0.0.1"}]),
         "status",
+    ),
+    Case(
+        "InternalIP must be an IP address",
+        node({"type": "Hostname", "address": "n1"}),
+        node({"type": "InternalIP", "address": "n1"}),
+        "status.addresses[0]",
     ),
 ]

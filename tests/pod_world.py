@@ -208,6 +208,7 @@ def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
         cgroup = stack.enter_context(new_cgroup()) if steer else None
         done = loader("--pin", pin, *(("--cgroup", cgroup) if cgroup is not None else ()))
         assert done.returncode == 0, done.stderr
+        datapath = cni.CniDatapath(pins=pin, records=parent / "pods")
         names = {
             name: Path(f"/run/netns/weft-test-{os.getpid()}-{name}")
             for name in ("node", "out", *PODS)
@@ -222,7 +223,7 @@ def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
             _link(world)
         for name, (v4, v6) in {name: tuple(one.values()) for name, one in PODS.items()}.items():
             config = cni.CniConfig(
-                addresses=(v4, v6), node_addresses=(NODE[4], NODE[6]), pins=str(pin)
+                addresses=(v4, v6), node_addresses=(NODE[4], NODE[6]), datapath=datapath
             )
             with world.inside("node"):
                 cni.add(name, str(names[name]), "eth0", config)

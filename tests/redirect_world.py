@@ -18,11 +18,14 @@ from bpf_world import loader, new_cgroup, pin_directory
 
 from bpf import maps
 from bpf.balancer import Balancer
+from bpf.layout import Address, Addresses, Number
+from bpf.podfilter import netns_cookie
 from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
-from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
-from mesh.model.section import entry_key
+from bpf.settings import Identities
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, WorkloadSection
+from mesh.model.section import entry_key, workload_key
 
 # Documentation addresses (RFC 5737, RFC 3849), on the namespace's loopback interface.
 NODE, NODE6 = "198.51.100.1", "2001:db8:1::1"
@@ -67,6 +70,7 @@ class World:
                 enter(self.workloads)
                 self._addresses()
                 self.balancer = Balancer(self.pin)
+                self.know(True)
                 scenario(self)
                 code = 0
             except BaseException:
@@ -85,6 +89,23 @@ class World:
             fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("=16sIi", packed, 128, 1))
 
     # --- in the process ---------------------------------------------------------------------------
+
+    def know(self, sockmap: bool | None, *others: WorkloadSection, meshed: bool = True) -> None:
+        """Whose the addresses are: a pod's that may be enrolled, or not; None: nobody's."""
+        pod = WorkloadSection(
+            "x", "pod", (NODE, NODE6), identity=300, sockmap=bool(sockmap), meshed=meshed
+        )
+        known = (*others, pod) if sockmap is not None else others
+        with contextlib.closing(Identities(self.pin)) as identities:
+            assert identities.replace({workload_key("x", one.name): one for one in known}) == {}
+
+    def is_a_pods(self) -> None:
+        """This network namespace is that of the pod with the addresses."""
+        own = Addresses(Address.of(NODE).packed, Address.of(NODE6).packed)
+        with contextlib.closing(
+            maps.PinnedMap(self.pin, "namespaces", Number, Addresses)
+        ) as namespaces:
+            namespaces.put(Number(netns_cookie()), own)
 
     def handles(self) -> ProxyHandles:
         return ProxyHandles(descriptors(self.pin))

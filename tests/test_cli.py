@@ -92,7 +92,9 @@ kind: Service
 metadata: {name: s}
 spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}
 ---
-{apiVersion: v1, kind: Pod, metadata: {name: p, annotations: {weft.dev/sockmap: 'no'}}}
+apiVersion: v1
+kind: Pod
+metadata: {name: p, annotations: {weft.dev/sockmap: 'no', weft.dev/mtls: strict}}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -106,7 +108,9 @@ spec:
 def test_validate_with_and_without_a_mesh(tmp_path):
     (tmp_path / "mesh.yaml").write_text(MESH)
     code, text, _ = weft("validate", tmp_path, "--mesh-address=127.0.0.1")
-    assert (code, text.count("warning:")) == (0, 2)
+    assert (code, text.count("warning:")) == (0, 4)
+    assert "there is no authority on this node" in text
+    assert "'strict', not 'STRICT' or 'PERMISSIVE' or 'DISABLE'; until that is mended" in text
     assert "'no', not 'enabled' or 'disabled'; until that is mended, sockmap is not used" in text
     assert "'yes', not 'true' or 'false'; until that is mended, the client is not told" in text
     _, text, _ = weft("validate", tmp_path)
@@ -155,7 +159,7 @@ def test_explain_offline(manifests):
 
 def test_explain_from_a_pod_offline(tmp_path):
     (tmp_path / "mesh.yaml").write_text(
-        MESH.replace("metadata: {name: p,", "status: {podIP: 10.0.0.1}, metadata: {name: p,")
+        MESH.replace("metadata: {name: p,", "status: {podIP: 10.0.0.1}\nmetadata: {name: p,")
     )
     ask = ("explain", "GET", "http://s/x", "--manifests", tmp_path)
     code, text, _ = weft(*ask, "--from", "default/p")
@@ -179,14 +183,14 @@ def test_explain_from_a_pod_offline(tmp_path):
     [
         (("explain", "GET", "ftp://x"), "weft: ftp://x: not a URL like http://host/path"),
         (("explain", "GET", "http://x", "-H", "bad"), "weft: -H 'bad': not 'name: value'"),
-        (("get", "nodes"), "weft: there is no kind 'nodes' in Weft: it has backendtlspolicies, "),
+        (("get", "jobs"), "weft: there is no kind 'jobs' in Weft: it has backendtlspolicies, "),
         (("up", "--manifests", "/", "--admin", "x"), "weft: --admin x: not ADDRESS:PORT"),
         (
             ("up", "--manifests", "/", "--address-pool", "10.0.0.1/8"),
             "weft: --address-pool 10.0.0.1/8: 10.0.0.1/8 has host bits set",
         ),
         (("validate", "/nowhere"), "Directory '/nowhere' does not exist"),
-        (("up",), "Missing option '--manifests'"),
+        (("up",), "nothing says where objects come from"),
         (("nonsense",), "No such command 'nonsense'"),
     ],
 )
@@ -298,6 +302,19 @@ def test_get_and_status(tmp_path, manifests):
             "ResolvedRefs: BackendNotFound: Service default/s does not exist\n"
         )
         (manifests / "routes.yaml").write_text(f"{route('r', path='/x')}\n---\n{service()}")
+        instance.await_status(lambda status: not status["problems"])
+
+        # What no status has a place for.
+        labels = "{weft.dev/mesh: x}"
+        (manifests / "namespace.yaml").write_text(
+            f"{{apiVersion: v1, kind: Namespace, metadata: {{name: a, labels: {labels}}}}}"
+        )
+        instance.await_status(lambda status: status["problems"] == {"warning": 1})
+        assert weft("get", "problems", *at)[1] == (
+            f"warning: {manifests}/namespace.yaml document 1: Namespace/a: label weft.dev/mesh is"
+            " 'x', not 'enabled' or 'disabled'; until that is mended, it does not count\n"
+        )
+        (manifests / "namespace.yaml").unlink()
         instance.await_status(lambda status: not status["problems"])
 
         (manifests / "broken.yaml").write_text(BROKEN)

@@ -19,19 +19,21 @@ import sys
 from pathlib import Path
 from bpf import layout
 layout.PLAIN *= 2
-from bpf import loader, podfilter
+from bpf import loader, podfilter, versions
 from bpf.enforcement import Enforcement
 from policy_cases import KNOWN, only, policy
-pin = Path(sys.argv[-1])
+records, pin = map(Path, sys.argv[-2:])
 if sys.argv[1] == "--pin":
+    del sys.argv[2]
     sys.exit(loader.main())
 Enforcement(pin, "n1").replace({**KNOWN, **policy(ingress=only())})
-podfilter.renew(pin)
+versions.take_over_flows(pin)
+assert podfilter.renew(pin, records) == []
 """
 
 
-def other_weft(what: str, pin: Path) -> None:
-    command = [sys.executable, "-c", _OTHER_WEFT, what, str(pin)]
+def other_weft(what: str, records: Path, pin: Path) -> None:
+    command = [sys.executable, "-c", _OTHER_WEFT, what, str(records), str(pin)]
     path = f"{ROOT}:{ROOT / 'tests'}"
     done = subprocess.run(
         command, env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=TIMEOUT_S
@@ -48,7 +50,7 @@ def test_policy_is_in_force_throughout(tmp_path: Path) -> None:
             world.connection("b", elsewhere) as (near, far),
         ):
             for step in ("--pin", "agent"):
-                other_weft(step, world.pin)
+                other_weft(step, tmp_path / "pods", world.pin)
                 assert world.attempt("a", server).what == "ECONNREFUSED", step
                 # An answer to what b has opened before, which only its flow lets pass.
                 far.sendall(step.encode())

@@ -6,8 +6,9 @@ import asyncio
 import random
 import resource
 import socket
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
+import pytest
 from support.http1 import raw_backend, reset
 from support.proxy import (
     backend,
@@ -142,6 +143,97 @@ async def test_slow_readers_hold_little_memory(proxy):
         for sock in crowd:
             sock.close()
         assert (await fetch(port)).status == 200
+
+
+async def test_slow_readers_of_one_client_leave_connections_to_others(proxy):
+    """Three hundred requests whose answers nobody reads: more than there are connections."""
+
+    async def handle(reader, writer):
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            if head.startswith(b"GET /small"):
+                writer.write(ok(b"fine"))
+                continue
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4000000\r\n\r\n")
+            for _ in range(40):
+                writer.write(bytes(100_000))
+                await writer.drain()
+
+    async with raw_backend(handle) as one:
+        port = await serve(proxy, cluster("one", one), route("r", rule(to("one"))))
+        crowd = []
+        for _ in range(300):
+            sock = socket.create_connection(("127.0.0.1", port), source_address=("127.0.1.1", 0))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(get().encode())
+            crowd.append(sock)
+
+        def all_in(counts):
+            label = '{backend="cluster/Service/default/one/80"}'
+            names = ("connections", "pending_requests")
+            return sum(counts.get(f"weft_upstream_{name}{label}", 0) for name in names) >= 300
+
+        async with asyncio.timeout(10):
+            while not all_in(proxy.metrics()):
+                await asyncio.sleep(0.02)  # files tell nobody that they changed
+        async with (
+            asyncio.timeout(10),
+            connection(port, local_addr=("127.0.1.2", 0)) as (reader, writer),
+        ):
+            writer.write(get("/small").encode())
+            assert (await read_message(reader)).body == b"fine"
+        for sock in crowd:
+            sock.close()
+
+
+# --- ends that only the connection tells ------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["whole", "backend", "killed"])
+async def test_a_body_up_to_the_close_that_breaks_off_ends_by_a_reset(proxy, end):
+    """HTTP/1.0 has no other way to tell that a body is not whole."""
+    half = asyncio.Event()
+
+    async def handle(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        await half.wait()
+        if end == "whole":
+            writer.write(b"0\r\n\r\n")
+            await reader.read()
+
+    async with raw_backend(handle) as one:
+        port = await serve(proxy, cluster("one", one), route("r", rule(to("one"))))
+        async with connection(port) as (reader, writer):
+            writer.write(b"GET / HTTP/1.0\r\nHost: a\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\nhalf")
+            if end == "killed":
+                proxy.process.kill()
+            half.set()
+            with nullcontext() if end == "whole" else pytest.raises(ConnectionResetError):
+                assert await reader.read() == b""
+
+
+async def test_a_killed_worker_ends_tunnels_by_resets(proxy):
+    ends = asyncio.get_running_loop().create_future()
+
+    async def handle(reader, writer):
+        try:
+            await echo_tunnel(reader, writer)
+            ends.set_result(None)
+        except ConnectionResetError as error:
+            ends.set_result(error)
+
+    async with raw_backend(handle) as one:
+        port = await serve(proxy, cluster("one", one), route("r", rule(to("one"))))
+        async with connection(port) as (reader, writer):
+            writer.write(WEBSOCKET)
+            assert (await read_message(reader, head_only=True)).status == 101
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+            proxy.process.kill()
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+        assert isinstance(await ends, ConnectionResetError)
 
 
 # --- tunnels ------------------------------------------------------------------------------------

@@ -26,13 +26,14 @@ static __always_inline int redirects(void)
 	return at && at->flags & CONFIG_SOCKMAP;
 }
 
+/* Who is not known (yet) may have opted out. */
 static __always_inline int opted_out(const struct target *end)
 {
 	struct prefix address = whole(end->address);
 	struct identity *identity;
 
 	identity = identities.lookup(&address);
-	return identity && identity->flags & IDENTITY_PLAIN;
+	return !identity || identity->flags & IDENTITY_PLAIN;
 }
 
 /* A pod can bind to any address (IP_TRANSPARENT). The filter drops its packets then, but whoever has

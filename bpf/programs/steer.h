@@ -4,6 +4,7 @@
 #define WEFT_STEER_H
 
 #include "choose.h"
+#include "membership.h"
 #include "origin.h"
 #include "policy.h"
 #include "report.h"
@@ -14,14 +15,15 @@
 
 enum calls { CONNECT, SENDMSG };
 
-/* Where the proxy listens for connections to `asked`, of HTTP or to be relayed; null: nowhere. */
-static __always_inline const struct target *listening(const struct target *asked, int http)
+/* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed; null:
+ * nowhere. */
+static __always_inline const struct target *listening(u64 netns, const struct target *asked, int http)
 {
 	u32 zero = 0;
 	struct config *at = config.lookup(&zero);
 	const struct target *target;
 
-	if (!at)
+	if (!at || is_apart(netns, asked))
 		return 0;
 	if (is_ipv4(asked))
 		target = http ? &at->http4 : &at->relay4;
@@ -84,20 +86,23 @@ static __always_inline u32 socket_refusal(const struct client *client, const str
 
 /* From the backend that was chosen on, the first one that policy lets be reached: 0, the reason and
  * the relay that it is reached by, if any; or negative errno. */
-static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie,
+static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
 				     const struct client *client, const struct frontend *frontend,
 				     const struct target *asked, struct backend *backend,
 				     const struct target **relay, u32 *reason, u32 *rule)
 {
-	int result;
+	const struct target *at = asked->protocol == IPPROTO_TCP ? listening(netns, asked, 0) : 0;
+	int result, relayed;
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 1; i <= ALTERNATIVES; i++) {
-		*relay = 0;
-		if (asked->protocol == IPPROTO_TCP && backend->flags & BACKEND_REMOTE)
-			*relay = listening(asked, 0);
-		if (!socket_refusal(client, &backend->target, *relay != 0, rule)) {
-			*reason = *relay ? REASON_TO_RELAY : REASON_BALANCED;
+		relayed = at && backend->flags & BACKEND_REMOTE;
+		if (!socket_refusal(client, &backend->target, relayed, rule)) {
+			*reason = REASON_BALANCED;
+			if (relayed) {
+				*reason = REASON_TO_RELAY;
+				*relay = at;
+			}
 			return 0;
 		}
 		result = table_backend(frontend, cookie + i, backend, reason);
@@ -111,7 +116,7 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie,
 /* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
  * errno. Before a proxy has ever listened, everything goes straight to backends. What goes to the
  * proxy is judged there. */
-static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
+static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
 				   const struct client *client,
 				   const struct frontend *frontend, struct origin *origin,
 				   struct target *peer, u32 *reason, u32 *rule)
@@ -121,11 +126,11 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
 	int result = 0;
 
 	if (origin->asked.protocol == IPPROTO_TCP && frontend->flags & FRONTEND_HTTP)
-		proxy = listening(&origin->asked, 1);
+		proxy = listening(netns, &origin->asked, 1);
 	if (!proxy) {
 		result = choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
 		if (result >= 0)
-			result = permitted(ctx, cookie, client, frontend, &origin->asked,
+			result = permitted(ctx, cookie, netns, client, frontend, &origin->asked,
 					   &backend, &proxy, reason, rule);
 	} else {
 		/* It may know of a route to other backends than these. */
@@ -137,6 +142,21 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
 	origin->flags = frontend->flags;
 	*peer = proxy ? *proxy : backend.target;
 	return result;
+}
+
+/* The same of a pod of another node that was asked for at a port of no frontend. 0: it goes
+ * straight. */
+static __always_inline int far_peer(u64 netns, struct origin *origin, struct target *peer,
+				    u32 *reason)
+{
+	const struct target *relay = is_far(&origin->asked) ? listening(netns, &origin->asked, 0) : 0;
+
+	if (!relay)
+		return 0;
+	origin->backend = origin->asked;
+	*peer = *relay;
+	*reason = REASON_TO_RELAY;
+	return 1;
 }
 
 /* 1: `peer` is filled in and the origin kept; 0: `asked` is no frontend; negative errno: refused.
@@ -151,27 +171,32 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 	struct client client = {};
 	struct target key = *asked;
 	struct frontend *frontend = frontends.lookup(&key);
-	u32 reason = 0, rule = 0;
-	int result;
+	u32 reason = REASON_PASSED, rule = 0, refused;
+	int result = 0, relayed;
 
 	read_client(ctx, netns, asked, &client);
-	if (!frontend) {
-		reason = socket_refusal(&client, asked, 0, &rule);
-		if (reason) {
-			result = refuse(reason, ERRNO_POLICY_DENIED);
-			report(netns, asked, asked, reason, rule);
-			return result;
+	if (frontend) {
+		result = peer_of(ctx, cookie, netns, &client, frontend, &origin, peer, &reason,
+				 &rule);
+	} else {
+		relayed = call == CONNECT && far_peer(netns, &origin, peer, &reason);
+		refused = socket_refusal(&client, asked, relayed, &rule);
+		if (refused) {
+			report(netns, asked, asked, refused, rule);
+			return refuse(refused, ERRNO_POLICY_DENIED);
 		}
-		count(REASON_PASSED);
-		if (call == CONNECT) {
-			forget(cookie, asked);
-			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
-			if (asked->protocol == IPPROTO_TCP)
-				report(netns, asked, asked, REASON_PASSED, 0);
+		if (!relayed) {
+			count(REASON_PASSED);
+			if (call == CONNECT) {
+				forget(cookie, asked);
+				/* Resolvers connect datagram sockets to ask for a route, and send
+				 * nothing. */
+				if (asked->protocol == IPPROTO_TCP)
+					report(netns, asked, asked, reason, 0);
+			}
+			return 0;
 		}
-		return 0;
 	}
-	result = peer_of(ctx, cookie, &client, frontend, &origin, peer, &reason, &rule);
 	if (!result)
 		result = remember(cookie, peer, &origin, &reason);
 	if (result < 0) {

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from certs.spiffe import BadSpiffeId, check_trust_domain
 from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
@@ -23,6 +24,7 @@ from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
+DEFAULT_NAMESPACE = "weft-system"
 DEFAULT_ADMIN = "127.0.0.1:15090"
 DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
@@ -34,20 +36,26 @@ class OptionError(Exception):
 
 
 class Steering(NamedTuple):
-    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, and where it is
-    pinned. `mode`: "auto" sends to workloads by redirect if the self-test says so, "kernel" insists
-    on it, "proxy" never does."""
+    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
+    and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
+    self-test says so, "kernel" insists on it, "proxy" never does."""
 
     cgroup: Path
     proxy_cgroup: Path
     pins: Path
+    pods: Path
     mode: Literal["auto", "kernel", "proxy"]
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
+    """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
+    or the pod's service account) leads to, and `namespace` is Weft's own there. `admin` None: no
+    admin port; `steer` None: no eBPF; `flow_buffer`: flow records held; `authority`: its socket for
+    this node, None: there is none."""
 
-    manifests: Path
+    manifests: Path | None
+    kubeconfig: Path | None
+    namespace: str
     run_dir: Path
     control_fd: int
     workers: int
@@ -55,12 +63,16 @@ class AgentOptions(NamedTuple):
     admin: tuple[str, int] | None
     steer: Steering | None
     flow_buffer: int
+    authority: Path | None
 
 
 def parse(arguments: list[str]) -> AgentOptions:
     """The agent's command line. OptionError: a value cannot be used."""
     parser = argparse.ArgumentParser(prog="mesh.agent.agent", allow_abbrev=False)
-    parser.add_argument("--manifests", type=Path, required=True)
+    parser.add_argument("--source", choices=("directory", "kubernetes"))
+    parser.add_argument("--manifests", type=Path)
+    parser.add_argument("--kubeconfig", type=Path)
+    parser.add_argument("--namespace", default=DEFAULT_NAMESPACE)
     parser.add_argument("--run-dir", type=Path, default=default_run_dir())
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
@@ -77,9 +89,13 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
+    parser.add_argument("--authority", type=Path)
+    parser.add_argument("--trust-domain", default="cluster.local")
     args = parser.parse_args(arguments)
     return AgentOptions(
-        manifests=args.manifests.absolute(),
+        manifests=manifests(args),
+        kubeconfig=args.kubeconfig,
+        namespace=args.namespace,
         run_dir=args.run_dir,
         control_fd=args.control_fd,
         workers=args.workers,
@@ -87,14 +103,32 @@ def parse(arguments: list[str]) -> AgentOptions:
         admin=parse_admin(args.admin),
         steer=steering(args),
         flow_buffer=args.flow_buffer,
+        authority=args.authority,
     )
+
+
+def manifests(args: argparse.Namespace) -> Path | None:
+    """The directory that objects come from; None: they come from a cluster. OptionError: it is not
+    said which, or both are."""
+    cluster = args.source == "kubernetes" or (args.source is None and args.kubeconfig is not None)
+    if cluster and args.manifests is None:
+        return None
+    if cluster or args.kubeconfig is not None:
+        raise OptionError("--manifests is for a directory, --kubeconfig for a cluster: give one")
+    if args.manifests is None:
+        raise OptionError(
+            "nothing says where objects come from: give --manifests DIR, --kubeconfig FILE, or "
+            "--source kubernetes for the cluster that this pod is in"
+        )
+    return Path(args.manifests.absolute())
 
 
 def steering(args: argparse.Namespace) -> Steering | None:
     if args.steer is None:
         return None
-    pins = args.pins or RunDir(args.run_dir).pins
-    return Steering(args.steer, args.proxy_cgroup, pins, args.datapath)
+    run_dir = RunDir(args.run_dir)
+    pins = args.pins or run_dir.pins
+    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath)
 
 
 def parse_admin(text: str) -> tuple[str, int] | None:
@@ -126,7 +160,16 @@ def plane_options(args: argparse.Namespace) -> Options:
         settings=read_settings(args.settings, access_log=args.access_log),
         node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
         mesh_addresses=mesh_addresses(args),
+        authority=getattr(args, "authority", None) is not None,
+        trust_domain=_trust_domain(getattr(args, "trust_domain", "cluster.local")),
     )
+
+
+def _trust_domain(name: str) -> str:
+    try:
+        return check_trust_domain(name)
+    except BadSpiffeId as error:
+        raise OptionError(f"--trust-domain: {error}") from None
 
 
 def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mesh.cli.certs import identity_table
 from mesh.cli.client import ask
 from mesh.cli.output import dump, table
 
@@ -31,6 +32,8 @@ def _show(status: dict[str, Any]) -> None:
     click.echo(f"agent:      pid {status['agent']['pid']}, configuration {version}")
     if status["steered"] is not None:
         click.echo(f"steered:    workloads in {status['steered']}")
+    elif status["notSteered"] is not None:
+        click.echo(f"steered:    {status['notSteered']}")
     objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
     click.echo(f"objects:    {objects or 'none'}")
     problems = status["problems"]
@@ -54,6 +57,9 @@ def _show(status: dict[str, Any]) -> None:
                 for port in sorted(status["ports"], key=lambda one: (one["port"], one["address"]))
             ],
         )
+    if status["svids"] is not None:
+        click.echo()
+        identity_table(status["svids"])
     reasons = [*(f"not ready: {text}" for text in status["notReady"]), *status["degraded"]]
     if reasons:
         click.echo()

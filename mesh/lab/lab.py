@@ -18,7 +18,7 @@ from mesh.lab.cgroups import cgroup_root, join_cgroup, members, remove_tree
 from mesh.lab.config import read_config
 from mesh.lab.errors import LabError, explained, require_root
 from mesh.lab.kernel import remove_netns
-from mesh.lab.manifests import services, to_yaml
+from mesh.lab.manifests import nodes, services, to_yaml
 from mesh.lab.plan import NETNS_DIR, NodePlan, Plan, make_plan, netns_prefix
 from mesh.lab.state import LabDir, find_lab
 from mesh.lab.status import LabStatus, look
@@ -83,17 +83,41 @@ def _refuse_foreign(plan: Plan) -> None:
 
 
 def _build(lab: LabDir, plan: Plan) -> None:
-    lab.write(lab.manifests / "services.yaml", to_yaml(services(plan)))
+    lab.write(lab.manifests / "services.yaml", to_yaml([*nodes(plan), *services(plan)]))
     lab.link_manifests(plan)
     for node in plan.nodes:
         Path(node.cgroup).mkdir(parents=True)
-        Path(node.proxy_cgroup).mkdir(parents=True)
+        Path(node.system_cgroup).mkdir(parents=True)
     for client in plan.outside:
         Path(client.cgroup).mkdir(parents=True)
+    _start_authority(lab, plan)
     network.build(plan)
     starting = [_start_supervisor(lab, node) for node in plan.nodes]
     for process in starting:
         process.wait()
+
+
+def _start_authority(lab: LabDir, plan: Plan) -> None:
+    """The process that signs the nodes' certificates, on its own: nobody's child."""
+    Path(plan.authority_cgroup).mkdir(parents=True)
+    nodes = [f"--node={node.name}={lab.authority_socket(node.name)}" for node in plan.nodes]
+    with open(lab.authority_log, "ab") as log:
+        subprocess.run(
+            [
+                *("/bin/sh", "-c", '"$@" &', "sh"),
+                *(sys.executable, "-P", "-m", "mesh.authority.main", f"--dir={lab.authority}"),
+                f"--manifests={lab.manifests}",
+                f"--trust-domain={plan.trust_domain}",
+                f"--svid-life={plan.svid_life}",
+                *nodes,
+            ],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: join_cgroup(plan.authority_cgroup),
+        )
 
 
 def _start_supervisor(lab: LabDir, node: NodePlan) -> subprocess.Popen[bytes]:
@@ -112,12 +136,16 @@ def _start_supervisor(lab: LabDir, node: NodePlan) -> subprocess.Popen[bytes]:
 
 
 def _wait(lab: LabDir, plan: Plan, wait_s: float) -> None:
-    """Until all pods are settled. LabError: a supervisor ended, whose log says why."""
+    """Until all pods are settled and all Wefts run. LabError: a supervisor or the authority ended;
+    why."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         statuses = [lab.node_status(node.name) for node in plan.nodes]
-        if all(node and all(pod.settled for pod in node.pods) for node in statuses):
+        settled = all(node and all(pod.settled for pod in node.pods) for node in statuses)
+        if settled and all(lab.weft(node.name).holder() for node in plan.nodes):
             return
+        if not members(plan.authority_cgroup):
+            raise LabError(f"the authority ended:\n{lab.authority_log.read_text().strip()}")
         for node in plan.nodes:
             if not members(node.system_cgroup):
                 log = lab.node_log(node.name).read_text().strip()

@@ -24,6 +24,7 @@ from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.listenerset import ListenerSet
 from mesh.model.meta import Model, ObjectKey
+from mesh.model.node import Node
 from mesh.model.pod import Pod
 from mesh.model.referencegrant import ReferenceGrant
 from mesh.model.references import GROUP
@@ -57,6 +58,7 @@ Object: TypeAlias = (
     | Secret
     | ConfigMap
     | Pod
+    | Node
     | GatewayClass
     | Gateway
     | ListenerSet
@@ -89,6 +91,7 @@ KINDS: dict[tuple[str, str], KindInfo] = {
         ("", KindInfo(Secret, "Secret", True, ("v1",), "secrets")),
         ("", KindInfo(ConfigMap, "ConfigMap", True, ("v1",), "configmaps", ("cm",))),
         ("", KindInfo(Pod, "Pod", True, ("v1",), "pods", ("po",))),
+        ("", KindInfo(Node, "Node", False, ("v1",), "nodes", ("no",))),
         (
             "discovery.k8s.io",
             KindInfo(EndpointSlice, "EndpointSlice", True, ("v1",), "endpointslices"),
@@ -141,15 +144,16 @@ def decode(raw: Mapping[str, Any]) -> Object:
     return obj
 
 
-def parse(raw: Mapping[str, Any]) -> Object:
-    """The first half of `decode`: schema and defaults, not yet names and rules."""
+def parse(raw: Mapping[str, Any], *, lenient: bool = False) -> Object:
+    """The first half of `decode`: schema and defaults, not yet names and rules. `lenient`: fields
+    that are not known are passed over."""
     info = _info(raw)
     metadata = raw.get("metadata")
     if info.namespaced and isinstance(metadata, Mapping) and not metadata.get("namespace"):
         raw = {**raw, "metadata": {**metadata, "namespace": "default"}}
     if info.model is Secret:
         raw = _secret_data(raw)
-    return read(raw, info.model, quote=info.model is not Secret)
+    return read(raw, info.model, quote=info.model is not Secret, lenient=lenient)
 
 
 def update_errors(old: Object, new: Object) -> tuple[FieldError, ...]:

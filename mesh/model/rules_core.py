@@ -21,6 +21,7 @@ from mesh.model.core import (
 )
 from mesh.model.errors import FieldError
 from mesh.model.meta import ObjectMeta
+from mesh.model.node import NodeAddress
 from mesh.model.pod import PodIP, PodStatus
 from mesh.model.rules import Check, Finding, duplicates
 from mesh.model.scalars import DNS_LABEL, DNS_SUBDOMAIN, LABEL_KEY, LABEL_VALUE
@@ -120,6 +121,10 @@ def _cluster_ip(address: str) -> Finding:
     return f"found {found(address)}; write an address or None, or leave it out"
 
 
+def _cluster_ips(addresses: Sequence[str]) -> Finding:
+    return next(filter(None, map(_cluster_ip, addresses)), None)
+
+
 def _ports_named(ports: Sequence[ServicePort]) -> Finding:
     unnamed = [f"[{index}]" for index, port in enumerate(ports) if not port.name]
     if len(ports) > 1 and unnamed:
@@ -209,6 +214,15 @@ def _pod_ips(status: PodStatus) -> Finding:
     return f"podIP is {status.pod_ip}, podIPs begins with {found(status.pod_ips[0].ip)}"
 
 
+# --- Node ----------------------------------------------------------------------------------------
+
+
+def _node_address(address: NodeAddress) -> Finding:
+    if address.type != "InternalIP" or _ip_version(address.address) is not None:
+        return None
+    return f"found {found(address.address)}"
+
+
 # --- Secret and ConfigMap ------------------------------------------------------------------------
 
 _DATA_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}\Z")
@@ -259,6 +273,7 @@ CHECKS: tuple[Check, ...] = (
         _external_name,
     ),
     Check(ServiceSpec, "cluster_ip", "must be an IP address or None", _cluster_ip),
+    Check(ServiceSpec, "cluster_ips", "must be IP addresses or None", _cluster_ips),
     Check(ServiceSpec, "ports", "ports must be named when there are several", _ports_named),
     Check(ServiceSpec, "ports", "port names must be DNS-1123 labels", _port_names),
     Check(ServiceSpec, "ports", "port names must be unique", _port_names_unique),
@@ -278,6 +293,7 @@ CHECKS: tuple[Check, ...] = (
     Check(PodStatus, "pod_ip", "must be an IP address", _pod_ip),
     Check(PodStatus, None, "podIPs must begin with podIP", _pod_ips),
     Check(PodIP, "ip", "must be an IP address", _pod_ip),
+    Check(NodeAddress, None, "InternalIP must be an IP address", _node_address),
     Check(Secret, "data", _DATA_KEY_RULE, _data_keys),
     Check(Secret, None, _SIZE_RULE, _secret_size),
     Check(Secret, None, "type kubernetes.io/tls needs tls.crt and tls.key", _tls_secret),
