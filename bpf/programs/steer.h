@@ -6,7 +6,12 @@
 #include "choose.h"
 #include "membership.h"
 #include "origin.h"
+#include "policy.h"
 #include "report.h"
+#include "verifier.h"
+
+/* How many of a frontend's backends are tried until policy lets one be reached. */
+#define ALTERNATIVES 8
 
 enum calls { CONNECT, SENDMSG };
 
@@ -27,37 +32,116 @@ static __always_inline const struct target *listening(u64 netns, const struct ta
 	return target->port ? target : 0;
 }
 
-/* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
- * errno. Before a proxy has ever listened, everything goes straight to backends. */
-static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
-				   const struct frontend *frontend, struct origin *origin,
-				   struct target *peer, u32 *reason)
+/* Who a socket belongs to: its pod's address of the family that it speaks, and what is in force for
+ * the pod; null: nothing. */
+struct client {
+	struct address from;
+	struct pod *pod;
+	u32 identity;
+};
+
+/* Stays empty where policy has no say in where it goes. */
+static __always_inline void read_client(struct bpf_sock_addr *ctx, u64 netns,
+					const struct target *asked, struct client *client)
 {
-	int tcp = origin->asked.protocol == IPPROTO_TCP;
+	struct addresses *own = namespaces.lookup(&netns);
+	struct target to = *asked;
+
+	/* What is found out of it need not be remembered. */
+	for (int i = 0; i < 4; i++)
+		to.address[i] = forgotten(to.address[i], ctx->protocol);
+	if (!own || (asked->protocol != IPPROTO_TCP && asked->protocol != IPPROTO_UDP) ||
+	    is_loopback(&to) || is_unspecified(&to))
+		return;
+	client->from = is_ipv4(&to) ? own->v4 : own->v6;
+	client->pod = pods.lookup(&client->from);
+	client->identity = forgotten(identity_of(client->from.words), ctx->protocol);
+	for (int i = 0; i < 4; i++)
+		client->from.words[i] = forgotten(client->from.words[i], ctx->protocol);
+}
+
+/* Why policy refuses that a client reaches a target: the client's own rules, and those of the target
+ * if it is a pod of this node; 0: it does not. `relayed`: by the proxies of two nodes, and the other
+ * one judges for its pod. What is in audit mode the filter tells of. */
+static __always_inline u32 socket_refusal(const struct client *client, const struct target *to,
+					  int relayed, u32 *rule)
+{
+	struct pod *pod = client->pod;
+	u32 reason = 0;
+
+	if (!client->identity || same_address(to, &client->from))
+		return 0;
+	if (pod)
+		reason = policy_refusal(pod, EGRESS, identity_of(to->address), to->protocol,
+					to->port, relayed || is_local_pod(to), rule);
+	if (reason != REASON_POLICY_DENIED) {
+		pod = relayed ? 0 : pod_at(to->address);
+		reason = 0;
+		if (pod)
+			reason = policy_refusal(pod, INGRESS, client->identity, to->protocol,
+						to->port, 1, rule);
+	}
+	return reason == REASON_POLICY_DENIED ? reason : 0;
+}
+
+/* From the backend that was chosen on, the first one that policy lets be reached: 0, the reason and
+ * the relay that it is reached by, if any; or negative errno. */
+static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
+				     const struct client *client, const struct frontend *frontend,
+				     const struct target *asked, struct backend *backend,
+				     const struct target **relay, u32 *reason, u32 *rule)
+{
+	const struct target *at = asked->protocol == IPPROTO_TCP ? listening(netns, asked, 0) : 0;
+	int result, relayed;
+
+#pragma clang loop unroll(disable)
+	for (u32 i = 1; i <= ALTERNATIVES; i++) {
+		relayed = at && backend->flags & BACKEND_REMOTE;
+		if (!socket_refusal(client, &backend->target, relayed, rule)) {
+			*reason = REASON_BALANCED;
+			if (relayed) {
+				*reason = REASON_TO_RELAY;
+				*relay = at;
+			}
+			return 0;
+		}
+		result = table_backend(frontend, cookie + i, backend, reason);
+		if (result < 0)
+			return result;
+		*rule = forgotten(*rule, ctx->protocol);
+	}
+	return REFUSE(POLICY_DENIED);
+}
+
+/* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
+ * errno. Before a proxy has ever listened, everything goes straight to backends. What goes to the
+ * proxy is judged there. */
+static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
+				   const struct client *client,
+				   const struct frontend *frontend, struct origin *origin,
+				   struct target *peer, u32 *reason, u32 *rule)
+{
 	const struct target *proxy = 0;
 	struct backend backend = {};
-	int result;
+	int result = 0;
 
-	if (tcp && frontend->flags & FRONTEND_HTTP)
+	if (origin->asked.protocol == IPPROTO_TCP && frontend->flags & FRONTEND_HTTP)
 		proxy = listening(netns, &origin->asked, 1);
-	if (proxy && !frontend->affinity_s) {
-		*reason = REASON_TO_PROXY;
-	} else {
+	if (!proxy) {
 		result = choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
-		/* The proxy may know of a route to other backends. */
-		if (result < 0 && !proxy)
-			return result;
-		*reason = proxy ? REASON_TO_PROXY : REASON_BALANCED;
-		if (!proxy && tcp && backend.flags & BACKEND_REMOTE) {
-			proxy = listening(netns, &origin->asked, 0);
-			if (proxy)
-				*reason = REASON_TO_RELAY;
-		}
+		if (result >= 0)
+			result = permitted(ctx, cookie, netns, client, frontend, &origin->asked,
+					   &backend, &proxy, reason, rule);
+	} else {
+		/* It may know of a route to other backends than these. */
+		if (frontend->affinity_s)
+			choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
+		*reason = REASON_TO_PROXY;
 	}
 	origin->backend = backend.target;
 	origin->flags = frontend->flags;
 	*peer = proxy ? *proxy : backend.target;
-	return 0;
+	return result;
 }
 
 /* The same of a pod of another node that was asked for at a port of no frontend. 0: it goes
@@ -84,27 +168,39 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 {
 	u64 cookie = bpf_get_socket_cookie(ctx), netns = bpf_get_netns_cookie(ctx);
 	struct origin origin = {.asked = *asked};
+	struct client client = {};
 	struct target key = *asked;
 	struct frontend *frontend = frontends.lookup(&key);
-	u32 reason = REASON_PASSED;
-	int result = 0;
+	u32 reason = REASON_PASSED, rule = 0, refused;
+	int result = 0, relayed;
 
-	if (!frontend && !(call == CONNECT && far_peer(netns, &origin, peer, &reason))) {
-		count(REASON_PASSED);
-		if (call == CONNECT) {
-			forget(cookie, asked);
-			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
-			if (asked->protocol == IPPROTO_TCP)
-				report(netns, asked, asked, reason, 0);
+	read_client(ctx, netns, asked, &client);
+	if (frontend) {
+		result = peer_of(ctx, cookie, netns, &client, frontend, &origin, peer, &reason,
+				 &rule);
+	} else {
+		relayed = call == CONNECT && far_peer(netns, &origin, peer, &reason);
+		refused = socket_refusal(&client, asked, relayed, &rule);
+		if (refused) {
+			report(netns, asked, asked, refused, rule);
+			return refuse(refused, ERRNO_POLICY_DENIED);
 		}
-		return 0;
+		if (!relayed) {
+			count(REASON_PASSED);
+			if (call == CONNECT) {
+				forget(cookie, asked);
+				/* Resolvers connect datagram sockets to ask for a route, and send
+				 * nothing. */
+				if (asked->protocol == IPPROTO_TCP)
+					report(netns, asked, asked, reason, 0);
+			}
+			return 0;
+		}
 	}
-	if (frontend)
-		result = peer_of(ctx, cookie, netns, frontend, &origin, peer, &reason);
 	if (!result)
 		result = remember(cookie, peer, &origin, &reason);
 	if (result < 0) {
-		report(netns, asked, &origin.backend, reason, 0);
+		report(netns, asked, &origin.backend, reason, rule);
 		return result;
 	}
 	count(reason);

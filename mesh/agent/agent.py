@@ -66,14 +66,15 @@ class Agent:
         flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._authority = SocketClient(options.authority) if options.authority else None
+        datapath = self._datapath(options)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
             ready=_ready,
-            datapath=self._datapath(options),
+            datapath=datapath,
             flows=flows,
-            kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
+            kernel=KernelFlows(datapath.pins, flows, datapath.rule) if datapath else None,
             svids=self._svids(options, run_dir),
         )
         self._source, self._reporter = _source(options, self._node)
