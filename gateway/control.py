@@ -43,6 +43,7 @@ from mesh.model.section import (
     SectionKey,
     certificate_key,
     entry_key,
+    node_key,
     port_key,
     route_key,
     service_key,
@@ -56,6 +57,7 @@ KINDS = (
     "Secret",
     "ConfigMap",
     "Pod",
+    "Node",
     "GatewayClass",
     "Gateway",
     "ListenerSet",
@@ -68,7 +70,8 @@ class Options(msgspec.Struct, frozen=True):
     """`addresses`: the pool, CIDRs and addresses; empty: no pool, and Gateways that name no address
     listen on `bind_address` and say `advertise` in status.addresses. `mesh_addresses`: where the
     proxy takes what workloads ask Services for, at most one of each family; empty: there is no
-    mesh. `node`: this node's name, as in Pods' spec.nodeName."""
+    mesh. `node`: this node's name, as in Pods' spec.nodeName. `authority`: there is one, so that
+    workloads have identities of `trust_domain` and connect to other nodes by mutual TLS."""
 
     controller_name: str = "weft.dev/gateway-controller"
     addresses: tuple[str, ...] = ()
@@ -77,10 +80,13 @@ class Options(msgspec.Struct, frozen=True):
     settings: Settings = Settings()
     node: str = ""
     mesh_addresses: tuple[str, ...] = ()
+    authority: bool = False
+    trust_domain: str = "cluster.local"
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh(self.node, self.mesh_addresses)
+        trust_domain = self.trust_domain if self.authority else ""
+        return Mesh(self.node, self.mesh_addresses, trust_domain)
 
 
 class Outcome(NamedTuple):
@@ -131,7 +137,9 @@ class ControlPlane:
         remove: list[SectionKey] = []
         if not self._started:
             self._started = True
-            put[SETTINGS_KEY] = self._options.settings
+            put[SETTINGS_KEY] = msgspec.structs.replace(
+                self._options.settings, gateway_spiffe_id=self._options.mesh.gateway_spiffe_id
+            )
             put.update(self._options.mesh.sections())
         for table, section_key in _SECTIONS.items():
             for key, change in changed.get(table, {}).items():
@@ -173,6 +181,7 @@ _SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "pod_entries": lambda key: entry_key(key[0], key[1], "TCP"),
     "service_sections": lambda key: service_key(*key),
     "workloads": lambda key: workload_key(*key),
+    "nodes": lambda key: node_key(key.name),
 }
 _STATUSES = {
     "class_status": "GatewayClass",
@@ -209,7 +218,9 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         # Listeners and the ports they are served on.
         Rule("states", "gateways", states.states),
         Rule("ports", "owners", states.ports),
-        # Workloads.
+        # Nodes and workloads.
+        Rule("nodes", "Node", workloads.nodes),
+        Rule("namespaces", "Namespace", workloads.namespaces),
         Rule("pods", "Pod", workloads.pods),
         Rule("holders", "pods_at", workloads.holders),
         Rule("set_numbers", "label_sets", workloads.numbers),

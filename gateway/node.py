@@ -7,16 +7,18 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from gateway.keys import PortKey
-from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, MeshPort
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, MESH_TUNNEL_PORT, MeshPort
 from mesh.model.section import SectionKey, port_key
 
 
 class Mesh(NamedTuple):
     """`addresses`: at most one of each family; none: there is no mesh on this node, and nothing is
-    steered to the proxy. `node` "": nobody knows which pods are this node's."""
+    steered to the proxy. `node` "": nobody knows which pods are this node's. `trust_domain`: whose
+    identities workloads have; "": there is no authority, and nobody has one."""
 
     node: str = ""
     addresses: tuple[str, ...] = ()
+    trust_domain: str = ""
 
     @property
     def on(self) -> bool:
@@ -45,8 +47,20 @@ class Mesh(NamedTuple):
         for address in self.addresses:
             http = MeshPort(address, MESH_HTTP_PORT, "http")
             relay = MeshPort(address, MESH_RELAY_PORT, "relay")
-            for port in (http, relay):
+            tunnel = MeshPort(address, MESH_TUNNEL_PORT, "tunnel")
+            for port in (http, relay, tunnel) if self.trust_domain else (http, relay):
                 yield port_key(address, port.port), port
+
+    @property
+    def gateway_spiffe_id(self) -> str:
+        """The identity of Gateways' proxies, which every node may hold ("": no authority)."""
+        return self.spiffe_id("weft-system", "weft-gateway")
+
+    def spiffe_id(self, namespace: str, service_account: str) -> str:
+        """The identity of a workload ("": there is no authority)."""
+        if not self.trust_domain:
+            return ""
+        return f"spiffe://{self.trust_domain}/ns/{namespace}/sa/{service_account}"
 
     @property
     def ports(self) -> frozenset[PortKey]:
@@ -55,6 +69,6 @@ class Mesh(NamedTuple):
     def reserves(self, port: PortKey) -> bool:
         """Whether a Gateway that listens on `port` would be in the mesh's way."""
         address, number = port
-        if number not in (MESH_HTTP_PORT, MESH_RELAY_PORT) or not self.on:
+        if not any(number == own for _, own in self.ports):
             return False
         return address in self.addresses or ipaddress.ip_address(address).is_unspecified

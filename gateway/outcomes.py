@@ -159,10 +159,10 @@ def _accepted(
             return make("Accepted", "Unknown", *trouble.problem, generation)
         problem = trouble.problem if trouble is not None else None
         if problem is None:
-            remarks = [misused(route)]
+            remarks = list(misused(route))
             if route.spec.hostnames:
                 remarks.append("spec.hostnames does not count for requests to a Service")
-            message = "; ".join(filter(None, remarks))
+            message = "; ".join(remarks)
             return make("Accepted", "True", "Accepted", message, generation)
     return condition("Accepted", generation, problem)
 

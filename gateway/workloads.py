@@ -1,25 +1,31 @@
-"""Pods as workloads: who stands behind an address, on which node, with which identity.
+"""Nodes, and Pods as workloads: who stands behind an address, on which node, with which identity,
+and how it wants to be connected to.
 
-Knows Pods and nothing of Services. A pod in its host's network has no address of its own, and one
-that has ended has none any more: neither is a workload. An address that two pods claim is the
-younger's (addresses of deleted pods are given out again).
+Knows Nodes, Namespaces and Pods, and nothing of Services. A pod in its host's network has no
+address of its own, and one that has ended has none any more: neither is a workload. An address that
+two pods claim is the younger's (addresses of deleted pods are given out again).
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
-from gateway.annotations import may_use_sockmap
+from gateway.annotations import may_use_sockmap, mtls, mtls_ports
 from gateway.node import Mesh
+from mesh.model.core import Namespace
 from mesh.model.derive import View
 from mesh.model.identity import FIRST_WORKLOAD, WORKLOAD_BITS
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.node import Node
+from mesh.model.nodeconfig import MtlsMode, NodeSection, WorkloadSection
 from mesh.model.pod import Pod
+
+_DEFAULT: MtlsMode = "PERMISSIVE"
 
 
 class LabelSet(NamedTuple):
@@ -37,6 +43,13 @@ class LabelSet(NamedTuple):
         return FIRST_WORKLOAD + int.from_bytes(digest, "big") % room
 
 
+class Mtls(NamedTuple):
+    """`mode` holds for ports that do not stand in `ports`; None: the namespace's."""
+
+    mode: MtlsMode | None
+    ports: tuple[tuple[int, MtlsMode], ...] = ()
+
+
 class PodState(NamedTuple):
     """A pod that is a workload."""
 
@@ -45,6 +58,7 @@ class PodState(NamedTuple):
     node: str
     sockmap: bool
     labels: LabelSet
+    mtls: Mtls
 
 
 class Holder(NamedTuple):
@@ -61,6 +75,24 @@ class Holder(NamedTuple):
         return bool(mesh.node) and self.node == mesh.node
 
 
+def nodes(view: View, key: ObjectKey) -> NodeSection | None:
+    """None: nothing is known of where it is."""
+    node: Node = view.get("Node", key)
+    found = dict.fromkeys(
+        # As all other addresses are written, that they may be compared.
+        str(ipaddress.ip_address(one.address))
+        for one in node.status.addresses
+        if one.type == "InternalIP"
+    )
+    return NodeSection(key.name, tuple(found)) if found else None
+
+
+def namespaces(view: View, key: ObjectKey) -> MtlsMode:
+    """How the pods of a namespace are connected to if they say nothing."""
+    namespace: Namespace = view.get("Namespace", key)
+    return mtls(namespace) or _DEFAULT
+
+
 def pods(view: View, key: ObjectKey) -> PodState | None:
     pod: Pod = view.get("Pod", key)
     status = pod.status
@@ -75,7 +107,13 @@ def pods(view: View, key: ObjectKey) -> PodState | None:
         pod.spec.node_name or "",
         may_use_sockmap(pod),
         LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
+        _mtls(pod),
     )
+
+
+def _mtls(pod: Pod) -> Mtls:
+    ports = mtls_ports(pod)
+    return Mtls("STRICT") if ports is None else Mtls(mtls(pod), tuple(sorted(ports.items())))
 
 
 def pods_at(key: ObjectKey, pod: PodState) -> tuple[str, ...]:
@@ -135,6 +173,9 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             labels=dict(pod.labels.labels),
             identity=view.get("identities", pod.labels),
             sockmap=pod.sockmap,
+            spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account),
+            mtls=pod.mtls.mode or view.get("namespaces", ObjectKey("", key.namespace)) or _DEFAULT,
+            mtls_ports=dict(pod.mtls.ports),
         )
 
     return compute

@@ -33,6 +33,7 @@ from mesh.model.nodeconfig import (
     ClusterSection,
     Delta,
     MeshPort,
+    NodeSection,
     PortSection,
     Section,
     ServiceSection,
@@ -172,6 +173,8 @@ class Proxy:
                 self._put_port(section)
             case MeshPort():
                 self._put_mesh_port(section)
+            case NodeSection():
+                pass
             case _:
                 raise Refused(f"a {type(section).__name__} is not for the proxy")
         return set()
@@ -227,6 +230,8 @@ class Proxy:
             before.acceptor = self._acceptor(before.port, tls)
 
     def _put_mesh_port(self, section: MeshPort) -> None:
+        if section.kind == "tunnel":
+            raise Refused("this proxy takes no connections of other nodes")
         bind = (section.address, section.port)
         before = self._state.mesh.get(bind)
         self._state.mesh[bind] = self._mesh_acceptor(section.kind)

@@ -141,6 +141,10 @@ def pod(**status: Any) -> Manifest:
     return manifest("Pod", status=status)
 
 
+def node(*addresses: Manifest) -> Manifest:
+    return manifest("Node", status={"addresses": list(addresses)})
+
+
 GW, GW_A, GW_B = {"name": "gw"}, {"name": "gw", "sectionName": "a"}, {"name": "gw", "port": 80}
 TLS = {"certificateRefs": [{"name": "c"}]}
 TARGET = {"group": "", "kind": "Service", "name": "s"}
@@ -730,5 +734,11 @@ CASES = [
         pod(podIP="10.0.0.1", podIPs=[{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]),
         pod(podIP="10.0.0.1", podIPs=[{"ip": "fd00::1"}, {"ip": "10.0.0.1"}]),
         "status",
+    ),
+    Case(
+        "InternalIP must be an IP address",
+        node({"type": "Hostname", "address": "n1"}),
+        node({"type": "InternalIP", "address": "n1"}),
+        "status.addresses[0]",
     ),
 ]

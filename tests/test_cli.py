@@ -92,7 +92,9 @@ kind: Service
 metadata: {name: s}
 spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}
 ---
-{apiVersion: v1, kind: Pod, metadata: {name: p, annotations: {weft.dev/sockmap: 'no'}}}
+apiVersion: v1
+kind: Pod
+metadata: {name: p, annotations: {weft.dev/sockmap: 'no', weft.dev/mtls: strict}}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -106,7 +108,8 @@ spec:
 def test_validate_with_and_without_a_mesh(tmp_path):
     (tmp_path / "mesh.yaml").write_text(MESH)
     code, text, _ = weft("validate", tmp_path, "--mesh-address=127.0.0.1")
-    assert (code, text.count("warning:")) == (0, 2)
+    assert (code, text.count("warning:")) == (0, 3)
+    assert "'strict', not 'STRICT' or 'PERMISSIVE' or 'DISABLE'; until that is mended" in text
     assert "'no', not 'enabled' or 'disabled'; until that is mended, sockmap is not used" in text
     assert "'yes', not 'true' or 'false'; until that is mended, the client is not told" in text
     _, text, _ = weft("validate", tmp_path)
@@ -155,7 +158,7 @@ def test_explain_offline(manifests):
 
 def test_explain_from_a_pod_offline(tmp_path):
     (tmp_path / "mesh.yaml").write_text(
-        MESH.replace("metadata: {name: p,", "status: {podIP: 10.0.0.1}, metadata: {name: p,")
+        MESH.replace("metadata: {name: p,", "status: {podIP: 10.0.0.1}\nmetadata: {name: p,")
     )
     ask = ("explain", "GET", "http://s/x", "--manifests", tmp_path)
     code, text, _ = weft(*ask, "--from", "default/p")
@@ -179,7 +182,7 @@ def test_explain_from_a_pod_offline(tmp_path):
     [
         (("explain", "GET", "ftp://x"), "weft: ftp://x: not a URL like http://host/path"),
         (("explain", "GET", "http://x", "-H", "bad"), "weft: -H 'bad': not 'name: value'"),
-        (("get", "nodes"), "weft: there is no kind 'nodes' in Weft: it has backendtlspolicies, "),
+        (("get", "jobs"), "weft: there is no kind 'jobs' in Weft: it has backendtlspolicies, "),
         (("up", "--manifests", "/", "--admin", "x"), "weft: --admin x: not ADDRESS:PORT"),
         (
             ("up", "--manifests", "/", "--address-pool", "10.0.0.1/8"),

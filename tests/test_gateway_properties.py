@@ -129,6 +129,11 @@ spec: {nodeName: n1}
 status: {podIP: 10.0.0.1}
 """,
     """
+kind: Node
+metadata: {name: n2}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
+""",
+    """
 kind: Pod
 metadata: {name: heir, labels: {app: b}, creationTimestamp: '2024-01-01T00:00:00Z'}
 spec: {nodeName: n2}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mesh.lab.config import LabConfig
 from mesh.lab.dns import Names
-from mesh.lab.manifests import endpoint_slices, pods, services, to_yaml
+from mesh.lab.manifests import endpoint_slices, nodes, pods, services, to_yaml
 from mesh.lab.plan import make_plan
 from mesh.lab.state import PodStatus
 from mesh.model.meta import ObjectKey
@@ -117,13 +117,18 @@ def test_the_source_reads_the_manifests_as_they_are_meant(tmp_path: Path) -> Non
         pod.key: PodStatus(key=pod.key, phase="Running", ready=pod.name != "new-web")
         for pod in PLAN.pods
     }
-    (tmp_path / "services.yaml").write_bytes(to_yaml(services(PLAN)))
+    (tmp_path / "services.yaml").write_bytes(to_yaml([*nodes(PLAN), *services(PLAN)]))
     for node in PLAN.nodes:
         slices = endpoint_slices(PLAN, node.name, statuses)
         (tmp_path / f"{node.name}.yaml").write_bytes(to_yaml(slices))
     update = Manifests(tmp_path).scan()
     assert update.problems == ()
     objects = update.changes
+    for node in PLAN.nodes:
+        told = objects["Node"][ObjectKey("", node.name)].status.addresses
+        assert [(one.type, one.address) for one in told] == [
+            ("InternalIP", address) for address in node.addresses
+        ]
     assert {str(key) for key in objects["Namespace"]} == {"shop", "other"}
     web = objects["Service"][ObjectKey("shop", "web")].spec
     assert web.cluster_ips == ("10.96.0.10", "fd00:10:96::a")

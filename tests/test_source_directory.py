@@ -121,13 +121,16 @@ def test_kinds_that_are_not_ours(root):
     ]
 
 
-def test_statuses_in_files_count_for_pods_only(root):
+def test_statuses_in_files_count_for_pods_and_nodes_only(root):
     (root / "a.yaml").write_text(
         "{apiVersion: v1, kind: Pod, metadata: {name: p}, status: {podIP: 10.0.0.1}}\n---\n"
+        "{apiVersion: v1, kind: Node, metadata: {name: n1}, status: {addresses:"
+        " [{type: InternalIP, address: 192.0.2.1}]}}\n---\n"
         "{apiVersion: v1, kind: Namespace, metadata: {name: shop}, status: {phase: Active}}"
     )
     changes = Manifests(root).scan().changes
     assert changes["Pod"][ObjectKey("default", "p")].status.pod_ip == "10.0.0.1"
+    assert changes["Node"][ObjectKey("", "n1")].status.addresses[0].address == "192.0.2.1"
     assert changes["Namespace"][ObjectKey("", "shop")].status is None
 
 

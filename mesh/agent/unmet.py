@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gateway.annotations import misused
+from gateway.annotations import Annotated, misused
 from mesh.model.decode import Object
 from mesh.model.gateway import Gateway
 from mesh.model.meta import ObjectKey
@@ -80,7 +80,8 @@ def _classless(
 def _annotated(
     objects: Mapping[str, Mapping[ObjectKey, Object]],
 ) -> Iterator[tuple[tuple[str, ObjectKey], str]]:
-    for kind in ("Pod", "HTTPRoute", "GRPCRoute"):
+    for kind in ("Namespace", "Pod", "HTTPRoute", "GRPCRoute"):
         for key, obj in objects.get(kind, {}).items():
-            if why := misused(obj):
+            assert isinstance(obj, Annotated)
+            for why in misused(obj):
                 yield (kind, key), why

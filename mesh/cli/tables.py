@@ -147,6 +147,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("IP", lambda item: _pod_addresses(item)),
         _spec("NODE", "nodeName"),
     ),
+    "Node": (Column("INTERNAL-IP", lambda item: _internal_ips(item)),),
     "Secret": (Column("TYPE", lambda item: _text(item.get("type"))), Column("DATA", _count)),
     "ConfigMap": (Column("DATA", _count),),
     "Namespace": (),
@@ -161,6 +162,11 @@ def _pod_ready(item: Item) -> str:
 def _pod_phase(item: Item) -> str:
     gone = "deletionTimestamp" in item["metadata"]
     return "Terminating" if gone else (item.get("status") or {}).get("phase", "")
+
+
+def _internal_ips(item: Item) -> str:
+    found = (item.get("status") or {}).get("addresses") or ()
+    return ",".join(one["address"] for one in found if one["type"] == "InternalIP")
 
 
 def _pod_addresses(item: Item) -> str:

@@ -18,7 +18,7 @@ from mesh.lab.cgroups import cgroup_root, join_cgroup, members, remove_tree
 from mesh.lab.config import read_config
 from mesh.lab.errors import LabError, explained, require_root
 from mesh.lab.kernel import remove_netns
-from mesh.lab.manifests import services, to_yaml
+from mesh.lab.manifests import nodes, services, to_yaml
 from mesh.lab.plan import NETNS_DIR, NodePlan, Plan, make_plan, netns_prefix
 from mesh.lab.state import LabDir, find_lab
 from mesh.lab.status import LabStatus, look
@@ -83,7 +83,7 @@ def _refuse_foreign(plan: Plan) -> None:
 
 
 def _build(lab: LabDir, plan: Plan) -> None:
-    lab.write(lab.manifests / "services.yaml", to_yaml(services(plan)))
+    lab.write(lab.manifests / "services.yaml", to_yaml([*nodes(plan), *services(plan)]))
     lab.link_manifests(plan)
     for node in plan.nodes:
         Path(node.cgroup).mkdir(parents=True)

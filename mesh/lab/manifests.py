@@ -1,4 +1,4 @@
-"""The lab's Services, pods and endpoints as Kubernetes objects, for Weft's directory source.
+"""The lab's nodes, Services, pods and endpoints as Kubernetes objects, for Weft's directory source.
 
 They are as an API server would have them: a Pod from when it is scheduled until it is gone, and
 EndpointSlices with all pods that a Service selects, ready or not. Each node has pods and slices of
@@ -21,6 +21,17 @@ _FAMILIES = ("IPv4", "IPv6")
 
 def to_yaml(objects: Iterable[Object]) -> bytes:
     return yaml.dump_all(objects, Dumper=yaml.CSafeDumper, sort_keys=False).encode()
+
+
+def nodes(plan: Plan) -> Iterator[Object]:
+    for node in plan.nodes:
+        addresses = [{"type": "InternalIP", "address": address} for address in node.addresses]
+        yield {
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": node.name},
+            "status": {"addresses": addresses},
+        }
 
 
 def services(plan: Plan) -> Iterator[Object]:

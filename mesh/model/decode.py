@@ -24,6 +24,7 @@ from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.listenerset import ListenerSet
 from mesh.model.meta import Model, ObjectKey
+from mesh.model.node import Node
 from mesh.model.pod import Pod
 from mesh.model.referencegrant import ReferenceGrant
 from mesh.model.references import GROUP
@@ -57,6 +58,7 @@ Object: TypeAlias = (
     | Secret
     | ConfigMap
     | Pod
+    | Node
     | GatewayClass
     | Gateway
     | ListenerSet
@@ -89,6 +91,7 @@ KINDS: dict[tuple[str, str], KindInfo] = {
         ("", KindInfo(Secret, "Secret", True, ("v1",), "secrets")),
         ("", KindInfo(ConfigMap, "ConfigMap", True, ("v1",), "configmaps", ("cm",))),
         ("", KindInfo(Pod, "Pod", True, ("v1",), "pods", ("po",))),
+        ("", KindInfo(Node, "Node", False, ("v1",), "nodes", ("no",))),
         (
             "discovery.k8s.io",
             KindInfo(EndpointSlice, "EndpointSlice", True, ("v1",), "endpointslices"),

@@ -91,11 +91,12 @@ class CertificateSection(msgspec.Struct, frozen=True, tag="certificate"):
 
 class MeshPort(msgspec.Struct, frozen=True, omit_defaults=True, tag="mesh-port"):
     """A port of the proxy that takes steered connections of this node's workloads. What they asked
-    for is known by the socket (bpf), not by the port. "relay" passes bytes on as they are."""
+    for is known by the socket (bpf), not by the port. "relay" passes bytes on as they are. "tunnel"
+    takes connections of other nodes' proxies, by mutual TLS, which say what was asked for."""
 
     address: str
     port: int
-    kind: Literal["http", "relay"]
+    kind: Literal["http", "relay", "tunnel"]
 
 
 class ServiceSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="service"):

@@ -21,6 +21,7 @@ from mesh.model.core import (
 )
 from mesh.model.errors import FieldError
 from mesh.model.meta import ObjectMeta
+from mesh.model.node import NodeAddress
 from mesh.model.pod import PodIP, PodStatus
 from mesh.model.rules import Check, Finding, duplicates
 from mesh.model.scalars import DNS_LABEL, DNS_SUBDOMAIN, LABEL_KEY, LABEL_VALUE
@@ -209,6 +210,15 @@ def _pod_ips(status: PodStatus) -> Finding:
     return f"podIP is {status.pod_ip}, podIPs begins with {found(status.pod_ips[0].ip)}"
 
 
+# --- Node ----------------------------------------------------------------------------------------
+
+
+def _node_address(address: NodeAddress) -> Finding:
+    if address.type != "InternalIP" or _ip_version(address.address) is not None:
+        return None
+    return f"found {found(address.address)}"
+
+
 # --- Secret and ConfigMap ------------------------------------------------------------------------
 
 _DATA_KEY = re.compile(r"[-._a-zA-Z0-9]{1,253}\Z")
@@ -278,6 +288,7 @@ CHECKS: tuple[Check, ...] = (
     Check(PodStatus, "pod_ip", "must be an IP address", _pod_ip),
     Check(PodStatus, None, "podIPs must begin with podIP", _pod_ips),
     Check(PodIP, "ip", "must be an IP address", _pod_ip),
+    Check(NodeAddress, None, "InternalIP must be an IP address", _node_address),
     Check(Secret, "data", _DATA_KEY_RULE, _data_keys),
     Check(Secret, None, _SIZE_RULE, _secret_size),
     Check(Secret, None, "type kubernetes.io/tls needs tls.crt and tls.key", _tls_secret),

@@ -20,7 +20,7 @@ HARMLESS = frozenset(
         *("CronJob", "DaemonSet", "Deployment", "Job", "PodTemplate", "ReplicaSet"),
         *("ReplicationController", "StatefulSet", "HorizontalPodAutoscaler", "PriorityClass"),
         *("PersistentVolume", "PersistentVolumeClaim", "StorageClass", "PodDisruptionBudget"),
-        *("CustomResourceDefinition", "Event", "Lease", "LimitRange", "Node", "ResourceQuota"),
+        *("CustomResourceDefinition", "Event", "Lease", "LimitRange", "ResourceQuota"),
     )
 )
 _CLUSTER_SCOPED = frozenset(info.kind for info in KINDS.values() if not info.namespaced)
@@ -162,8 +162,8 @@ def _decode(item: _Item, where: Problem, problems: list[Problem]) -> Object | No
         return None
     if item.errors:
         return None
-    # A status in a file is old, but for Pods': kubelet's, and where the pod is.
-    kept = where.kind == "Pod"
+    # A status in a file is old, but for kubelet's: where pods and nodes are.
+    kept = where.kind in ("Pod", "Node")
     raw = {key: value for key, value in item.value.items() if kept or key != "status"}
     try:
         return decode(raw)
