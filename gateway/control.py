@@ -49,6 +49,7 @@ from mesh.model.section import (
     service_key,
     workload_key,
 )
+from mesh.policy import tables as policy
 
 KINDS = (
     "Namespace",
@@ -71,7 +72,8 @@ class Options(msgspec.Struct, frozen=True):
     listen on `bind_address` and say `advertise` in status.addresses. `mesh_addresses`: where the
     proxy takes what workloads ask Services for, at most one of each family; empty: there is no
     mesh. `node`: this node's name, as in Pods' spec.nodeName. `authority`: there is one, so that
-    workloads have identities of `trust_domain` and connect to other nodes by mutual TLS."""
+    workloads have identities of `trust_domain` and connect to other nodes by mutual TLS.
+    `policy_audit`: what policies refuse is only told."""
 
     controller_name: str = "weft.dev/gateway-controller"
     addresses: tuple[str, ...] = ()
@@ -82,6 +84,7 @@ class Options(msgspec.Struct, frozen=True):
     mesh_addresses: tuple[str, ...] = ()
     authority: bool = False
     trust_domain: str = "cluster.local"
+    policy_audit: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -109,7 +112,7 @@ class ControlPlane:
         options.mesh.check()
         self._options = options
         self._derivation = Derivation(
-            (*KINDS, "Route", "refusals", "binds"), _rules(options), _indexes(options)
+            (*KINDS, "Route", "Policy", "refusals", "binds"), _rules(options), _indexes(options)
         )
         self._started = False
 
@@ -131,6 +134,7 @@ class ControlPlane:
             for kind in ROUTE_KINDS
             for key, route in changes.get(kind, {}).items()
         }
+        inputs["Policy"] = dict(policy.inputs(changes))
         inputs["refusals"], inputs["binds"] = refusals, binds
         changed = self._derivation.apply(inputs)
         put: dict[SectionKey, Section] = {}
@@ -165,8 +169,9 @@ def _statuses(
     for table, kind in _STATUSES.items():
         for key, change in changed.get(table, {}).items():
             result[kind, key] = change.new
-    for key, change in changed.get("route_status", {}).items():
-        result[key.kind, ObjectKey(key.namespace, key.name)] = change.new
+    for table in ("route_status", "network_policy_status"):
+        for key, change in changed.get(table, {}).items():
+            result[key.kind, ObjectKey(key.namespace, key.name)] = change.new
     return result
 
 
@@ -182,6 +187,7 @@ _SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "service_sections": lambda key: service_key(*key),
     "workloads": lambda key: workload_key(*key),
     "nodes": lambda key: node_key(key.name),
+    **policy.SECTIONS,
 }
 _STATUSES = {
     "class_status": "GatewayClass",
@@ -226,6 +232,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("set_numbers", "label_sets", workloads.numbers),
         Rule("identities", "label_sets", workloads.identities),
         Rule("workloads", "pods", workloads.workloads(mesh)),
+        *policy.rules(mesh.node, mesh.on, options.policy_audit),
         # Routes.
         Rule("service_doors", "Service", services.doors(mesh)),
         Rule("policies", "BackendTLSPolicy", backend_tls.policies),
@@ -284,5 +291,6 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("cluster_users", "routes", outcomes.route_clusters),
         Index("cluster_users", "services", services.own_clusters),
         Index("used_from", "routes", outcomes.service_gateways),
+        *policy.INDEXES,
         Index("gateways_of_service", "service_gateways", lambda pair, _: (pair[0],)),
     )
