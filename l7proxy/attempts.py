@@ -13,12 +13,13 @@ from l7proxy import metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
+from l7proxy.guard import DENIED, REASON, Guard
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
 from l7proxy.streams import ServerStream
-from l7proxy.upstream import Clusters, UpstreamError
+from l7proxy.upstream import Clusters, NotAllowed, UpstreamError
 from mesh.model.nodeconfig import CertificateSection
 from mesh.model.routeconfig import Retry
 from mesh.model.section import SectionKey
@@ -30,7 +31,7 @@ _MAX_DOUBLINGS = 16
 
 
 class Attempts:
-    """`certificate` is what TLS backends are shown."""
+    """`certificate` is what TLS backends are shown; `guard` None: there are no policies."""
 
     def __init__(
         self,
@@ -39,12 +40,14 @@ class Attempts:
         body: RequestBody,
         record: Record,
         certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard | None,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
         self._body = body
         self._record = record
         self._certificate = certificate
+        self._guard = guard
         self._loop = asyncio.get_running_loop()
 
     async def run(
@@ -99,15 +102,29 @@ class Attempts:
         timeout = rule.backend_timeout_s
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
+        guard = self._guard
+        allows = (lambda endpoint: guard.allows(endpoint, head)) if guard is not None else None
         try:
             async with until(limit):
                 lease = await cluster.acquire(
-                    client_certificate=self._certificate, avoid=avoid, prefer=prefer
+                    client_certificate=self._certificate,
+                    avoid=avoid,
+                    prefer=prefer,
+                    allows=allows,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint
+                if guard is not None:
+                    forwarded = guard.forward(lease.endpoint, head)
+                    if forwarded is None:
+                        lease.stream.abort("policy refuses it")
+                        lease.release()
+                        return _refused()
+                    head = forwarded
                 attempt = Attempt(lease, self._stream, self._body, limit)
                 response = await attempt.response(head)
+        except NotAllowed:
+            return _refused()
         except UpstreamError as error:
             metrics.UPSTREAM_FAILURES.labels(backend.label, error.reason).inc()
             # Nothing has been sent.
@@ -133,3 +150,8 @@ class Attempts:
             doubled = retry.backoff_ms / 1000 * 2 ** min(retries, _MAX_DOUBLINGS)
             wait = max(retry.backoff_ms / 1000, min(doubled, _BACKOFF_CAP_S))
             await asyncio.sleep(wait * (1 + random.random() / 4))
+
+
+def _refused() -> Failure:
+    metrics.POLICY.labels("request", "denied").inc()
+    return Failure(403, REASON, DENIED)

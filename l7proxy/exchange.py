@@ -22,8 +22,10 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
-from l7proxy.message import ProtocolError, ResponseHead
+from l7proxy.guard import Guard
+from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
+from l7proxy.policies import Policies
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
 from l7proxy.routing import (
@@ -55,6 +57,7 @@ class Exchanges:
         settings: Settings,
         log: AccessLog,
         flows: FlowLog,
+        policies: Policies,
     ) -> None:
         self.version = 0
         self.routes = routes
@@ -63,6 +66,7 @@ class Exchanges:
         self.certificates: Mapping[SectionKey, CertificateSection] = {}
         self.log = log
         self.flows = flows
+        self.policies = policies
         self.mirrors = Mirrors(clusters)
 
     async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
@@ -86,8 +90,8 @@ class _Exchange:
         self._loop = asyncio.get_running_loop()
         self._body = RequestBody(stream)
         self._responded = False
-        client = entry.arrive(stream.head, info, shared.settings)
-        self.record = Record(stream.head, client, entry.gateway)
+        self._client = entry.arrive(stream.head, info, shared.settings)
+        self.record = Record(stream.head, self._client, entry.gateway)
 
     async def run(self) -> None:
         try:
@@ -142,6 +146,8 @@ class _Exchange:
     # --- routing --------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        # What is told to backends comes onto the head with the rule.
+        sent = dataclasses.replace(self._stream.head)
         selected = self._entry.select(self._stream.head, self._info, self._shared.routes)
         match = selected.match
         self.record.selected(selected)
@@ -161,9 +167,19 @@ class _Exchange:
             return
         timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
         async with within(timeout) as self._timeout:
-            await self._forward(selected, match)
+            await self._forward(selected, match, self._guard(sent))
 
-    async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
+    def _guard(self, sent: RequestHead) -> Guard | None:
+        """None: there are no policies."""
+        policies = self._shared.policies
+        if not policies.any:
+            return None
+        source = self._entry.asks(self._info, self._client, policies)
+        return Guard(policies, source, sent, self.record)
+
+    async def _forward(
+        self, selected: Selection, match: RouteMatchResult, guard: Guard | None
+    ) -> None:
         rule = match.rule
         head = filters.request(rule.filters, self._stream.head, match)
         backend, prefer = self._choose(rule, selected.prefer)
@@ -181,9 +197,10 @@ class _Exchange:
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                self._shared.mirrors.send(mirror.cluster, copy, self._body, certificate)
+                quiet = guard.quiet() if guard is not None else None
+                self._shared.mirrors.send(mirror.cluster, copy, self._body, certificate, quiet)
         attempts = Attempts(
-            self._shared.clusters, self._stream, self._body, self.record, certificate
+            self._shared.clusters, self._stream, self._body, self.record, certificate, guard
         )
         attempt, response = await attempts.run(head, rule, backend, prefer)
         await self._relay(attempt, response, rule, backend)

@@ -87,6 +87,7 @@ class FlowLog:
                 ),
                 gateway=record.gateway if info.steered is None else "",
                 route=record.route,
+                policy=record.policy,
             )
         )
 
@@ -98,6 +99,7 @@ class FlowLog:
         reason: str,
         bytes_in: int,
         bytes_out: int,
+        policy: str = "",
     ) -> None:
         """A relayed connection that has ended."""
         if not self.wanted:
@@ -112,6 +114,7 @@ class FlowLog:
                 reason=reason,
                 bytes_in=bytes_in,
                 bytes_out=bytes_out,
+                policy=policy,
             )
         )
 

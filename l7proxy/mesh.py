@@ -17,6 +17,7 @@ from l7proxy.field_rules import Refused
 from l7proxy.forwarding import ClientAddress
 from l7proxy.handles import Destination
 from l7proxy.message import RequestHead
+from l7proxy.policies import Policies, Source
 from l7proxy.route_compile import straight_to
 from l7proxy.routing import RouteIndex
 from l7proxy.streams import ConnectionInfo
@@ -101,6 +102,9 @@ class Mesh:
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.pass_on(head, info)
+
+    def asks(self, info: ConnectionInfo, client: ClientAddress, policies: Policies) -> Source:
+        return policies.workload(info.peer[0])
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         steered = info.steered

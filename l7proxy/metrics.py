@@ -103,3 +103,8 @@ FLOWS_LOST = Counter(
     "weft_worker_flows_lost_total",
     "Flow records that were not sent: no agent, or one that does not read",
 )
+POLICY = Counter(
+    "weft_policy_refusals_total",
+    "Requests and connections that policy refused, and (audited) those that it would have",
+    ("what", "verdict"),
+)

@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 
 from l7proxy import metrics
+from l7proxy.guard import Guard
 from l7proxy.message import Framing, ProtocolError, RequestHead
 from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
-from l7proxy.upstream import Clusters, UpstreamError
+from l7proxy.upstream import Clusters, NotAllowed, UpstreamError
 from mesh.model.nodeconfig import CertificateSection
 from mesh.model.section import SectionKey
 
@@ -31,8 +32,10 @@ class Mirrors:
         head: RequestHead,
         body: RequestBody,
         client_certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard | None,
     ) -> None:
-        """Mirror a request whose body has not been read yet; `head` is the mirror's own copy."""
+        """Mirror a request whose body has not been read yet; `head` is the mirror's own copy. It
+        goes only where `guard` lets it."""
         if self._running >= _MAX_RUNNING:
             metrics.MIRRORED.labels(cluster, "overflow").inc()
             return
@@ -40,7 +43,9 @@ class Mirrors:
         head.upgrade = None
         feed = body.feed() if head.body is not Framing.NONE else None
         self._running += 1
-        spawn(self._run(cluster, head, feed, client_certificate), name=f"mirror to {cluster}")
+        spawn(
+            self._run(cluster, head, feed, client_certificate, guard), name=f"mirror to {cluster}"
+        )
 
     async def _run(
         self,
@@ -48,11 +53,12 @@ class Mirrors:
         head: RequestHead,
         feed: MirrorFeed | None,
         certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard | None,
     ) -> None:
         outcome = "failed"
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                outcome = await self._exchange(key, head, feed, certificate)
+                outcome = await self._exchange(key, head, feed, certificate, guard)
         except (StreamReset, ProtocolError, UpstreamError, TimeoutError):
             pass
         finally:
@@ -65,13 +71,21 @@ class Mirrors:
         head: RequestHead,
         feed: MirrorFeed | None,
         certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard | None,
     ) -> str:
         cluster = self._clusters.get(key)
         if cluster is None:
             return "no_endpoints"
-        lease = await cluster.acquire(client_certificate=certificate)
+        allows = (lambda endpoint: guard.allows(endpoint, head)) if guard is not None else None
         try:
-            await lease.stream.request(head)
+            lease = await cluster.acquire(client_certificate=certificate, allows=allows)
+        except NotAllowed:
+            return "denied"
+        try:
+            forwarded = guard.forward(lease.endpoint, head) if guard is not None else head
+            if forwarded is None:
+                return "denied"
+            await lease.stream.request(forwarded)
             if feed is not None and not await _send_body(lease.stream, feed):
                 return "cut_off"
             while (await lease.stream.response()).status < 200:

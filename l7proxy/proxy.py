@@ -24,6 +24,7 @@ from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
+from l7proxy.policies import Policies
 from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
 from l7proxy.tls_server import ServerTLS, TLSRefused
@@ -40,6 +41,7 @@ from mesh.model.nodeconfig import (
     Settings,
     WorkloadSection,
 )
+from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SectionKey
 
@@ -99,7 +101,10 @@ class Proxy:
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
-        self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log, flows)
+        self._policies = Policies()
+        self._exchanges = Exchanges(
+            self._routes, self._clusters, self._state.settings, log, flows, self._policies
+        )
         self._mesh = Mesh(self._clusters)
         self._reported: dict[str, ClusterStats] = {}
         self._draining = False
@@ -127,6 +132,8 @@ class Proxy:
                 stale_tls |= self._put(key, section)
             except (Refused, TLSRefused) as error:
                 state.refused[key] = str(error)
+                if isinstance(section, PolicySection):
+                    state.keys[key] = section  # it refuses everything, until it goes
             except Exception as error:  # of this section; the others must not wait for its mending
                 _log.exception("section %s cannot be put in force", key)
                 state.refused[key] = f"a fault of the proxy's, its log has it: {error!r}"
@@ -167,6 +174,9 @@ class Proxy:
                 self._routes.put(key, section)
             case WorkloadSection():
                 self._mesh.put_workload(key, section)
+                self._policies.put(key, section)
+            case NodeSection() | CidrSection() | PolicySection():
+                self._policies.put(key, section)
             case ServiceSection():
                 self._mesh.put_service(key, section)
             case PortSection():
@@ -193,6 +203,9 @@ class Proxy:
                 self._routes.remove(key)
             case WorkloadSection():
                 self._mesh.remove_workload(key)
+                self._policies.remove(key)
+            case NodeSection() | CidrSection() | PolicySection():
+                self._policies.remove(key)
             case ServiceSection():
                 self._mesh.remove_service(key)
             case PortSection(address=address, port=port):

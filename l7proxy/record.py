@@ -38,7 +38,7 @@ class Record:
 
     __slots__ = (
         "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
-        "elapsed", "endpoint", "gateway", "head", "host", "listener", "path", "reason",
+        "elapsed", "endpoint", "gateway", "head", "host", "listener", "path", "policy", "reason",
         "request_id", "route", "rule", "service", "started", "status", "verdict",
     )  # fmt: skip
 
@@ -65,6 +65,7 @@ class Record:
         self.bytes_out = 0
         self.reason = ""
         self.detail = ""
+        self.policy = ""
 
     def selected(self, selected: Selection) -> None:
         self.listener = selected.listener

@@ -30,6 +30,10 @@ _MAX_IDENTITIES = 8
 _GATEWAY_ERRORS = frozenset((502, 503, 504))
 
 
+# Whether policy lets a request go to an endpoint.
+Allows = Callable[[Endpoint], bool]
+
+
 class NoEndpoints(UpstreamError):
     def __init__(self, why: str) -> None:
         super().__init__("no_endpoints", why)
@@ -38,6 +42,15 @@ class NoEndpoints(UpstreamError):
 class Overflow(UpstreamError):
     def __init__(self, limit: int) -> None:
         super().__init__("max_pending", f"{limit} requests already wait for a connection")
+
+
+class NotAllowed(UpstreamError):
+    """There are endpoints, and policy lets the request go to none of them."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__("policy_denied", "access denied")
 
 
 class TLSBroken(UpstreamError):
@@ -221,38 +234,38 @@ class Cluster:
         client_certificate: tuple[SectionKey, CertificateSection] | None = None,
         avoid: Collection[str] = (),
         prefer: str | None = None,
+        allows: Allows | None = None,
     ) -> Lease:
         """A stream to an endpoint. `avoid`: ids of endpoints to use only if there are no others;
-        `prefer`: the id of the one to use if it is there and healthy.
+        `prefer`: the id of the one to use if it is there and healthy; `allows`: those for which it
+        says no are not used.
 
         Connecting that fails goes on at another endpoint until all were tried. How long to wait is
-        the caller's to bound, by cancelling. NoEndpoints, Overflow, TLSBroken, ConnectFailed (the
-        last one).
+        the caller's to bound, by cancelling. NoEndpoints, NotAllowed, Overflow, TLSBroken,
+        ConnectFailed (the last one).
         """
-        settings = self._settings()
-        now = asyncio.get_running_loop().time()
-        member = self._balancer.pick(now, settings, avoid=avoid, prefer=prefer)
+        choice = _Choice(self._balancer, self._settings(), avoid, prefer, allows)
+        member = choice.next()
         if member is None:
-            raise NoEndpoints(f"{self.key} has no ready endpoints")
+            raise (
+                NotAllowed if choice.refused else NoEndpoints(f"{self.key} has no ready endpoints")
+            )
         certificate = client_certificate[1] if client_certificate is not None else None
         pool = self._pool(member, certificate)
         if (stream := pool.take()) is not None:
             member.load += 1
             return Lease(self, member, pool, stream, reused=True)
-        return await self._acquire_slowly(member, pool, certificate, avoid, prefer)
+        return await self._acquire_slowly(member, pool, certificate, choice)
 
     async def _acquire_slowly(
         self,
         member: Member | None,
         pool: Pool,
         certificate: CertificateSection | None,
-        avoid: Collection[str],
-        prefer: str | None,
+        choice: _Choice,
     ) -> Lease:
-        settings = self._settings()
         loop = asyncio.get_running_loop()
-        patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
-        tried: set[str] = set()
+        patience = loop.time() + _CONNECT_TIMEOUTS * self._settings().connect_timeout_s
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
         if self._pending >= self._section.max_pending:
             raise Overflow(self._section.max_pending)
@@ -266,7 +279,7 @@ class Cluster:
                 except ConnectFailed as error:
                     member.load -= 1
                     failure = error
-                    tried.add(member.id)
+                    choice.tried.add(member.id)
                     if loop.time() >= patience:
                         break
                 except Retired:
@@ -274,9 +287,7 @@ class Cluster:
                 except BaseException:
                     member.load -= 1
                     raise
-                member = self._balancer.pick(
-                    loop.time(), settings, avoid=avoid, tried=tried, prefer=prefer
-                )
+                member = choice.next()
                 if member is not None:
                     pool = self._pool(member, certificate)
         finally:
@@ -335,6 +346,41 @@ class Cluster:
                 self._tls = {None: self._tls[None]}  # certificates rotate
             self._tls[certificate] = tls
         return tls
+
+
+class _Choice:
+    """The members for one request, one after the other. `refused`: policy refused one of them."""
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        settings: Settings,
+        avoid: Collection[str],
+        prefer: str | None,
+        allows: Allows | None,
+    ) -> None:
+        self.tried: set[str] = set()
+        self.refused = False
+        self._balancer = balancer
+        self._settings = settings
+        self._avoid = avoid
+        self._prefer = prefer
+        self._allows = allows
+        self._time = asyncio.get_running_loop().time
+
+    def next(self) -> Member | None:
+        while True:
+            member = self._balancer.pick(
+                self._time(),
+                self._settings,
+                avoid=self._avoid,
+                tried=self.tried,
+                prefer=self._prefer,
+            )
+            if member is None or self._allows is None or self._allows(member.endpoint):
+                return member
+            self.refused = True
+            self.tried.add(member.id)
 
 
 def _retire(member: Member) -> None:

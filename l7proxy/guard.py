@@ -1,0 +1,59 @@
+"""Policy for one request: which endpoints may get it, and as what.
+
+An endpoint that policy refuses is none for the request, so that others serve it; where none is
+left the request is refused. Judged anew for every attempt, since policies may have changed.
+"""
+
+from __future__ import annotations
+
+from l7proxy import metrics
+from l7proxy.message import RequestHead
+from l7proxy.policies import Policies, Source, mended
+from l7proxy.policy_rules import Verdict
+from l7proxy.record import Record
+from mesh.model.nodeconfig import Endpoint
+
+# What clients are told, and nothing more; flows and the log name the policy.
+DENIED = "access denied"
+REASON = "policy_denied"
+AUDITED = "policy_audit"
+
+
+class Guard:
+    """`source` asks; `sent` is the request as it came, for its own policies."""
+
+    def __init__(
+        self, policies: Policies, source: Source, sent: RequestHead, record: Record | None
+    ) -> None:
+        self._policies = policies
+        self._source = source
+        self._sent = sent
+        self._record = record
+
+    def quiet(self) -> Guard:
+        """One for a copy of the request, which leaves its record alone."""
+        return Guard(self._policies, self._source, self._sent, None)
+
+    def judge(self, endpoint: Endpoint, head: RequestHead) -> Verdict:
+        """Of the request, as it is to be forwarded, to an endpoint."""
+        return self._policies.request(
+            self._source, endpoint.address, endpoint.port, self._sent, head
+        )
+
+    def allows(self, endpoint: Endpoint, head: RequestHead) -> bool:
+        verdict = self.judge(endpoint, head)
+        if not verdict.allowed and self._record is not None:
+            # If no other endpoint is left, this is why.
+            self._record.policy, self._record.destination = verdict.source, endpoint
+        return verdict.allowed
+
+    def forward(self, endpoint: Endpoint, head: RequestHead) -> RequestHead | None:
+        """The request as the endpoint gets it; None: policy has come to refuse it meanwhile."""
+        verdict = self.judge(endpoint, head)
+        record = self._record
+        if record is not None:
+            record.policy = verdict.source
+            if verdict.audit:
+                record.policy, record.reason = verdict.audit, AUDITED
+                metrics.POLICY.labels("request", "audited").inc()
+        return mended(head, verdict) if verdict.allowed else None
