@@ -47,14 +47,25 @@ class Admission:
         metrics.CONNECTIONS.set(self.total)
         return None
 
+    def move(self, before: str, client: str, settings: Settings) -> str | None:
+        """Count a connection as another client's from now on; or the reason why it must not be."""
+        if self.by_client[client] >= settings.max_connections_per_client:
+            return "max_connections_per_client"
+        self.by_client[client] += 1
+        self._uncount(before)
+        return None
+
     def leave(self, client: str) -> None:
         self.total -= 1
-        self.by_client[client] -= 1
-        if not self.by_client[client]:
-            del self.by_client[client]
+        self._uncount(client)
         if not self.total:
             self.idle.set()
         metrics.CONNECTIONS.set(self.total)
+
+    def _uncount(self, client: str) -> None:
+        self.by_client[client] -= 1
+        if not self.by_client[client]:
+            del self.by_client[client]
 
 
 class Client(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from l7proxy import metrics
+from mesh.model.flow import Encryption
 
 _MAX_LINES = 10_000
 _FLUSH_S = 0.1
@@ -39,7 +40,9 @@ def cut(text: bytes, limit: int = _MAX_TEXT) -> str:
 class AccessLogEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is known of an answered request. Times in milliseconds, sizes in body bytes.
 
-    `reason` says why the proxy answered itself, or how the exchange broke off; "" for neither.
+    `encryption` and the identities are of the connection to the endpoint: who both ends have proved
+    to be, the client on whose behalf it was made. `reason` says why the proxy answered itself, or
+    how the exchange broke off; "" for neither.
     """
 
     time: str
@@ -59,6 +62,9 @@ class AccessLogEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     rule: str = ""
     backend: str = ""
     endpoint: str = ""
+    encryption: Encryption = "none"
+    client_identity: str = ""
+    endpoint_identity: str = ""
     attempts: int = 0
     user_agent: str = ""
     reason: str = ""

@@ -15,6 +15,7 @@ from l7proxy.deadline import until
 from l7proxy.entry import Reply
 from l7proxy.guard import DENIED, REASON, Guard
 from l7proxy.message import RequestHead, ResponseHead
+from l7proxy.peers import Caller
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
@@ -31,7 +32,8 @@ _MAX_DOUBLINGS = 16
 
 
 class Attempts:
-    """`certificate` is what TLS backends are shown; `guard` None: there are no policies."""
+    """On behalf of `caller`; `certificate` is what TLS backends are shown; `guard` None: there are
+    no policies."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Attempts:
         stream: ServerStream,
         body: RequestBody,
         record: Record,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
         guard: Guard | None,
     ) -> None:
@@ -46,6 +49,7 @@ class Attempts:
         self._stream = stream
         self._body = body
         self._record = record
+        self._caller = caller
         self._certificate = certificate
         self._guard = guard
         self._loop = asyncio.get_running_loop()
@@ -99,30 +103,29 @@ class Attempts:
             return Failure(503, "no_endpoints", f"{backend.label} is not known here")
         self._record.attempts += 1
         self._record.endpoint = ""
+        self._record.way = None
         timeout = rule.backend_timeout_s
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
         guard = self._guard
-        allows = (lambda endpoint: guard.allows(endpoint, head)) if guard is not None else None
         try:
             async with until(limit):
                 lease = await cluster.acquire(
+                    self._caller,
                     client_certificate=self._certificate,
                     avoid=avoid,
                     prefer=prefer,
-                    allows=allows,
+                    allows=guard.allowing(head) if guard is not None else None,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint
-                if guard is not None:
-                    forwarded = guard.forward(lease.endpoint, head)
-                    if forwarded is None:
-                        lease.stream.abort("policy refuses it")
-                        lease.release()
-                        return _refused()
-                    head = forwarded
+                self._record.way = lease.way
                 attempt = Attempt(lease, self._stream, self._body, limit)
-                response = await attempt.response(head)
+                forwarded = guard.forward(lease.endpoint, head) if guard is not None else head
+                if forwarded is None:
+                    attempt.abandon("policy refuses it")
+                    return _refused()
+                response = await attempt.response(forwarded)
         except NotAllowed:
             return _refused()
         except UpstreamError as error:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from l7proxy.peers import Source
 from mesh.model.nodeconfig import CertificateSection, Endpoint, Settings
 
 if TYPE_CHECKING:
     from l7proxy.pool import Pool
+
+PoolKey: TypeAlias = CertificateSection | tuple[Source, CertificateSection | None] | None
 
 # Up to so many endpoints the least loaded is searched among all, beyond that between two random
 # ones ("the power of two choices").
@@ -27,7 +30,8 @@ _MAX_EJECTION_S = 300.0
 
 class Member:
     """An endpoint as its cluster sees it. `load` counts the requests that have it: waiting and in
-    flight. `pools` are the upstream's: its connections by client certificate."""
+    flight. `pools` are the upstream's: its connections by client certificate, and by the workload
+    on whose behalf they are where they go through a tunnel."""
 
     __slots__ = (
         "ejected",
@@ -38,17 +42,19 @@ class Member:
         "id",
         "load",
         "pools",
+        "target",
     )
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.id = endpoint_id(endpoint)
         self.endpoint = endpoint
+        self.target = (endpoint.address, endpoint.port)
         self.load = 0
         self.failures = 0
         self.ejections = 0
         self.ejected = False
         self.ejected_until = -math.inf
-        self.pools: dict[CertificateSection | None, Pool] = {}
+        self.pools: dict[PoolKey, Pool] = {}
 
 
 def endpoint_id(endpoint: Endpoint) -> str:

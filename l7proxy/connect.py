@@ -1,4 +1,5 @@
-"""A new connection to an endpoint: socket, TLS, and the HTTP version that its cluster speaks."""
+"""A new connection to an endpoint: socket or tunnel, TLS, and the HTTP version that its cluster
+speaks."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from l7proxy.pool import ConnectFailed
 from l7proxy.reach import reach
 from l7proxy.streams import ClientConnection
 from l7proxy.tls_client import ClientTLS, PeerRefused, refusal
+from l7proxy.tls_stream import TLSStream
+from l7proxy.tunnels import Tunnel
 from mesh.model.nodeconfig import Settings
 
 
@@ -29,17 +32,13 @@ async def connect_to(
     http2: bool,
 ) -> tuple[ClientConnection, select.poll]:
     """A connection, and a poll that tells when its peer is gone. ConnectFailed."""
-    address, port = member.endpoint.address, member.endpoint.port
     try:
-        sock, unread = await reach(kernel, address, port, settings.connect_timeout_s)
+        sock, unread = await reach(kernel, *member.target, settings.connect_timeout_s)
     except DialFailed as error:
         raise ConnectFailed(member.id, error.reason, str(error)) from None
 
     def protocol() -> Http1Client | Http2Client:
-        if http2:
-            scheme = b"https" if tls else b"http"
-            return Http2Client(settings, on_change, scheme=scheme, unread=unread)
-        return Http1Client(settings, on_change, unread)
+        return _protocol(settings, on_change, unread, tls=tls is not None, http2=http2)
 
     loop = asyncio.get_running_loop()
     try:
@@ -51,20 +50,87 @@ async def connect_to(
                 server_hostname=tls.server_hostname if tls is not None else None,
                 ssl_shutdown_timeout=settings.connect_timeout_s if tls is not None else None,
             )
-    except TimeoutError:
-        why = f"no TLS handshake within {settings.connect_timeout_s:g} s"
-        raise ConnectFailed(member.id, "connect_timeout", why) from None
-    except ssl.SSLError as error:
-        refused = refusal(error)
-        raise ConnectFailed(member.id, refused.reason, str(refused)) from None
-    except OSError as error:
-        raise ConnectFailed(member.id, "connect_failed", error.strerror or str(error)) from None
+    except (OSError, TimeoutError) as error:
+        raise _failed(member, error, settings) from None
     if tls is not None:
         try:
             tls.check(transport.get_extra_info("ssl_object"))
         except PeerRefused as refused:
             transport.abort()
             raise ConnectFailed(member.id, refused.reason, str(refused)) from None
-    peer_gone = select.poll()
-    peer_gone.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
-    return connection, peer_gone
+    return connection, _poll(transport, select.POLLRDHUP)
+
+
+async def connect_through(
+    member: Member,
+    tunnel: Tunnel,
+    tls: ClientTLS | None,
+    settings: Settings,
+    on_change: Callable[[ClientConnection], None],
+    *,
+    http2: bool,
+) -> tuple[ClientConnection, select.poll]:
+    """The same through a tunnel, which the connection ends with. It takes no more requests when the
+    tunnel's first certificate is about to end, or when the tunnel would not be made any more."""
+    connection = _protocol(settings, on_change, None, tls=tls is not None, http2=http2)
+    stream = tunnel.stream
+    if tls is not None:
+        inner = TLSStream(tls.context, server_hostname=tls.server_hostname)
+        try:
+            async with asyncio.timeout(settings.connect_timeout_s):
+                stream.set_protocol(inner)
+                await inner.handshake()
+            tls.check(inner.ssl)
+        except (OSError, TimeoutError, PeerRefused) as error:
+            stream.abort()
+            raise _failed(member, error, settings) from None
+        stream = inner
+    stream.set_protocol(connection)
+
+    def retire(_: str) -> None:
+        connection.close()
+        tunnel.call_later(settings.drain_timeout_s, stream.abort)
+
+    tunnel.cut = retire
+    tunnel.call_later(tunnel.retire_in, connection.close)
+    # An idle connection receives nothing: whatever comes, close_notify or else, is its end.
+    return connection, _poll(
+        stream, select.POLLRDHUP if http2 else select.POLLRDHUP | select.POLLIN
+    )
+
+
+def _protocol(
+    settings: Settings,
+    on_change: Callable[[ClientConnection], None],
+    unread: Callable[[], int] | None,
+    *,
+    tls: bool,
+    http2: bool,
+) -> Http1Client | Http2Client:
+    if http2:
+        scheme = b"https" if tls else b"http"
+        return Http2Client(settings, on_change, scheme=scheme, unread=unread)
+    return Http1Client(settings, on_change, unread)
+
+
+def _failed(member: Member, error: Exception, settings: Settings) -> ConnectFailed:
+    """What went wrong once there was a connection."""
+    match error:
+        case TimeoutError():
+            why = f"no TLS handshake within {settings.connect_timeout_s:g} s"
+            return ConnectFailed(member.id, "connect_timeout", why)
+        case PeerRefused():
+            return ConnectFailed(member.id, error.reason, str(error))
+        case ssl.SSLError():
+            refused = refusal(error)
+            return ConnectFailed(member.id, refused.reason, str(refused))
+        case OSError():
+            return ConnectFailed(member.id, "connect_failed", error.strerror or str(error))
+    raise error
+
+
+def _poll(transport: asyncio.Transport, events: int) -> select.poll:
+    """Tells when the peer is gone, before the event loop knows."""
+    found = select.poll()
+    found.register(transport.get_extra_info("socket").fileno(), events)
+    return found

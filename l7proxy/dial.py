@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 
 # Seconds before the first probe, between probes; probes unanswered until the end.
 _KEEPALIVE = (
@@ -11,6 +12,10 @@ _KEEPALIVE = (
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 3),
 )
+_IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h; Python 3.12 has it
+
+# struct linger, of a close that resets, and of one in good order (socket(7)).
+_RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
 
 class DialFailed(Exception):
@@ -21,8 +26,10 @@ class DialFailed(Exception):
         self.reason = reason
 
 
-async def dial(address: str, port: int, timeout_s: float) -> socket.socket:
-    """A connected socket, not blocking. DialFailed."""
+async def dial(
+    address: str, port: int, timeout_s: float, *, source: str | None = None
+) -> socket.socket:
+    """A connected socket, not blocking. `source`: the address to connect from. DialFailed."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -30,6 +37,10 @@ async def dial(address: str, port: int, timeout_s: float) -> socket.socket:
         raise DialFailed("connect_failed", error.strerror or str(error)) from None
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source is not None:
+            # Ports are shared between peers, as without an address of our own (ip(7)).
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((source, 0))
         async with asyncio.timeout(timeout_s):
             await asyncio.get_running_loop().sock_connect(sock, (address, port))
     except BaseException as error:
@@ -51,3 +62,10 @@ def keep_alive(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in _KEEPALIVE:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def reset_on_close(sock: socket.socket, on: bool = True) -> None:
+    """Whether a close tells the peer by a reset that it is no orderly end, which it then is whoever
+    closes: the kernel for a process that was killed, too. What the peer does not have yet is lost.
+    OSError: the connection is gone."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET if on else _ORDERLY)

@@ -12,7 +12,7 @@ from l7proxy import forwarding
 from l7proxy.filters import ListeningPort
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
-from l7proxy.policies import Policies, Source
+from l7proxy.peers import Caller
 from l7proxy.routing import PortIndex, RouteIndex, RouteMatchResult
 from l7proxy.streams import ConnectionInfo
 from mesh.model.nodeconfig import PortSection, Settings
@@ -50,12 +50,12 @@ class Entry(Protocol):
     def client_certificate(self) -> SectionKey | None:
         """What TLS backends are shown."""
 
+    def caller(self, info: ConnectionInfo) -> Caller:
+        """On whose behalf backends are connected to."""
+
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """Who asks. Takes claims that clients must not make off the head, and adds what every
         backend is told, in place."""
-
-    def asks(self, info: ConnectionInfo, client: ClientAddress, policies: Policies) -> Source:
-        """Who asks, to policy; `client` is what `arrive` said."""
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         """The rule for a request that has arrived; adds what its route has backends told, in
@@ -68,10 +68,15 @@ class GatewayPort:
     def __init__(self, section: PortSection) -> None:
         self.section = section
         self._index = PortIndex(section)
+        self._caller = Caller(gateway=section.gateway)
+
+    def caller(self, info: ConnectionInfo) -> Caller:
+        return self._caller
 
     def replace(self, section: PortSection) -> None:
         self.section = section
         self._index = PortIndex(section)
+        self._caller = Caller(gateway=section.gateway)
 
     @property
     def gateway(self) -> str:
@@ -83,9 +88,6 @@ class GatewayPort:
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.apply(head, info, settings)
-
-    def asks(self, info: ConnectionInfo, client: ClientAddress, policies: Policies) -> Source:
-        return policies.through_gateway(client.address)
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         """The most specific listener for the request's host, which must be the one that the

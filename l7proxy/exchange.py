@@ -146,7 +146,7 @@ class _Exchange:
     # --- routing --------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        # What is told to backends comes onto the head with the rule.
+        # With the rule comes what is told to backends.
         sent = dataclasses.replace(self._stream.head)
         selected = self._entry.select(self._stream.head, self._info, self._shared.routes)
         match = selected.match
@@ -174,8 +174,8 @@ class _Exchange:
         policies = self._shared.policies
         if not policies.any:
             return None
-        source = self._entry.asks(self._info, self._client, policies)
-        return Guard(policies, source, sent, self.record)
+        asker = policies.asker(self._entry.caller(self._info), self._client.address)
+        return Guard(policies, asker, sent, self.record)
 
     async def _forward(
         self, selected: Selection, match: RouteMatchResult, guard: Guard | None
@@ -194,13 +194,26 @@ class _Exchange:
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
         certificate = self._client_certificate()
+        caller = self._entry.caller(self._info)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                quiet = guard.quiet() if guard is not None else None
-                self._shared.mirrors.send(mirror.cluster, copy, self._body, certificate, quiet)
+                self._shared.mirrors.send(
+                    mirror.cluster,
+                    copy,
+                    self._body,
+                    caller,
+                    certificate,
+                    guard.quiet() if guard is not None else None,
+                )
         attempts = Attempts(
-            self._shared.clusters, self._stream, self._body, self.record, certificate, guard
+            self._shared.clusters,
+            self._stream,
+            self._body,
+            self.record,
+            caller,
+            certificate,
+            guard,
         )
         attempt, response = await attempts.run(head, rule, backend, prefer)
         await self._relay(attempt, response, rule, backend)

@@ -12,10 +12,11 @@ import time
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, cut
 from l7proxy.handles import Destination
+from l7proxy.peers import identities
 from l7proxy.record import Record
 from l7proxy.streams import ConnectionInfo
 from mesh.model.channel import encode_frame
-from mesh.model.flow import Flow, Flows, HttpFlow, Peer, Verdict
+from mesh.model.flow import Encryption, Flow, Flows, HttpFlow, Peer, Verdict
 
 # A batch is sent when it has so many records, or this long after its first, in seconds.
 _BATCH = 256
@@ -58,9 +59,10 @@ class FlowLog:
         if not self.wanted:
             self.lose()
             return
-        endpoint = record.destination
+        endpoint, way = record.destination, record.way
+        own, other = identities(way)
         if endpoint is not None:
-            destination = Peer(endpoint.address, endpoint.port, "", endpoint.name)
+            destination = Peer(endpoint.address, endpoint.port, "", endpoint.name, spiffe_id=other)
         else:
             asked = info.steered.asked if info.steered is not None else Destination(*info.local)
             destination = Peer(asked.address, asked.port)
@@ -70,7 +72,11 @@ class FlowLog:
                 time=time.time_ns(),
                 verdict=record.verdict,
                 # Behind proxies of ours the client is another, and its port unknown.
-                source=Peer(record.client, port if record.client == address else 0),
+                source=Peer(
+                    record.client,
+                    port if record.client == address else 0,
+                    spiffe_id=own if info.steered is not None else "",
+                ),
                 destination=destination,
                 reason=record.reason,
                 service=record.service,
@@ -88,17 +94,19 @@ class FlowLog:
                 gateway=record.gateway if info.steered is None else "",
                 route=record.route,
                 policy=record.policy,
+                encryption=way.encryption if way is not None else "none",
             )
         )
 
     def connection(
         self,
-        source: tuple[str, int],
-        destination: tuple[str, int],
+        source: Peer,
+        destination: Peer,
         verdict: Verdict,
         reason: str,
         bytes_in: int,
         bytes_out: int,
+        encryption: Encryption,
         policy: str = "",
     ) -> None:
         """A relayed connection that has ended."""
@@ -109,12 +117,13 @@ class FlowLog:
             Flow(
                 time=time.time_ns(),
                 verdict=verdict,
-                source=Peer(*source),
-                destination=Peer(*destination),
+                source=source,
+                destination=destination,
                 reason=reason,
                 bytes_in=bytes_in,
                 bytes_out=bytes_out,
                 policy=policy,
+                encryption=encryption,
             )
         )
 

@@ -81,12 +81,12 @@ def pass_on(head: RequestHead, info: ConnectionInfo) -> ClientAddress:
     return ClientAddress(info.peer[0], request_id.decode(), False)
 
 
-def tell_client(head: RequestHead, address: str, identity: str | None) -> None:
+def tell_client(head: RequestHead, address: str, identity: str) -> None:
     """Tell a mesh backend who its client is, as its route asks: the address, and the SPIFFE id if
-    that is known. Whatever the client said of that itself goes."""
+    that is known (""). Whatever the client said of that itself goes."""
     headers = [item for item in head.headers if item[0] not in (b"x-forwarded-for", _RESERVED)]
     headers.append((b"x-forwarded-for", address.encode()))
-    if identity is not None:
+    if identity:
         headers.append((_RESERVED, b"URI=" + identity.encode()))
     head.headers = headers
 

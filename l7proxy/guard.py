@@ -6,9 +6,12 @@ left the request is refused. Judged anew for every attempt, since policies may h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from l7proxy import metrics
 from l7proxy.message import RequestHead
-from l7proxy.policies import Policies, Source, mended
+from l7proxy.policies import Asker, Policies, mended
 from l7proxy.policy_rules import Verdict
 from l7proxy.record import Record
 from mesh.model.nodeconfig import Endpoint
@@ -20,27 +23,31 @@ AUDITED = "policy_audit"
 
 
 class Guard:
-    """`source` asks; `sent` is the request as it came, for its own policies."""
+    """`asker` asks; `sent` is the request as it came, for its own policies."""
 
     def __init__(
-        self, policies: Policies, source: Source, sent: RequestHead, record: Record | None
+        self, policies: Policies, asker: Asker, sent: RequestHead, record: Record | None
     ) -> None:
         self._policies = policies
-        self._source = source
+        self._asker = asker
         self._sent = sent
         self._record = record
 
     def quiet(self) -> Guard:
         """One for a copy of the request, which leaves its record alone."""
-        return Guard(self._policies, self._source, self._sent, None)
+        return Guard(self._policies, self._asker, self._sent, None)
 
     def judge(self, endpoint: Endpoint, head: RequestHead) -> Verdict:
         """Of the request, as it is to be forwarded, to an endpoint."""
         return self._policies.request(
-            self._source, endpoint.address, endpoint.port, self._sent, head
+            self._asker, endpoint.address, endpoint.port, self._sent, head
         )
 
-    def allows(self, endpoint: Endpoint, head: RequestHead) -> bool:
+    def allowing(self, head: RequestHead) -> Callable[[Endpoint], bool]:
+        """Which endpoints may get it, for whoever chooses one."""
+        return partial(self._allows, head)
+
+    def _allows(self, head: RequestHead, endpoint: Endpoint) -> bool:
         verdict = self.judge(endpoint, head)
         if not verdict.allowed and self._record is not None:
             # If no other endpoint is left, this is why.

@@ -193,6 +193,11 @@ class BodyWriter:
         self._silent = silent
         self._left = length if isinstance(length, int) else 0
 
+    @property
+    def ends_by_close(self) -> bool:
+        """Nothing in the bytes tells their end."""
+        return self._length is Framing.CLOSE and not self._silent
+
     def data(self, data: bytes) -> Sequence[bytes]:
         """The pieces to send for some body bytes. ValueError: more than was declared."""
         if self._silent or not data:

@@ -104,6 +104,7 @@ class Http1Client(Link):
             self.abort()
         elif self.closed or not self.codec.keep_alive or len(self.codec.buffer):
             self._closing = True
+            self.reset_on_close(False)
             self.close_now()
         else:
             self.hold_input(0)
@@ -158,6 +159,8 @@ class _Stream:
         if not isinstance(event, ResponseHead):
             raise RuntimeError("the response's head was read before")
         self._tunnel = event.status == 101
+        if self._tunnel:
+            self._connection.reset_on_close(True)
         return event
 
     async def read(self) -> bytes:

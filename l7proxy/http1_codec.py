@@ -77,6 +77,11 @@ class ServerCodec:
         return self._head is None and not len(self.buffer)
 
     @property
+    def ends_by_close(self) -> bool:
+        """The client knows the end of the response by the connection's only: HTTP/1.0, tunnels."""
+        return self._writer.ends_by_close
+
+    @property
     def cut_short(self) -> bool:
         """Whether, if nothing more came, the request is known not to be whole."""
         if isinstance(self._reader, LengthReader):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from l7proxy.dial import reset_on_close
+from l7proxy.halves import end_half
 from l7proxy.redirect import RedirectQueue
 
 # Received bytes beyond which reading pauses, and written ones beyond which writers wait.
@@ -78,11 +78,17 @@ class Link(asyncio.Protocol):
         self._room: asyncio.Future[None] | None = None
         self.write_paused = False
         self._transport_full = False
-        self._redirect = RedirectQueue(unread, self._check_room) if unread is not None else None
+        self._redirect: RedirectQueue | None = None
+        self.paced_by(unread)
         self._read_paused = False
         self._stall_s = stall_s
         self._stall = Deadline(self.loop, self._check_progress)
         self._waiting_bytes = 0
+
+    def paced_by(self, unread: Callable[[], int] | None) -> None:
+        """What is sent goes by redirect, where `unread` is given."""
+        if unread is not None:
+            self._redirect = RedirectQueue(unread, self._check_room)
 
     @property
     def gone(self) -> bool:
@@ -217,10 +223,15 @@ class Link(asyncio.Protocol):
         await self.flush()
         if self.transport is None or self.gone or self.tls:
             return
-        own = self.transport.get_extra_info("socket")
-        # uvloop's socket objects cannot be shut down; a duplicate of the descriptor can.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(own.fileno())) as duplicate:
-            duplicate.shutdown(socket.SHUT_WR)
+        end_half(self.transport)
+        await self.flush()  # close_notify is written like any other byte
+
+    def reset_on_close(self, on: bool) -> None:
+        """Whether every close, a killed worker's too, is a reset (see `dial.reset_on_close`): so
+        while nothing but an orderly end tells the peer that it has everything. TLS tells it."""
+        if self.transport is not None and not self.gone and not self.tls:
+            with contextlib.suppress(OSError):
+                reset_on_close(self.transport.get_extra_info("socket"), on)
 
     def abort(self) -> None:
         """Cut the connection: what waits to be written is lost."""

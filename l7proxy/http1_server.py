@@ -240,6 +240,8 @@ class Http1Server(Link):
         self.timer.clear()
         self.hold_input(0)
         await self.half_close()
+        if self.codec.ends_by_close:
+            self.reset_on_close(False)
         if self.tls and self.failure is None and self.codec.request_complete:
             self._lingering = -1
         elif self.tls or (self._grace_over and self.codec.between_requests):
@@ -328,6 +330,8 @@ class _Stream:
             codec.keep_alive = False
         block = codec.response(head)
         self.responded = True
+        if codec.ends_by_close:
+            self._connection.reset_on_close(True)
         self.tunnel = head.status == 101 and head.upgrade is not None
         if self.tunnel:
             self._ended = False  # the request may have been read to its end; the tunnel begins

@@ -7,9 +7,6 @@ response, is known by `http2_server` and `http2_client` only.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 from collections.abc import Callable
 from typing import ClassVar, Generic, TypeVar, cast
 
@@ -35,6 +32,7 @@ from h2.settings import Settings as H2Settings
 from hyperframe.frame import GoAwayFrame, SettingsFrame
 
 from l7proxy import http2_frames as frames
+from l7proxy.halves import end_half
 from l7proxy.http2_fields import FieldDecoder
 from l7proxy.http2_stream import Http2Stream
 from l7proxy.message import Headers
@@ -369,14 +367,13 @@ class Http2Connection(asyncio.Protocol, Generic[S]):
         self._transport.set_write_buffer_limits(0)  # resume_writing tells when it is empty
 
     def _shut(self) -> None:
-        """All is written. The peer learns of it at once, and closes; not by write_eof, which makes
-        uvloop free a handle twice. TLS has no half-close: its peer has GOAWAY to go by."""
+        """All is written. The peer learns of it at once, and closes. The TLS of clients has no
+        half-close: its peer has GOAWAY to go by."""
         if self._linger is not None:
             self._linger.cancel()
         self._linger = self._loop.call_later(_LINGER_S, self._transport.close)
-        sock = self._transport.get_extra_info("socket")
-        if self._transport.get_extra_info("ssl_object") is not None or sock.fileno() < 0:
-            return
-        # uvloop's socket objects cannot be shut down; a duplicate of the descriptor can.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(sock.fileno())) as own:
-            own.shutdown(socket.SHUT_WR)
+        if (
+            self._transport.get_extra_info("ssl_object") is None
+            and self._transport.get_extra_info("socket").fileno() >= 0
+        ):
+            end_half(self._transport)

@@ -17,16 +17,15 @@ from l7proxy.field_rules import Refused
 from l7proxy.forwarding import ClientAddress
 from l7proxy.handles import Destination
 from l7proxy.message import RequestHead
-from l7proxy.policies import Policies, Source
+from l7proxy.peers import Caller, Peers
 from l7proxy.route_compile import straight_to
 from l7proxy.routing import RouteIndex
 from l7proxy.streams import ConnectionInfo
 from l7proxy.upstream import Clusters
-from mesh.model.nodeconfig import Endpoint, ServiceSection, Settings, WorkloadSection
+from mesh.model.nodeconfig import Endpoint, ServiceSection, Settings
 from mesh.model.section import SectionKey, service_listener
 
 GATEWAY = "mesh"
-_TRUST_DOMAIN = "cluster.local"
 
 
 class _Service:
@@ -54,11 +53,10 @@ class Mesh:
     gateway = GATEWAY
     client_certificate: SectionKey | None = None
 
-    def __init__(self, clusters: Clusters) -> None:
+    def __init__(self, clusters: Clusters, peers: Peers) -> None:
         self._services: dict[SectionKey, _Service] = {}
         self._by_destination: dict[Destination, _Service] = {}
-        self._workloads: dict[SectionKey, WorkloadSection] = {}
-        self._by_address: dict[str, WorkloadSection] = {}
+        self._peers = peers
         self._direct = Direct(clusters)
 
     # --- configuration --------------------------------------------------------------------------
@@ -79,32 +77,13 @@ class Mesh:
                 if self._by_destination.get(destination) is service:
                     del self._by_destination[destination]
 
-    def put_workload(self, key: SectionKey, section: WorkloadSection) -> None:
-        """Refused: nothing has changed."""
-        addresses = [
-            _canonical(address, f"addresses[{i}]") for i, address in enumerate(section.addresses)
-        ]
-        self.remove_workload(key)
-        self._workloads[key] = section
-        for address in addresses:
-            self._by_address[address] = section
-
-    def remove_workload(self, key: SectionKey) -> None:
-        section = self._workloads.pop(key, None)
-        if section is not None:
-            for text in section.addresses:
-                address = _canonical(text, "addresses")
-                # A pod's address is given away anew once it is gone.
-                if self._by_address.get(address) is section:
-                    del self._by_address[address]
-
     # --- Entry ------------------------------------------------------------------------------------
+
+    def caller(self, info: ConnectionInfo) -> Caller:
+        return Caller(info.peer[0])
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.pass_on(head, info)
-
-    def asks(self, info: ConnectionInfo, client: ClientAddress, policies: Policies) -> Source:
-        return policies.workload(info.peer[0])
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         steered = info.steered
@@ -112,12 +91,12 @@ class Mesh:
             raise Reply(421, "unknown_origin", "no workload was steered here")
         service = self._by_destination.get(steered.asked)
         if service is None:
-            if steered.asked.address not in self._by_address:
+            if self._peers.at(steered.asked.address) is None:
                 # A Service once: connections from here are not steered, nothing would judge them.
                 raise Reply(503, "no_service", "no Service or pod has this address any more")
             match = self._direct.to(steered.asked, http2=head.version == b"2")
             return Selection("", match, steered.asked)
-        client = self._by_address.get(info.peer[0])
+        client = self._peers.at(info.peer[0])
         listener = service.listener
         if client is not None:
             listener = service.consumers.get(client.namespace, listener)
@@ -127,14 +106,9 @@ class Mesh:
             return Selection(service.id, service.own, steered.asked, prefer, service.label)
         match_ = routes.match(listener, head)
         if match_ is not None and match_.rule.client_headers:
-            forwarding.tell_client(head, info.peer[0], _identity(client))
+            identity = client.spiffe_id if client is not None else ""
+            forwarding.tell_client(head, info.peer[0], identity)
         return Selection(listener, match_, steered.asked, service=service.label)
-
-
-def _identity(client: WorkloadSection | None) -> str | None:
-    if client is None:
-        return None
-    return f"spiffe://{_TRUST_DOMAIN}/ns/{client.namespace}/sa/{client.service_account}"
 
 
 def _canonical(address: str, where: str) -> str:

@@ -103,6 +103,22 @@ FLOWS_LOST = Counter(
     "weft_worker_flows_lost_total",
     "Flow records that were not sent: no agent, or one that does not read",
 )
+TUNNELS = Gauge(
+    "weft_tunnels",
+    "Open connections with other nodes by mutual TLS, out or in",
+    ("direction",),
+    multiprocess_mode="livesum",
+)
+TUNNELS_OUTLIVING = Gauge(
+    "weft_tunnels_outliving",
+    "Of the tunnels those that are older than a certificate they were made with",
+    multiprocess_mode="livesum",
+)
+TUNNEL_FAILURES = Counter(
+    "weft_tunnel_failures_total",
+    "Connections with other nodes that were not made, or cut off, by reason",
+    ("reason",),
+)
 POLICY = Counter(
     "weft_policy_refusals_total",
     "Requests and connections that policy refused, and (audited) those that it would have",

@@ -8,6 +8,7 @@ import asyncio
 from l7proxy import metrics
 from l7proxy.guard import Guard
 from l7proxy.message import Framing, ProtocolError, RequestHead
+from l7proxy.peers import Caller
 from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
@@ -31,6 +32,7 @@ class Mirrors:
         cluster: SectionKey,
         head: RequestHead,
         body: RequestBody,
+        caller: Caller,
         client_certificate: tuple[SectionKey, CertificateSection] | None,
         guard: Guard | None,
     ) -> None:
@@ -43,22 +45,22 @@ class Mirrors:
         head.upgrade = None
         feed = body.feed() if head.body is not Framing.NONE else None
         self._running += 1
-        spawn(
-            self._run(cluster, head, feed, client_certificate, guard), name=f"mirror to {cluster}"
-        )
+        run = self._run(cluster, head, feed, caller, client_certificate, guard)
+        spawn(run, name=f"mirror to {cluster}")
 
     async def _run(
         self,
         key: SectionKey,
         head: RequestHead,
         feed: MirrorFeed | None,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
         guard: Guard | None,
     ) -> None:
         outcome = "failed"
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                outcome = await self._exchange(key, head, feed, certificate, guard)
+                outcome = await self._exchange(key, head, feed, caller, certificate, guard)
         except (StreamReset, ProtocolError, UpstreamError, TimeoutError):
             pass
         finally:
@@ -70,15 +72,16 @@ class Mirrors:
         key: SectionKey,
         head: RequestHead,
         feed: MirrorFeed | None,
+        caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
         guard: Guard | None,
     ) -> str:
         cluster = self._clusters.get(key)
         if cluster is None:
             return "no_endpoints"
-        allows = (lambda endpoint: guard.allows(endpoint, head)) if guard is not None else None
+        allows = guard.allowing(head) if guard is not None else None
         try:
-            lease = await cluster.acquire(client_certificate=certificate, allows=allows)
+            lease = await cluster.acquire(caller, client_certificate=certificate, allows=allows)
         except NotAllowed:
             return "denied"
         try:

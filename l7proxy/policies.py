@@ -3,39 +3,37 @@ request.
 
 Egress is judged where the client is: by the policies of a pod of this node. Ingress where the
 server is: by those of the pod that a connection goes to, if it is this node's; of pods of other
-nodes their own node judges (`arrival`). A section that cannot be put in force refuses everything
-for its pod. Knows sections, no sockets and no routes.
+nodes their own node judges (`tunnel_acceptor`). A section that cannot be put in force refuses
+everything for its pod. Knows sections, no sockets and no routes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import msgspec
 
 from l7proxy.field_rules import Refused
 from l7proxy.message import RequestHead
-from l7proxy.policy_rules import FREE, Peers, Rules, Transport, Verdict
+from l7proxy.peers import Caller, Peers, Tunnelled
+from l7proxy.policy_rules import FREE, Identities, Rules, Transport, Verdict
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import NodeSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicySection
 from mesh.model.section import SectionKey
 
 _REMEMBERED = 4096
 
-_Section: TypeAlias = PolicySection | CidrSection | WorkloadSection | NodeSection
 
+class Asker(NamedTuple):
+    """Who asks. `identities`: for the other side's policies; `egress`: its own policies; `address`:
+    the pod's, which may always reach itself; `authenticated`: it has proved by mutual TLS who it
+    is."""
 
-class Source(NamedTuple):
-    """Who asks. `peers`: by identity, for the other side's policies; `egress`: its own policies;
-    `address`: the pod's, which may always reach itself; `authenticated`: it has proved by mutual
-    TLS who it is."""
-
-    peers: Peers
+    identities: Identities
     egress: Rules | None = None
     address: str = ""
     authenticated: bool = False
@@ -50,16 +48,15 @@ class _Pod(NamedTuple):
 class Policies:
     """What is in force."""
 
-    def __init__(self) -> None:
-        self._sections: dict[SectionKey, _Section] = {}
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self._pods: dict[SectionKey, _Pod] = {}
-        self._by_address: dict[str, _Pod] = {}
-        self._workloads: dict[str, WorkloadSection] = {}
-        self._nodes: dict[str, str] = {}
+        self._at: dict[str, _Pod] = {}
+        self._cidrs: dict[SectionKey, CidrSection] = {}
         # By family and length of the prefix: what begins with it.
         self._ranges: dict[tuple[int, int], dict[int, int]] = {}
-        self._node = ""  # this one
         self._known: dict[str, int] = {}
+        self._watching: set[Callable[[], None]] = set()
 
     @property
     def any(self) -> bool:
@@ -68,61 +65,51 @@ class Policies:
 
     # --- configuration --------------------------------------------------------------------------
 
-    def put(self, key: SectionKey, section: _Section) -> None:
+    def put(self, key: SectionKey, section: PolicySection | CidrSection) -> None:
         """Refused: it cannot be put in force; a pod whose policies cannot is reached by nobody and
         reaches nobody."""
-        self._known.clear()
-        match section:
-            case PolicySection():
-                try:
-                    self._put_pod(key, section)
-                except Refused:
-                    self._put_pod(key, _closed(section))
-                    raise
-                return
-            case CidrSection(cidr=cidr, identity=identity):
-                self._forget(key)
-                version, length, prefix = _range(cidr)
-                self._ranges.setdefault((version, length), {})[prefix] = identity
-            case WorkloadSection(addresses=addresses):
-                self._forget(key)
-                if section.local:
-                    self._node = section.node
-                self._workloads.update((plain(address), section) for address in addresses)
-            case NodeSection(name=name, addresses=addresses):
-                self._forget(key)
-                self._nodes.update((plain(address), name) for address in addresses)
-        self._sections[key] = section
-
-    def remove(self, key: SectionKey) -> None:
-        self._known.clear()
-        self._forget(key)
+        if isinstance(section, CidrSection):
+            version, length, prefix = _range(section.cidr)
+            self.remove(key)
+            self._cidrs[key] = section
+            self._ranges.setdefault((version, length), {})[prefix] = section.identity
+            return
+        try:
+            self._put_pod(key, section)
+        except Refused:
+            self._put_pod(key, _closed(section))
+            raise
 
     def _put_pod(self, key: SectionKey, section: PolicySection) -> None:
         pod = _Pod(section, Rules(section.ingress, "ingress"), Rules(section.egress, "egress"))
         addresses = [plain(address) for address in section.addresses]
-        self._forget(key)
-        self._sections[key] = section
+        self.remove(key)
         self._pods[key] = pod
-        self._by_address.update(dict.fromkeys(addresses, pod))
+        self._at.update(dict.fromkeys(addresses, pod))
 
-    def _forget(self, key: SectionKey) -> None:
-        """An address may be another's by now: of pods that are gone they are given out again."""
-        section = self._sections.pop(key, None)
-        match section:
-            case PolicySection(addresses=addresses):
-                pod = self._pods.pop(key)
-                _drop(self._by_address, addresses, lambda held: held is pod)
-            case CidrSection(cidr=cidr):
-                version, length, prefix = _range(cidr)
-                held = self._ranges[version, length]
-                del held[prefix]
-                if not held:
-                    del self._ranges[version, length]
-            case WorkloadSection(addresses=addresses):
-                _drop(self._workloads, addresses, lambda held: held is section)
-            case NodeSection(name=name, addresses=addresses):
-                _drop(self._nodes, addresses, lambda held: held == name)
+    def remove(self, key: SectionKey) -> None:
+        pod = self._pods.pop(key, None)
+        for address in pod.section.addresses if pod is not None else ():
+            # Addresses of pods that are gone are given out again: it may be another's by now.
+            if self._at.get(plain(address)) is pod:
+                del self._at[plain(address)]
+        if (cidr := self._cidrs.pop(key, None)) is not None:
+            version, length, prefix = _range(cidr.cidr)
+            held = self._ranges[version, length]
+            del held[prefix]
+            if not held:
+                del self._ranges[version, length]
+
+    def told(self) -> None:
+        """A delta is in force: who is behind an address may have changed, and what may pass."""
+        self._known.clear()
+        for look_again in tuple(self._watching):
+            look_again()
+
+    def watch(self, look_again: Callable[[], None]) -> Callable[[], None]:
+        """Be called after every delta, until what is returned is called."""
+        self._watching.add(look_again)
+        return lambda: self._watching.discard(look_again)
 
     # --- who ------------------------------------------------------------------------------------
 
@@ -136,10 +123,10 @@ class Policies:
         return found
 
     def _look_up(self, address: str) -> int:
-        workload = self._workloads.get(address)
+        workload = self._peers.at(address)
         if workload is not None:
             return workload.identity
-        node = self._nodes.get(address)
+        node = self._peers.node_at(address)
         parsed = ipaddress.ip_address(address)
         number, bits = int(parsed), parsed.max_prefixlen
         lengths = (length for version, length in self._ranges if version == parsed.version)
@@ -151,70 +138,73 @@ class Policies:
             if identity is not None:
                 return identity
         if node is not None:
-            return int(Reserved.HOST if node == self._node else Reserved.REMOTE_NODE)
+            own = node.name == self._peers.node
+            return int(Reserved.HOST if own else Reserved.REMOTE_NODE)
         return int(Reserved.WORLD)
 
-    def workload(self, address: str) -> Source:
-        """A workload of this node as the one who asks; one of which nothing is known is `init`."""
-        held = self._workloads.get(address)
-        pod = self._by_address.get(address)
-        peer = held.identity if held is not None else int(Reserved.INIT)
-        return Source((peer,), pod.egress if pod is not None else None, address)
-
-    def through_gateway(self, address: str) -> Source:
-        """A client of a Gateway: the Gateway asks, and policies see its client as well. Nobody
-        vouches for that one, so it is not authenticated."""
-        return Source((int(Reserved.INGRESS), self.identity(address)))
+    def asker(self, caller: Caller, client: str = "") -> Asker:
+        """Whom policies see. A workload: one of this node, or of another that has come through a
+        tunnel; one of which nothing is known is `init`. A Gateway: it, and its `client` by address,
+        for whom nobody vouches, so this is not authenticated."""
+        if caller.gateway:
+            identity = int(Reserved.INGRESS)
+            return Asker((identity, self.identity(client)) if client else (identity,))
+        address = plain(caller.address)
+        workload = self._peers.at(address)
+        if workload is None:
+            return Asker((int(Reserved.INIT),), None, address)
+        pod = self._at.get(address)
+        egress = pod.egress if pod is not None else None
+        return Asker((workload.identity,), egress, address, not workload.local)
 
     # --- verdicts -------------------------------------------------------------------------------
 
     def connection(
-        self, source: Source, address: str, port: int, transport: Transport = "TCP"
+        self, asker: Asker, address: str, port: int, transport: Transport = "TCP"
     ) -> Verdict:
         """Of a connection to an address, whatever it carries: refused, allowed, or `http`: only
         requests that are judged one by one may pass."""
         address = plain(address)
-        if not self._pods or source.address == address:
+        if not self._pods or asker.address == address:
             return FREE
         first = second = FREE
-        if source.egress is not None:
-            peer, proved = (self.identity(address),), self._both_here(source, address)
-            first = source.egress.connection(peer, transport, port, authenticated=proved)
-        if first.allowed and (pod := self._by_address.get(address)) is not None:
-            proved = source.authenticated or self._is_here(source.address)
-            second = pod.ingress.connection(source.peers, transport, port, authenticated=proved)
+        if asker.egress is not None:
+            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            first = asker.egress.connection(identities, transport, port, authenticated=proved)
+        if first.allowed and (pod := self._at.get(address)) is not None:
+            proved = asker.authenticated or self._is_here(asker.address)
+            second = pod.ingress.connection(asker.identities, transport, port, authenticated=proved)
         return _both(first, second)
 
     def request(
-        self,
-        source: Source,
-        address: str,
-        port: int,
-        sent: RequestHead,
-        forwarded: RequestHead,
+        self, asker: Asker, address: str, port: int, sent: RequestHead, forwarded: RequestHead
     ) -> Verdict:
         """Of a request to an endpoint: the client's own policies judge it as it was `sent`, those
         of the pod it goes to as it is to be `forwarded`."""
         address = plain(address)
-        if not self._pods or source.address == address:
+        if not self._pods or asker.address == address:
             return FREE
         first = second = FREE
-        if source.egress is not None:
-            peer, proved = (self.identity(address),), self._both_here(source, address)
-            first = source.egress.request(peer, port, sent, authenticated=proved)
-        if first.allowed and (pod := self._by_address.get(address)) is not None:
+        if asker.egress is not None:
+            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            first = asker.egress.request(identities, port, sent, authenticated=proved)
+        if first.allowed and (pod := self._at.get(address)) is not None:
             head = mended(forwarded, first)
-            proved = source.authenticated or self._is_here(source.address)
-            second = pod.ingress.request(source.peers, port, head, authenticated=proved)
+            proved = asker.authenticated or self._is_here(asker.address)
+            second = pod.ingress.request(asker.identities, port, head, authenticated=proved)
         return _both(first, second)
 
-    def _is_here(self, address: str) -> bool:
-        workload = self._workloads.get(address)
-        return workload is not None and workload.local
+    def _proved(self, asker: Asker, address: str, port: int) -> bool:
+        """Whether who is asked is known by more than its address."""
+        if asker.egress is None or not asker.egress.asks_for_proof:
+            return False
+        way = self._peers.way(Caller(asker.address), address, port)
+        return self._is_here(address) or isinstance(way, Tunnelled)
 
-    def _both_here(self, source: Source, address: str) -> bool:
-        """On one node the kernel knows who both are."""
-        return self._is_here(source.address) and self._is_here(address)
+    def _is_here(self, address: str) -> bool:
+        """A pod of this node, of which the kernel knows who it is."""
+        workload = self._peers.at(address) if address else None
+        return workload is not None and workload.local
 
 
 def mended(head: RequestHead, verdict: Verdict) -> RequestHead:
@@ -240,19 +230,9 @@ def _both(first: Verdict, second: Verdict) -> Verdict:
 
 
 def _closed(section: PolicySection) -> PolicySection:
-    side = Direction(
-        default_deny=True,
-        selected_by=tuple(
-            dict.fromkeys((*section.ingress.selected_by, *section.egress.selected_by))
-        ),
-    )
+    named = dict.fromkeys((*section.ingress.selected_by, *section.egress.selected_by))
+    side = Direction(default_deny=True, selected_by=tuple(named))
     return msgspec.structs.replace(section, ingress=side, egress=side)
-
-
-def _drop(held: dict[str, Any], addresses: Iterable[str], own: Callable[[Any], bool]) -> None:
-    for address in map(plain, addresses):
-        if address in held and own(held[address]):
-            del held[address]
 
 
 def _range(cidr: str) -> tuple[int, int, int]:

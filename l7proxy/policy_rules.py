@@ -17,7 +17,7 @@ from mesh.model.policyconfig import Direction, PolicyRule, PortRange
 Transport: TypeAlias = Literal["TCP", "UDP", "SCTP", "ICMP", "ICMPv6"]
 
 # Who is asked for at once: one identity, or a Gateway's and that of its client.
-Peers: TypeAlias = tuple[int, ...]
+Identities: TypeAlias = tuple[int, ...]
 
 _REMEMBERED = 4096
 
@@ -55,7 +55,8 @@ class _Relevant(NamedTuple):
 
 
 class Rules:
-    """A Direction. Refused: an HTTP rule in it is none."""
+    """A Direction. Refused: an HTTP rule in it is none. `asks_for_proof`: whether who the other
+    side is has been authenticated can matter."""
 
     def __init__(self, direction: Direction, where: str) -> None:
         self.direction = direction
@@ -63,15 +64,21 @@ class Rules:
             _Rule(rule, _http(rule, f"{where}.rules[{i}]"))
             for i, rule in enumerate(direction.rules)
         ]
-        self._known: dict[tuple[Peers, Transport, int, bool], _Relevant] = {}
+        self.asks_for_proof = any(rule.authenticated for rule in direction.rules)
+        self._known: dict[tuple[Identities, Transport, int, bool], _Relevant] = {}
         named = ", ".join(direction.selected_by)
         self._default = f"{named} (default deny)" if named else "default deny"
 
     def connection(
-        self, peers: Peers, transport: Transport, port: int, *, authenticated: bool = False
+        self,
+        identities: Identities,
+        transport: Transport,
+        port: int,
+        *,
+        authenticated: bool = False,
     ) -> Verdict:
         """Of a connection or datagram, whatever it carries. For ICMP `port` is the type."""
-        relevant = self._relevant(peers, transport, port, authenticated)
+        relevant = self._relevant(identities, transport, port, authenticated)
         verdict = self._refuse(relevant.deny, relevant.allow, bool(relevant.http))
         if not verdict.allowed:
             return verdict
@@ -81,14 +88,14 @@ class Rules:
 
     def request(
         self,
-        peers: Peers,
+        identities: Identities,
         port: int,
         head: RequestHead,
         *,
         authenticated: bool = False,
     ) -> Verdict:
         """Of a request on a TCP connection."""
-        relevant = self._relevant(peers, "TCP", port, authenticated)
+        relevant = self._relevant(identities, "TCP", port, authenticated)
         source, mends = (relevant.allow, ()) if relevant.allow else _match(relevant.http, head)
         verdict = self._refuse(relevant.deny, source, False)
         if not verdict.allowed:
@@ -120,9 +127,9 @@ class Rules:
         return self._default
 
     def _relevant(
-        self, peers: Peers, transport: Transport, port: int, authenticated: bool
+        self, identities: Identities, transport: Transport, port: int, authenticated: bool
     ) -> _Relevant:
-        key = (peers, transport, port, authenticated)
+        key = (identities, transport, port, authenticated)
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= _REMEMBERED:
@@ -131,16 +138,16 @@ class Rules:
                 one
                 for one in self._rules
                 if (one.rule.deny or authenticated or not one.rule.authenticated)
-                and concerns(one.rule, peers, transport, port)
+                and concerns(one.rule, identities, transport, port)
             ]
             enforced = [one for one in about if not one.rule.audit]
             found = self._known[key] = _Relevant(*_sorted(enforced), *_sorted(about))
         return found
 
 
-def concerns(rule: PolicyRule, peers: Peers, transport: Transport, port: int) -> bool:
+def concerns(rule: PolicyRule, identities: Identities, transport: Transport, port: int) -> bool:
     """Whether a rule is about a peer and port."""
-    if rule.peers is not None and rule.peers.isdisjoint(peers):
+    if rule.peers is not None and rule.peers.isdisjoint(identities):
         return False
     return not rule.ports or any(_in(one, transport, port) for one in rule.ports)
 

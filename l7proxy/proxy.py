@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
+from l7proxy.credentials import Credentials
 from l7proxy.dial import keep_alive
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
@@ -24,11 +25,15 @@ from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
+from l7proxy.peers import Peers
 from l7proxy.policies import Policies
 from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
 from l7proxy.tls_server import ServerTLS, TLSRefused
-from l7proxy.upstream import Clusters, ClusterStats
+from l7proxy.tunnel import Digger
+from l7proxy.tunnel_acceptor import TunnelAcceptor
+from l7proxy.tunnels import Tunnels
+from l7proxy.upstream import Clusters, ClusterStats, OtherNodes
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
@@ -39,6 +44,8 @@ from mesh.model.nodeconfig import (
     Section,
     ServiceSection,
     Settings,
+    SvidSection,
+    TrustBundleSection,
     WorkloadSection,
 )
 from mesh.model.policyconfig import CidrSection, PolicySection
@@ -57,6 +64,9 @@ _PAUSE_S = 0.5
 _ORDER: dict[type, int] = {
     Settings: 0,
     CertificateSection: 1,
+    SvidSection: 1,
+    TrustBundleSection: 1,
+    NodeSection: 1,
     ClusterSection: 2,
     RouteSection: 3,
     WorkloadSection: 4,
@@ -97,15 +107,20 @@ class Proxy:
         self._state = _State()
         self._routes = RouteIndex()
         self._kernel = Kernel()
-        self._clusters = Clusters(self._state.settings, self._kernel)
+        self._credentials = Credentials()
+        self._peers = Peers(self._credentials, self._state.settings)
+        self._tunnels = Tunnels(self._credentials)
+        self._digger = Digger(self._peers, self._tunnels)
+        other_nodes = OtherNodes(self._peers, self._digger)
+        self._clusters = Clusters(self._state.settings, self._kernel, other_nodes)
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
-        self._policies = Policies()
+        self._policies = Policies(self._peers)
         self._exchanges = Exchanges(
             self._routes, self._clusters, self._state.settings, log, flows, self._policies
         )
-        self._mesh = Mesh(self._clusters)
+        self._mesh = Mesh(self._clusters, self._peers)
         self._reported: dict[str, ClusterStats] = {}
         self._draining = False
 
@@ -151,6 +166,9 @@ class Proxy:
             del state.refused[key]
         for bind in stale_tls:
             self._reload_tls(bind)
+        self._policies.told()
+        self._peers.told()
+        self._tunnels.changed((*delta.put, *gone))
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -161,7 +179,7 @@ class Proxy:
             case Settings():
                 forwarding.check(section)
                 state.settings = self._exchanges.settings = section
-                self._clusters.settings = section
+                self._clusters.settings = self._peers.settings = section
                 self._access_log.format = section.access_log
             case CertificateSection():
                 ServerTLS.check_certificate(key, section)
@@ -173,18 +191,21 @@ class Proxy:
             case RouteSection():
                 self._routes.put(key, section)
             case WorkloadSection():
-                self._mesh.put_workload(key, section)
+                self._peers.put_workload(key, section)
+            case NodeSection():
+                self._peers.put_node(key, section)
+            case CidrSection() | PolicySection():
                 self._policies.put(key, section)
-            case NodeSection() | CidrSection() | PolicySection():
-                self._policies.put(key, section)
+            case SvidSection():
+                self._credentials.put_svid(section)
+            case TrustBundleSection():
+                self._credentials.put_bundle(section)
             case ServiceSection():
                 self._mesh.put_service(key, section)
             case PortSection():
                 self._put_port(section)
             case MeshPort():
                 self._put_mesh_port(section)
-            case NodeSection():
-                pass
             case _:
                 raise Refused(f"a {type(section).__name__} is not for the proxy")
         return set()
@@ -202,16 +223,22 @@ class Proxy:
             case RouteSection():
                 self._routes.remove(key)
             case WorkloadSection():
-                self._mesh.remove_workload(key)
+                self._peers.remove_workload(key)
+            case NodeSection():
+                self._peers.remove_node(key)
+            case CidrSection() | PolicySection():
                 self._policies.remove(key)
-            case NodeSection() | CidrSection() | PolicySection():
-                self._policies.remove(key)
+            case SvidSection(spiffe_id=spiffe_id):
+                self._credentials.remove_svid(spiffe_id)
+            case TrustBundleSection(trust_domain=trust_domain):
+                self._credentials.remove_bundle(trust_domain)
             case ServiceSection():
                 self._mesh.remove_service(key)
             case PortSection(address=address, port=port):
                 self._retire(state.served.pop((address, port)).acceptor, (address, port))
             case MeshPort(address=address, port=port):
                 self._retire(state.mesh.pop((address, port)), (address, port))
+                self._tell_own_addresses()
         return set()
 
     def _ports_with(self, certificate: SectionKey) -> set[Bind]:
@@ -243,22 +270,36 @@ class Proxy:
             before.acceptor = self._acceptor(before.port, tls)
 
     def _put_mesh_port(self, section: MeshPort) -> None:
-        if section.kind == "tunnel":
-            raise Refused("this proxy takes no connections of other nodes")
         bind = (section.address, section.port)
         before = self._state.mesh.get(bind)
         self._state.mesh[bind] = self._mesh_acceptor(section.kind)
         if before is not None:
             before.drain()
         self._start_accepting(bind)
+        self._tell_own_addresses()
 
-    def _mesh_acceptor(self, kind: Literal["http", "relay"]) -> Acceptor:
+    def _tell_own_addresses(self) -> None:
+        mesh = self._state.mesh.items()
+        self._peers.listen(bind[0] for bind, one in mesh if isinstance(one, TunnelAcceptor))
+
+    def _mesh_acceptor(self, kind: Literal["http", "relay", "tunnel"]) -> Acceptor:
+        if kind == "tunnel":
+            return TunnelAcceptor(
+                settings=lambda: self._state.settings,
+                admission=self._admission,
+                flows=self._exchanges.flows,
+                kernel=self._kernel,
+                peers=self._peers,
+                tunnels=self._tunnels,
+            )
         if kind == "relay":
             return RelayAcceptor(
                 settings=lambda: self._state.settings,
                 admission=self._admission,
                 identify=self._kernel.steered,
                 flows=self._exchanges.flows,
+                peers=self._peers,
+                digger=self._digger,
             )
         return HttpAcceptor(
             handler=functools.partial(self._exchanges.serve, self._mesh),

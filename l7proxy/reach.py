@@ -11,18 +11,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
 from bpf.layout import Target
 from l7proxy import metrics
-from l7proxy.dial import DialFailed, dial
+from l7proxy.dial import DialFailed, dial, reset_on_close
 from l7proxy.handles import Handles, Kernel
 
 # When to ask again for the far socket, in seconds; some 20 ms in all.
 _STEPS_S = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.006)
-_RESET = struct.pack("ii", 1, 0)  # struct linger: a close that resets (socket(7))
 
 
 class Reached(NamedTuple):
@@ -78,5 +76,5 @@ def _mark_plain(handles: Handles, address: str, port: int) -> None:
 
 
 def _abort(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    reset_on_close(sock)
     sock.close()

@@ -11,6 +11,7 @@ from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
 from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
+from l7proxy.peers import Direct, Tunnelled, identities
 from l7proxy.route_compile import NO_ROUTE
 from mesh.model.flow import Verdict
 from mesh.model.nodeconfig import Endpoint
@@ -39,7 +40,7 @@ class Record:
     __slots__ = (
         "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
         "elapsed", "endpoint", "gateway", "head", "host", "listener", "path", "policy", "reason",
-        "request_id", "route", "rule", "service", "started", "status", "verdict",
+        "request_id", "route", "rule", "service", "started", "status", "verdict", "way",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, client: ClientAddress, gateway: str) -> None:
@@ -58,6 +59,7 @@ class Record:
         self.backend = ""
         self.endpoint = ""
         self.destination: Endpoint | None = None
+        self.way: Direct | Tunnelled | None = None
         self.service = ""
         self.attempts = 0
         self.status = 0
@@ -102,6 +104,7 @@ class Record:
         _series(_durations, metrics.DURATION, self.gateway, self.backend).observe(elapsed)
         if not log.wanted:
             return
+        way = self.way
         agent = next((value for name, value in self.head.headers if name == b"user-agent"), b"")
         log.write(
             AccessLogEntry(
@@ -122,6 +125,9 @@ class Record:
                 rule=self.rule,
                 backend=self.backend,
                 endpoint=self.endpoint,
+                encryption=way.encryption if way is not None else "none",
+                client_identity=identities(way)[0],
+                endpoint_identity=identities(way)[1],
                 attempts=self.attempts,
                 user_agent=cut(agent, MAX_NAME),
                 reason=self.reason,

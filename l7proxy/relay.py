@@ -2,28 +2,28 @@
 
 Bytes pass as they are, each way no faster than the other side takes them. The end of one side's
 bytes is passed on by itself; what is no orderly end is passed on as a reset, so that nobody takes
-half a conversation for a whole one.
+half a conversation for a whole one. Sockets are set so from the start: until both ends have been
+passed on, every close resets, that of a killed worker's too. A backend of another node is connected
+to through a tunnel where `peers` says so.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import socket
-import struct
 from collections.abc import Callable
 
 from l7proxy import metrics
 from l7proxy.acceptor import Acceptor, Admission, Client
-from l7proxy.dial import DialFailed, dial, keep_alive
+from l7proxy.dial import DialFailed, dial, keep_alive, reset_on_close
 from l7proxy.flows import FlowLog
 from l7proxy.handles import Destination, Steered
 from l7proxy.http1_link import Link
+from l7proxy.peers import Caller, Direct, NoWay, Peers, Tunnelled, identities
 from l7proxy.tasks import spawn
-from mesh.model.flow import Verdict
+from l7proxy.tls_stream import TLSStream
+from l7proxy.tunnel import Digger
+from mesh.model.flow import Peer, Verdict
 from mesh.model.nodeconfig import Settings
-
-_RESET = struct.pack("ii", 1, 0)  # struct linger: a close that resets (socket(7))
 
 
 class RelayAcceptor(Acceptor):
@@ -37,47 +37,79 @@ class RelayAcceptor(Acceptor):
         admission: Admission,
         identify: Callable[[int], Steered | None],
         flows: FlowLog,
+        peers: Peers,
+        digger: Digger,
     ) -> None:
         super().__init__(settings=settings, admission=admission, identify=identify)
         self.flows = flows
+        self._peers = peers
+        self._digger = digger
 
     async def begin(self, sock: socket.socket, client: Client) -> None:
         backend = client.steered.backend if client.steered is not None else None
-        relay = _Relay(self, client, backend or Destination("", 0))
+        relay = _Steered(self, client, backend or Destination("", 0))
         try:
+            reset_on_close(sock)
             if backend is None:
                 relay.failed("DROPPED", "no_backend")
                 return
-            upstream = await dial(*backend, client.settings.connect_timeout_s)
+            upstream = await self._connect(relay, client, backend)
+            if upstream is None:
+                return
             if self.draining:
                 relay.failed("ERROR", "draining")
-                upstream.close()
+                _abandon(upstream)
                 return
-            keep_alive(upstream)
             self.open.add(relay)
             await relay.join(sock, upstream)
         except DialFailed as error:
             relay.failed("ERROR", error.reason)
         finally:
             if not relay.joined:
-                _reset(sock)
+                sock.close()
                 relay.end()
+
+    async def _connect(
+        self, relay: _Steered, client: Client, backend: Destination
+    ) -> socket.socket | TLSStream | None:
+        """To the backend; None: it may not be connected to. DialFailed."""
+        timeout_s = client.settings.connect_timeout_s
+        caller = Caller(client.address[0])
+        way = await self._peers.settled_way(caller, *backend, timeout_s)
+        if isinstance(way, NoWay):
+            relay.failed("DROPPED", way.reason)
+            return None
+        relay.way = way
+        if isinstance(way, Tunnelled):
+            tunnel = await self._digger.open(
+                caller, way, *backend, "tcp", own_port=client.address[1]
+            )
+            tunnel.cut = relay.cut_off
+            return tunnel.stream
+        upstream = await dial(*backend, timeout_s)
+        reset_on_close(upstream)
+        keep_alive(upstream)
+        return upstream
 
     def cut_off(self) -> None:
         for connection in tuple(self.open):
-            if isinstance(connection, _Relay):
+            if isinstance(connection, Relay):
                 connection.cut_off("drain_deadline")
 
 
-class _Relay:
-    """One connection. Failures count once, the first of them."""
+def _abandon(upstream: socket.socket | TLSStream) -> None:
+    if isinstance(upstream, TLSStream):
+        upstream.abort()
+    else:
+        upstream.close()
 
-    def __init__(self, port: RelayAcceptor, client: Client, backend: Destination) -> None:
-        self._port = port
-        self._client = client
-        self._destination = backend
-        self._verdict: Verdict = "FORWARDED"
-        self._reason = ""
+
+class Relay:
+    """Two connections, joined. Failures count once, the first of them."""
+
+    def __init__(self) -> None:
+        self.verdict: Verdict = "FORWARDED"
+        self.reason = ""
         self._halves = 2  # directions whose end has not been passed on
         self._ended = False
         self.joined = False
@@ -86,20 +118,20 @@ class _Relay:
         self.backend = _Side(self)
         self.client.other, self.backend.other = self.backend, self.client
 
-    async def join(self, client: socket.socket, backend: socket.socket) -> None:
+    async def join(
+        self, client: socket.socket | TLSStream, backend: socket.socket | TLSStream
+    ) -> None:
         self.joined = True  # from now on the sockets are the transports'
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.connect_accepted_socket(lambda: self.client, client)
-            await loop.create_connection(lambda: self.backend, sock=backend)
-        except OSError:
-            self.failed("ERROR", "join_failed")
-            for side, sock in ((self.client, client), (self.backend, backend)):
+        for side, end in ((self.client, client), (self.backend, backend)):
+            try:
+                await side.take(end)
+            except OSError:
+                self.failed("ERROR", "join_failed")
                 if side.transport is None:
                     side.lost = True
-                    sock.close()
-        if self._reason:  # one side was gone before the other was there
-            self.cut_off(self._reason)
+                    _abandon(end)
+        if self.reason:  # one side was gone before the other was there
+            self.cut_off(self.reason)
             self._end_if_lost()
             return
         self.running = True
@@ -107,8 +139,8 @@ class _Relay:
             side.pass_early_on()
 
     def failed(self, verdict: Verdict, reason: str) -> None:
-        if not self._reason:
-            self._verdict, self._reason = verdict, reason
+        if not self.reason:
+            self.verdict, self.reason = verdict, reason
 
     def pass_end_on(self, side: _Side) -> None:
         """`side` has ended its half."""
@@ -119,12 +151,13 @@ class _Relay:
         self._halves -= 1
         if not self._halves:
             for side in (self.client, self.backend):
+                side.reset_on_close(False)
                 side.close_now()
 
     def lost(self, side: _Side) -> None:
         if self._halves:
             self.failed("ERROR", "client_reset" if side is self.client else "backend_reset")
-            side.other.reset()
+            side.other.abort()
         self._end_if_lost()
 
     def _end_if_lost(self) -> None:
@@ -133,26 +166,46 @@ class _Relay:
 
     def cut_off(self, reason: str) -> None:
         self.failed("ERROR", reason)
-        self.client.reset()
-        self.backend.reset()
+        self.client.abort()
+        self.backend.abort()
 
     def end(self) -> None:
         if self._ended:
             return
         self._ended = True
-        metrics.RELAYED.labels(self._reason or "ok").inc()
-        self._port.left(self, self._client)
-        self._port.flows.connection(
-            self._client.address,
-            self._destination,
-            self._verdict,
-            self._reason,
-            self.client.received,
-            self.backend.received,
-        )
+        self.ended()
+
+    def ended(self) -> None:
+        """Both connections are over."""
+        raise NotImplementedError
 
     def drain(self) -> None:
         """It goes on, until it ends or is cut off."""
+
+
+class _Steered(Relay):
+    """A workload's connection."""
+
+    def __init__(self, port: RelayAcceptor, client: Client, backend: Destination) -> None:
+        super().__init__()
+        self._port = port
+        self._client = client
+        self._destination = backend
+        self.way: Direct | Tunnelled | None = None
+
+    def ended(self) -> None:
+        metrics.RELAYED.labels(self.reason or "ok").inc()
+        self._port.left(self, self._client)
+        source, destination = identities(self.way)
+        self._port.flows.connection(
+            Peer(*self._client.address, spiffe_id=source),
+            Peer(*self._destination, spiffe_id=destination),
+            self.verdict,
+            self.reason,
+            self.client.received,
+            self.backend.received,
+            self.way.encryption if self.way is not None else "none",
+        )
 
 
 class _Side(Link):
@@ -160,11 +213,18 @@ class _Side(Link):
 
     other: _Side
 
-    def __init__(self, relay: _Relay) -> None:
+    def __init__(self, relay: Relay) -> None:
         super().__init__(None)
         self.received = 0
         self._relay = relay
         self._early = bytearray()
+
+    async def take(self, end: socket.socket | TLSStream) -> None:
+        """Be the protocol of a connection. OSError."""
+        if isinstance(end, TLSStream):
+            end.set_protocol(self)
+        else:
+            await self.loop.create_connection(lambda: self, sock=end)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
@@ -174,12 +234,12 @@ class _Side(Link):
             return
         other = self.other
         if other.transport is not None and not other.gone:
-            other.transport.write(data)
+            other.write((data,))
             self.hold(other.write_paused)
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.other.hold(False)
+    def _check_room(self) -> None:
+        super()._check_room()
+        self.other.hold(self.write_paused)
 
     def eof_received(self) -> bool | None:
         self.eof = True
@@ -190,7 +250,7 @@ class _Side(Link):
     def pass_early_on(self) -> None:
         """Both sides are there now: what came before that."""
         if self._early and self.other.transport is not None:
-            self.other.transport.write(bytes(self._early))
+            self.other.write((bytes(self._early),))
             self._early.clear()
         self.hold(self.other.write_paused)
         if self.eof:
@@ -199,16 +259,3 @@ class _Side(Link):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._relay.lost(self)
-
-    def reset(self) -> None:
-        if self.transport is not None and not self.lost:
-            own = self.transport.get_extra_info("socket")
-            with contextlib.suppress(OSError):
-                own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self.transport.abort()
-
-
-def _reset(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    sock.close()

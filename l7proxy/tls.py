@@ -11,7 +11,7 @@ import os
 import ssl
 
 from certs.keypair import BadCertificate, check_ca_bundle, check_keypair
-from mesh.model.nodeconfig import CertificateSection
+from mesh.model.nodeconfig import CertificateSection, SvidSection
 from mesh.model.section import SectionKey
 
 # TLS 1.2: forward secrecy and AEAD only, which is also all that HTTP/2 allows (RFC 9113 §9.2.2).
@@ -40,7 +40,9 @@ def check_certificate(key: SectionKey, section: CertificateSection) -> None:
     load_certificate(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), section, key)
 
 
-def load_certificate(context: ssl.SSLContext, section: CertificateSection, key: str) -> None:
+def load_certificate(
+    context: ssl.SSLContext, section: CertificateSection | SvidSection, key: str
+) -> None:
     """Add a chain and its key; one of each key type may be in a context. `key` is for errors."""
     fd = os.memfd_create("weft-certificate", os.MFD_CLOEXEC)
     with os.fdopen(fd, "wb") as file:

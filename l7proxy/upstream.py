@@ -1,6 +1,7 @@
 """Clusters: an endpoint and a stream to it for every request.
 
-Balances, keeps connections per endpoint and client certificate (identities never share one), goes
+Balances, keeps connections per endpoint and client certificate, and per workload on whose behalf
+they are where another node sees them (identities never share one), goes
 to another endpoint when connecting fails, and leaves failing endpoints alone for a while. Knows
 nothing of requests beyond the status that `Lease.succeeded` is told.
 """
@@ -12,13 +13,18 @@ import select
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from l7proxy.balance import Balancer, Member
-from l7proxy.connect import connect_to
+from l7proxy.balance import Balancer, Member, PoolKey
+from l7proxy.connect import connect_through, connect_to
+from l7proxy.credentials import Credentials
+from l7proxy.dial import DialFailed
 from l7proxy.handles import Kernel
+from l7proxy.peers import Caller, Direct, NoWay, Peers, Source, Tunnelled
 from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, TLSRefused
+from l7proxy.tunnel import Digger
+from l7proxy.tunnels import Tunnels
 from mesh.model.nodeconfig import CertificateSection, ClusterSection, Endpoint, Settings
 from mesh.model.section import SectionKey
 
@@ -26,6 +32,7 @@ from mesh.model.section import SectionKey
 _CONNECT_TIMEOUTS = 3
 # Client certificates whose TLS contexts a cluster keeps.
 _MAX_IDENTITIES = 8
+_NOBODY = Caller()
 # Gateway errors speak of the endpoint's health; a 500 may be the request's fault.
 _GATEWAY_ERRORS = frozenset((502, 503, 504))
 
@@ -74,14 +81,23 @@ class ClusterStats(NamedTuple):
 
 
 class Lease:
-    """A stream to an endpoint, for one request. `reused`: its connection served others before."""
+    """A stream to an endpoint, for one request. `reused`: its connection served others before;
+    `way`: how it was made."""
 
-    __slots__ = ("_cluster", "_held", "_member", "_pool", "reused", "stream")
+    __slots__ = ("_cluster", "_held", "_member", "_pool", "reused", "stream", "way")
 
     def __init__(
-        self, cluster: Cluster, member: Member, pool: Pool, stream: ClientStream, *, reused: bool
+        self,
+        cluster: Cluster,
+        member: Member,
+        pool: Pool,
+        stream: ClientStream,
+        way: Direct | Tunnelled,
+        *,
+        reused: bool,
     ) -> None:
         self.stream = stream
+        self.way = way
         self.reused = reused
         self._cluster = cluster
         self._member = member
@@ -120,12 +136,31 @@ class Lease:
             self._member.load -= 1
 
 
+class OtherNodes(NamedTuple):
+    """What connecting to other nodes takes."""
+
+    peers: Peers
+    digger: Digger
+
+    @classmethod
+    def alone(cls, settings: Settings) -> OtherNodes:
+        """Of a proxy that knows nobody."""
+        peers = Peers(Credentials(), settings)
+        return cls(peers, Digger(peers, Tunnels(peers.credentials)))
+
+
 class Clusters:
     """The clusters in force, by section key."""
 
-    def __init__(self, settings: Settings, kernel: Kernel | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        kernel: Kernel | None = None,
+        other_nodes: OtherNodes | None = None,
+    ) -> None:
         self.settings = settings
         self._kernel = kernel or Kernel()
+        self._other_nodes = other_nodes
         self._clusters: dict[SectionKey, Cluster] = {}
 
     def put(self, key: SectionKey, section: ClusterSection, *, label: str | None = None) -> None:
@@ -134,7 +169,12 @@ class Clusters:
         cluster = self._clusters.get(key)
         if cluster is None:
             self._clusters[key] = Cluster(
-                key, section, lambda: self.settings, kernel=self._kernel, label=label or key
+                key,
+                section,
+                lambda: self.settings,
+                kernel=self._kernel,
+                other_nodes=self._other_nodes,
+                label=label or key,
             )
         else:
             cluster.replace(section)
@@ -172,6 +212,7 @@ class Cluster:
         settings: Callable[[], Settings],
         *,
         kernel: Kernel | None = None,
+        other_nodes: OtherNodes | None = None,
         label: str = "",
     ) -> None:
         self.key = key
@@ -179,6 +220,8 @@ class Cluster:
         self.http2 = section.protocol == "h2c"
         self._settings = settings
         self._kernel = kernel or Kernel()
+        self._other_nodes = other_nodes or OtherNodes.alone(settings())
+        self._peers = self._other_nodes.peers
         self._pending = 0
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
@@ -230,15 +273,16 @@ class Cluster:
 
     async def acquire(
         self,
+        caller: Caller = _NOBODY,
         *,
         client_certificate: tuple[SectionKey, CertificateSection] | None = None,
         avoid: Collection[str] = (),
         prefer: str | None = None,
         allows: Allows | None = None,
     ) -> Lease:
-        """A stream to an endpoint. `avoid`: ids of endpoints to use only if there are no others;
-        `prefer`: the id of the one to use if it is there and healthy; `allows`: those for which it
-        says no are not used.
+        """A stream to an endpoint, on behalf of `caller`. `avoid`: ids of endpoints to use only if
+        there are no others; `prefer`: the id of the one to use if it is there and healthy;
+        `allows`: those to which it says no are not used.
 
         Connecting that fails goes on at another endpoint until all were tried. How long to wait is
         the caller's to bound, by cancelling. NoEndpoints, NotAllowed, Overflow, TLSBroken,
@@ -247,25 +291,28 @@ class Cluster:
         choice = _Choice(self._balancer, self._settings(), avoid, prefer, allows)
         member = choice.next()
         if member is None:
-            raise (
-                NotAllowed if choice.refused else NoEndpoints(f"{self.key} has no ready endpoints")
-            )
+            if choice.refused:
+                raise NotAllowed
+            raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
-        pool = self._pool(member, certificate)
-        if (stream := pool.take()) is not None:
-            member.load += 1
-            return Lease(self, member, pool, stream, reused=True)
-        return await self._acquire_slowly(member, pool, certificate, choice)
+        way = self._peers.way(caller, *member.target)
+        if not isinstance(way, NoWay):
+            pool = self._pool(member, caller, way, certificate)
+            if (stream := pool.take()) is not None:
+                member.load += 1
+                return Lease(self, member, pool, stream, way, reused=True)
+        return await self._acquire_slowly(member, caller, certificate, choice)
 
     async def _acquire_slowly(
         self,
         member: Member | None,
-        pool: Pool,
+        caller: Caller,
         certificate: CertificateSection | None,
         choice: _Choice,
     ) -> Lease:
+        settings = self._settings()
         loop = asyncio.get_running_loop()
-        patience = loop.time() + _CONNECT_TIMEOUTS * self._settings().connect_timeout_s
+        patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
         if self._pending >= self._section.max_pending:
             raise Overflow(self._section.max_pending)
@@ -274,8 +321,14 @@ class Cluster:
             while member is not None:
                 member.load += 1
                 try:
+                    way = await self._peers.settled_way(
+                        caller, *member.target, settings.connect_timeout_s
+                    )
+                    if isinstance(way, NoWay):
+                        raise ConnectFailed(member.id, way.reason, way.why)
+                    pool = self._pool(member, caller, way, certificate)
                     stream, reused = await pool.wait()
-                    return Lease(self, member, pool, stream, reused=reused)
+                    return Lease(self, member, pool, stream, way, reused=reused)
                 except ConnectFailed as error:
                     member.load -= 1
                     failure = error
@@ -288,32 +341,46 @@ class Cluster:
                     member.load -= 1
                     raise
                 member = choice.next()
-                if member is not None:
-                    pool = self._pool(member, certificate)
         finally:
             self._pending -= 1
         raise failure
 
-    def _pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
-        return member.pools.get(certificate) or self._new_pool(member, certificate)
+    def _pool(
+        self,
+        member: Member,
+        caller: Caller,
+        way: Direct | Tunnelled,
+        certificate: CertificateSection | None,
+    ) -> Pool:
+        key = certificate if isinstance(way, Direct) else (way.source, certificate)
+        return member.pools.get(key) or self._new_pool(member, key, caller, certificate)
 
     # --- connecting -------------------------------------------------------------------------------
 
-    def _new_pool(self, member: Member, certificate: CertificateSection | None) -> Pool:
+    def _new_pool(
+        self,
+        member: Member,
+        key: PoolKey,
+        caller: Caller,
+        certificate: CertificateSection | None,
+    ) -> Pool:
         tls = self._client_tls(certificate)
         http2 = self.http2
+        source = key[0] if isinstance(key, tuple) else None
 
         async def connect(
             on_change: Callable[[ClientConnection], None],
         ) -> tuple[ClientConnection, select.poll]:
+            if source is not None:
+                return await self._tunnel_to(member, caller, source, tls, on_change)
             return await connect_to(
                 member, tls, self._settings(), self._kernel, on_change, http2=http2
             )
 
         def on_empty() -> None:
             self._pools.discard(pool)
-            if member.pools.get(certificate) is pool:
-                del member.pools[certificate]
+            if member.pools.get(key) is pool:
+                del member.pools[key]
 
         pool = Pool(
             connect,
@@ -323,9 +390,29 @@ class Cluster:
             on_failure=lambda _: self.count_failure(member),
             on_empty=on_empty,
         )
-        member.pools[certificate] = pool
+        member.pools[key] = pool
         self._pools.add(pool)
         return pool
+
+    async def _tunnel_to(
+        self,
+        member: Member,
+        caller: Caller,
+        source: Source,
+        tls: ClientTLS | None,
+        on_change: Callable[[ClientConnection], None],
+    ) -> tuple[ClientConnection, select.poll]:
+        """For `source` and nobody else, as things are now. ConnectFailed."""
+        way = self._peers.way(caller, *member.target)
+        if not isinstance(way, Tunnelled) or way.source != source:
+            raise ConnectFailed(member.id, "way_changed", "it is not to be connected to any more")
+        try:
+            tunnel = await self._other_nodes.digger.open(caller, way, *member.target, "http")
+        except DialFailed as error:
+            raise ConnectFailed(member.id, error.reason, str(error)) from None
+        return await connect_through(
+            member, tunnel, tls, self._settings(), on_change, http2=self.http2
+        )
 
     def _client_tls(self, certificate: CertificateSection | None) -> ClientTLS | None:
         """TLSBroken: TLS is asked for and cannot be had."""
@@ -349,7 +436,7 @@ class Cluster:
 
 
 class _Choice:
-    """The members for one request, one after the other. `refused`: policy refused one of them."""
+    """The members for one request, one after the other; `refused`: policy refused one of them."""
 
     def __init__(
         self,

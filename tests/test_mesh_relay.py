@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 from loops import on_both_loops
 from support.http1 import raw_backend, reset, shutdown
 from support.mesh import CLIENT, MeshProxy, connected, mesh_proxy
@@ -239,6 +241,45 @@ async def test_many_at_once_with_ends_by_chance():
         await asyncio.gather(*(client(port, seed) for seed in range(60)))
         while mesh.proxy._admission.total:  # the last ends are on their way
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_killed_worker_ends_its_connections_by_resets(loop):
+    """Both sides had ended nothing: neither may take what it has for the whole."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        read, write = os.pipe()
+
+        async def work() -> None:
+            async with mesh_proxy() as mesh:
+                mesh.origins.steer(backend=listening.getsockname())
+                os.write(write, str(mesh.serve(kind="relay")).encode())
+                await asyncio.Event().wait()
+
+        worker = os.fork()
+        if not worker:
+            try:
+                with asyncio.Runner(loop_factory=loop) as runner:
+                    runner.run(work())
+            finally:
+                os._exit(1)
+        try:
+            port = int(os.read(read, 10))
+            client = socket.create_connection(("127.0.0.1", port), 10, source_address=(CLIENT, 0))
+            backend, _ = listening.accept()
+            with client, backend:
+                client.sendall(b"question")
+                assert backend.recv(8, socket.MSG_WAITALL) == b"question"
+                backend.sendall(b"half of an answ")
+                assert client.recv(15, socket.MSG_WAITALL) == b"half of an answ"
+                os.kill(worker, signal.SIGKILL)
+                for end in (client, backend):
+                    with pytest.raises(ConnectionResetError):
+                        end.recv(1)
+        finally:
+            os.close(read)
+            os.close(write)
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
 
 
 def test_no_descriptor_is_kept():

@@ -277,7 +277,7 @@ async def test_a_route_can_ask_that_the_client_is_told():
             cluster("web", web.port),
             service(producers=True),
             mesh_route("r", rule(to("web")), client_headers=True),
-            workload("one", CLIENT, "front", service_account="cart"),
+            workload("one", CLIENT, "front", spiffe_id="spiffe://cluster.local/ns/front/sa/cart"),
         )
         forged = ("X-Forwarded-For: 6.6.6.6", "X-Forwarded-Client-Cert: URI=forged")
         await ask(port, get("/", "web", *forged))

@@ -6,8 +6,9 @@ import asyncio
 import random
 import resource
 import socket
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
+import pytest
 from support.http1 import raw_backend, reset
 from support.proxy import (
     backend,
@@ -142,6 +143,57 @@ async def test_slow_readers_hold_little_memory(proxy):
         for sock in crowd:
             sock.close()
         assert (await fetch(port)).status == 200
+
+
+# --- ends that only the connection tells ------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["whole", "backend", "killed"])
+async def test_a_body_up_to_the_close_that_breaks_off_ends_by_a_reset(proxy, end):
+    """HTTP/1.0 has no other way to tell that a body is not whole."""
+    half = asyncio.Event()
+
+    async def handle(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n")
+        await half.wait()
+        if end == "whole":
+            writer.write(b"0\r\n\r\n")
+            await reader.read()
+
+    async with raw_backend(handle) as one:
+        port = await serve(proxy, cluster("one", one), route("r", rule(to("one"))))
+        async with connection(port) as (reader, writer):
+            writer.write(b"GET / HTTP/1.0\r\nHost: a\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\nhalf")
+            if end == "killed":
+                proxy.process.kill()
+            half.set()
+            with nullcontext() if end == "whole" else pytest.raises(ConnectionResetError):
+                assert await reader.read() == b""
+
+
+async def test_a_killed_worker_ends_tunnels_by_resets(proxy):
+    ends = asyncio.get_running_loop().create_future()
+
+    async def handle(reader, writer):
+        try:
+            await echo_tunnel(reader, writer)
+            ends.set_result(None)
+        except ConnectionResetError as error:
+            ends.set_result(error)
+
+    async with raw_backend(handle) as one:
+        port = await serve(proxy, cluster("one", one), route("r", rule(to("one"))))
+        async with connection(port) as (reader, writer):
+            writer.write(WEBSOCKET)
+            assert (await read_message(reader, head_only=True)).status == 101
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+            proxy.process.kill()
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+        assert isinstance(await ends, ConnectionResetError)
 
 
 # --- tunnels ------------------------------------------------------------------------------------

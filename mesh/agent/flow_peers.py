@@ -81,11 +81,12 @@ class Peers:
                 pod.service_account,
                 pod.labels,
                 pod.identity,
+                peer.spiffe_id,
             )
         if not address:
             return peer
         if peer.pod:
-            return Peer(address, peer.port, namespace, peer.pod)
+            return Peer(address, peer.port, namespace, peer.pod, spiffe_id=peer.spiffe_id)
         own = address in self._hosts or address.startswith("127.") or address == "::1"
         number = HOST if own else WORLD
         return Peer(address, peer.port, labels=_LABELS[number], identity=number)

@@ -12,11 +12,13 @@ from typing import Literal, TypeAlias
 import msgspec
 
 Verdict: TypeAlias = Literal["FORWARDED", "DROPPED", "ERROR"]
+# "mtls" between nodes; "local": on one node, both ends with identities.
+Encryption: TypeAlias = Literal["none", "mtls", "local"]
 
 
 class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
     """One end. `pod` and what follows are empty for what is no pod; `identity` as in
-    WorkloadSection, 0 unknown."""
+    WorkloadSection, 0 unknown; `spiffe_id`: who it has proved to be."""
 
     address: str = ""
     port: int = 0
@@ -25,6 +27,7 @@ class Peer(msgspec.Struct, frozen=True, omit_defaults=True):
     service_account: str = ""
     labels: dict[str, str] = {}
     identity: int = 0
+    spiffe_id: str = ""
 
 
 class HttpFlow(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -64,7 +67,7 @@ class Flow(msgspec.Struct, frozen=True, omit_defaults=True):
     gateway: str = ""
     route: str = ""
     policy: str = ""
-    encryption: Literal["none", "mtls", "local"] = "none"
+    encryption: Encryption = "none"
 
 
 class Flows(msgspec.Struct, frozen=True, tag="flows"):

@@ -8,6 +8,8 @@ from mesh.model.nodeconfig import Section, WorkloadSection
 from mesh.model.policyconfig import Direction, HttpRule, PolicyRule, PolicySection, PortRange
 from mesh.model.section import SectionKey, policy_key, workload_key
 
+FREE = Direction()
+
 
 def pod(
     name: str, address: str, identity: int, namespace: str = "shop", **rest: Any
@@ -29,8 +31,8 @@ def policy(
     address: str,
     identity: int,
     *,
-    ingress: Direction = Direction(),
-    egress: Direction = Direction(),
+    ingress: Direction = FREE,
+    egress: Direction = FREE,
     namespace: str = "shop",
 ) -> dict[SectionKey, Section]:
     section = PolicySection(namespace, name, identity, (address,), ingress, egress)

@@ -1,0 +1,132 @@
+"""Opening a tunnel: a connection of one caller to one endpoint, through the proxy of its node.
+
+Mutual TLS 1.3, in which the destination's identity is asked for and verified; then the preface says
+on whose behalf and where to, and the other end answers. Nothing is sent before the peer is known to
+be the destination's. Failures are counted here, by reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+
+from certs.errors import NotTrusted
+from l7proxy import metrics, tunnel_wire
+from l7proxy.credentials import ALPN, handshake_failure
+from l7proxy.dial import DialFailed, dial, keep_alive
+from l7proxy.peers import Caller, Peers, Tunnelled, keys_of, sni_of, trust_domain_of
+from l7proxy.tls_stream import TLSStream
+from l7proxy.tunnel_wire import Answer, Kind, Preface, WireError
+from l7proxy.tunnels import Tunnel, Tunnels
+from mesh.model.nodeconfig import MESH_TUNNEL_PORT, WorkloadSection
+
+
+class Digger:
+    """Opens tunnels of this worker."""
+
+    def __init__(self, peers: Peers, tunnels: Tunnels) -> None:
+        self._peers = peers
+        self._tunnels = tunnels
+
+    async def open(
+        self,
+        caller: Caller,
+        way: Tunnelled,
+        address: str,
+        port: int,
+        kind: Kind,
+        *,
+        own_port: int = 0,
+    ) -> Tunnel:
+        """A tunnel whose stream has no protocol yet. `own_port`: as in `Preface.port_of_source`.
+        DialFailed: reasons of the tunnel's own begin with "tunnel_"."""
+        timeout_s = self._peers.settings.connect_timeout_s
+        try:
+            return await self._open(caller, way, address, port, kind, own_port, timeout_s)
+        except _Failed as failed:
+            metrics.TUNNEL_FAILURES.labels(failed.reason).inc()
+            who = f"{way.destination.spiffe_id} at {way.node}"
+            raise DialFailed(f"tunnel_{failed.reason}", f"tunnel to {who}: {failed}") from None
+
+    async def _open(
+        self,
+        caller: Caller,
+        way: Tunnelled,
+        address: str,
+        port: int,
+        kind: Kind,
+        own_port: int,
+        timeout_s: float,
+    ) -> Tunnel:
+        own, expected = way.source.spiffe_id, way.destination.spiffe_id
+        until = self._peers.credentials.until(own)
+        stream = TLSStream(
+            self._peers.credentials.client(own, trust_domain_of(expected)),
+            server_hostname=sni_of(expected),
+        )
+        try:
+            sock = await dial(
+                way.node, MESH_TUNNEL_PORT, timeout_s, source=self._peers.own_address(way.node)
+            )
+        except DialFailed as error:
+            raise _Failed(error.reason, str(error)) from None
+        keep_alive(sock)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.get_running_loop().create_connection(lambda: stream, sock=sock)
+                await stream.handshake()
+                if stream.ssl.selected_alpn_protocol() != ALPN:
+                    raise _Failed("version", f"the peer does not speak {ALPN} (ALPN)")
+                peer = self._peers.credentials.verify(stream.ssl, expected)
+                preface = Preface(
+                    way.source.name, address, port, kind, way.source.gateway, own_port
+                )
+                stream.write(tunnel_wire.encode(preface))
+                answer = await tunnel_wire.receive(stream, Answer)
+        except BaseException as error:
+            stream.abort()
+            match error:
+                case TimeoutError():
+                    raise _Failed("timeout", f"no answer within {timeout_s:g} s") from None
+                case NotTrusted() | WireError():
+                    raise _Failed(error.reason, str(error)) from None
+                case ssl.SSLError():
+                    raise _Failed(*handshake_failure(error)) from None
+                case OSError():
+                    raise _Failed("broken_off", error.strerror or str(error)) from None
+            raise
+        if answer.reason:
+            stream.close()
+            if answer.reason.startswith("connect_"):  # the pod's fault, and nobody else's
+                raise DialFailed(answer.reason, answer.why)
+            raise _Failed("refused_" + answer.reason, answer.why)
+
+        def judge() -> str | None:
+            if self._peers.source(caller) != way.source:
+                return "source_changed"
+            now = self._peers.at(address)
+            if now is None or _who(now) != _who(way.destination):
+                return "destination_changed"
+            return None
+
+        tunnel = Tunnel(
+            "out",
+            stream,
+            own,
+            peer,
+            min(until, peer.until),
+            keys_of(way.source, way.destination),
+            judge,
+        )
+        self._tunnels.add(tunnel)
+        return tunnel
+
+
+class _Failed(Exception):
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+def _who(workload: WorkloadSection) -> tuple[str, str, str, str]:
+    return workload.namespace, workload.name, workload.node, workload.spiffe_id

@@ -1,0 +1,261 @@
+"""The port for other nodes' proxies: mutual TLS, a preface, and a relay to a pod of this node.
+
+Who connects must be the node of the pod for which it speaks, and have that pod's identity; where to
+must be a pod of this node with the identity that was asked for. Whatever is wrong is told by an
+alert, or in words once the peer is verified, and counted by reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+
+from certs.errors import NotTrusted
+from l7proxy import metrics, tunnel_wire
+from l7proxy.acceptor import Acceptor, Admission, Client, plain
+from l7proxy.credentials import ALPN, handshake_failure
+from l7proxy.credentials import Peer as VerifiedPeer
+from l7proxy.dial import DialFailed, keep_alive, reset_on_close
+from l7proxy.flows import FlowLog
+from l7proxy.handles import Kernel
+from l7proxy.peers import Peers, Source, keys_of
+from l7proxy.reach import reach
+from l7proxy.relay import Relay
+from l7proxy.tls_stream import TLSStream
+from l7proxy.tunnel_wire import Answer, Preface, WireError
+from l7proxy.tunnels import Tunnel, Tunnels
+from mesh.model.flow import Peer
+from mesh.model.nodeconfig import Settings, WorkloadSection
+
+# What this node may be about to be told: the sender's node may have heard of a pod first.
+_PASSING = frozenset(("node_unknown", "pod_unknown", "pod_node", "target_unknown"))
+
+
+class Refusal(Exception):
+    """`reason` is counted, snake case."""
+
+    def __init__(self, reason: str, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+class TunnelAcceptor(Acceptor):
+    """Open tunnels stay through a drain, as relayed connections do. Until it is known for whom a
+    connection is, it counts as its node's; then as the pod's."""
+
+    def __init__(
+        self,
+        *,
+        settings: Callable[[], Settings],
+        admission: Admission,
+        flows: FlowLog,
+        kernel: Kernel,
+        peers: Peers,
+        tunnels: Tunnels,
+    ) -> None:
+        super().__init__(settings=settings, admission=admission)
+        self.flows = flows
+        self._kernel = kernel
+        self._peers = peers
+        self._tunnels = tunnels
+
+    async def begin(self, sock: socket.socket, client: Client) -> None:
+        local = plain(sock.getsockname())
+        stream = TLSStream(self._peers.credentials.server(), server_side=True)
+        incoming = _Incoming(self, stream, client, local)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
+            await incoming.run()
+        except OSError:
+            incoming.refuse("broken_off")
+
+    async def verify(self, stream: TLSStream) -> VerifiedPeer:
+        """Refusal, NotTrusted, ssl.SSLError, ConnectionError."""
+        await stream.handshake()
+        if stream.ssl.selected_alpn_protocol() != ALPN:
+            raise Refusal("version", f"the peer does not speak {ALPN} (ALPN)")
+        return self._peers.credentials.verify(stream.ssl)
+
+    async def admit(
+        self, client: Client, peer: VerifiedPeer, own: str, preface: Preface
+    ) -> tuple[Source, WorkloadSection]:
+        """Who asks for whom. Refusal."""
+        deadline = asyncio.get_running_loop().time() + client.settings.connect_timeout_s / 2
+        while True:
+            try:
+                return judge(self._peers, client.address[0], peer.spiffe_id, own, preface)
+            except Refusal as refusal:
+                if refusal.reason not in _PASSING:
+                    raise
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        await self._peers.change()
+                except TimeoutError:
+                    raise refusal from None
+
+    def count_for(self, source: Source, client: Client) -> Client:
+        """A connection counts as this pod's from now on. Refusal: it has too many."""
+        refused = self._admission.move(client.address[0], source.name, client.settings)
+        if refused is not None:
+            raise Refusal(refused, f"{source.name} has too many connections")
+        return client._replace(address=(source.name, 0))
+
+    async def connect(self, incoming: _Incoming, preface: Preface) -> socket.socket:
+        """To the pod. DialFailed."""
+        timeout_s = self._settings().connect_timeout_s
+        backend = await reach(self._kernel, preface.address, preface.port, timeout_s)
+        incoming.backend.paced_by(backend.unread)
+        reset_on_close(backend.sock)
+        keep_alive(backend.sock)
+        return backend.sock
+
+    def watch(
+        self,
+        incoming: _Incoming,
+        address: str,
+        peer: VerifiedPeer,
+        own: str,
+        source: Source,
+        destination: WorkloadSection,
+    ) -> None:
+        """Cut it off when it would not be let in any more."""
+
+        def still() -> str | None:
+            try:
+                judge(self._peers, address, peer.spiffe_id, own, incoming.preface)
+            except Refusal as refusal:
+                return refusal.reason
+            return None
+
+        until = min(peer.until, self._peers.credentials.until(own))
+        keys = keys_of(source, destination)
+        tunnel = Tunnel("in", incoming.stream, own, peer, until, keys, still)
+        tunnel.cut = incoming.revoke
+        self._tunnels.add(tunnel)
+
+    def cut_off(self) -> None:
+        for connection in tuple(self.open):
+            if isinstance(connection, _Incoming):
+                connection.cut_off("drain_deadline")
+
+
+class _Incoming(Relay):
+    """A connection of another node's proxy."""
+
+    preface: Preface
+
+    def __init__(
+        self, port: TunnelAcceptor, stream: TLSStream, client: Client, local: tuple[str, int]
+    ) -> None:
+        super().__init__()
+        self.stream = stream
+        self._port = port
+        self._client = client
+        self._settings = client.settings
+        self._from = Peer(*client.address)
+        self._to = Peer(*local)
+        self._verified = False
+
+    async def run(self) -> None:
+        port, stream, client = self._port, self.stream, self._client
+        try:
+            async with asyncio.timeout(self._settings.head_timeout_s):
+                peer = await port.verify(stream)
+                self._verified = True
+                own = port._peers.credentials.asked_for(stream.ssl)
+                self.preface = preface = await tunnel_wire.receive(stream, Preface)
+                source, destination = await port.admit(client, peer, own, preface)
+            self._client = port.count_for(source, client)
+            self._tell(peer, source, destination)
+            backend = await port.connect(self, preface)
+        except TimeoutError:
+            self.refuse("preface_timeout" if self._verified else "handshake_timeout")
+        except ssl.SSLError as error:
+            self.refuse(handshake_failure(error)[0])
+        except ConnectionError:
+            self.refuse("broken_off")
+        except (Refusal, WireError, NotTrusted, DialFailed) as error:
+            self.refuse(error.reason, str(error))
+        except BaseException:
+            self.refuse("internal")
+            raise
+        else:
+            if stream.is_closing() or port.draining:
+                backend.close()
+                self.refuse("draining" if port.draining else "broken_off")
+                return
+            stream.write(tunnel_wire.encode(Answer()))
+            port.open.add(self)
+            port.watch(self, client.address[0], peer, own, source, destination)
+            await self.join(stream, backend)
+
+    def refuse(self, reason: str, why: str = "") -> None:
+        """It does not become a tunnel."""
+        self.failed("DROPPED", reason)
+        metrics.TUNNEL_FAILURES.labels(reason).inc()
+        if self._verified:
+            self.stream.write(tunnel_wire.refusal(reason, why))
+            self.stream.close()
+        elif not self.stream.is_closing():
+            self.stream.abort()
+        self.end()
+
+    def revoke(self, reason: str) -> None:
+        """It would not be let in any more. HTTP's sender ends it after the request in flight."""
+        if self.preface.kind == "tcp":
+            self.cut_off(reason)
+        else:
+            self.client.loop.call_later(self._settings.drain_timeout_s, self.cut_off, reason)
+
+    def _tell(self, peer: VerifiedPeer, source: Source, destination: WorkloadSection) -> None:
+        """Whom flow records name."""
+        pod = self._port._peers.pod(source.name) if not source.gateway else None
+        if pod is not None:
+            self._from = Peer(
+                pod.addresses[0], self.preface.port_of_source, spiffe_id=peer.spiffe_id
+            )
+        else:
+            self._from = Peer(self._from.address, spiffe_id=peer.spiffe_id)
+        self._to = Peer(self.preface.address, self.preface.port, spiffe_id=destination.spiffe_id)
+
+    def ended(self) -> None:
+        self._port.left(self, self._client)
+        self._port.flows.connection(
+            self._from,
+            self._to,
+            self.verdict,
+            self.reason,
+            self.client.received,
+            self.backend.received,
+            "mtls" if self._verified else "none",
+        )
+
+
+def judge(
+    peers: Peers, address: str, spiffe_id: str, own: str, preface: Preface
+) -> tuple[Source, WorkloadSection]:
+    """Whether the peer at `address` that has proved to be `spiffe_id` and asked for `own` may have
+    the tunnel that it asks for. Refusal."""
+    node = peers.node_at(address)
+    if node is None:
+        raise Refusal("node_unknown", f"{address} is no node's address")
+    name = preface.source
+    if preface.gateway:
+        allowed = peers.settings.gateway_spiffe_id
+    else:
+        pod = peers.pod(name)
+        if pod is None:
+            raise Refusal("pod_unknown", f"there is no pod {name}")
+        if pod.node != node.name:
+            raise Refusal("pod_node", f"pod {name} runs on {pod.node}, not on {node.name}")
+        allowed = pod.spiffe_id
+    if spiffe_id != allowed:
+        raise Refusal("pod_identity", f"{spiffe_id} cannot speak for {name}")
+    destination = peers.at(preface.address)
+    if destination is None or not destination.local:
+        raise Refusal("target_unknown", f"{preface.address} is no pod's of this node")
+    if destination.spiffe_id != own:
+        raise Refusal("target_identity", f"{preface.address} is not {own}'s")
+    return Source(name, spiffe_id, preface.gateway), destination
