@@ -11,17 +11,21 @@ import datetime
 import itertools
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from certs.issue import Issuer, Life
 from certs.spiffe import parse
+from l7proxy.tls import load_certificate
 from mesh.model.nodeconfig import (
     MESH_TUNNEL_PORT,
     MeshPort,
@@ -153,10 +157,13 @@ class TwoNodes:
         """A port of node a at which shop/client asks Service shop/web."""
         return self.a.serve(service(), cluster("web", *backends, **rest))
 
-    def relay(self, backend: int, client: str = CLIENT) -> int:
-        """A port of node a at which a client has connected to shop/web."""
-        self.a.origins.steer(client, asked=("10.96.0.9", 5432), backend=(WEB, backend))
+    def relay(self, backend: int) -> int:
+        """A port of node a at which shop/client has connected to shop/web."""
+        self.steer_relay(backend)
         return self.a.serve(kind="relay")
+
+    def steer_relay(self, backend: int) -> None:
+        self.a.origins.steer(asked=("10.96.0.9", 5432), backend=(WEB, backend))
 
 
 @asynccontextmanager
@@ -171,3 +178,37 @@ async def two_nodes(settings: Settings | None = None) -> AsyncIterator[TwoNodes]
             await proxy.close()
             proxy._log.close()
         await asyncio.sleep(0)
+
+
+def bare_svid(spiffe_id: str) -> SvidSection:
+    """One that nobody vouches for: self-signed."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self")])
+    own = Issuer(_self_signed(name, key), key)
+    return _section(spiffe_id, (own.svid(key.public_key(), parse(spiffe_id), life()),), key)
+
+
+def _self_signed(name: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    valid = life()
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(valid.not_before).not_valid_after(valid.not_after)
+    return builder.sign(key, hashes.SHA256())
+
+
+def peer_context(
+    authority: Authority,
+    svid: SvidSection | None,
+    alpn: str | None = "weft/1",
+    *,
+    server: bool = False,
+) -> ssl.SSLContext:
+    """What a peer that is not Weft speaks with; it believes whoever answers."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.load_verify_locations(cadata=authority.roots_pem)
+    context.verify_mode = ssl.CERT_REQUIRED
+    if alpn is not None:
+        context.set_alpn_protocols([alpn])
+    if svid is not None:
+        load_certificate(context, svid, "test")
+    return context
