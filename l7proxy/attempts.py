@@ -13,7 +13,7 @@ from l7proxy import metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
-from l7proxy.guard import DENIED, REASON, Guard
+from l7proxy.guard import DENIED, POLICY_DENIED, Guard
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.peers import Caller
 from l7proxy.record import Record
@@ -32,8 +32,8 @@ _MAX_DOUBLINGS = 16
 
 
 class Attempts:
-    """On behalf of `caller`; `certificate` is what TLS backends are shown; `guard` None: there are
-    no policies."""
+    """On behalf of `caller`; `certificate` is what TLS backends are shown; `guard` judges the
+    request."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Attempts:
         record: Record,
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
-        guard: Guard | None,
+        guard: Guard,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
@@ -107,7 +107,6 @@ class Attempts:
         timeout = rule.backend_timeout_s
         limit = self._loop.time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
-        guard = self._guard
         try:
             async with until(limit):
                 lease = await cluster.acquire(
@@ -115,13 +114,13 @@ class Attempts:
                     client_certificate=self._certificate,
                     avoid=avoid,
                     prefer=prefer,
-                    allows=guard.allowing(head) if guard is not None else None,
+                    allows=self._guard.allowing(head),
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint
                 self._record.way = lease.way
                 attempt = Attempt(lease, self._stream, self._body, limit)
-                forwarded = guard.forward(lease.endpoint, head) if guard is not None else head
+                forwarded = self._guard.forward(lease.endpoint, head)
                 if forwarded is None:
                     attempt.abandon("policy refuses it")
                     return _refused()
@@ -157,4 +156,4 @@ class Attempts:
 
 def _refused() -> Failure:
     metrics.POLICY.labels("request", "denied").inc()
-    return Failure(403, REASON, DENIED)
+    return Failure(403, POLICY_DENIED, DENIED)

@@ -22,8 +22,8 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
-from l7proxy.guard import Guard
-from l7proxy.message import ProtocolError, RequestHead, ResponseHead
+from l7proxy.guard import DENIED, POLICY_DENIED, Guard
+from l7proxy.message import ProtocolError, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.policies import Policies
 from l7proxy.record import Record
@@ -92,6 +92,7 @@ class _Exchange:
         self._responded = False
         self._client = entry.arrive(stream.head, info, shared.settings)
         self.record = Record(stream.head, self._client, entry.gateway)
+        self.record.encryption = entry.encryption
 
     async def run(self) -> None:
         try:
@@ -147,7 +148,7 @@ class _Exchange:
 
     async def _run(self) -> None:
         # With the rule comes what is told to backends.
-        sent = dataclasses.replace(self._stream.head)
+        self._sent = dataclasses.replace(self._stream.head)
         selected = self._entry.select(self._stream.head, self._info, self._shared.routes)
         match = selected.match
         self.record.selected(selected)
@@ -167,19 +168,9 @@ class _Exchange:
             return
         timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
         async with within(timeout) as self._timeout:
-            await self._forward(selected, match, self._guard(sent))
+            await self._forward(selected, match)
 
-    def _guard(self, sent: RequestHead) -> Guard | None:
-        """None: there are no policies."""
-        policies = self._shared.policies
-        if not policies.any:
-            return None
-        asker = policies.asker(self._entry.caller(self._info), self._client.address)
-        return Guard(policies, asker, sent, self.record)
-
-    async def _forward(
-        self, selected: Selection, match: RouteMatchResult, guard: Guard | None
-    ) -> None:
+    async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
         rule = match.rule
         head = filters.request(rule.filters, self._stream.head, match)
         backend, prefer = self._choose(rule, selected.prefer)
@@ -195,26 +186,20 @@ class _Exchange:
         self.record.backend = backend.label
         certificate = self._client_certificate()
         caller = self._entry.caller(self._info)
+        policies, client = self._shared.policies, self._client.address
+        if caller.gateway:
+            caller = caller._replace(client=policies.told_as(client))
+        self._guard = guard = Guard(policies, caller, client, self._sent, self.record)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
                 self._shared.mirrors.send(
-                    mirror.cluster,
-                    copy,
-                    self._body,
-                    caller,
-                    certificate,
-                    guard.quiet() if guard is not None else None,
+                    mirror.cluster, copy, self._body, caller, certificate, guard.quiet()
                 )
         attempts = Attempts(
-            self._shared.clusters,
-            self._stream,
-            self._body,
-            self.record,
-            caller,
-            certificate,
-            guard,
+            self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
         )
+        self._forwarded = head
         attempt, response = await attempts.run(head, rule, backend, prefer)
         await self._relay(attempt, response, rule, backend)
 
@@ -310,6 +295,9 @@ class _Exchange:
                 upstream.abort(str(error))  # the other direction learns of it, and tells
 
         sending = self._body.pump(up(), name="tunnel")
+        watch = self._guard.watch(
+            attempt.lease.endpoint, self._forwarded, lambda: upstream.abort(DENIED)
+        )
         try:
             while chunk := await upstream.read():
                 await _to_client(stream.write(chunk))
@@ -318,8 +306,13 @@ class _Exchange:
             async with asyncio.timeout(self._shared.settings.idle_timeout_s):
                 await sending
         except (StreamReset, TimeoutError) as error:
-            self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
+            if watch.refused:
+                self.record.broke_off(POLICY_DENIED, DENIED, "DROPPED")
+            else:
+                self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
             stream.abort("the tunnel broke")
+        finally:
+            watch.end()
 
 
 async def _to_client(sending: Awaitable[None]) -> None:

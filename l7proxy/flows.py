@@ -94,7 +94,7 @@ class FlowLog:
                 gateway=record.gateway if info.steered is None else "",
                 route=record.route,
                 policy=record.policy,
-                encryption=way.encryption if way is not None else "none",
+                encryption=record.encryption or (way.encryption if way is not None else "none"),
             )
         )
 

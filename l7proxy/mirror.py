@@ -34,7 +34,7 @@ class Mirrors:
         body: RequestBody,
         caller: Caller,
         client_certificate: tuple[SectionKey, CertificateSection] | None,
-        guard: Guard | None,
+        guard: Guard,
     ) -> None:
         """Mirror a request whose body has not been read yet; `head` is the mirror's own copy. It
         goes only where `guard` lets it."""
@@ -55,7 +55,7 @@ class Mirrors:
         feed: MirrorFeed | None,
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
-        guard: Guard | None,
+        guard: Guard,
     ) -> None:
         outcome = "failed"
         try:
@@ -74,18 +74,18 @@ class Mirrors:
         feed: MirrorFeed | None,
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
-        guard: Guard | None,
+        guard: Guard,
     ) -> str:
         cluster = self._clusters.get(key)
         if cluster is None:
             return "no_endpoints"
-        allows = guard.allowing(head) if guard is not None else None
+        allows = guard.allowing(head)
         try:
             lease = await cluster.acquire(caller, client_certificate=certificate, allows=allows)
         except NotAllowed:
             return "denied"
         try:
-            forwarded = guard.forward(lease.endpoint, head) if guard is not None else head
+            forwarded = guard.forward(lease.endpoint, head)
             if forwarded is None:
                 return "denied"
             await lease.stream.request(forwarded)

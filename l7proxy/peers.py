@@ -30,19 +30,22 @@ _PASSING = frozenset(("svid_missing", "bundle_missing", "node_unknown"))
 
 
 class Caller(NamedTuple):
-    """On whose behalf the proxy connects: a workload of this node, by address, or a Gateway,
-    "<ns>/<name>"."""
+    """On whose behalf the proxy connects: a workload by address, or a Gateway, "<ns>/<name>", and
+    then `client` is who asks it, as far as other nodes' policies can tell (Policies.told_as)."""
 
     address: str = ""
     gateway: str = ""
+    client: str = ""
 
 
 class Source(NamedTuple):
-    """A caller as other nodes see it. `name` is "<ns>/<name>" of a pod or Gateway."""
+    """A caller as other nodes see it. `name` is "<ns>/<name>" of a pod or Gateway; `client` as in
+    Caller."""
 
     name: str
     spiffe_id: str
     gateway: bool = False
+    client: str = ""
 
 
 class Direct(NamedTuple):
@@ -231,7 +234,7 @@ class Peers:
         """Who a caller is to other nodes; None: nobody can vouch for it."""
         if caller.gateway:
             spiffe_id = self.settings.gateway_spiffe_id
-            return Source(caller.gateway, spiffe_id, True) if spiffe_id else None
+            return Source(caller.gateway, spiffe_id, True, caller.client) if spiffe_id else None
         workload = self.at(caller.address)
         if workload is None or not workload.local or not workload.spiffe_id:
             return None
@@ -241,7 +244,7 @@ class Peers:
         if caller.gateway:
             return self.settings.gateway_spiffe_id
         workload = self.at(caller.address)
-        return workload.spiffe_id if workload is not None else ""
+        return workload.spiffe_id if workload is not None and workload.local else ""
 
 
 def identities(way: Way | None) -> tuple[str, str]:

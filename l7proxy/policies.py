@@ -13,7 +13,7 @@ import dataclasses
 import ipaddress
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 
@@ -27,6 +27,8 @@ from mesh.model.section import SectionKey
 
 _REMEMBERED = 4096
 
+Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 class Asker(NamedTuple):
     """Who asks. `identities`: for the other side's policies; `egress`: its own policies; `address`:
@@ -37,6 +39,12 @@ class Asker(NamedTuple):
     egress: Rules | None = None
     address: str = ""
     authenticated: bool = False
+
+
+class _Range(NamedTuple):
+    text: str
+    length: int
+    identity: int
 
 
 class _Pod(NamedTuple):
@@ -56,7 +64,8 @@ class Policies:
         # By family and length of the prefix: what begins with it.
         self._ranges: dict[tuple[int, int], dict[int, int]] = {}
         self._known: dict[str, int] = {}
-        self._watching: set[Callable[[], None]] = set()
+        # Called after every delta.
+        self.watchers: set[Callable[[], None]] = set()
 
     @property
     def any(self) -> bool:
@@ -103,13 +112,8 @@ class Policies:
     def told(self) -> None:
         """A delta is in force: who is behind an address may have changed, and what may pass."""
         self._known.clear()
-        for look_again in tuple(self._watching):
-            look_again()
-
-    def watch(self, look_again: Callable[[], None]) -> Callable[[], None]:
-        """Be called after every delta, until what is returned is called."""
-        self._watching.add(look_again)
-        return lambda: self._watching.discard(look_again)
+        for look in tuple(self.watchers):
+            look()
 
     # --- who ------------------------------------------------------------------------------------
 
@@ -126,29 +130,53 @@ class Policies:
         workload = self._peers.at(address)
         if workload is not None:
             return workload.identity
-        node = self._peers.node_at(address)
         parsed = ipaddress.ip_address(address)
-        number, bits = int(parsed), parsed.max_prefixlen
-        lengths = (length for version, length in self._ranges if version == parsed.version)
-        for length in sorted(lengths, reverse=True):
-            if node is not None and length < bits:
-                break
-            prefix = number >> (bits - length) << (bits - length)
-            identity = self._ranges[parsed.version, length].get(prefix)
-            if identity is not None:
-                return identity
-        if node is not None:
+        node = self._peers.node_at(address)
+        found = self._longest(parsed, parsed.max_prefixlen)
+        if node is not None and (found is None or found.length < parsed.max_prefixlen):
             own = node.name == self._peers.node
             return int(Reserved.HOST if own else Reserved.REMOTE_NODE)
-        return int(Reserved.WORLD)
+        return found.identity if found is not None else int(Reserved.WORLD)
+
+    def _longest(self, address: Address, at_most: int) -> _Range | None:
+        """The range that an address lies in, of those that are no longer than `at_most`."""
+        number, bits = int(address), address.max_prefixlen
+        lengths = (length for version, length in self._ranges if version == address.version)
+        for length in sorted(lengths, reverse=True):
+            if length <= at_most:
+                prefix = number >> (bits - length) << (bits - length)
+                identity = self._ranges[address.version, length].get(prefix)
+                if identity is not None:
+                    return _Range(f"{type(address)(prefix)}/{length}", length, identity)
+        return None
+
+    def told_as(self, address: str) -> str:
+        """A Gateway's client, as other nodes are told of it: what their policies could tell apart.
+        A pod's address, or the longest range that some policy names; "" neither."""
+        address = plain(address)
+        if self._peers.at(address) is not None:
+            return address
+        parsed = ipaddress.ip_address(address)
+        found = self._longest(parsed, parsed.max_prefixlen)
+        return found.text if found is not None else ""
+
+    def _told(self, text: str) -> int:
+        """Who another node has told of. Refused: it is neither an address nor a range."""
+        if "/" not in text:
+            return self.identity(text) if text else int(Reserved.WORLD)
+        version, length, prefix = _range(text)
+        kind = ipaddress.IPv4Address if version == 4 else ipaddress.IPv6Address
+        found = self._longest(kind(prefix), length)
+        return found.identity if found is not None else int(Reserved.WORLD)
 
     def asker(self, caller: Caller, client: str = "") -> Asker:
         """Whom policies see. A workload: one of this node, or of another that has come through a
-        tunnel; one of which nothing is known is `init`. A Gateway: it, and its `client` by address,
-        for whom nobody vouches, so this is not authenticated."""
+        tunnel; one of which nothing is known is `init`. A Gateway: it, and its `client` by address
+        (or as another node has told of it, which is Refused where it is no text of that kind); for
+        that one nobody vouches, so this is not authenticated."""
         if caller.gateway:
-            identity = int(Reserved.INGRESS)
-            return Asker((identity, self.identity(client)) if client else (identity,))
+            behind = self.identity(client) if client else self._told(caller.client)
+            return Asker((int(Reserved.INGRESS), behind))
         address = plain(caller.address)
         workload = self._peers.at(address)
         if workload is None:

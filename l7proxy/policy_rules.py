@@ -83,8 +83,9 @@ class Rules:
         if not verdict.allowed:
             return verdict
         told = self._told(relevant.all_deny, relevant.all_allow, bool(relevant.all_http))
-        only_http = relevant.allow is None and bool(relevant.http) and self._closed
-        return Verdict(True, verdict.source, only_http, told)
+        if relevant.allow is None and relevant.http and self._closed:
+            return Verdict(True, relevant.http[0].rule.source, True, told)
+        return Verdict(True, verdict.source, False, told)
 
     def request(
         self,

@@ -19,6 +19,7 @@ from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.credentials import Credentials
 from l7proxy.dial import keep_alive
+from l7proxy.direct import Direct
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
@@ -120,7 +121,8 @@ class Proxy:
         self._exchanges = Exchanges(
             self._routes, self._clusters, self._state.settings, log, flows, self._policies
         )
-        self._mesh = Mesh(self._clusters, self._peers)
+        self._direct = Direct(self._clusters)
+        self._mesh = Mesh(self._direct, self._peers)
         self._reported: dict[str, ClusterStats] = {}
         self._draining = False
 
@@ -291,6 +293,8 @@ class Proxy:
                 kernel=self._kernel,
                 peers=self._peers,
                 tunnels=self._tunnels,
+                exchanges=self._exchanges,
+                direct=self._direct,
             )
         if kind == "relay":
             return RelayAcceptor(
@@ -300,6 +304,7 @@ class Proxy:
                 flows=self._exchanges.flows,
                 peers=self._peers,
                 digger=self._digger,
+                policies=self._policies,
             )
         return HttpAcceptor(
             handler=functools.partial(self._exchanges.serve, self._mesh),

@@ -78,8 +78,9 @@ class Digger:
                 if stream.ssl.selected_alpn_protocol() != ALPN:
                     raise _Failed("version", f"the peer does not speak {ALPN} (ALPN)")
                 peer = self._peers.credentials.verify(stream.ssl, expected)
+                source = way.source
                 preface = Preface(
-                    way.source.name, address, port, kind, way.source.gateway, own_port
+                    source.name, address, port, kind, source.gateway, own_port, source.client
                 )
                 stream.write(tunnel_wire.encode(preface))
                 answer = await tunnel_wire.receive(stream, Answer)

@@ -26,8 +26,9 @@ Kind: TypeAlias = Literal["http", "tcp"]
 
 class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
     """`source`: "<ns>/<name>" of the pod, or the Gateway, on whose behalf the sender connects;
-    `address` and `port`: the endpoint to connect to. `port_of_source`: of the pod's own
-    connection, for flow records; 0: there are several, or none."""
+    `client`: who asks the Gateway, to policies: a pod's address or a range that one of them names
+    ("": neither); `address` and `port`: the endpoint to connect to. `port_of_source`: of the pod's
+    own connection, for flow records; 0: there are several, or none."""
 
     source: str
     address: str
@@ -35,6 +36,7 @@ class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: Kind = "tcp"
     gateway: bool = False
     port_of_source: int = 0
+    client: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):

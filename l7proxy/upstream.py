@@ -13,7 +13,7 @@ import select
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from l7proxy.balance import Balancer, Member, PoolKey
+from l7proxy.balance import Allows, Balancer, Choice, Member, PoolKey
 from l7proxy.connect import connect_through, connect_to
 from l7proxy.credentials import Credentials
 from l7proxy.dial import DialFailed
@@ -35,10 +35,6 @@ _MAX_IDENTITIES = 8
 _NOBODY = Caller()
 # Gateway errors speak of the endpoint's health; a 500 may be the request's fault.
 _GATEWAY_ERRORS = frozenset((502, 503, 504))
-
-
-# Whether policy lets a request go to an endpoint.
-Allows = Callable[[Endpoint], bool]
 
 
 class NoEndpoints(UpstreamError):
@@ -288,8 +284,8 @@ class Cluster:
         the caller's to bound, by cancelling. NoEndpoints, NotAllowed, Overflow, TLSBroken,
         ConnectFailed (the last one).
         """
-        choice = _Choice(self._balancer, self._settings(), avoid, prefer, allows)
-        member = choice.next()
+        choice = Choice(self._balancer, self._settings(), avoid, prefer, allows)
+        member = choice.next(asyncio.get_running_loop().time())
         if member is None:
             if choice.refused:
                 raise NotAllowed
@@ -308,7 +304,7 @@ class Cluster:
         member: Member | None,
         caller: Caller,
         certificate: CertificateSection | None,
-        choice: _Choice,
+        choice: Choice,
     ) -> Lease:
         settings = self._settings()
         loop = asyncio.get_running_loop()
@@ -340,7 +336,7 @@ class Cluster:
                 except BaseException:
                     member.load -= 1
                     raise
-                member = choice.next()
+                member = choice.next(loop.time())
         finally:
             self._pending -= 1
         raise failure
@@ -433,41 +429,6 @@ class Cluster:
                 self._tls = {None: self._tls[None]}  # certificates rotate
             self._tls[certificate] = tls
         return tls
-
-
-class _Choice:
-    """The members for one request, one after the other; `refused`: policy refused one of them."""
-
-    def __init__(
-        self,
-        balancer: Balancer,
-        settings: Settings,
-        avoid: Collection[str],
-        prefer: str | None,
-        allows: Allows | None,
-    ) -> None:
-        self.tried: set[str] = set()
-        self.refused = False
-        self._balancer = balancer
-        self._settings = settings
-        self._avoid = avoid
-        self._prefer = prefer
-        self._allows = allows
-        self._time = asyncio.get_running_loop().time
-
-    def next(self) -> Member | None:
-        while True:
-            member = self._balancer.pick(
-                self._time(),
-                self._settings,
-                avoid=self._avoid,
-                tried=self.tried,
-                prefer=self._prefer,
-            )
-            if member is None or self._allows is None or self._allows(member.endpoint):
-                return member
-            self.refused = True
-            self.tried.add(member.id)
 
 
 def _retire(member: Member) -> None:
