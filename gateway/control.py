@@ -282,6 +282,7 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("routes_of_listener", "routes", outcomes.mesh_listeners),
         Index("listeners_of_service", "mesh_listeners", services.listener_port),
         Index("slices_that_say", "slice_ports", pod_entries.said_in_slice),
+        Index("slices_that_say", "judged", pod_entries.said_by_policy),
         Index("said_at", "said", pod_entries.said_at),
         Index("grpc_listeners", "candidates", mixed.grpc_listeners),
         Index("http_at", "candidates", mixed.http_at),

@@ -1,6 +1,8 @@
 """LoadBalancerEntries for what clients may ask pods for directly: each address of a pod with each
 port that a Service leads to, headless or not, ready or not; the pod itself is the only backend.
 
+A port about whose requests a policy has rules is HTTP as well, unless a Service says otherwise.
+
 Routes say nothing here: they are about a Service's cluster IP. So what a pod's port speaks is what
 Services declare. Where several lead to one port of a pod, those that declare nothing do not count;
 it is HTTP if all others say so, and HTTP/1 if all others say that: in doubt a connection is passed
@@ -10,7 +12,7 @@ on as it is, and a proxy never reads as HTTP what may be something else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gateway.backends import numbers, slice_service
 from gateway.declared import Speaks, speaks
@@ -25,11 +27,12 @@ from mesh.model.nodeconfig import Endpoint, LoadBalancerEntry
 
 
 class Said(NamedTuple):
-    """Some Service says what is spoken at a pod's address and port."""
+    """Some Service says what is spoken at a pod's address and port; "judged": a policy has rules
+    about requests there."""
 
     address: str
     port: int
-    speaks: Speaks
+    speaks: Speaks | Literal["judged"]
 
 
 def slice_ports(mesh: Mesh) -> Callable[[View, ObjectKey], frozenset[Said] | None]:
@@ -55,6 +58,12 @@ def slice_ports(mesh: Mesh) -> Callable[[View, ObjectKey], frozenset[Said] | Non
     return compute
 
 
+def said_by_policy(key: object, places: frozenset[tuple[str, int]]) -> Iterator[Said]:
+    """What policies say (for an index)."""
+    for address, port in places:
+        yield Said(address, port, "judged")
+
+
 def said_in_slice(key: ObjectKey, said: frozenset[Said]) -> frozenset[Said]:
     """What a slice says (for an index)."""
     return said
@@ -73,7 +82,7 @@ def pod_entry(mesh: Mesh) -> Callable[[View, PortKey], LoadBalancerEntry | None]
             return None
         declared = {one.speaks for one in view.bucket("said_at", place)} - {""}
         http = bool(declared) and "other" not in declared and mesh.at(address) is not None
-        sockmap = http and declared == {"http1"}
+        sockmap = http and declared - {"judged"} == {"http1"}
         return LoadBalancerEntry(
             address=address,
             port=port,

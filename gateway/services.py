@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from gateway.backends import endpoints
 from gateway.conditions import Problem
 from gateway.declared import Speaks, speaks
 from gateway.entries import owner
@@ -120,13 +121,13 @@ def listener_port(listener: MeshListener, _: object) -> Iterator[ServicePortKey]
 
 
 def services(view: View, key: ServicePortKey) -> MeshService | None:
-    """None: the port declares nothing, and no route is attached to it."""
+    """None: the port declares nothing, no route is attached to it, no policy asks of requests."""
     found: Doors = view.get("service_doors", key.service)
     door = next(one for one in found.doors if one.number == key.port)
     attached: list[MeshListener] = sorted(
         view.bucket("listeners_of_service", key), key=lambda one: one.consumer or ""
     )
-    if not door.http and not attached:
+    if not door.http and not attached and not _judged(view, key):
         return None
     section = ServiceSection(
         namespace=key.namespace,
@@ -138,6 +139,17 @@ def services(view: View, key: ServicePortKey) -> MeshService | None:
         consumers=tuple(one.consumer for one in attached if one.consumer is not None),
     )
     return MeshService(section, door.cluster)
+
+
+def _judged(view: View, key: ServicePortKey) -> bool:
+    """Whether policies have rules about the requests to one of its endpoints."""
+    service: Service = view.get("Service", key.service)
+    ports = (port for port in service.spec.ports if (port.port, port.protocol) == (key.port, "TCP"))
+    return any(
+        view.bucket("judged_at", (one.address, one.port))
+        for port in ports
+        for one in endpoints(view, key.service, port)
+    )
 
 
 def own_clusters(key: ServicePortKey, service: MeshService) -> Iterator[ClusterRef]:

@@ -162,12 +162,13 @@ def _by_named_ports(
         known: set[NamedPort] = set()
         for pod in view.bucket("pods_of_identity", identity):
             known |= view.get("port_names", pod) or frozenset()
-        if ports := _numbers(names, known):
+        if ports := numbers(names, known):
             result.setdefault(ports, set()).add(identity)
     return result
 
 
-def _numbers(names: Iterable[PortSpec], known: Iterable[NamedPort]) -> tuple[PortRange, ...]:
+def numbers(names: Iterable[PortSpec], known: Iterable[NamedPort]) -> tuple[PortRange, ...]:
+    """The ports that a pod has by these names."""
     wanted = {(spec.name.lower(), spec.protocol) for spec in names}
     found = {(one.protocol, one.port) for one in known if (one.name, one.protocol) in wanted}
     return tuple(PortRange(protocol, port, port) for protocol, port in sorted(found))
@@ -227,7 +228,7 @@ def _own(one: _Rule, names: frozenset[NamedPort], requires: list[Identities]) ->
     """The rule for one pod. None: its named ports are none of the pod's, so it says nothing."""
     rule = one.rule
     if one.names:
-        ports = rule.ports + _numbers(one.names, names)
+        ports = rule.ports + numbers(one.names, names)
         if not ports:
             return None
         rule = msgspec.structs.replace(rule, ports=ports)

@@ -15,7 +15,7 @@ from mesh.model.derive import Index, Rule, View
 from mesh.model.meta import ObjectKey
 from mesh.model.networkpolicy import NetworkPolicy
 from mesh.model.section import SectionKey, cidr_key, policy_key
-from mesh.policy import cilium, kubernetes, peers, sections, status
+from mesh.policy import cilium, judged, kubernetes, peers, sections, status
 from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey
 
 # The tables whose entries are sections.
@@ -41,6 +41,7 @@ def rules(node: str, mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
         Rule("port_names", "pods", sections.port_names),
         Rule("subjects", "spec_keys", sections.subjects),
         Rule("resolved", "spec_keys", sections.resolved(everything_audited)),
+        Rule("judged", "spec_keys", judged.judged),
         Rule("pod_policies", "workloads", sections.pod_policies),
         Rule("network_policy_status", "rulebooks", status.status(mesh)),
     )
@@ -62,6 +63,7 @@ INDEXES = (
     Index("slices_by_service", "EndpointSlice", peers.slice_of),
     Index("pods_of_identity", "workloads", sections.identity_of),
     Index("refused_policies", "refusals", status.refused_sections),
+    Index("judged_at", "judged", judged.places),
     Index("specs_on", "subjects", sections.subject_identities),
 )
 
