@@ -17,7 +17,8 @@ _REASONS = {int(reason): reason for reason in Reason}
 class SocketEvent(NamedTuple):
     """`time_ns` by CLOCK_MONOTONIC. A workload in the network namespace with cookie `netns` and
     address `source` wanted `asked` and was given `peer`. Addresses and ports are zero where they
-    are not known or there is none. A reason with an errno: it was refused."""
+    are not known or there is none; so is `netns`. A reason with an errno: it was refused, by a rule
+    of policy where `rule` is not 0 (bpf.policies)."""
 
     time_ns: int
     netns: int
@@ -25,6 +26,7 @@ class SocketEvent(NamedTuple):
     asked: Target
     peer: Target
     reason: Reason
+    rule: int = 0
 
 
 def decode(record: bytes) -> SocketEvent:
@@ -37,4 +39,6 @@ def decode(record: bytes) -> SocketEvent:
     source, asked, peer = (
         layout.TARGET.unpack(Target, packed) for packed in (event.source, event.asked, event.peer)
     )
-    return SocketEvent(event.time_ns, event.netns, source, asked, peer, _REASONS[event.reason])
+    return SocketEvent(
+        event.time_ns, event.netns, source, asked, peer, _REASONS[event.reason], event.rule
+    )

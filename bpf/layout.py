@@ -11,6 +11,8 @@ import socket
 import struct
 from typing import ClassVar, NamedTuple, TypeVar
 
+from mesh.model.identity import Reserved
+
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -146,6 +148,63 @@ class Identity(NamedTuple):
     flags: int
 
 
+class Prefix(NamedTuple):
+    """struct prefix: the first `bits` of 16 bytes as in Target."""
+
+    bits: int
+    packed: bytes
+
+    @classmethod
+    def of(cls, cidr: str) -> Prefix:
+        """A range of addresses, or one address. ValueError: neither, or bits set beyond its
+        length."""
+        network = ipaddress.ip_network(cidr)
+        if network.version == 6:
+            return cls(network.prefixlen, network.network_address.packed)
+        return cls(96 + network.prefixlen, _MAPPED + network.network_address.packed)
+
+
+class Pod(NamedTuple):
+    """struct pod: what is in force for one; `policy` is its set of rules, `flags`: POD_…"""
+
+    policy: int
+    flags: int
+
+
+class PolicyKey(NamedTuple):
+    """struct policy_key: `bits` of what follows count; `port` is two bytes in network order."""
+
+    bits: int
+    set: int
+    identity: int
+    direction: int
+    protocol: int
+    port: bytes
+
+
+class Policy(NamedTuple):
+    """struct policy: `flags`: POLICY_…; `rule` tells where it comes from."""
+
+    flags: int
+    rule: int
+
+
+class FlowKey(NamedTuple):
+    """struct flow_key: a packed Tuple, and EGRESS or INGRESS."""
+
+    tuple: bytes
+    direction: int
+
+
+class Flow(NamedTuple):
+    """struct flow: `seen_ns` by CLOCK_MONOTONIC; `flags`: FLOW_…; `refused` is a Reason or 0."""
+
+    seen_ns: int
+    generation: int
+    flags: int
+    refused: int
+
+
 class Addresses(NamedTuple):
     """struct addresses: those of a network namespace, 16 bytes each, all zero: none."""
 
@@ -155,7 +214,7 @@ class Addresses(NamedTuple):
 
 class Event(NamedTuple):
     """struct event: what happened to a connection or datagram. `time_ns` is CLOCK_MONOTONIC; packed
-    Targets, `source` all zero where it is not known; `reason` is a Reason."""
+    Targets, `source` all zero where it is not known; `reason` is a Reason; `rule` as in Policy."""
 
     time_ns: int
     netns: int
@@ -163,6 +222,7 @@ class Event(NamedTuple):
     asked: bytes
     peer: bytes
     reason: int
+    rule: int
 
 
 class Number(NamedTuple):
@@ -187,6 +247,12 @@ T = TypeVar(
     Outgoing,
     Address,
     Identity,
+    Prefix,
+    Pod,
+    PolicyKey,
+    Policy,
+    FlowKey,
+    Flow,
     Addresses,
     Event,
     Number,
@@ -254,6 +320,24 @@ PROXIED = Layout(
 OUTGOING = Layout("outgoing", "=", {"cookie": "Q", "state": "I", "zero": "4x"})
 ADDRESS = Layout("address", "=", {"words": "16s"})
 IDENTITY = Layout("identity", "=", {"number": "I", "flags": "I"})
+PREFIX = Layout("prefix", "=", {"bits": "I", "address": "16s"})
+POD = Layout("pod", "=", {"policy": "I", "flags": "I"})
+POLICY_KEY = Layout(
+    "policy_key",
+    "=",
+    {
+        "bits": "I",
+        "set": "I",
+        "identity": "I",
+        "direction": "B",
+        "protocol": "B",
+        "port": "2s",
+    },
+)
+POLICY = Layout("policy", "=", {"flags": "I", "rule": "I"})
+FLOW_KEY = Layout("flow_key", "=", {"tuple": "40s", "direction": "I"})
+FLOW = Layout("flow", "=", {"seen_ns": "Q", "generation": "Q", "flags": "I", "refused": "I"})
+TOLD = Layout("told", "=", {"second": "Q", "events": "Q"})
 ADDRESSES = Layout("addresses", "=", {"v4": "16s", "v6": "16s"})
 EVENT = Layout(
     "event",
@@ -265,6 +349,8 @@ EVENT = Layout(
         "asked": "20s",
         "peer": "20s",
         "reason": "I",
+        "rule": "I",
+        "zero": "4x",
     },
 )
 U32 = Layout("u32", "=", {"value": "I"})
@@ -280,6 +366,24 @@ CONFIG_SOCKMAP = 1
 IDENTITY_PLAIN = 1
 # Of a connection between proxy and workload: to be enrolled if both ends can be; enrolled.
 STATE_WANTED, STATE_ENROLLED = 1, 2
+
+# Of a pod, for egress: it has policies; what no rule allows is refused; refusals are only told. For
+# ingress the same, shifted. Then: its ports are STRICT; not all of them are as the pod is.
+POD_POLICED, POD_DEFAULT_DENY, POD_AUDIT, POD_INGRESS_SHIFT = 1, 2, 4, 4
+POD_STRICT, POD_MTLS_PORTS = 1 << 8, 1 << 9
+# Whose rules judge: those of who opens a flow, those of whom it is opened to.
+EGRESS, INGRESS = 0, 1
+# Of what rules say: it is allowed; if it goes by mutual TLS or stays on this node; it is refused;
+# it would be, were the rule not in audit mode.
+POLICY_ALLOW, POLICY_SAFE, POLICY_DENY, POLICY_AUDIT_DENY = 1, 2, 4, 8
+# Of a flow to a pod: the node itself has opened it, another pod of this node. Of all flows: the
+# peer has answered; its opener has said that it ends, its peer, both (or one has broken it off).
+FLOW_FROM_NODE, FLOW_FROM_POD, FLOW_FROM = 1, 2, 3
+FLOW_ANSWERED, FLOW_ENDED_BY_OPENER, FLOW_ENDED_BY_PEER, FLOW_ENDED = 4, 8, 16, 24
+# What stands for who is no pod, in `identities`.
+IDENTITY_HOST, IDENTITY_WORLD, IDENTITY_INIT = Reserved.HOST, Reserved.WORLD, Reserved.INIT
+# The mark of packets that the filter has made itself, between its two ends.
+RESET_MARK = 0x57454654
 
 # Sizes of the maps, in entries. A slot takes 8 bytes, a backend 24, the others about 120.
 FRONTENDS = 1 << 15
@@ -299,6 +403,16 @@ SOCKETS_MAX = 1 << 16
 # Of this node; of the cluster.
 PODS = 1 << 10
 IDENTITIES = 1 << 16
+MTLS_PORTS = 1 << 12
+# Rules of all pods: some 150 bytes for each that is there.
+POLICIES = 1 << 18
+# What pods have opened, and what was opened to them: 18 MB, at once. The least recently used go.
+FLOWS = 1 << 17
+# How long a silent flow is remembered, in seconds: one of TCP while it lives (as kube-proxy has
+# nf_conntrack do), all others.
+FLOW_TCP_S, FLOW_S = 86_400, 120
+# Refusals of packets that are told of in one second, on each CPU.
+TOLD_MAX = 500
 # Of 4 KiB; a power of two.
 EVENT_PAGES = 128
 
@@ -309,6 +423,29 @@ _CONSTANTS = (
     "BACKEND_REMOTE",
     "CONFIG_SOCKMAP",
     "IDENTITY_PLAIN",
+    "IDENTITY_HOST",
+    "IDENTITY_WORLD",
+    "IDENTITY_INIT",
+    "EGRESS",
+    "INGRESS",
+    "POD_POLICED",
+    "POD_DEFAULT_DENY",
+    "POD_AUDIT",
+    "POD_INGRESS_SHIFT",
+    "POD_STRICT",
+    "POD_MTLS_PORTS",
+    "POLICY_ALLOW",
+    "POLICY_SAFE",
+    "POLICY_DENY",
+    "POLICY_AUDIT_DENY",
+    "FLOW_FROM_NODE",
+    "FLOW_FROM_POD",
+    "FLOW_FROM",
+    "FLOW_ANSWERED",
+    "FLOW_ENDED_BY_OPENER",
+    "FLOW_ENDED_BY_PEER",
+    "FLOW_ENDED",
+    "RESET_MARK",
     "STATE_WANTED",
     "STATE_ENROLLED",
     "FRONTENDS",
@@ -324,6 +461,12 @@ _CONSTANTS = (
     "SOCKETS_MAX",
     "PODS",
     "IDENTITIES",
+    "MTLS_PORTS",
+    "POLICIES",
+    "FLOWS",
+    "FLOW_TCP_S",
+    "FLOW_S",
+    "TOLD_MAX",
     "EVENT_PAGES",
 )
 
@@ -336,7 +479,7 @@ def description() -> str:
 
 def c_header() -> str:
     """Sizes and flags as C."""
-    return "".join(f"#define {name} {globals()[name]}\n" for name in _CONSTANTS)
+    return "".join(f"#define {name} {globals()[name]:d}\n" for name in _CONSTANTS)
 
 
 def c_checks() -> str:

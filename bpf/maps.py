@@ -22,6 +22,8 @@ from bpf.layout import (
     AffinityKey,
     Backend,
     Config,
+    Flow,
+    FlowKey,
     Frontend,
     Identity,
     Layout,
@@ -30,13 +32,29 @@ from bpf.layout import (
     Origin,
     OriginKey,
     Outgoing,
+    Pod,
+    Policy,
+    PolicyKey,
+    Prefix,
     Proxied,
     Target,
     Tuple,
 )
 from bpf.reasons import Reason
 
-K = TypeVar("K", Target, OriginKey, Member, AffinityKey, Tuple, Address, Number)
+K = TypeVar(
+    "K",
+    Target,
+    OriginKey,
+    Member,
+    AffinityKey,
+    Tuple,
+    Address,
+    Prefix,
+    PolicyKey,
+    FlowKey,
+    Number,
+)
 V = TypeVar(
     "V",
     Frontend,
@@ -48,6 +66,9 @@ V = TypeVar(
     Outgoing,
     Identity,
     Addresses,
+    Pod,
+    Policy,
+    Flow,
     Number,
 )
 
@@ -79,7 +100,13 @@ MAPS = {
     "proxy_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
     "interfaces": Spec(layout.ADDRESS, layout.U32, layout.PODS),
     "namespaces": Spec(layout.U64, layout.ADDRESSES, layout.PODS),
-    "identities": Spec(layout.ADDRESS, layout.IDENTITY, layout.IDENTITIES),
+    "identities": Spec(layout.PREFIX, layout.IDENTITY, layout.IDENTITIES),
+    "pods": Spec(layout.ADDRESS, layout.POD, layout.PODS),
+    "mtls_ports": Spec(layout.TARGET, layout.U32, layout.MTLS_PORTS),
+    "policies": Spec(layout.POLICY_KEY, layout.POLICY, layout.POLICIES),
+    "generation": Spec(layout.U32, layout.U64, 1),
+    "flows": Spec(layout.FLOW_KEY, layout.FLOW, layout.FLOWS),
+    "told": Spec(layout.U32, layout.TOLD, 1),
     "events": Spec(None, None, layout.EVENT_PAGES * 4096),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }

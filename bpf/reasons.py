@@ -33,6 +33,14 @@ class Reason(enum.IntEnum):
     FILTER_FROM_POD = 16, None, "a packet of a pod passed the filter"
     FILTER_TO_POD = 17, None, "a packet for a pod passed the filter"
 
+    MTLS_REQUIRED = 18, errno.EPERM, "not by mutual TLS, to a port that takes nothing else; dropped"
+    POLICY_DENIED = 19, errno.EPERM, "policy refuses it"
+    POLICY_AUDIT = 20, None, "policy would refuse it, if it were not in audit mode"
+    UNJUDGED = 21, errno.EPERM, "a fragment or chain of headers that policy cannot judge; dropped"
+    RESET = 22, None, "a refused packet of TCP was answered with RST"
+    FORGED = 23, None, "it came from elsewhere in the name of a pod of this node; dropped"
+    UNTOLD = 24, None, "a refusal was not told of: too many in one second"
+
     errno: int | None
     meaning: str
 

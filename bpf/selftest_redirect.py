@@ -23,8 +23,14 @@ from bpf.balancer import Balancer
 from bpf.layout import Target
 from bpf.proxy import Origin, ProxyHandles, descriptors
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
-from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, LoadBalancerEntry
-from mesh.model.section import entry_key
+from mesh.model.nodeconfig import (
+    MESH_HTTP_PORT,
+    MESH_RELAY_PORT,
+    EntryBackend,
+    LoadBalancerEntry,
+    WorkloadSection,
+)
+from mesh.model.section import entry_key, workload_key
 
 # The node, on the loopback interface: TEST-NET-2 (RFC 5737), documentation prefix (RFC 3849).
 NODE = {"4": "198.51.100.1", "6": "2001:db8:1::1"}
@@ -57,6 +63,10 @@ class _World:
         _add_addresses()
         self.handles = ProxyHandles(descriptors(pin))
         self._entries = Balancer(pin)
+        workload = WorkloadSection("self-test", "workload", tuple(NODE.values()))
+        known = {workload_key(workload.namespace, workload.name): workload}
+        for why in settings.Identities(pin).apply(known).values():
+            raise OSError(0, why)
         self._servers: dict[tuple[str, int], socket.socket] = {}
         for version, address in NODE.items():
             self.frontend(_SERVICE[version], _HTTP, http=True, sockmap=True)

@@ -29,3 +29,25 @@ class NotTrusted(Exception):
 
 class AuthorityError(Exception):
     """An authority's files, or certificates given to it, cannot be used: which, why, what to do."""
+
+
+RefusedReason: TypeAlias = Literal[
+    "too_large",
+    "malformed",  # no PKCS #10 request, or not signed by its own key
+    "weak_key",
+    "not_one_uri",
+    "bad_spiffe_id",
+    "wrong_trust_domain",
+    "not_on_this_node",  # no pod of the node that asks runs as that service account
+    "issuer_expired",  # the authority has nothing to sign with
+    "too_many",
+]
+
+
+class IssueRefused(Exception):
+    """A certificate is not issued. `reason` is for counters."""
+
+    def __init__(self, reason: RefusedReason, why: str) -> None:
+        super().__init__(why)
+        self.reason: RefusedReason = reason
+        self.why = why

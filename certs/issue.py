@@ -7,6 +7,7 @@ but its public key gets into it. Knows X.509, no files; an issuer's key is used 
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
@@ -29,6 +30,15 @@ class Life(NamedTuple):
 
     not_before: datetime.datetime
     not_after: datetime.datetime
+
+    @classmethod
+    def between(cls, start: float, end: float) -> Life:
+        """Seconds since 1970 UTC."""
+        utc = datetime.UTC
+        return cls(
+            datetime.datetime.fromtimestamp(math.floor(start), utc),
+            datetime.datetime.fromtimestamp(math.floor(end), utc),
+        )
 
 
 class Issuer:

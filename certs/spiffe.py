@@ -77,7 +77,10 @@ def check_trust_domain(name: str) -> str:
 
 def workload(trust_domain: str, namespace: str, service_account: str) -> SpiffeId:
     """BadSpiffeId: one of the names cannot be in one."""
-    return parse(f"{_SCHEME}{trust_domain}/ns/{namespace}/sa/{service_account}")
+    found = parse(f"{_SCHEME}{trust_domain}/ns/{namespace}/sa/{service_account}")
+    if found.workload != (namespace, service_account):
+        raise BadSpiffeId(f"{namespace!r} and {service_account!r} cannot be names in a SPIFFE ID")
+    return found
 
 
 def gateway(trust_domain: str) -> SpiffeId:
@@ -109,4 +112,4 @@ def from_sni(name: str) -> SpiffeId | None:
         found = workload(trust_domain, namespace, service_account)
     except BadSpiffeId:
         return None
-    return found if name.startswith("sa.") and found.workload is not None else None
+    return found if name.startswith("sa.") else None

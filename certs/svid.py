@@ -24,6 +24,7 @@ from cryptography.x509.verification import ExtensionPolicy, PolicyBuilder, Verif
 
 from certs.bundle import Bundle
 from certs.errors import NotTrusted
+from certs.keypair import BadCertificate, check_keypair
 from certs.spiffe import BadSpiffeId, SpiffeId, parse
 
 # A leaf and at most two intermediates: ours has one, a brought one may have its own above it.
@@ -101,6 +102,20 @@ def peer_identity(
     if expected is not None and spiffe_id != expected:
         raise NotTrusted("wrong_identity", f"it is {spiffe_id}, not {expected}")
     return spiffe_id
+
+
+def holds(
+    chain_pem: str, key_pem: str, spiffe_id: SpiffeId, bundles: Mapping[str, Bundle], now: float
+) -> x509.Certificate:
+    """The leaf of an SVID of `spiffe_id` that whoever has this key may use, now. NotTrusted: it is
+    none, or another key's."""
+    try:
+        check_keypair(chain_pem, key_pem)
+        chain = x509.load_pem_x509_certificates(chain_pem.encode())
+    except (BadCertificate, ValueError) as error:
+        raise NotTrusted("no_certificate", str(error)) from None
+    peer_identity([one.public_bytes(Encoding.DER) for one in chain], bundles, now, spiffe_id)
+    return chain[0]
 
 
 def svid_of(leaf: x509.Certificate) -> SpiffeId:

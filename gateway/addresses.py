@@ -15,6 +15,13 @@ from typing import NamedTuple
 from mesh.model.meta import ObjectKey
 
 
+def canonical(address: str) -> str:
+    """The one way to write an address; one of IPv4 inside IPv6 (RFC 4291 §2.5.5.2) is that of IPv4.
+    ValueError: it is none."""
+    ip = ipaddress.ip_address(address)
+    return str(getattr(ip, "ipv4_mapped", None) or ip)
+
+
 class Request(NamedTuple):
     """What a Gateway asks for. `wanted`: one entry per address, "" is "assign one"; sorts by age,
     then name, the order in which requests are served."""

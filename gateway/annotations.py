@@ -1,4 +1,5 @@
-"""Annotations that Weft reads on Namespaces, Pods and routes, and what is wrong with their values.
+"""Annotations and labels that Weft reads on Namespaces, Pods and routes, and what is wrong with
+their values.
 
 What only widens what is done takes a wrong value for "no"; what protects fails closed.
 """
@@ -6,7 +7,7 @@ What only widens what is done takes a wrong value for "no"; what protects fails 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias, get_args
+from typing import get_args
 
 from mesh.model.core import Namespace
 from mesh.model.grpcroute import GRPCRoute
@@ -14,9 +15,10 @@ from mesh.model.httproute import HTTPRoute
 from mesh.model.nodeconfig import MtlsMode
 from mesh.model.pod import Pod
 
-Annotated: TypeAlias = Namespace | Pod | HTTPRoute | GRPCRoute
+# All of them begin so.
+PREFIX = "weft.dev/"
 
-# Requests of a mesh route tell the backend the client's address and identity.
+# Requests of a mesh route, or to a pod, tell the backend the client's address and identity.
 CLIENT_HEADERS = "weft.dev/client-headers"
 # The sockets of a pod are kept off the redirect path.
 SOCKMAP = "weft.dev/sockmap"
@@ -25,12 +27,17 @@ SOCKMAP = "weft.dev/sockmap"
 MTLS = "weft.dev/mtls"
 MTLS_PORTS = "weft.dev/mtls-ports"
 
+# A label: whether pods are in the mesh; a pod's stands above its namespace's.
+MESH = "weft.dev/mesh"
+# Namespaces that are not, unless they say so: what a cluster itself needs to come up.
+APART = ("kube-system",)
+
 _MODES: tuple[MtlsMode, ...] = get_args(MtlsMode)
 
 
-def client_headers(route: HTTPRoute | GRPCRoute) -> bool:
+def client_headers(obj: HTTPRoute | GRPCRoute | Pod) -> bool:
     """No, unless it says yes: headers name who the client is."""
-    return route.metadata.annotations.get(CLIENT_HEADERS) == "true"
+    return obj.metadata.annotations.get(CLIENT_HEADERS) == "true"
 
 
 def may_use_sockmap(pod: Pod) -> bool:
@@ -42,6 +49,11 @@ def mtls(obj: Namespace | Pod) -> MtlsMode | None:
     """The mode that is asked for; STRICT if the value is none. None: nothing is said."""
     value = obj.metadata.annotations.get(MTLS)
     return None if value is None else next((mode for mode in _MODES if mode == value), "STRICT")
+
+
+def meshed(obj: Namespace | Pod) -> bool | None:
+    """None: nothing is said, or nothing that counts."""
+    return {"enabled": True, "disabled": False}.get(obj.metadata.labels.get(MESH, ""))
 
 
 def mtls_ports(pod: Pod) -> dict[int, MtlsMode] | None:
@@ -57,30 +69,40 @@ def mtls_ports(pod: Pod) -> dict[int, MtlsMode] | None:
     return result
 
 
-def misused(obj: Annotated) -> Iterator[str]:
-    """What is wrong with an object's annotations, and what is done meanwhile."""
+def misused(obj: Namespace | Pod | HTTPRoute | GRPCRoute) -> Iterator[str]:
+    """What is wrong with an object's annotations and labels but for mutual TLS, and what is done
+    meanwhile."""
+    if not isinstance(obj, Namespace):
+        value = obj.metadata.annotations.get(CLIENT_HEADERS)
+        meanwhile = "the client is not told to backends"
+        yield from _wrong(f"annotation {CLIENT_HEADERS}", value, ("true", "false"), meanwhile)
     if isinstance(obj, HTTPRoute | GRPCRoute):
-        yield from _wrong(
-            obj, CLIENT_HEADERS, ("true", "false"), "the client is not told to backends"
-        )
         return
+    value = obj.metadata.labels.get(MESH)
+    yield from _wrong(f"label {MESH}", value, ("enabled", "disabled"), "it does not count")
     if isinstance(obj, Pod):
-        yield from _wrong(obj, SOCKMAP, ("enabled", "disabled"), "sockmap is not used for this pod")
+        value = obj.metadata.annotations.get(SOCKMAP)
+        meanwhile = "sockmap is not used for this pod"
+        yield from _wrong(f"annotation {SOCKMAP}", value, ("enabled", "disabled"), meanwhile)
+
+
+def misused_mtls(obj: Namespace | Pod) -> Iterator[str]:
+    """The same of the annotations about mutual TLS."""
     who = "this pod" if isinstance(obj, Pod) else "the pods of this namespace"
-    yield from _wrong(obj, MTLS, _MODES, f"{who} must be connected to by mutual TLS (STRICT)")
+    meanwhile = f"{who} must be connected to by mutual TLS (STRICT)"
+    yield from _wrong(f"annotation {MTLS}", obj.metadata.annotations.get(MTLS), _MODES, meanwhile)
     if isinstance(obj, Pod) and mtls_ports(obj) is None:
         value = obj.metadata.annotations[MTLS_PORTS]
         yield (
             f"annotation {MTLS_PORTS} is {value[:100]!r}, not PORT=MODE after a comma each, as in"
             f" '8080=DISABLE, 9090=STRICT' (modes: {', '.join(_MODES)}; a port stands once); until"
-            " that is mended, this pod must be connected to by mutual TLS (STRICT)"
+            f" that is mended, {meanwhile}"
         )
 
 
-def _wrong(obj: Annotated, name: str, values: tuple[str, ...], meanwhile: str) -> Iterator[str]:
-    value = obj.metadata.annotations.get(name, values[0])
-    if value not in values:
+def _wrong(what: str, value: str | None, values: tuple[str, ...], meanwhile: str) -> Iterator[str]:
+    if value is not None and value not in values:
         yield (
-            f"annotation {name} is {value[:100]!r}, not {' or '.join(map(repr, values))};"
+            f"{what} is {value[:100]!r}, not {' or '.join(map(repr, values))};"
             f" until that is mended, {meanwhile}"
         )

@@ -143,7 +143,7 @@ def policy_status(controller_name: str) -> Callable[[View, ObjectKey], PolicySta
         )
         if not gateways:
             return None
-        accepted = state.accepted or _attached(view, key, state)
+        accepted = state.accepted or misses(view, key, state)
         conditions = (
             condition("Accepted", state.generation, accepted),
             condition("ResolvedRefs", state.generation, state.resolved),
@@ -164,26 +164,35 @@ def policy_status(controller_name: str) -> Callable[[View, ObjectKey], PolicySta
     return compute
 
 
-def _attached(view: View, key: ObjectKey, state: PolicyState) -> Problem | None:
+def misses(view: View, key: ObjectKey, state: PolicyState) -> Problem | None:
     """Why a policy counts for none of its targets: an older one has each of them, or it names a
-    port that is not there."""
-    problems: list[Problem] = []
-    for target in state.targets:
-        service_key = ObjectKey(key.namespace, target.name)
-        winner = _winner(view, service_key, target.section_name)
-        service: Service | None = view.get("Service", service_key)
-        names = [port.name for port in service.spec.ports] if service is not None else []
-        if target.section_name is not None and target.section_name not in names:
-            message = f"Service {service_key} has no port named {target.section_name}"
-            problems.append(Problem("TargetNotFound", message))
-        elif winner != key:
-            message = f"BackendTLSPolicy {winner} is older and has Service {service_key}"
-            if target.section_name is not None:
-                message += f", port {target.section_name}"
-            problems.append(Problem("Conflicted", message))
-    if len(problems) < len(state.targets):
+    Service or port that is not there, or what is no Service."""
+    problems = [_miss(view, key, target) for target in state.targets]
+    found = [problem for problem in problems if problem is not None]
+    if len(found) < len(problems):
         return None
-    return Problem(problems[0].reason, problem_text(problems))
+    return Problem(found[0].reason, problem_text(found))
+
+
+def _miss(
+    view: View, key: ObjectKey, target: LocalPolicyTargetReferenceWithSectionName
+) -> Problem | None:
+    service_key, section = ObjectKey(key.namespace, target.name), target.section_name
+    if target.group or target.kind != "Service":
+        kind = f"{target.group}/{target.kind}" if target.group else target.kind
+        message = f"targetRef {kind} {target.name}: a policy is for a Service; use one"
+        return Problem("Invalid", message)
+    service: Service | None = view.get("Service", service_key)
+    if service is None:
+        return Problem("TargetNotFound", f"Service {service_key} does not exist")
+    if section is not None and section not in [port.name for port in service.spec.ports]:
+        message = f"Service {service_key} has no port named {section}"
+        return Problem("TargetNotFound", message)
+    winner = _winner(view, service_key, section)
+    if winner == key:
+        return None
+    message = f"BackendTLSPolicy {winner} is older and has Service {service_key}"
+    return Problem("Conflicted", message + (f", port {section}" if section is not None else ""))
 
 
 def _winner(view: View, service: ObjectKey, section: str | None) -> ObjectKey:
@@ -192,6 +201,9 @@ def _winner(view: View, service: ObjectKey, section: str | None) -> ObjectKey:
         (state.created, key)
         for key in view.bucket("policies_on", service)
         for state in [view.get("policies", key)]
-        if any(t.name == service.name and t.section_name == section for t in state.targets)
+        if any(
+            (t.group, t.kind, t.name, t.section_name) == ("", "Service", service.name, section)
+            for t in state.targets
+        )
     ]
     return min(rivals)[1]

@@ -6,14 +6,16 @@ routes beyond the kind and namespace that refer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, TypeAlias
 
 from gateway import backend_tls
+from gateway.addresses import canonical
 from gateway.conditions import Problem
 from gateway.declared import app_protocol
 from gateway.grants import not_permitted, permitted
 from gateway.keys import ClusterRef, RouteKey
+from gateway.node import Mesh
 from mesh.model.core import EndpointSlice, Service, ServicePort
 from mesh.model.derive import View
 from mesh.model.grpcroute import GRPCBackendRef, GRPCRouteSpec
@@ -103,29 +105,35 @@ def _consumed(view: View, key: RouteKey) -> frozenset[str]:
     return frozenset(ref.namespace for ref in refs if ref.namespace is not None)
 
 
-def cluster(view: View, ref: ClusterRef) -> ClusterSection | None:
-    """The section of a cluster that some route uses."""
-    service: Service | None = view.get("Service", ref.service)
-    port = _port(service, ref.port) if service is not None else None
-    if port is None:
-        return None
-    protocol = _PROTOCOLS.get(app_protocol(port), "http")
-    if ref.grpc and protocol == "http":
-        protocol = "h2c"
-    return ClusterSection(
-        endpoints=endpoints(view, ref.service, port),
-        protocol=protocol,
-        tls=backend_tls.upstream_tls(view, ref.service, port),
-    )
+def cluster(mesh: Mesh) -> Callable[[View, ClusterRef], ClusterSection | None]:
+    def compute(view: View, ref: ClusterRef) -> ClusterSection | None:
+        """The section of a cluster that some route uses."""
+        service: Service | None = view.get("Service", ref.service)
+        port = _port(service, ref.port) if service is not None else None
+        if port is None:
+            return None
+        protocol = _PROTOCOLS.get(app_protocol(port), "http")
+        if ref.grpc and protocol == "http":
+            protocol = "h2c"
+        return ClusterSection(
+            endpoints=endpoints(view, mesh, ref.service, port),
+            protocol=protocol,
+            tls=backend_tls.upstream_tls(view, ref.service, port),
+        )
+
+    return compute
 
 
 def endpoints(
-    view: View, service: ObjectKey, port: ServicePort, family: str | None = None
+    view: View, mesh: Mesh, key: ObjectKey, port: ServicePort, family: str | None = None
 ) -> tuple[Endpoint, ...]:
     """The ready endpoints of a Service port, in order: those of one address family, or of all; then
-    a pod with an address in each stands once, with its IPv4 address."""
+    a pod with an address in each stands once, with its IPv4 address. Of a Service whose
+    internalTrafficPolicy is Local only those of this node, if its name is known."""
+    service: Service | None = view.get("Service", key)
+    local = service is not None and service.spec.internal_traffic_policy == "Local"
     slices = sorted(
-        ((view.get("EndpointSlice", key), key) for key in view.bucket("slices_of", service)),
+        ((view.get("EndpointSlice", key), key) for key in view.bucket("slices_of", key)),
         key=lambda found: (found[0].address_type, found[1]),
     )
     pods: dict[str, str] = {}  # pod: the family it stands with
@@ -138,11 +146,13 @@ def endpoints(
                 conditions = endpoint.conditions
                 if conditions.ready is False or conditions.terminating or not endpoint.addresses:
                     continue
+                if local and mesh.node and endpoint.node_name != mesh.node:
+                    continue
                 pod = (endpoint.target_ref.name if endpoint.target_ref else None) or ""
                 if pod and pods.setdefault(pod, piece.address_type) != piece.address_type:
                     continue
                 # The API allows several addresses and says that only the first counts.
-                address = endpoint.addresses[0]
+                address = canonical(endpoint.addresses[0])
                 result[address, number] = Endpoint(address, number, pod)
     return tuple(sorted(result.values(), key=lambda e: (e.address, e.port)))
 

@@ -19,12 +19,15 @@ from gateway import (
     backend_tls,
     backends,
     classes,
+    cluster_ips,
     entries,
     listeners,
     mixed,
     outcomes,
     places,
     pod_entries,
+    pod_ports,
+    problems,
     routes,
     services,
     states,
@@ -94,12 +97,14 @@ class Options(msgspec.Struct, frozen=True):
 
 class Outcome(NamedTuple):
     """What follows from a change. `statuses`: None where an object has none any more; their
-    conditions have no times yet (gateway.status.with_transition_times). `ports`: all that are
+    conditions have no times yet (gateway.status.with_transition_times). `problems`: what is wrong
+    with an object and has no place in a status; None: nothing any more. `ports`: all that are
     wanted now. `failures`: defects of ours, by table and key; what they concern is absent."""
 
     put: dict[SectionKey, Section]
     remove: tuple[SectionKey, ...]
     statuses: dict[tuple[str, ObjectKey], msgspec.Struct | None]
+    problems: dict[tuple[str, ObjectKey], tuple[str, ...] | None]
     ports: frozenset[PortKey]
     failures: Mapping[tuple[str, Any], Exception] = {}
 
@@ -156,26 +161,31 @@ class ControlPlane:
         return Outcome(
             put,
             gone,
-            _statuses(changed),
+            _by_object(changed, _STATUSES, ("route_status", "network_policy_status")),
+            _by_object(changed, _PROBLEMS, ("route_problems",)),
             self._options.mesh.ports.union(self._derivation.tables["ports"]),  # type: ignore[arg-type]
             dict(self._derivation.failures),
         )
 
 
-def _statuses(
+def _by_object(
     changed: Mapping[str, Mapping[Any, Change]],
-) -> dict[tuple[str, ObjectKey], msgspec.Struct | None]:
-    result: dict[tuple[str, ObjectKey], msgspec.Struct | None] = {}
-    for table, kind in _STATUSES.items():
+    tables: Mapping[str, str],
+    of_kinds: tuple[str, ...],
+) -> dict[tuple[str, ObjectKey], Any]:
+    """The changed entries of `tables` (of objects of one kind) and of those in `of_kinds`, whose
+    keys name the kind."""
+    result: dict[tuple[str, ObjectKey], Any] = {}
+    for table, kind in tables.items():
         for key, change in changed.get(table, {}).items():
             result[kind, key] = change.new
-    for table in ("route_status", "network_policy_status"):
+    for table in of_kinds:
         for key, change in changed.get(table, {}).items():
             result[key.kind, ObjectKey(key.namespace, key.name)] = change.new
     return result
 
 
-# The tables whose entries are sections, and those that are statuses.
+# The tables whose entries are sections, and those that are statuses or problems.
 _SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "ports": lambda key: port_key(*key),
     "certificates": lambda key: certificate_key(*key),
@@ -195,6 +205,13 @@ _STATUSES = {
     "listener_set_status": "ListenerSet",
     "policy_status": "BackendTLSPolicy",
 }
+_PROBLEMS = {
+    "namespace_problems": "Namespace",
+    "node_problems": "Node",
+    "pod_problems": "Pod",
+    "policy_problems": "BackendTLSPolicy",
+    "service_problems": "Service",
+}
 
 
 def _rules(options: Options) -> tuple[Rule, ...]:
@@ -210,7 +227,21 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("merged", "gateways", listeners.merged),
         Rule("gateway_doors", "gateways", listeners.gateway_doors),
         Rule("set_doors", "set_parents", listeners.set_doors),
+        # Nodes and workloads.
+        Rule("node_states", "Node", workloads.node_states),
+        Rule("node_holders", "nodes_at", workloads.node_holders),
+        Rule("nodes", "node_states", workloads.nodes),
+        Rule("namespaces", "Namespace", workloads.namespaces),
+        Rule("pods", "Pod", workloads.pods),
+        Rule("holders", "pods_at", workloads.holders),
+        Rule("set_numbers", "label_sets", workloads.numbers),
+        Rule("identities", "label_sets", workloads.identities),
+        Rule("workloads", "pods", workloads.workloads(mesh)),
+        *policy.rules(mesh.node, mesh.on, options.policy_audit),
         # Addresses and ports.
+        Rule("service_claims", "Service", cluster_ips.claims),
+        Rule("service_owners", "claimed_by", cluster_ips.owners),
+        Rule("cluster_ips", "service_claims", cluster_ips.cluster_ips(mesh)),
         Rule("requests", "gateways", places.requests),
         Rule("allocation", "requested", places.allocation(pool)),
         Rule("places", "gateways", place),
@@ -224,15 +255,6 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         # Listeners and the ports they are served on.
         Rule("states", "gateways", states.states),
         Rule("ports", "owners", states.ports),
-        # Nodes and workloads.
-        Rule("nodes", "Node", workloads.nodes),
-        Rule("namespaces", "Namespace", workloads.namespaces),
-        Rule("pods", "Pod", workloads.pods),
-        Rule("holders", "pods_at", workloads.holders),
-        Rule("set_numbers", "label_sets", workloads.numbers),
-        Rule("identities", "label_sets", workloads.identities),
-        Rule("workloads", "pods", workloads.workloads(mesh)),
-        *policy.rules(mesh.node, mesh.on, options.policy_audit),
         # Routes.
         Rule("service_doors", "Service", services.doors(mesh)),
         Rule("policies", "BackendTLSPolicy", backend_tls.policies),
@@ -244,22 +266,28 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("routes", "attached", outcomes.routes),
         Rule("sections", "routes", outcomes.sections),
         Rule("mesh_listeners", "routes_of_listener", lambda view, listener: True),
-        Rule("services", "http_ports", services.services),
+        Rule("services", "http_ports", services.services(mesh)),
         Rule("service_sections", "services", services.section),
-        Rule("clusters", "cluster_users", backends.cluster),
+        Rule("clusters", "cluster_users", backends.cluster(mesh)),
         Rule("service_gateways", "used_from", lambda view, pair: True),
         # Load-balancer entries.
+        Rule("slice_ports", "EndpointSlice", pod_ports.slice_ports(mesh)),
+        Rule("said", "slices_that_say", lambda view, said: True),
         Rule("service_entries", "service_frontends", entries.service_entry(mesh)),
         Rule("gateway_entries", "gateway_frontends", entries.gateway_entry),
-        Rule("slice_ports", "EndpointSlice", pod_entries.slice_ports(mesh)),
-        Rule("said", "slices_that_say", lambda view, said: True),
         Rule("pod_entries", "said_at", pod_entries.pod_entry(mesh)),
-        # Statuses.
+        # Statuses, and problems of objects that have none.
         Rule("class_status", "classes", status.class_status(mesh)),
         Rule("gateway_status", "gateways", status.gateway_status),
         Rule("listener_set_status", "set_parents", status.listener_set_status),
         Rule("route_status", "attached", outcomes.route_status(name, mesh)),
         Rule("policy_status", "policies", backend_tls.policy_status(name)),
+        Rule("namespace_problems", "Namespace", problems.of_namespace(mesh)),
+        Rule("node_problems", "Node", problems.of_node),
+        Rule("pod_problems", "Pod", problems.of_pod(mesh)),
+        Rule("policy_problems", "policies", problems.of_policy),
+        Rule("route_problems", "Route", problems.of_route),
+        Rule("service_problems", "Service", problems.of_service(mesh)),
     )
 
 
@@ -268,7 +296,10 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("grants_in", "ReferenceGrant", lambda key, grant: (key.namespace,)),
         Index("slices_of", "EndpointSlice", backends.slice_service),
         Index("policies_on", "BackendTLSPolicy", backend_tls.targets),
-        Index("service_frontends", "Service", entries.service_frontends),
+        Index("nodes_at", "node_states", workloads.nodes_at),
+        Index("claimed_by", "service_claims", cluster_ips.claimed),
+        Index("cluster_ips_at", "cluster_ips", cluster_ips.addresses),
+        Index("service_frontends", "cluster_ips", cluster_ips.frontends),
         Index("sets_of", "set_parents", listeners.set_gateway),
         Index("default_gateways", "gateways", classes.default_scope),
         Index("requested", "requests", lambda key, request: ("",)),
@@ -281,9 +312,9 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("http_ports", "service_doors", services.http_ports),
         Index("routes_of_listener", "routes", outcomes.mesh_listeners),
         Index("listeners_of_service", "mesh_listeners", services.listener_port),
-        Index("slices_that_say", "slice_ports", pod_entries.said_in_slice),
-        Index("slices_that_say", "judged", pod_entries.said_by_policy),
-        Index("said_at", "said", pod_entries.said_at),
+        Index("slices_that_say", "slice_ports", pod_ports.said_in_slice),
+        Index("slices_that_say", "judged", pod_ports.said_by_policy),
+        Index("said_at", "said", pod_ports.said_at),
         Index("grpc_listeners", "candidates", mixed.grpc_listeners),
         Index("http_at", "candidates", mixed.http_at),
         Index("http_under", "candidates", mixed.http_under),

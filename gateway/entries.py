@@ -6,77 +6,53 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
 
 from gateway.backends import endpoints
+from gateway.cluster_ips import Frontend, whose
 from gateway.declared import speaks
 from gateway.keys import PortKey, ServicePortKey
 from gateway.node import Mesh
+from gateway.pod_ports import spoken
 from gateway.workloads import Holder
 from mesh.model.core import Service
 from mesh.model.derive import View
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Endpoint, EntryBackend, LoadBalancerEntry, PortSection
 
-Frontend: TypeAlias = tuple[str, int, Literal["TCP", "UDP"]]
-
 # What Kubernetes sets where the Service leaves it open (ClientIPConfig.timeoutSeconds).
 _AFFINITY_S = 10_800
-
-
-def service_frontends(key: ObjectKey, service: Service) -> Iterator[Frontend]:
-    """The frontends of a Service (for an index): each cluster IP with each port."""
-    if service.spec.type == "ExternalName":
-        return
-    addresses = service.spec.cluster_ips or (service.spec.cluster_ip,)
-    for address in addresses:
-        if address and address != "None":
-            for port in service.spec.ports:
-                if port.protocol != "SCTP":
-                    yield address, port.port, port.protocol
-
-
-def owner(view: View, frontend: Frontend) -> ObjectKey:
-    """Where two Services claim one address and port, the older has it, then the first by name."""
-    keys: list[ObjectKey] = list(view.bucket("service_frontends", frontend))
-    if len(keys) == 1:
-        return keys[0]
-    services: list[tuple[Service, ObjectKey]] = [(view.get("Service", key), key) for key in keys]
-    return min(services, key=lambda s: (s[0].metadata.creation_timestamp or "", s[1]))[1]
 
 
 def service_entry(mesh: Mesh) -> Callable[[View, Frontend], LoadBalancerEntry]:
     def compute(view: View, frontend: Frontend) -> LoadBalancerEntry:
         address, number, protocol = frontend
-        key = owner(view, frontend)
+        key: ObjectKey = next(iter(view.bucket("service_frontends", frontend)))
         service: Service = view.get("Service", key)
         port = next(p for p in service.spec.ports if (p.port, p.protocol) == (number, protocol))
         steered = mesh.at(address) is not None and protocol == "TCP"
         http = steered and view.get("services", ServicePortKey(*key, number)) is not None
-        sockmap = http and speaks(port) == "http1"
-        found = endpoints(view, key, port, "IPv6" if ":" in address else "IPv4")
+        found = endpoints(view, mesh, key, port, "IPv6" if ":" in address else "IPv4")
         return LoadBalancerEntry(
             address=address,
             port=number,
             protocol=protocol,
             backends=tuple(
-                backend(view, mesh, one, sockmap)
-                if steered
-                else EntryBackend(one.address, one.port)
+                backend(view, mesh, one, http) if steered else EntryBackend(one.address, one.port)
                 for one in found
             ),
             source=f"Service/{key}",
             affinity_s=_affinity_s(service),
             http=http,
-            sockmap=sockmap,
+            sockmap=http and speaks(port) == "http1",
         )
 
     return compute
 
 
-def backend(view: View, mesh: Mesh, endpoint: Endpoint, sockmap: bool) -> EntryBackend:
-    """An endpoint of a TCP port; `sockmap`: what is sent to it may go by redirect, if it is a pod
-    of this node that lets itself be enrolled."""
+def backend(view: View, mesh: Mesh, endpoint: Endpoint, http: bool) -> EntryBackend:
+    """An endpoint of a TCP port. `http`: the proxy sends requests to it; by redirect if it is a pod
+    of this node that lets itself be enrolled, at a port that is said to speak HTTP/1 and nothing
+    else. (The kernel knows no more of a connection than the pod's address and port.)"""
     holder: Holder | None = view.get("holders", endpoint.address)
     if holder is None:
         return EntryBackend(endpoint.address, endpoint.port)
@@ -84,7 +60,10 @@ def backend(view: View, mesh: Mesh, endpoint: Endpoint, sockmap: bool) -> EntryB
         endpoint.address,
         endpoint.port,
         remote=holder.remote(mesh),
-        sockmap=sockmap and holder.local(mesh) and holder.sockmap,
+        sockmap=http
+        and holder.local(mesh)
+        and holder.sockmap
+        and spoken(view, (endpoint.address, endpoint.port)) == "http1",
     )
 
 
@@ -112,8 +91,11 @@ def gateway_frontends(
     return frontends
 
 
-def gateway_entry(view: View, frontend: PortKey) -> LoadBalancerEntry:
+def gateway_entry(view: View, frontend: PortKey) -> LoadBalancerEntry | None:
+    """None: a Service or pod has that address. (A wildcard's are not looked at elsewhere.)"""
     address, number = frontend
+    if whose(view, address):
+        return None
     section: PortSection = view.get("ports", min(view.bucket("gateway_frontends", frontend)))
     return LoadBalancerEntry(
         address=address,

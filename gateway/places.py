@@ -10,8 +10,9 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from gateway.addresses import Pool, Request, allocate
+from gateway.addresses import Pool, Request, allocate, canonical
 from gateway.classes import Ours
+from gateway.cluster_ips import whose
 from gateway.conditions import Problem
 from gateway.keys import PortKey
 from gateway.listeners import Merged
@@ -58,7 +59,7 @@ def places(
         shown: dict[str, None] = {}
         problem: Problem | None = None
         for address in given[key]:
-            if address is not None and (unusable := _unusable(pool, address)):
+            if address is not None and (unusable := _unusable(view, pool, address)):
                 problem = problem or Problem("AddressNotUsable", unusable)
             elif address is not None:
                 bind[address] = shown[address] = None
@@ -81,11 +82,14 @@ def places(
     return compute
 
 
-def _unusable(pool: Pool, address: str) -> str | None:
-    """Why an address that a Gateway names is out of the question on any host."""
+def _unusable(view: View, pool: Pool, address: str) -> str | None:
+    """Why an address is out of the question for a Gateway on any host. What pods and Services have
+    they keep: who asks for them must not get to a Gateway."""
     ip = ipaddress.ip_address(address)
     if address not in pool and (ip.is_unspecified or ip.is_multicast):
         return f"spec.addresses: {address} is not an address of one host"
+    if owner := whose(view, canonical(address)):
+        return f"{address} is the address of {owner}; use another"
     return None
 
 

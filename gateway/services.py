@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from gateway.backends import endpoints
+from gateway.cluster_ips import ClusterIPs
 from gateway.conditions import Problem
 from gateway.declared import Speaks, speaks
-from gateway.entries import owner
 from gateway.keys import ClusterRef, MeshListener, ServicePortKey, mesh_listener
 from gateway.node import Mesh
 from mesh.model.core import Service
@@ -59,34 +59,31 @@ def doors(mesh: Mesh) -> Callable[[View, ObjectKey], Doors | None]:
         if not mesh.on:
             return None
         service: Service = view.get("Service", key)
-        problem = _closed(mesh, key, service)
-        if problem is not None:
+        found: ClusterIPs | None = view.get("cluster_ips", key)
+        problem = _closed(mesh, key, service, found)
+        if problem is not None or found is None:
             return Doors((), problem)
-        addresses = mesh.serves(_cluster_ips(service))
+        addresses = mesh.serves(found.addresses)
         # The proxy knows no client affinity, so without a route the kernel goes on balancing.
         plain = service.spec.session_affinity == "ClientIP"
-        found: list[Door] = []
+        doors: list[Door] = []
         for port in service.spec.ports:
             if port.protocol == "TCP":
-                own = (a for a in addresses if owner(view, (a, port.port, "TCP")) == key)
                 said = speaks(port)
                 # What only the name tells, the cluster would not know.
                 grpc = said == "http2" and not port.app_protocol
                 ref = ClusterRef(*key, port.port, grpc)
                 http = said in ("http1", "http2") and not plain
-                found.append(Door(port.port, port.name, said, tuple(own), http, ref))
+                doors.append(Door(port.port, port.name, said, addresses, http, ref))
         others = tuple(port.port for port in service.spec.ports if port.protocol != "TCP")
-        return Doors(tuple(found), None, others)
+        return Doors(tuple(doors), None, others)
 
     return compute
 
 
-def _cluster_ips(service: Service) -> tuple[str, ...]:
-    found = service.spec.cluster_ips or (service.spec.cluster_ip,)
-    return tuple(address for address in found if address and address != "None")
-
-
-def _closed(mesh: Mesh, key: ObjectKey, service: Service) -> Problem | None:
+def _closed(
+    mesh: Mesh, key: ObjectKey, service: Service, found: ClusterIPs | None
+) -> Problem | None:
     if service.spec.type == "ExternalName":
         message = f"Service {key} is of type ExternalName, which has no traffic of its own to route"
         return Problem("UnsupportedValue", message)
@@ -96,13 +93,14 @@ def _closed(mesh: Mesh, key: ObjectKey, service: Service) -> Problem | None:
             " routed; use a Service with a cluster IP"
         )
         return Problem("UnsupportedValue", message)
-    addresses = _cluster_ips(service)
-    if not addresses:
+    if found is None:
         return Problem("Pending", f"Service {key} has no cluster IP yet")
-    if not mesh.serves(addresses):
+    if not found.addresses:
+        return Problem("UnsupportedValue", f"Service {key}: {'; '.join(found.refused)}")
+    if not mesh.serves(found.addresses):
         message = (
-            f"Service {key} has cluster IP {', '.join(addresses)}, and the mesh of this node has"
-            f" no address of that family ({', '.join(mesh.addresses)}); add a --mesh-address"
+            f"Service {key} has cluster IP {', '.join(found.addresses)}, and the mesh of this node"
+            f" has no address of that family ({', '.join(mesh.addresses)}); add a --mesh-address"
         )
         return Problem("UnsupportedValue", message)
     return None
@@ -111,7 +109,7 @@ def _closed(mesh: Mesh, key: ObjectKey, service: Service) -> Problem | None:
 def http_ports(key: ObjectKey, found: Doors) -> Iterator[ServicePortKey]:
     """The ports of a Service to which routes may be attached (for an index)."""
     for door in found.doors:
-        if door.addresses and door.speaks != "other":
+        if door.speaks != "other":
             yield ServicePortKey(*key, door.number)
 
 
@@ -120,35 +118,39 @@ def listener_port(listener: MeshListener, _: object) -> Iterator[ServicePortKey]
     yield listener.port
 
 
-def services(view: View, key: ServicePortKey) -> MeshService | None:
+def services(mesh: Mesh) -> Callable[[View, ServicePortKey], MeshService | None]:
     """None: the port declares nothing, no route is attached to it, no policy asks of requests."""
-    found: Doors = view.get("service_doors", key.service)
-    door = next(one for one in found.doors if one.number == key.port)
-    attached: list[MeshListener] = sorted(
-        view.bucket("listeners_of_service", key), key=lambda one: one.consumer or ""
-    )
-    if not door.http and not attached and not _judged(view, key):
-        return None
-    section = ServiceSection(
-        namespace=key.namespace,
-        name=key.name,
-        port=key.port,
-        addresses=door.addresses,
-        cluster=door.cluster.section,
-        producers=any(one.consumer is None for one in attached),
-        consumers=tuple(one.consumer for one in attached if one.consumer is not None),
-    )
-    return MeshService(section, door.cluster)
+
+    def compute(view: View, key: ServicePortKey) -> MeshService | None:
+        found: Doors = view.get("service_doors", key.service)
+        door = next(one for one in found.doors if one.number == key.port)
+        attached: list[MeshListener] = sorted(
+            view.bucket("listeners_of_service", key), key=lambda one: one.consumer or ""
+        )
+        if not door.http and not attached and not _judged(view, mesh, key):
+            return None
+        section = ServiceSection(
+            namespace=key.namespace,
+            name=key.name,
+            port=key.port,
+            addresses=door.addresses,
+            cluster=door.cluster.section,
+            producers=any(one.consumer is None for one in attached),
+            consumers=tuple(one.consumer for one in attached if one.consumer is not None),
+        )
+        return MeshService(section, door.cluster)
+
+    return compute
 
 
-def _judged(view: View, key: ServicePortKey) -> bool:
+def _judged(view: View, mesh: Mesh, key: ServicePortKey) -> bool:
     """Whether policies have rules about the requests to one of its endpoints."""
     service: Service = view.get("Service", key.service)
     ports = (port for port in service.spec.ports if (port.port, port.protocol) == (key.port, "TCP"))
     return any(
         view.bucket("judged_at", (one.address, one.port))
         for port in ports
-        for one in endpoints(view, key.service, port)
+        for one in endpoints(view, mesh, key.service, port)
     )
 
 
@@ -189,7 +191,7 @@ def attach(
         return (), Problem("NoMatchingParent", _no_such_port(ref, target, found))
     # A reference to the whole Service is one to all its ports; those that say that they speak
     # something else would only be broken by it.
-    open_doors = [door for door in selected if door.speaks != "other" and door.addresses]
+    open_doors = [door for door in selected if door.speaks != "other"]
     if not open_doors:
         return (), _refusal(target, selected[0])
     consumer = None if namespace == target.namespace else namespace
@@ -212,12 +214,6 @@ def _no_such_port(ref: ParentReference, target: ObjectKey, found: Doors) -> str:
 
 
 def _refusal(target: ObjectKey, door: Door) -> Problem:
-    if door.speaks != "other":
-        message = (
-            f"Service {target} port {door.number}: another Service, which is older, has its"
-            " cluster IP and port"
-        )
-        return Problem("UnsupportedValue", message)
     message = (
         f"Service {target} port {door.number} declares by its appProtocol or its name"
         f" ({door.name}) that it does not speak HTTP; if it does, set appProtocol: http"

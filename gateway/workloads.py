@@ -3,19 +3,19 @@ and how it wants to be connected to.
 
 Knows Nodes, Namespaces and Pods, and nothing of Services. A pod in its host's network has no
 address of its own, and one that has ended has none any more: neither is a workload. An address that
-two pods claim is the younger's (addresses of deleted pods are given out again).
+two pods or two nodes claim is the younger's (addresses of what is gone are given out again).
 """
 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
-from gateway.annotations import may_use_sockmap, mtls, mtls_ports
+from gateway.addresses import canonical
+from gateway.annotations import APART, client_headers, may_use_sockmap, meshed, mtls, mtls_ports
 from gateway.node import Mesh
 from mesh.model.core import Namespace
 from mesh.model.derive import View
@@ -43,22 +43,31 @@ class LabelSet(NamedTuple):
         return FIRST_WORKLOAD + int.from_bytes(digest, "big") % room
 
 
-class Mtls(NamedTuple):
-    """`mode` holds for ports that do not stand in `ports`; None: the namespace's."""
+class NodeState(NamedTuple):
+    created: str
+    addresses: tuple[str, ...]
 
-    mode: MtlsMode | None
-    ports: tuple[tuple[int, MtlsMode], ...] = ()
+
+class NamespaceState(NamedTuple):
+    """What holds for pods of a namespace that say nothing."""
+
+    mtls: MtlsMode
+    meshed: bool
 
 
 class PodState(NamedTuple):
-    """A pod that is a workload."""
+    """A pod that is a workload. `mtls` holds for ports that do not stand in `mtls_ports`; `meshed`:
+    it is not left alone."""
 
     created: str
     addresses: tuple[str, ...]
     node: str
     sockmap: bool
     labels: LabelSet
-    mtls: Mtls
+    mtls: MtlsMode = "PERMISSIVE"
+    mtls_ports: tuple[tuple[int, MtlsMode], ...] = ()
+    meshed: bool = True
+    client_headers: bool = False
 
 
 class Holder(NamedTuple):
@@ -67,53 +76,87 @@ class Holder(NamedTuple):
     pod: ObjectKey
     node: str
     sockmap: bool
+    meshed: bool
 
     def remote(self, mesh: Mesh) -> bool:
-        return bool(mesh.node) and self.node not in ("", mesh.node)
+        """A meshed pod of another node."""
+        return self.meshed and bool(mesh.node) and self.node not in ("", mesh.node)
 
     def local(self, mesh: Mesh) -> bool:
         return bool(mesh.node) and self.node == mesh.node
 
 
-def nodes(view: View, key: ObjectKey) -> NodeSection | None:
+def node_states(view: View, key: ObjectKey) -> NodeState | None:
     """None: nothing is known of where it is."""
     node: Node = view.get("Node", key)
     found = dict.fromkeys(
-        # As all other addresses are written, that they may be compared.
-        str(ipaddress.ip_address(one.address))
-        for one in node.status.addresses
-        if one.type == "InternalIP"
+        canonical(one.address) for one in node.status.addresses if one.type == "InternalIP"
     )
-    return NodeSection(key.name, tuple(found)) if found else None
+    return NodeState(node.metadata.creation_timestamp or "", tuple(found)) if found else None
 
 
-def namespaces(view: View, key: ObjectKey) -> MtlsMode:
-    """How the pods of a namespace are connected to if they say nothing."""
+def nodes_at(key: ObjectKey, node: NodeState) -> tuple[str, ...]:
+    """The addresses of a node (for an index)."""
+    return node.addresses
+
+
+def node_holders(view: View, address: str) -> ObjectKey:
+    found: list[tuple[str, ObjectKey]] = [
+        (view.get("node_states", key).created, key) for key in view.bucket("nodes_at", address)
+    ]
+    return max(found)[1]
+
+
+def nodes(view: View, key: ObjectKey) -> NodeSection | None:
+    """None: all its addresses are others'."""
+    node: NodeState = view.get("node_states", key)
+    own = tuple(one for one in node.addresses if view.get("node_holders", one) == key)
+    return NodeSection(key.name, own) if own else None
+
+
+def namespaces(view: View, key: ObjectKey) -> NamespaceState:
     namespace: Namespace = view.get("Namespace", key)
-    return mtls(namespace) or _DEFAULT
+    said = meshed(namespace)
+    return NamespaceState(
+        mtls(namespace) or _DEFAULT, key.name not in APART if said is None else said
+    )
+
+
+def of_namespace(view: View, name: str) -> NamespaceState:
+    """Whether there is a Namespace object or not."""
+    found: NamespaceState | None = view.get("namespaces", ObjectKey("", name))
+    return found or NamespaceState(_DEFAULT, name not in APART)
 
 
 def pods(view: View, key: ObjectKey) -> PodState | None:
     pod: Pod = view.get("Pod", key)
     status = pod.status
-    found = dict.fromkeys((status.pod_ip, *(one.ip for one in status.pod_ips)))
-    addresses = tuple(address for address in found if address)
+    written = (status.pod_ip, *(one.ip for one in status.pod_ips))
+    # What is a node's stays a node's: the mesh must not take its own traffic for a pod's.
+    addresses = tuple(
+        address
+        for address in dict.fromkeys(canonical(one) for one in written if one)
+        if not view.bucket("nodes_at", address)
+    )
     if not addresses or pod.spec.host_network or status.phase in ("Succeeded", "Failed"):
         return None
     account = pod.spec.service_account_name or "default"
-    return PodState(
+    state = PodState(
         pod.metadata.creation_timestamp or "",
         addresses,
         pod.spec.node_name or "",
         may_use_sockmap(pod),
         LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
-        _mtls(pod),
+        client_headers=client_headers(pod),
     )
-
-
-def _mtls(pod: Pod) -> Mtls:
+    namespace = of_namespace(view, key.namespace)
+    said = meshed(pod)
+    if not (namespace.meshed if said is None else said):
+        return state._replace(sockmap=False, mtls="DISABLE", meshed=False)
     ports = mtls_ports(pod)
-    return Mtls("STRICT") if ports is None else Mtls(mtls(pod), tuple(sorted(ports.items())))
+    if ports is None:
+        return state._replace(mtls="STRICT")
+    return state._replace(mtls=mtls(pod) or namespace.mtls, mtls_ports=tuple(sorted(ports.items())))
 
 
 def pods_at(key: ObjectKey, pod: PodState) -> tuple[str, ...]:
@@ -126,7 +169,7 @@ def holders(view: View, address: str) -> Holder:
         (view.get("pods", key), key) for key in view.bucket("pods_at", address)
     ]
     pod, key = max(found, key=lambda one: (one[0].created, one[1]))
-    return Holder(key, pod.node, pod.sockmap)
+    return Holder(key, pod.node, pod.sockmap, pod.meshed)
 
 
 def label_sets(key: ObjectKey, pod: PodState) -> Iterator[LabelSet]:
@@ -173,9 +216,13 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             labels=dict(pod.labels.labels),
             identity=view.get("identities", pod.labels),
             sockmap=pod.sockmap,
-            spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account),
-            mtls=pod.mtls.mode or view.get("namespaces", ObjectKey("", key.namespace)) or _DEFAULT,
-            mtls_ports=dict(pod.mtls.ports),
+            spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account)
+            if pod.meshed
+            else "",
+            mtls=pod.mtls,
+            mtls_ports=dict(pod.mtls_ports),
+            meshed=pod.meshed,
+            client_headers=pod.client_headers,
         )
 
     return compute

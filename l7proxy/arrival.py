@@ -40,12 +40,12 @@ class Arrival:
         self._destination = destination
         self._direct = direct
 
-    def caller(self, info: ConnectionInfo) -> Caller:
+    def caller(self, client: str) -> Caller:
         return self._caller
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """The proxy of the client's node has taken off what clients must not claim."""
-        client = self._caller.address or self._caller.client
+        client = self._caller.client or self._caller.told
         return ClientAddress("" if "/" in client else client, request_id(head), True)
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:

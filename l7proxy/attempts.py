@@ -7,15 +7,16 @@ asks for is GEP-1731's. Knows clusters and attempts, nothing of routes' choice o
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 
-from l7proxy import metrics
+from l7proxy import forwarding, metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
 from l7proxy.guard import DENIED, POLICY_DENIED, Guard
 from l7proxy.message import RequestHead, ResponseHead
-from l7proxy.peers import Caller
+from l7proxy.peers import Caller, Direct, Tunnelled, caller_identity
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
@@ -120,7 +121,7 @@ class Attempts:
                 self._record.destination = lease.endpoint
                 self._record.way = lease.way
                 attempt = Attempt(lease, self._stream, self._body, limit)
-                forwarded = self._guard.forward(lease.endpoint, head)
+                forwarded = self._guard.forward(lease.endpoint, self._told(head, lease.way))
                 if forwarded is None:
                     attempt.abandon("policy refuses it")
                     return _refused()
@@ -145,6 +146,17 @@ class Attempts:
             metrics.UPSTREAM_FAILURES.labels(backend.label, response.reason).inc()
             return response
         return attempt, response
+
+    def _told(self, head: RequestHead, way: Direct | Tunnelled) -> RequestHead:
+        """The head for this endpoint: it may ask to be told who the client is."""
+        asks = way.destination is not None and way.destination.client_headers
+        if not asks or self._record.encryption is not None:  # the client's node has told it
+            return head
+        head = dataclasses.replace(head)
+        # Behind a Gateway the address stands there already.
+        address = None if self._caller.gateway else self._caller.client
+        forwarding.tell_client(head, address, caller_identity(way))
+        return head
 
     async def _back_off(self, retry: Retry, retries: int) -> None:
         """Wait at least the route's backoff, doubled with every retry, jittered upwards."""

@@ -92,7 +92,7 @@ async def connect_through(
         tunnel.call_later(settings.drain_timeout_s, stream.abort)
 
     tunnel.cut = retire
-    tunnel.call_later(tunnel.retire_in, connection.close)
+    tunnel.grow_old = connection.close
     # An idle connection receives nothing: whatever comes, close_notify or else, is its end.
     return connection, _poll(
         stream, select.POLLRDHUP if http2 else select.POLLRDHUP | select.POLLIN

@@ -33,11 +33,13 @@ _MAX_VERIFIED = 4096
 
 
 class Peer(NamedTuple):
-    """A verified peer. `until`: when the first certificate of its chain ends, seconds since 1970
-    UTC."""
+    """A verified peer. `chain`: what it presented, leaf first, DER; `until`: when the first of it
+    ends, seconds since 1970 UTC."""
 
     spiffe_id: str
+    trust_domain: str
     until: int
+    chain: tuple[bytes, ...]
 
 
 class _ServerObject(ssl.SSLObject):
@@ -180,18 +182,23 @@ class Credentials:
 
     def verify(self, ssl_object: ssl.SSLObject, expected: str | None = None) -> Peer:
         """Who the peer of a finished handshake is. NotTrusted: it is nobody, or not `expected`."""
-        chain = _presented(ssl_object)
+        peer = self.judge(_presented(ssl_object))
+        if expected is not None and peer.spiffe_id != expected:
+            raise NotTrusted("wrong_identity", f"it is {peer.spiffe_id}, not {expected}")
+        return peer
+
+    def judge(self, chain: tuple[bytes, ...]) -> Peer:
+        """Whose a chain is, now. NotTrusted: nobody's."""
         now = time.time()
         peer = self._verified.get(chain)
         if peer is None or peer.until <= now:
             spiffe_id = peer_identity(chain, self._bundles, now)
             ends = (x509.load_der_x509_certificate(one).not_valid_after_utc for one in chain)
-            peer = Peer(str(spiffe_id), int(min(ends).timestamp()))
+            until = int(min(ends).timestamp())
+            peer = Peer(str(spiffe_id), spiffe_id.trust_domain, until, chain)
             if len(self._verified) >= _MAX_VERIFIED:
                 self._verified.clear()
             self._verified[chain] = peer
-        if expected is not None and peer.spiffe_id != expected:
-            raise NotTrusted("wrong_identity", f"it is {peer.spiffe_id}, not {expected}")
         return peer
 
     @staticmethod

@@ -14,6 +14,10 @@ _KEEPALIVE = (
 )
 _IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h; Python 3.12 has it
 
+# How much a peer may send that has not been read yet, bytes: enough for 8 Gbit/s at a round trip of
+# 1 ms. The kernel takes it as half of the memory it charges a socket for (SO_RCVBUF in socket(7)),
+# and never as more than net.core.rmem_max; without it, as much as net.ipv4.tcp_rmem allows.
+RECEIVE_BUFFER = 1 << 20
 # struct linger, of a close that resets, and of one in good order (socket(7)).
 _RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 
@@ -37,6 +41,7 @@ async def dial(
         raise DialFailed("connect_failed", error.strerror or str(error)) from None
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        bound_unread(sock)
         if source is not None:
             # Ports are shared between peers, as without an address of our own (ip(7)).
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
@@ -55,6 +60,11 @@ async def dial(
                 raise DialFailed("connect_failed", error.strerror or str(error)) from None
         raise
     return sock
+
+
+def bound_unread(sock: socket.socket) -> None:
+    """Before it is connected; accepted connections inherit it."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
 
 
 def keep_alive(sock: socket.socket) -> None:

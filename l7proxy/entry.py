@@ -55,8 +55,8 @@ class Entry(Protocol):
     def encryption(self) -> Encryption | None:
         """How requests have come, where the way to the endpoint does not say it."""
 
-    def caller(self, info: ConnectionInfo) -> Caller:
-        """On whose behalf backends are connected to."""
+    def caller(self, client: str) -> Caller:
+        """On whose behalf backends are connected to, for a client's request (its address)."""
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """Who asks. Takes claims that clients must not make off the head, and adds what every
@@ -75,15 +75,13 @@ class GatewayPort:
     def __init__(self, section: PortSection) -> None:
         self.section = section
         self._index = PortIndex(section)
-        self._caller = Caller(gateway=section.gateway)
 
-    def caller(self, info: ConnectionInfo) -> Caller:
-        return self._caller
+    def caller(self, client: str) -> Caller:
+        return Caller(client, self.section.gateway)
 
     def replace(self, section: PortSection) -> None:
         self.section = section
         self._index = PortIndex(section)
-        self._caller = Caller(gateway=section.gateway)
 
     @property
     def gateway(self) -> str:

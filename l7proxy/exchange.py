@@ -90,8 +90,8 @@ class _Exchange:
         self._loop = asyncio.get_running_loop()
         self._body = RequestBody(stream)
         self._responded = False
-        self._client = entry.arrive(stream.head, info, shared.settings)
-        self.record = Record(stream.head, self._client, entry.gateway)
+        client = entry.arrive(stream.head, info, shared.settings)
+        self.record = Record(stream.head, client, entry.gateway)
         self.record.encryption = entry.encryption
 
     async def run(self) -> None:
@@ -185,11 +185,10 @@ class _Exchange:
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
         certificate = self._client_certificate()
-        caller = self._entry.caller(self._info)
-        policies, client = self._shared.policies, self._client.address
+        caller = self._entry.caller(self.record.client)
         if caller.gateway:
-            caller = caller._replace(client=policies.told_as(client))
-        self._guard = guard = Guard(policies, caller, client, self._sent, self.record)
+            caller = caller._replace(told=self._shared.policies.told_as(caller.client))
+        self._guard = guard = Guard(self._shared.policies, caller, self._sent, self.record)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))

@@ -82,11 +82,14 @@ def request_id(head: RequestHead) -> str:
     return said.decode() if said is not None and _REQUEST_ID.fullmatch(said) else ""
 
 
-def tell_client(head: RequestHead, address: str, identity: str) -> None:
-    """Tell a mesh backend who its client is, as its route asks: the address, and the SPIFFE id if
-    that is known (""). Whatever the client said of that itself goes."""
-    headers = [item for item in head.headers if item[0] not in (b"x-forwarded-for", _RESERVED)]
-    headers.append((b"x-forwarded-for", address.encode()))
+def tell_client(head: RequestHead, address: str | None, identity: str) -> None:
+    """Tell a mesh backend who its client is, as its route or workload asks: the address (None: it
+    stands there), and the SPIFFE ID if that is known (""). Whatever the client said of that itself
+    goes."""
+    headers = [item for item in head.headers if item[0] != _RESERVED]
+    if address is not None:
+        headers = [item for item in headers if item[0] != b"x-forwarded-for"]
+        headers.append((b"x-forwarded-for", address.encode()))
     if identity:
         headers.append((_RESERVED, b"URI=" + identity.encode()))
     head.headers = headers

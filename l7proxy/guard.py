@@ -24,33 +24,26 @@ POLICY_AUDIT = "policy_audit"
 
 
 class Guard:
-    """`caller` asks, or for a Gateway its `client`, by address; `sent` is the request as it came,
-    for the caller's own policies."""
+    """`caller` asks; `sent` is the request as it came, for the caller's own policies."""
 
     def __init__(
-        self,
-        policies: Policies,
-        caller: Caller,
-        client: str,
-        sent: RequestHead,
-        record: Record | None,
+        self, policies: Policies, caller: Caller, sent: RequestHead, record: Record | None
     ) -> None:
         self._policies = policies
         self._caller = caller
-        self._client = client
         self._sent = sent
         self._record = record
 
     def quiet(self) -> Guard:
         """One for a copy of the request, which leaves its record alone."""
-        return Guard(self._policies, self._caller, self._client, self._sent, None)
+        return Guard(self._policies, self._caller, self._sent, None)
 
     def judge(self, endpoint: Endpoint, head: RequestHead) -> Verdict:
         """Of the request, as it is to be forwarded, to an endpoint."""
         policies = self._policies
         if not policies.any:
             return FREE
-        asker = policies.asker(self._caller, self._client)
+        asker = policies.asker(self._caller)
         return policies.request(asker, endpoint.address, endpoint.port, self._sent, head)
 
     def watch(self, endpoint: Endpoint, head: RequestHead, cut: Callable[[], None]) -> Watch:

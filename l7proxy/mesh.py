@@ -80,8 +80,8 @@ class Mesh:
 
     # --- Entry ------------------------------------------------------------------------------------
 
-    def caller(self, info: ConnectionInfo) -> Caller:
-        return Caller(info.peer[0])
+    def caller(self, client: str) -> Caller:
+        return Caller(client)
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.pass_on(head, info)

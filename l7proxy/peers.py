@@ -30,27 +30,29 @@ _PASSING = frozenset(("svid_missing", "bundle_missing", "node_unknown"))
 
 
 class Caller(NamedTuple):
-    """On whose behalf the proxy connects: a workload by address, or a Gateway, "<ns>/<name>", and
-    then `client` is who asks it, as far as other nodes' policies can tell (Policies.told_as)."""
+    """On whose behalf the proxy connects. `client`: an address, among whose holders connections are
+    shared; a workload's, unless `gateway` ("<ns>/<name>") has let it in and connects as itself.
+    `told`: who asks the Gateway, as far as other nodes' policies can tell (Policies.told_as)."""
 
-    address: str = ""
-    gateway: str = ""
     client: str = ""
+    gateway: str = ""
+    told: str = ""
 
 
 class Source(NamedTuple):
-    """A caller as other nodes see it. `name` is "<ns>/<name>" of a pod or Gateway; `client` as in
+    """A caller as other nodes see it. `name` is "<ns>/<name>" of a pod or Gateway; `told` as in
     Caller."""
 
     name: str
     spiffe_id: str
     gateway: bool = False
-    client: str = ""
+    told: str = ""
 
 
 class Direct(NamedTuple):
-    """Straight to the endpoint. `destination`: the workload there, if it is one. `encryption`
-    "local": both ends are on this node and have identities, `spiffe_id` is the caller's."""
+    """Straight to the endpoint. `destination`: the workload there, if it is one, and `spiffe_id`
+    the caller's then ("": it has none). `encryption` "local": both ends are on this node and have
+    identities."""
 
     destination: WorkloadSection | None = None
     encryption: Encryption = "none"
@@ -174,9 +176,9 @@ class Peers:
         if destination is None:
             return Direct()
         if destination.local or not destination.node:
-            if destination.local and destination.spiffe_id and (own := self._identity(caller)):
-                return Direct(destination, "local", own)
-            return Direct(destination)
+            own = self._identity(caller)
+            known = destination.local and destination.spiffe_id and own
+            return Direct(destination, "local" if known else "none", own)
         return self._to_other_node(caller, destination, port)
 
     async def settled_way(self, caller: Caller, address: str, port: int, patience_s: float) -> Way:
@@ -199,12 +201,12 @@ class Peers:
     def _to_other_node(self, caller: Caller, destination: WorkloadSection, port: int) -> Way:
         mode: MtlsMode = destination.mtls_ports.get(port, destination.mtls)
         if mode == "DISABLE":
-            return Direct(destination)
+            return Direct(destination, "none", self._identity(caller))
         source = self.source(caller)
         who = f"{destination.namespace}/{destination.name}"
         if not self.has_authority or not destination.spiffe_id or source is None:
             if mode == "PERMISSIVE":
-                return Direct(destination)
+                return Direct(destination, "none", self._identity(caller))
             why = (
                 "this node has no authority"
                 if not self.has_authority
@@ -234,8 +236,8 @@ class Peers:
         """Who a caller is to other nodes; None: nobody can vouch for it."""
         if caller.gateway:
             spiffe_id = self.settings.gateway_spiffe_id
-            return Source(caller.gateway, spiffe_id, True, caller.client) if spiffe_id else None
-        workload = self.at(caller.address)
+            return Source(caller.gateway, spiffe_id, True, caller.told) if spiffe_id else None
+        workload = self.at(caller.client)
         if workload is None or not workload.local or not workload.spiffe_id:
             return None
         return Source(f"{workload.namespace}/{workload.name}", workload.spiffe_id)
@@ -243,8 +245,13 @@ class Peers:
     def _identity(self, caller: Caller) -> str:
         if caller.gateway:
             return self.settings.gateway_spiffe_id
-        workload = self.at(caller.address)
+        workload = self.at(caller.client)
         return workload.spiffe_id if workload is not None and workload.local else ""
+
+
+def caller_identity(way: Direct | Tunnelled) -> str:
+    """Who the caller is to the workload at the other end ("": nobody that is known)."""
+    return way.source.spiffe_id if isinstance(way, Tunnelled) else way.spiffe_id
 
 
 def identities(way: Way | None) -> tuple[str, str]:

@@ -169,15 +169,16 @@ class Policies:
         found = self._longest(kind(prefix), length)
         return found.identity if found is not None else int(Reserved.WORLD)
 
-    def asker(self, caller: Caller, client: str = "") -> Asker:
+    def asker(self, caller: Caller) -> Asker:
         """Whom policies see. A workload: one of this node, or of another that has come through a
-        tunnel; one of which nothing is known is `init`. A Gateway: it, and its `client` by address
-        (or as another node has told of it, which is Refused where it is no text of that kind); for
-        that one nobody vouches, so this is not authenticated."""
+        tunnel; one of which nothing is known is `init`. A Gateway: it, and its client, by
+        address or as another node has told of it (Refused: that is no text of this kind); for that
+        one nobody vouches, so this is not authenticated."""
         if caller.gateway:
-            behind = self.identity(client) if client else self._told(caller.client)
+            client = caller.client
+            behind = self.identity(client) if client else self._told(caller.told)
             return Asker((int(Reserved.INGRESS), behind))
-        address = plain(caller.address)
+        address = plain(caller.client)
         workload = self._peers.at(address)
         if workload is None:
             return Asker((int(Reserved.INIT),), None, address)

@@ -1,19 +1,18 @@
 """The connections to one endpoint for one identity, and the requests that wait for one.
 
-A request takes a kept connection if there is one, else it waits, first come first served, for
-whatever is there first: a connection that comes free or a new one. Connecting goes on beside the
-requests, so one that is given up costs nothing. Knows ClientConnection only, no protocol, no
-balancing.
+A request takes a kept connection if there is one, else it waits for whatever is there first: a
+connection that comes free or a new one. Clients take turns there, and none gets all connections of
+HTTP/1.1 (`fair`); one of HTTP/2 is shared by many. Connecting goes on beside the requests, so one
+that is given up costs nothing. Knows ClientConnection only, no protocol, no balancing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import select
-from collections import deque
 from collections.abc import Awaitable, Callable
 
+from l7proxy.fair import Line, Shares
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tasks import spawn
 
@@ -66,15 +65,16 @@ class Pool:
         "_connecting",
         "_connections",
         "_endpoint",
-        "_limit",
+        "_held",
+        "_line",
         "_loop",
         "_on_empty",
         "_on_failure",
         "_ready",
         "_retired",
         "_shared",
+        "_shares",
         "_sweep",
-        "_waiters",
     )
 
     def __init__(
@@ -88,7 +88,7 @@ class Pool:
         on_empty: Callable[[], None],
     ) -> None:
         self._endpoint = endpoint
-        self._limit = limit
+        self._shares = Shares(limit)
         self._connect = connect
         self._shared = shared
         self._on_failure = on_failure
@@ -98,7 +98,9 @@ class Pool:
         # With room for a stream; since when idle. The last used comes last and is used first.
         self._ready: dict[ClientConnection, float] = {}
         self._connecting = 0
-        self._waiters: deque[_Waiter] = deque()
+        self._line: Line[_Waiter] = Line()
+        # By which client those in use are held; not those that are shared.
+        self._held: dict[ClientConnection, str] = {}
         self._retired = False
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -112,21 +114,24 @@ class Pool:
 
     def set_limit(self, limit: int) -> None:
         """Fewer connections come about as those in use are closed."""
-        self._limit = limit
+        self._shares.limit = limit
         self._connect_more()
 
-    def take(self) -> ClientStream | None:
-        """A stream on a kept connection, if one has room."""
-        while self._ready:
+    def take(self, client: str) -> ClientStream | None:
+        """A stream on a kept connection, if one has room and `client` may have it."""
+        while self._ready and self._may_take(client):
             connection, _ = self._ready.popitem()
             if connection.capacity > 0:
                 if not self._connections[connection].poll(0):
-                    return self._open(connection)
+                    stream = self._open(connection, client)
+                    if connection.capacity > 0:
+                        self._ready[connection] = _BUSY
+                    return stream
                 # Closed by the endpoint, which the event loop is yet to find out.
                 connection.close()
         return None
 
-    async def wait(self) -> tuple[ClientStream, bool]:
+    async def wait(self, client: str) -> tuple[ClientStream, bool]:
         """A stream as soon as there is one, and whether its connection had been used before.
 
         ConnectFailed: connecting failed on this request's behalf. Retired: ask elsewhere.
@@ -134,14 +139,13 @@ class Pool:
         if self._retired:
             raise Retired
         waiter: _Waiter = self._loop.create_future()
-        self._waiters.append(waiter)
+        self._line.join(client, waiter)
         self._connect_more()
         try:
             return await waiter
         except asyncio.CancelledError:
             if waiter.cancelled():
-                with contextlib.suppress(ValueError):
-                    self._waiters.remove(waiter)
+                self._line.leave(client, waiter)
             elif waiter.exception() is None:
                 waiter.result()[0].abort("the request was given up")
             raise
@@ -150,9 +154,9 @@ class Pool:
         """Nothing new: idle connections close, those in use once their streams have ended."""
         self._retired = True
         self._ready.clear()
-        while self._waiters:
-            if not (waiter := self._waiters.popleft()).done():
-                waiter.set_exception(Retired())
+        while waiting := self._line.next(lambda _: True):
+            if not waiting[1].done():
+                waiting[1].set_exception(Retired())
         self._stop_sweep()
         for connection in tuple(self._connections):
             self._serve(connection, used=True)
@@ -166,18 +170,24 @@ class Pool:
 
     # --- connections ------------------------------------------------------------------------------
 
-    def _open(self, connection: ClientConnection) -> ClientStream:
-        stream = connection.open()
-        if connection.capacity > 0:
-            self._ready[connection] = _BUSY
-        return stream
+    def _may_take(self, client: str) -> bool:
+        return self._shared or self._shares.may_take(client)
+
+    def _open(self, connection: ClientConnection, client: str) -> ClientStream:
+        if not self._shared:
+            self._held[connection] = client
+            self._shares.take(client)
+        return connection.open()
 
     def _connect_more(self) -> None:
-        """As many connects as requests wait; one at a time where a connection serves many."""
-        wanted = len(self._waiters)
+        """As many connects as requests wait that may have one; one at a time where a connection
+        serves many."""
         if self._shared:
-            wanted = min(wanted, 1)
-        room = self._limit - len(self._connections)
+            wanted = int(bool(self._line))
+        else:
+            room_for = self._shares.room_for
+            wanted = sum(min(count, room_for(client)) for client, count in self._line.lengths())
+        room = self._shares.limit - len(self._connections)
         while self._connecting < min(wanted, room):
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
@@ -205,10 +215,9 @@ class Pool:
 
     def _fail_waiters(self, error: UpstreamError) -> None:
         """A connect was for one request; for all where it would have served them."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_exception(error)
+        while waiting := self._line.next(self._may_take):
+            if not waiting[1].done():
+                waiting[1].set_exception(error)
                 if not self._shared:
                     return
 
@@ -218,8 +227,11 @@ class Pool:
             self._serve(connection, used=True)
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
-        if self._retired and not connection.active:
-            connection.close()
+        if not connection.active:
+            if (holder := self._held.pop(connection, None)) is not None:
+                self._shares.give(holder)
+            if self._retired:
+                connection.close()
         if connection.closed:
             self._ready.pop(connection, None)
             if not connection.active:
@@ -229,11 +241,10 @@ class Pool:
             return
         if self._retired:
             return
-        waiters = self._waiters
-        while waiters and connection.capacity > 0:
-            waiter = waiters.popleft()
+        while connection.capacity > 0 and (waiting := self._line.next(self._may_take)):
+            client, waiter = waiting
             if not waiter.done():
-                waiter.set_result((connection.open(), used))
+                waiter.set_result((self._open(connection, client), used))
                 used = True
         if connection.capacity > 0:
             # Moves to the end: used last, used first.
@@ -243,7 +254,7 @@ class Pool:
                 self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
         else:
             self._ready.pop(connection, None)
-            if waiters:
+            if self._line:
                 self._connect_more()
 
     def _close_expired(self) -> None:
@@ -265,6 +276,6 @@ class Pool:
             self._sweep = None
 
     def _check_empty(self) -> None:
-        if not self._connections and not self._connecting and not self._waiters:
+        if not self._connections and not self._connecting and not self._line:
             self._stop_sweep()
             self._on_empty()

@@ -18,7 +18,7 @@ from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.credentials import Credentials
-from l7proxy.dial import keep_alive
+from l7proxy.dial import bound_unread, keep_alive
 from l7proxy.direct import Direct
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
@@ -348,6 +348,7 @@ class Proxy:
         sock.setblocking(False)
         # Accepted connections inherit it; the proxy may have nothing to send for long.
         keep_alive(sock)
+        bound_unread(sock)
         self._state.bound[bind] = sock
         self._start_accepting(bind)
 

@@ -12,17 +12,17 @@ import ssl
 
 from certs.errors import NotTrusted
 from l7proxy import metrics, tunnel_wire
-from l7proxy.credentials import ALPN, handshake_failure
+from l7proxy.credentials import ALPN, Peer, handshake_failure
 from l7proxy.dial import DialFailed, dial, keep_alive
-from l7proxy.peers import Caller, Peers, Tunnelled, keys_of, sni_of, trust_domain_of
+from l7proxy.peers import Caller, NoWay, Peers, Tunnelled, keys_of, sni_of, trust_domain_of
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel_wire import Answer, Kind, Preface, WireError
-from l7proxy.tunnels import Tunnel, Tunnels
+from l7proxy.tunnels import Pair, Tunnel, Tunnels
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, WorkloadSection
 
 
 class Digger:
-    """Opens tunnels of this worker."""
+    """Opens the tunnels of a worker."""
 
     def __init__(self, peers: Peers, tunnels: Tunnels) -> None:
         self._peers = peers
@@ -40,34 +40,61 @@ class Digger:
     ) -> Tunnel:
         """A tunnel whose stream has no protocol yet. `own_port`: as in `Preface.port_of_source`.
         DialFailed: reasons of the tunnel's own begin with "tunnel_"."""
+        source, destination = way.source, way.destination
+        preface = Preface(source.name, address, port, kind, source.gateway, own_port, source.told)
+        shown_until = self._peers.credentials.until(source.spiffe_id)
+        stream, peer = await self._shake(way, preface)
+
+        def judge() -> str | None:
+            if self._peers.source(caller) != source:
+                return "source_changed"
+            now = self._peers.at(address)
+            if now is None or _who(now) != _who(destination):
+                return "destination_changed"
+            return None
+
+        async def prove() -> Peer:
+            now = self._peers.way(caller, address, port)
+            if not isinstance(now, Tunnelled):
+                raise DialFailed(now.reason if isinstance(now, NoWay) else "way_changed", "")
+            proof = Preface(source.name, address, port, "proof", source.gateway, told=source.told)
+            stream, peer = await self._shake(now, proof)
+            stream.close()
+            return peer
+
+        tunnel = Tunnel(
+            "out",
+            stream,
+            Pair(source, destination.spiffe_id, way.node),
+            source.spiffe_id,
+            peer,
+            shown_until,
+            keys_of(source, destination),
+            judge,
+            prove,
+        )
+        self._tunnels.add(tunnel)
+        return tunnel
+
+    async def _shake(self, way: Tunnelled, preface: Preface) -> tuple[TLSStream, Peer]:
+        """A connection on which both have said who they are and where to. DialFailed."""
         timeout_s = self._peers.settings.connect_timeout_s
         try:
-            return await self._open(caller, way, address, port, kind, own_port, timeout_s)
+            return await self._hands(way, preface, timeout_s)
         except _Failed as failed:
             metrics.TUNNEL_FAILURES.labels(failed.reason).inc()
             who = f"{way.destination.spiffe_id} at {way.node}"
             raise DialFailed(f"tunnel_{failed.reason}", f"tunnel to {who}: {failed}") from None
 
-    async def _open(
-        self,
-        caller: Caller,
-        way: Tunnelled,
-        address: str,
-        port: int,
-        kind: Kind,
-        own_port: int,
-        timeout_s: float,
-    ) -> Tunnel:
-        own, expected = way.source.spiffe_id, way.destination.spiffe_id
-        until = self._peers.credentials.until(own)
-        stream = TLSStream(
-            self._peers.credentials.client(own, trust_domain_of(expected)),
-            server_hostname=sni_of(expected),
-        )
+    async def _hands(
+        self, way: Tunnelled, preface: Preface, timeout_s: float
+    ) -> tuple[TLSStream, Peer]:
+        credentials, expected = self._peers.credentials, way.destination.spiffe_id
+        context = credentials.client(way.source.spiffe_id, trust_domain_of(expected))
+        stream = TLSStream(context, server_hostname=sni_of(expected))
+        own = self._peers.own_address(way.node)
         try:
-            sock = await dial(
-                way.node, MESH_TUNNEL_PORT, timeout_s, source=self._peers.own_address(way.node)
-            )
+            sock = await dial(way.node, MESH_TUNNEL_PORT, timeout_s, source=own)
         except DialFailed as error:
             raise _Failed(error.reason, str(error)) from None
         keep_alive(sock)
@@ -77,13 +104,11 @@ class Digger:
                 await stream.handshake()
                 if stream.ssl.selected_alpn_protocol() != ALPN:
                     raise _Failed("version", f"the peer does not speak {ALPN} (ALPN)")
-                peer = self._peers.credentials.verify(stream.ssl, expected)
-                source = way.source
-                preface = Preface(
-                    source.name, address, port, kind, source.gateway, own_port, source.client
-                )
+                peer = credentials.verify(stream.ssl, expected)
                 stream.write(tunnel_wire.encode(preface))
                 answer = await tunnel_wire.receive(stream, Answer)
+        except ssl.SSLError as error:  # the stream closes, with an alert
+            raise _Failed(*handshake_failure(error)) from None
         except BaseException as error:
             stream.abort()
             match error:
@@ -91,8 +116,6 @@ class Digger:
                     raise _Failed("timeout", f"no answer within {timeout_s:g} s") from None
                 case NotTrusted() | WireError():
                     raise _Failed(error.reason, str(error)) from None
-                case ssl.SSLError():
-                    raise _Failed(*handshake_failure(error)) from None
                 case OSError():
                     raise _Failed("broken_off", error.strerror or str(error)) from None
             raise
@@ -101,26 +124,7 @@ class Digger:
             if answer.reason.startswith("connect_"):  # the pod's fault, and nobody else's
                 raise DialFailed(answer.reason, answer.why)
             raise _Failed("refused_" + answer.reason, answer.why)
-
-        def judge() -> str | None:
-            if self._peers.source(caller) != way.source:
-                return "source_changed"
-            now = self._peers.at(address)
-            if now is None or _who(now) != _who(way.destination):
-                return "destination_changed"
-            return None
-
-        tunnel = Tunnel(
-            "out",
-            stream,
-            own,
-            peer,
-            min(until, peer.until),
-            keys_of(way.source, way.destination),
-            judge,
-        )
-        self._tunnels.add(tunnel)
-        return tunnel
+        return stream, peer
 
 
 class _Failed(Exception):

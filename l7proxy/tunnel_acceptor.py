@@ -30,7 +30,7 @@ from l7proxy.reach import reach
 from l7proxy.relay import Relay
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel_wire import Answer, Preface, WireError
-from l7proxy.tunnels import Tunnel, Tunnels
+from l7proxy.tunnels import Pair, Tunnel, Tunnels
 from mesh.model.flow import Peer
 from mesh.model.nodeconfig import Settings, WorkloadSection
 
@@ -130,6 +130,10 @@ class TunnelAcceptor(Acceptor):
         keep_alive(backend.sock)
         return backend.sock
 
+    def prove(self, pair: Pair, peer: VerifiedPeer) -> None:
+        """Both ends of what is open between them have proved who they are once more."""
+        self._tunnels.proven(pair, peer, self._peers.credentials.until(pair.destination))
+
     def watch(
         self,
         incoming: _Incoming,
@@ -148,9 +152,16 @@ class TunnelAcceptor(Acceptor):
                 return refusal.reason
             return None
 
-        until = min(peer.until, self._peers.credentials.until(own))
-        keys = keys_of(source, destination)
-        tunnel = Tunnel("in", incoming.stream, own, peer, until, keys, still)
+        tunnel = Tunnel(
+            "in",
+            incoming.stream,
+            Pair(source, own, address),
+            own,
+            peer,
+            self._peers.credentials.until(own),
+            keys_of(source, destination),
+            still,
+        )
         tunnel.cut = incoming.revoke
         self._tunnels.add(tunnel)
 
@@ -187,6 +198,10 @@ class _Incoming(Relay):
                 own = port._peers.credentials.asked_for(stream.ssl)
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
+            if preface.kind == "proof":
+                port.prove(Pair(source, own, client.address[0]), peer)
+                self.answer_proof()
+                return
             self._client = port.count_for(source, client)
             self._tell(peer, source, destination)
             caller = self._caller(source)
@@ -204,6 +219,8 @@ class _Incoming(Relay):
         except ConnectionError:
             self.refuse("broken_off")
         except (Refusal, WireError, NotTrusted, DialFailed) as error:
+            if isinstance(error, DialFailed):
+                self.failed("ERROR", error.reason)
             self.refuse(error.reason, str(error))
         except BaseException:
             self.refuse("internal")
@@ -221,7 +238,7 @@ class _Incoming(Relay):
 
     def _caller(self, source: Source) -> Caller:
         if source.gateway:
-            return Caller(gateway=source.name, client=source.client)
+            return Caller(gateway=source.name, told=source.told)
         pod = self._port._peers.pod(source.name)
         assert pod is not None  # it was judged
         return Caller(pod.addresses[0])
@@ -232,7 +249,7 @@ class _Incoming(Relay):
         try:
             asker = policies.asker(caller)
         except Refused as error:
-            raise Refusal("preface", f"client: {error}") from None
+            raise Refusal("preface", f"told: {error}") from None
         verdict = policies.connection(asker, preface.address, preface.port)
         if verdict.http:
             return True
@@ -259,6 +276,12 @@ class _Incoming(Relay):
         elif not self.stream.is_closing():
             self.stream.abort()
         self.end()
+
+    def answer_proof(self) -> None:
+        """There is nothing else to it, and nothing to tell."""
+        self.stream.write(tunnel_wire.encode(Answer()))
+        self.stream.close()
+        self._port.left(self, self._client)
 
     def revoke(self, reason: str) -> None:
         """It would not be let in any more. HTTP's sender ends it after the request in flight."""
@@ -319,4 +342,4 @@ def judge(
         raise Refusal("target_unknown", f"{preface.address} is no pod's of this node")
     if destination.spiffe_id != own:
         raise Refusal("target_identity", f"{preface.address} is not {own}'s")
-    return Source(name, spiffe_id, preface.gateway, preface.client), destination
+    return Source(name, spiffe_id, preface.gateway, preface.told), destination

@@ -1,79 +1,107 @@
 """The tunnels that are open, and how long they may stay.
 
 A tunnel depends on sections: the workloads at its ends, the SVID that this end has shown, the roots
-by which it verified the other. When one of them changes it is judged again, and cut off if it would
-not be made now. One that outlives a certificate it was made with stays while this end's identity is
-renewed and the other end is still who it was; it is counted. No bytes pass through here.
+by which the other is verified. When one of them changes it is judged again, and cut off if it would
+not be made now. It may outlive the certificates that it was made with, as long as both ends go on
+proving who they are: before the first certificate ends, the end that made it connects again, as for
+a new one, and both take the certificates of that handshake for those of the tunnel. Without such a
+proof both ends cut it off. No bytes pass through here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from typing import Literal, TypeAlias
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Literal, NamedTuple, TypeAlias
 
+from certs.errors import NotTrusted
 from l7proxy import metrics
 from l7proxy.credentials import Credentials, Peer
-from l7proxy.peers import trust_domain_of
+from l7proxy.dial import DialFailed
+from l7proxy.peers import Source
+from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
 from mesh.model.section import SectionKey, bundle_key, svid_key
 
 Direction: TypeAlias = Literal["out", "in"]
 
-# An HTTP connection takes no more requests this long before its first certificate ends: a tenth of
-# the time that is left as it is made, but no longer than this, seconds.
-_MARGIN_S = 60.0
+# A tunnel is old once it has had so much of the time until its first certificate ends: HTTP takes
+# another then, and others are proved. SVIDs are renewed at half their life.
+_OLD = 0.75
+# Proofs that fail are not tried again sooner, seconds.
+_SOONEST_S = 0.2
+
+
+class Pair(NamedTuple):
+    """Who a tunnel is between: a proof is for all of a pair. `node`: the other proxy's address."""
+
+    source: Source
+    destination: str
+    node: str
 
 
 class Tunnel:
-    """One end of an open tunnel. `own`: the SPIFFE ID it has shown; `until`: when the first of both
-    certificates ends, seconds since 1970 UTC; `judge`: why it would not be made now, a reason to
-    count, or None; `cut`: ends it for that reason."""
+    """One end of an open tunnel. `own`: the SPIFFE ID it has shown, until `shown_until`; `judge`:
+    why it would not be made now, a reason to count, or None; `cut` ends it for a reason; `grow_old`
+    is told when it is old. `prove`, at the end that made it: who the other end still is;
+    DialFailed."""
 
     def __init__(
         self,
         direction: Direction,
         stream: TLSStream,
+        pair: Pair,
         own: str,
         peer: Peer,
-        until: int,
+        shown_until: int,
         keys: Iterable[SectionKey],
         judge: Callable[[], str | None],
+        prove: Callable[[], Awaitable[Peer]] | None = None,
     ) -> None:
         self.direction = direction
         self.stream = stream
+        self.pair = pair
         self.own = own
         self.peer = peer
-        self.until = until
+        self.shown_until = shown_until
         self.judge = judge
+        self.prove = prove
         self.cut: Callable[[str], None] = lambda _: stream.abort()
-        self.keys = (*keys, svid_key(own), bundle_key(trust_domain_of(peer.spiffe_id)))
+        self.grow_old: Callable[[], None] = lambda: None
+        self.keys: tuple[SectionKey | Pair, ...] = (
+            *keys,
+            svid_key(own),
+            bundle_key(peer.trust_domain),
+            pair,
+        )
         self.outlives = False
         self._timers: list[asyncio.TimerHandle] = []
 
+    @property
+    def until(self) -> int:
+        """When the first certificate ends, seconds since 1970 UTC."""
+        return min(self.peer.until, self.shown_until)
+
     def call_later(self, delay_s: float, callback: Callable[..., object], *args: object) -> None:
         """Unless it has ended by then."""
-        self._timers.append(asyncio.get_running_loop().call_later(delay_s, callback, *args))
+        loop = asyncio.get_running_loop()
+        self._timers = [one for one in self._timers if one.when() > loop.time()]
+        self._timers.append(loop.call_later(delay_s, callback, *args))
 
     def forget_timers(self) -> None:
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
 
-    @property
-    def retire_in(self) -> float:
-        """Seconds until an HTTP connection in it should take no more requests."""
-        left = self.until - time.time()
-        return max(0.0, left - min(left / 10, _MARGIN_S))
-
 
 class Tunnels:
-    """Those of a worker, by the sections that they depend on."""
+    """Those of a worker, by what they depend on."""
 
     def __init__(self, credentials: Credentials) -> None:
         self._credentials = credentials
-        self._by_key: dict[SectionKey, set[Tunnel]] = {}
+        self._by_key: dict[SectionKey | Pair, set[Tunnel]] = {}
+        self._proving: set[Pair] = set()
 
     def add(self, tunnel: Tunnel) -> None:
         """Until its stream is lost."""
@@ -83,7 +111,9 @@ class Tunnels:
             self._by_key.setdefault(key, set()).add(tunnel)
         metrics.TUNNELS.labels(tunnel.direction).inc()
         tunnel.stream.on_lost = lambda: self._remove(tunnel)
-        self._wake_at(tunnel, tunnel.until)
+        self._wake_at_end(tunnel)
+        if tunnel.prove is not None:
+            self._wake_when_old(tunnel)
 
     def _remove(self, tunnel: Tunnel) -> None:
         for key in tunnel.keys:
@@ -95,6 +125,8 @@ class Tunnels:
         if tunnel.outlives:
             metrics.TUNNELS_OUTLIVING.dec()
         tunnel.forget_timers()
+
+    # --- changes ----------------------------------------------------------------------------------
 
     def changed(self, keys: Iterable[SectionKey]) -> None:
         """These sections were put or removed."""
@@ -115,18 +147,59 @@ class Tunnels:
     def _reason(self, tunnel: Tunnel) -> str | None:
         if (held := self._credentials.problem(tunnel.own, time.time())) is not None:
             return held[0]
-        if not self._credentials.trusts(trust_domain_of(tunnel.peer.spiffe_id)):
-            return "bundle_missing"
+        try:
+            self._credentials.judge(tunnel.peer.chain)
+        except NotTrusted as error:
+            return "not_renewed" if error.reason == "expired" else error.reason
         return tunnel.judge()
 
-    def _wake_at(self, tunnel: Tunnel, when: float) -> None:
-        tunnel.call_later(max(0.0, when - time.time()), self._ended, tunnel)
+    # --- time -------------------------------------------------------------------------------------
+
+    def proven(self, pair: Pair, peer: Peer, shown_until: int) -> None:
+        """A new handshake between both ends: theirs are its certificates."""
+        for tunnel in self._by_key.get(pair, ()):
+            tunnel.peer = peer
+            tunnel.shown_until = shown_until
+
+    def _wake_at_end(self, tunnel: Tunnel) -> None:
+        tunnel.call_later(max(0.0, tunnel.until - time.time()), self._ended, tunnel)
 
     def _ended(self, tunnel: Tunnel) -> None:
-        """A certificate of it has ended."""
+        """A certificate that it had has ended."""
+        if tunnel.direction == "in":  # whether ours is renewed the other end sees for itself
+            tunnel.shown_until = self._credentials.until(tunnel.own)
         if not self._review(tunnel):
+            return
+        if tunnel.until <= time.time():
+            metrics.TUNNEL_FAILURES.labels("not_renewed").inc()
+            tunnel.cut("not_renewed")
             return
         if not tunnel.outlives:
             tunnel.outlives = True
             metrics.TUNNELS_OUTLIVING.inc()
-        self._wake_at(tunnel, self._credentials.until(tunnel.own))
+        self._wake_at_end(tunnel)
+
+    def _wake_when_old(self, tunnel: Tunnel) -> None:
+        until = tunnel.until
+        delay = max(_OLD * (until - time.time()), _SOONEST_S)
+        tunnel.call_later(delay, self._old, tunnel, until)
+
+    def _old(self, tunnel: Tunnel, until: int) -> None:
+        tunnel.grow_old()
+        if tunnel.until == until and tunnel.pair not in self._proving and not tunnel.stream.lost:
+            self._proving.add(tunnel.pair)
+            spawn(self._prove(tunnel), name="prove a tunnel")
+        else:
+            self._wake_when_old(tunnel)
+
+    async def _prove(self, tunnel: Tunnel) -> None:
+        assert tunnel.prove is not None
+        shown_until = self._credentials.until(tunnel.own)
+        try:
+            self.proven(tunnel.pair, await tunnel.prove(), shown_until)
+        except DialFailed:
+            pass  # counted; there is time left to try again
+        finally:
+            self._proving.discard(tunnel.pair)
+        if not tunnel.stream.lost:
+            self._wake_when_old(tunnel)

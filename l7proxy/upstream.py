@@ -1,9 +1,9 @@
 """Clusters: an endpoint and a stream to it for every request.
 
-Balances, keeps connections per endpoint and client certificate, and per workload on whose behalf
-they are where another node sees them (identities never share one), goes
-to another endpoint when connecting fails, and leaves failing endpoints alone for a while. Knows
-nothing of requests beyond the status that `Lease.succeeded` is told.
+Balances, keeps connections per endpoint and client certificate, and those to other nodes per
+workload on whose behalf they are (identities never share one), goes to another endpoint when
+connecting fails, and leaves failing endpoints alone for a while. Knows nothing of requests beyond
+the status that `Lease.succeeded` is told.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from l7proxy.balance import Allows, Balancer, Choice, Member, PoolKey
 from l7proxy.connect import connect_through, connect_to
 from l7proxy.credentials import Credentials
 from l7proxy.dial import DialFailed
+from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
 from l7proxy.peers import Caller, Direct, NoWay, Peers, Source, Tunnelled
 from l7proxy.pool import ConnectFailed, Pool, Retired
@@ -44,7 +45,11 @@ class NoEndpoints(UpstreamError):
 
 class Overflow(UpstreamError):
     def __init__(self, limit: int) -> None:
-        super().__init__("max_pending", f"{limit} requests already wait for a connection")
+        super().__init__(
+            "max_pending",
+            f"too many requests already wait for a connection: {limit} at most, and of one client "
+            "no more than there is room for beside them",
+        )
 
 
 class NotAllowed(UpstreamError):
@@ -218,7 +223,7 @@ class Cluster:
         self._kernel = kernel or Kernel()
         self._other_nodes = other_nodes or OtherNodes.alone(settings())
         self._peers = self._other_nodes.peers
-        self._pending = 0
+        self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
         self._section = section
@@ -239,6 +244,7 @@ class Cluster:
             self._balancer.update(section.endpoints)
         for member in gone:
             _retire(member)
+        self._pending.limit = section.max_pending
         for pool in self._pools:
             pool.set_limit(section.max_connections_per_endpoint)
 
@@ -252,13 +258,13 @@ class Cluster:
 
     @property
     def in_use(self) -> bool:
-        return bool(self._pools or self._pending or self._balancer.ejected)
+        return bool(self._pools or self._pending.taken or self._balancer.ejected)
 
     def stats(self) -> ClusterStats:
         return ClusterStats(
             connections=sum(pool.connections for pool in self._pools),
             idle=sum(pool.idle for pool in self._pools),
-            pending=self._pending,
+            pending=self._pending.taken,
             ejected=len(self._balancer.ejected),
         )
 
@@ -294,7 +300,7 @@ class Cluster:
         way = self._peers.way(caller, *member.target)
         if not isinstance(way, NoWay):
             pool = self._pool(member, caller, way, certificate)
-            if (stream := pool.take()) is not None:
+            if (stream := pool.take(caller.client)) is not None:
                 member.load += 1
                 return Lease(self, member, pool, stream, way, reused=True)
         return await self._acquire_slowly(member, caller, certificate, choice)
@@ -310,9 +316,9 @@ class Cluster:
         loop = asyncio.get_running_loop()
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
-        if self._pending >= self._section.max_pending:
-            raise Overflow(self._section.max_pending)
-        self._pending += 1
+        if not self._pending.may_take(caller.client):
+            raise Overflow(self._pending.limit)
+        self._pending.take(caller.client)
         try:
             while member is not None:
                 member.load += 1
@@ -323,7 +329,7 @@ class Cluster:
                     if isinstance(way, NoWay):
                         raise ConnectFailed(member.id, way.reason, way.why)
                     pool = self._pool(member, caller, way, certificate)
-                    stream, reused = await pool.wait()
+                    stream, reused = await pool.wait(caller.client)
                     return Lease(self, member, pool, stream, way, reused=reused)
                 except ConnectFailed as error:
                     member.load -= 1
@@ -338,7 +344,7 @@ class Cluster:
                     raise
                 member = choice.next(loop.time())
         finally:
-            self._pending -= 1
+            self._pending.give(caller.client)
         raise failure
 
     def _pool(

@@ -63,6 +63,7 @@ class World:
         self.unbindable = dict(unbindable)
         self.sections: dict[SectionKey, Section] = {}
         self.statuses: dict[tuple[str, ObjectKey], Any] = {}
+        self.problems: dict[tuple[str, ObjectKey], tuple[str, ...]] = {}
         self.bound: dict[tuple[str, int], str | None] = {}
         self.answer = True
         self.apply(CLASS)
@@ -88,6 +89,11 @@ class World:
                 del self.statuses[status_key]
             else:
                 self.statuses[status_key] = status
+        for problem_key, told in outcome.problems.items():
+            if told is None:
+                del self.problems[problem_key]
+            else:
+                self.problems[problem_key] = told
         if not self.answer:
             return
         answer = {
@@ -131,6 +137,10 @@ class World:
         elif hasattr(status, "ancestors"):
             status = status.ancestors[0]
         return next(one.message for one in status.conditions if one.type == type)
+
+    def told(self, kind: str, name: str, namespace: str = "default") -> tuple[str, ...]:
+        """The problems of an object that stand in no status."""
+        return self.problems.get((kind, ObjectKey(namespace, name)), ())
 
     def of(self, kind: str) -> dict[SectionKey, Any]:
         """The sections of a kind."""

@@ -623,6 +623,12 @@ CASES = [
         "spec.clusterIP",
     ),
     Case(
+        "must be IP addresses or None",
+        service({"port": 80}, clusterIPs=["10.0.0.1", "fd00::1"]),
+        service({"port": 80}, clusterIPs=["10.0.0.1", "x"]),
+        "spec.clusterIPs",
+    ),
+    Case(
         "ports must be named when there are several",
         service({"port": 80}),
         service({"port": 80}, {"port": 81, "name": "b"}),

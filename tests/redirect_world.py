@@ -21,8 +21,9 @@ from bpf.balancer import Balancer
 from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
-from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
-from mesh.model.section import entry_key
+from bpf.settings import Identities
+from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, WorkloadSection
+from mesh.model.section import entry_key, workload_key
 
 # Documentation addresses (RFC 5737, RFC 3849), on the namespace's loopback interface.
 NODE, NODE6 = "198.51.100.1", "2001:db8:1::1"
@@ -67,6 +68,7 @@ class World:
                 enter(self.workloads)
                 self._addresses()
                 self.balancer = Balancer(self.pin)
+                self.know(True)
                 scenario(self)
                 code = 0
             except BaseException:
@@ -85,6 +87,13 @@ class World:
             fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("=16sIi", packed, 128, 1))
 
     # --- in the process ---------------------------------------------------------------------------
+
+    def know(self, sockmap: bool | None) -> None:
+        """Whose the addresses are: a pod's that may be enrolled, or not; None: nobody's."""
+        pod = WorkloadSection("x", "pod", (NODE, NODE6), identity=300, sockmap=bool(sockmap))
+        found = {} if sockmap is None else {workload_key("x", "pod"): pod}
+        with contextlib.closing(Identities(self.pin)) as identities:
+            assert identities.replace(found) == {}
 
     def handles(self) -> ProxyHandles:
         return ProxyHandles(descriptors(self.pin))

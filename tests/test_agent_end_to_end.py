@@ -1,8 +1,10 @@
 """Supervisor, agent and real workers under traffic: what a client notices of changes and deaths."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import subprocess
 from contextlib import asynccontextmanager
 
 import pytest
@@ -176,6 +178,37 @@ async def test_the_death_of_a_worker_costs_only_its_own_connections(tmp_path, ma
         )
         assert survivor in pids(status)
         await clients.__aexit__(None, None, None)
+
+
+def fill(disk):
+    with open(disk / "fill", "ab", 0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+async def test_a_full_disk_under_the_run_directory_stops_nothing(tmp_path, manifests):
+    disk = tmp_path / "run"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        async with weft(tmp_path, manifests, 2) as (instance, port):
+            fill(disk)
+            victim = instance.ask("/status")["workers"][0]["pid"]
+            os.kill(victim, signal.SIGKILL)
+
+            def is_whole(status):
+                return len(status["workers"]) == 2 and victim not in pids(status)
+
+            status = await asyncio.to_thread(instance.await_status, is_whole)
+            fill(disk)  # the files of the one that was killed have gone
+            (told,) = instance.ask("/status")["degraded"]
+            assert told.startswith(f"the disk under {disk} is full")
+            async with busy(port, 8):
+                pass
+            assert pids(instance.ask("/status")) == pids(status)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def pids(status):

@@ -26,7 +26,7 @@ from bpf import layout, maps, settings
 from bpf.layout import Address, Addresses, Number, Target
 from bpf.podfilter import netns_cookie
 from bpf.reasons import Reason
-from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend
 
 pytestmark = needs_bpf
 NOBODY = 65534
@@ -189,11 +189,12 @@ def test_who_is_not_enrolled(world):
         world.frontend(VIP, 80, http=True)
         assert not enrolled()
         world.frontend(VIP, 80, http=True, sockmap=True)
-        identities = settings.Identities(world.pin)
-        out = WorkloadSection("x", "out", (NODE,), identity=300, sockmap=False)
-        assert identities.replace({"workload/x/out": out}) == {}
+        world.know(False)
         assert not enrolled()
-        assert identities.replace({}) == {}
+        # Who is not known may have opted out.
+        world.know(None)
+        assert not enrolled()
+        world.know(True)
         assert enrolled()
 
         for address, may in ((NODE, False), ("127.0.0.1", True)):

@@ -22,13 +22,15 @@ from bpf import layout
 layout.PLAIN *= 2
 from bpf import loader, podfilter, settings
 from bpf.balancer import Balancer
-from mesh.model.nodeconfig import (LoadBalancerEntry)
+from mesh.model.nodeconfig import LoadBalancerEntry, WorkloadSection
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
 loader.load(pin)
 podfilter.renew(pin)
 balancer = Balancer(pin)
 entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
 assert balancer.replace({{"entry": entry}}) == {{}}
+pod = WorkloadSection("x", "pod", ({NODE!r},))
+assert settings.Identities(pin).replace({{"pod": pod}}) == {{}}
 settings.steer_to_proxy(pin, (({NODE!r}, 15001),), sockmap=True)
 loader.attach.attach(pin, cgroup, proxy_cgroup)
 """

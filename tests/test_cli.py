@@ -108,7 +108,8 @@ spec:
 def test_validate_with_and_without_a_mesh(tmp_path):
     (tmp_path / "mesh.yaml").write_text(MESH)
     code, text, _ = weft("validate", tmp_path, "--mesh-address=127.0.0.1")
-    assert (code, text.count("warning:")) == (0, 3)
+    assert (code, text.count("warning:")) == (0, 4)
+    assert "there is no authority on this node" in text
     assert "'strict', not 'STRICT' or 'PERMISSIVE' or 'DISABLE'; until that is mended" in text
     assert "'no', not 'enabled' or 'disabled'; until that is mended, sockmap is not used" in text
     assert "'yes', not 'true' or 'false'; until that is mended, the client is not told" in text
@@ -301,6 +302,19 @@ def test_get_and_status(tmp_path, manifests):
             "ResolvedRefs: BackendNotFound: Service default/s does not exist\n"
         )
         (manifests / "routes.yaml").write_text(f"{route('r', path='/x')}\n---\n{service()}")
+        instance.await_status(lambda status: not status["problems"])
+
+        # What no status has a place for.
+        labels = "{weft.dev/mesh: x}"
+        (manifests / "namespace.yaml").write_text(
+            f"{{apiVersion: v1, kind: Namespace, metadata: {{name: a, labels: {labels}}}}}"
+        )
+        instance.await_status(lambda status: status["problems"] == {"warning": 1})
+        assert weft("get", "problems", *at)[1] == (
+            f"warning: {manifests}/namespace.yaml document 1: Namespace/a: label weft.dev/mesh is"
+            " 'x', not 'enabled' or 'disabled'; until that is mended, it does not count\n"
+        )
+        (manifests / "namespace.yaml").unlink()
         instance.await_status(lambda status: not status["problems"])
 
         (manifests / "broken.yaml").write_text(BROKEN)

@@ -318,3 +318,71 @@ spec: {ports: [{port: 80, appProtocol: kubernetes.io/wss}]}
     assert cluster(world).protocol == "wss"
     world.delete("BackendTLSPolicy", "tls")
     assert world.route("route")["ResolvedRefs"] == "False UnsupportedProtocol"
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("{group: '', kind: Service, name: gone}", "Service default/gone does not exist"),
+        (
+            "{group: '', kind: Service, name: backend, sectionName: x}",
+            "Service default/backend has no port named x",
+        ),
+        ("{group: x.test, kind: Thing, name: t}", "targetRef x.test/Thing t: a policy is for a"),
+    ],
+)
+def test_a_policy_that_no_gateway_goes_by_is_told_of_as_a_problem(target: str, why: str) -> None:
+    world = World()
+    world.apply(
+        f"""
+kind: BackendTLSPolicy
+metadata: {{name: tls}}
+spec:
+  targetRefs: [{target}]
+  validation: {{hostname: a.test, wellKnownCACertificates: System}}
+"""
+    )
+    world.apply(BACKEND)
+    (problem,) = world.told("BackendTLSPolicy", "tls")
+    assert problem.startswith(why)
+
+
+def test_a_broken_policy_of_a_service_that_only_the_mesh_uses_is_told_of() -> None:
+    policy = """
+kind: BackendTLSPolicy
+metadata: {name: tls}
+spec:
+  targetRefs: [{group: '', kind: Service, name: backend}]
+  validation:
+    hostname: a.test
+    caCertificateRefs: [{group: '', kind: ConfigMap, name: ca}]
+"""
+    world = World()
+    world.apply(join(BACKEND, policy))
+    assert world.told("BackendTLSPolicy", "tls") == ("ConfigMap default/ca does not exist",)
+    # What a status says is not said again.
+    world.apply(join(GATEWAY, ROUTE))
+    assert world.told("BackendTLSPolicy", "tls") == ()
+    assert world.status("BackendTLSPolicy", "tls") is not None
+
+
+def test_targets_that_are_no_services_spoil_nothing_for_those_that_are() -> None:
+    world = World()
+    world.apply(
+        join(
+            GATEWAY,
+            ROUTE,
+            BACKEND,
+            """
+kind: BackendTLSPolicy
+metadata: {name: tls}
+spec:
+  targetRefs:
+  - {group: x.test, kind: Thing, name: t}
+  - {group: '', kind: Service, name: backend}
+  validation: {hostname: a.test, wellKnownCACertificates: System}
+""",
+        )
+    )
+    (ancestor,) = world.status("BackendTLSPolicy", "tls").ancestors
+    assert conditions(ancestor.conditions)["Accepted"] == "True"

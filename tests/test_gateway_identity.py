@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.annotations import misused
 from gateway.control import Options
-from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import (
     MeshPort,
     MtlsMode,
@@ -14,7 +12,7 @@ from mesh.model.nodeconfig import (
     Settings,
     WorkloadSection,
 )
-from tests.gateway_world import GATEWAY, World, join, objects
+from tests.gateway_world import GATEWAY, World, join
 
 MESH = Options(node="n1", mesh_addresses=("127.0.0.1", "::1"), authority=True)
 NODE = """
@@ -68,6 +66,43 @@ def test_a_node_is_where_its_internal_addresses_are() -> None:
     found.apply(NODE)
     found.delete("Node", "n2", namespace="")
     assert found.of("node") == {}
+
+
+def test_an_address_is_the_younger_nodes() -> None:
+    def named(name: str, created: str, addresses: str) -> str:
+        listed = ", ".join(f"{{type: InternalIP, address: {one}}}" for one in addresses.split())
+        return f"""
+kind: Node
+metadata: {{name: {name}, creationTimestamp: '{created}T00:00:00Z'}}
+status: {{addresses: [{listed}]}}
+"""
+
+    old = named("old", "2024-01-01", "192.0.2.1 192.0.2.9")
+    new = named("new", "2024-01-02", "192.0.2.1")
+    for order in ((old, new), (new, old)):
+        found = World(MESH)
+        for text in order:
+            found.apply(text)
+        assert found.of("node") == {
+            "node/old": NodeSection("old", ("192.0.2.9",)),
+            "node/new": NodeSection("new", ("192.0.2.1",)),
+        }
+    (problem,) = found.told("Node", "old", "")
+    assert problem.startswith("address 192.0.2.1 is Node new's, which is younger")
+    found.delete("Node", "new", "")
+    assert found.of("node") == {"node/old": NodeSection("old", ("192.0.2.1", "192.0.2.9"))}
+    assert found.problems == {}
+
+
+def test_a_nodes_address_is_no_pods() -> None:
+    text = NODE.replace("2001:DB8::0:2", "10.0.0.1")
+    found = world(pod(), text)
+    assert found.of("workload") == {}
+    (problem,) = found.told("Pod", "p")
+    assert problem.startswith("address 10.0.0.1 is a Node's")
+    found.delete("Node", "n2", "")
+    assert workload(found).addresses == ("10.0.0.1",)
+    assert found.problems == {}
 
 
 # --- identities -----------------------------------------------------------------------------------
@@ -143,6 +178,66 @@ def test_modes_of_namespace_pod_and_port(
         assert (section.mtls, section.mtls_ports) == (mode, ports)
 
 
+def test_modes_that_are_none_are_told() -> None:
+    found = world(namespace("{weft.dev/mtls: Strict}"), pod("{weft.dev/mtls: none}"))
+    assert found.told("Namespace", "default", "") == (
+        "annotation weft.dev/mtls is 'Strict', not 'STRICT' or 'PERMISSIVE' or 'DISABLE'; until"
+        " that is mended, the pods of this namespace must be connected to by mutual TLS (STRICT)",
+    )
+    (problem,) = found.told("Pod", "p")
+    assert "'none'" in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (MESH, ""),
+        (Options(node="n1", mesh_addresses=("127.0.0.1",)), "there is no authority on this node"),
+        (Options(authority=True), "there is no mesh on this node"),
+    ],
+)
+def test_strict_that_cannot_be_had_is_told_where_it_is_asked_for(
+    options: Options, why: str
+) -> None:
+    ports = pod("{weft.dev/mtls-ports: 80=STRICT}", "q")
+    off = pod("{weft.dev/mtls: PERMISSIVE}", "r")
+    found = world(namespace("{weft.dev/mtls: STRICT}"), pod(), ports, off, options=options)
+    told = {(kind, key.name): said for (kind, key), said in found.problems.items()}
+    if why:
+        assert told.keys() == {("Namespace", "default"), ("Pod", "q")}
+        assert all(why in one for said in told.values() for one in said)
+    else:
+        assert told == {}
+
+
+def test_datagrams_to_strict_ports_are_told_of_their_service() -> None:
+    dns = """
+kind: Service
+metadata: {name: dns}
+spec:
+  clusterIP: 10.96.0.10
+  ports:
+  - {name: dns, port: 53, protocol: UDP}
+  - {name: dns-tcp, port: 53, protocol: TCP}
+---
+kind: EndpointSlice
+metadata: {name: dns-1, labels: {kubernetes.io/service-name: dns}}
+addressType: IPv4
+ports: [{name: dns, port: 5353, protocol: UDP}, {name: dns-tcp, port: 5353}]
+endpoints: [{addresses: [10.0.0.1]}]
+"""
+    found = world(dns, pod())
+    assert found.told("Service", "dns") == ()
+    found.apply(pod("{weft.dev/mtls-ports: 53=STRICT}"))
+    assert found.told("Service", "dns") == ()
+    found.apply(namespace("{weft.dev/mtls: STRICT}"))
+    (problem,) = found.told("Service", "dns")
+    assert problem.startswith("port 53/UDP leads to pods that must be connected to by mutual TLS")
+    assert "what other nodes send to default/p is dropped" in problem
+    found.apply(pod("{weft.dev/mtls-ports: 5353=PERMISSIVE}"))
+    assert found.told("Service", "dns") == ()
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -161,11 +256,14 @@ def test_modes_of_namespace_pod_and_port(
 )
 def test_ports_that_are_none_make_all_of_a_pod_strict(value: str) -> None:
     text = pod(f"{{weft.dev/mtls: DISABLE, weft.dev/mtls-ports: '{value}'}}")
-    section = workload(world(text))
+    found = world(text)
+    section = workload(found)
     assert (section.mtls, section.mtls_ports) == ("STRICT", {})
-    (problem,) = misused(objects(text)["Pod"][ObjectKey("default", "p")])
+    (problem,) = found.told("Pod", "p")
     assert problem.startswith(f"annotation weft.dev/mtls-ports is {value!r}, not PORT=MODE")
     assert problem.endswith("this pod must be connected to by mutual TLS (STRICT)")
+    found.apply(pod())
+    assert found.problems == {}
 
 
 def test_a_namespaces_mode_is_told_to_its_own_pods_only() -> None:

@@ -266,7 +266,7 @@ spec: {clusterIP: 10.96.0.1, ports: [{name: http, port: 80}]}
 """
     found = world(rival, route(parent="kind: Service, group: '', name: rival"))
     assert said(found)["Accepted"] == "False UnsupportedValue"
-    assert "another Service, which is older" in why(found)
+    assert "cluster IP 10.96.0.1 belongs to Service shop/cart, which comes first" in why(found)
     found.apply(CART.replace("name: cart, namespace: shop}", "name: mine, namespace: shop}"))
     found.delete("Service", "cart", "shop")
     found.delete("Service", "mine", "shop")

@@ -123,14 +123,30 @@ spec:
   validation: {hostname: c.test, wellKnownCACertificates: System}
 """,
     """
+kind: Namespace
+metadata: {name: default, annotations: {weft.dev/mtls: strict}}
+""",
+    """
 kind: Pod
-metadata: {name: backend-a, labels: {app: a}}
+metadata: {name: backend-a, labels: {app: a}, annotations: {weft.dev/sockmap: maybe}}
 spec: {nodeName: n1}
 status: {podIP: 10.0.0.1}
 """,
     """
 kind: Node
-metadata: {name: n2}
+metadata: {name: former, creationTimestamp: '2024-01-01T00:00:00Z'}
+status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
+""",
+    """
+kind: BackendTLSPolicy
+metadata: {name: for-nothing}
+spec:
+  targetRefs: [{group: '', kind: Service, name: gone}]
+  validation: {hostname: c.test, wellKnownCACertificates: System}
+""",
+    """
+kind: Node
+metadata: {name: n2, creationTimestamp: '2024-01-02T00:00:00Z'}
 status: {addresses: [{type: InternalIP, address: 192.0.2.2}]}
 """,
     """
@@ -156,7 +172,10 @@ endpoints: [{addresses: [10.0.0.2]}]
 """,
     """
 kind: HTTPRoute
-metadata: {name: mesh, creationTimestamp: '2024-01-01T00:00:00Z'}
+metadata:
+  name: mesh
+  creationTimestamp: '2024-01-01T00:00:00Z'
+  annotations: {weft.dev/client-headers: maybe}
 spec:
   parentRefs: [{group: '', kind: Service, name: backend}, {group: '', kind: Service, name: rival}]
   rules: [{backendRefs: [{name: backend, port: 80}]}]

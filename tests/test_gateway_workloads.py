@@ -131,6 +131,70 @@ def test_pods_that_are_no_workloads(text: str) -> None:
     assert world(text).of("workload") == {}
 
 
+def test_pods_in_their_hosts_network_are_told_that_annotations_do_nothing() -> None:
+    asks = "{weft.dev/sockmap: disabled, weft.dev/mtls: STRICT, other: x}"
+    found = world(pod(host_network="true", annotations=asks), pod("q", host_network="true"))
+    (problem,) = found.told("Pod", "p")
+    assert problem.startswith("weft.dev/mtls, weft.dev/sockmap: without effect on this pod")
+    assert found.told("Pod", "q") == ()
+    found.apply(pod(annotations="{weft.dev/sockmap: disabled}"))
+    assert found.told("Pod", "p") == ()
+
+
+@pytest.mark.parametrize(
+    ("of_namespace", "of_pod", "namespace", "meshed"),
+    [
+        ("{}", "{}", "default", True),
+        ("{weft.dev/mesh: disabled}", "{}", "default", False),
+        ("{}", "{weft.dev/mesh: disabled}", "default", False),
+        ("{weft.dev/mesh: disabled}", "{weft.dev/mesh: enabled}", "default", True),
+        ("{}", "{}", "kube-system", False),
+        ("{weft.dev/mesh: enabled}", "{}", "kube-system", True),
+        ("{}", "{weft.dev/mesh: enabled}", "kube-system", True),
+        # What is none does not count.
+        ("{weft.dev/mesh: none}", "{weft.dev/mesh: none}", "default", True),
+        ("{weft.dev/mesh: none}", "{}", "kube-system", False),
+    ],
+)
+def test_who_is_in_the_mesh(of_namespace: str, of_pod: str, namespace: str, meshed: bool) -> None:
+    own = f"{{kind: Namespace, metadata: {{name: {namespace}, labels: {of_namespace}}}}}"
+    mine = pod(labels=of_pod, namespace=namespace)
+    for order in ((own, mine), (mine, own)):
+        found = World(MESH)
+        for text in order:
+            found.apply(text)
+        assert workload(found, namespace=namespace).meshed is meshed
+        told = found.told("Pod", "p", namespace) + found.told("Namespace", namespace, "")
+        assert len(told) == f"{of_namespace}{of_pod}".count("none")
+        assert all("not 'enabled' or 'disabled'" in one for one in told)
+
+
+def test_a_pod_that_is_out_of_the_mesh_is_left_alone() -> None:
+    asks = "{weft.dev/mtls: STRICT, weft.dev/mtls-ports: '80=x'}"
+    out = pod("out", "10.0.0.1", labels="{weft.dev/mesh: disabled}", annotations=asks)
+    far = pod("far", "10.0.0.2", labels="{weft.dev/mesh: disabled}", node="n2")
+    options = Options(node="n1", mesh_addresses=("127.0.0.1",), authority=True)
+    strict = "{kind: Namespace, metadata: {name: default, annotations: {weft.dev/mtls: STRICT}}}"
+    found = world(
+        service("s", HTTP), piece("s", "10.0.0.1 10.0.0.2"), out, far, strict, options=options
+    )
+    section = workload(found, "out")
+    assert section.identity >= FIRST_WORKLOAD
+    assert (section.mtls, section.mtls_ports, section.sockmap) == ("DISABLE", {}, False)
+    assert section.spiffe_id == ""
+    assert list(found.of("entry")) == ["entry/10.96.0.1|80/TCP"]
+    backends = entry(found, "10.96.0.1|80").backends
+    assert [(one.remote, one.sockmap) for one in backends] == [(False, False)] * 2
+    idle, overruled = found.told("Pod", "out")
+    assert idle.startswith("weft.dev/mtls, weft.dev/mtls-ports: without effect on this pod: it is")
+    assert overruled.startswith("Namespace default asks for mutual TLS (STRICT), without effect")
+    assert len(found.told("Pod", "far")) == 1
+    found.apply(strict.replace("metadata: {", "metadata: {labels: {weft.dev/mesh: disabled}, "))
+    assert found.told("Pod", "far") == ()
+    (idle,) = found.told("Namespace", "default", "")
+    assert idle.startswith("weft.dev/mtls: without effect on pods of this namespace")
+
+
 def test_pending_pods_and_those_of_other_nodes_are_workloads() -> None:
     found = world(pod(phase="Pending"), pod("q", "10.0.0.2", node="n2"))
     assert workload(found).local
@@ -290,6 +354,39 @@ def test_affinity_stays_with_the_kernel_unless_a_route_is_attached() -> None:
     assert found.of("service") == {}
 
 
+def test_affinity_does_not_hold_where_a_route_is_attached_and_that_is_told() -> None:
+    found = world(
+        service("s", HTTP + ", {name: tcp, port: 81}", more=", sessionAffinity: ClientIP"),
+        """
+kind: HTTPRoute
+metadata: {name: route}
+spec: {parentRefs: [{group: '', kind: Service, name: s}]}
+""",
+    )
+    assert entry(found, "10.96.0.1|80").http
+    (problem,) = found.told("Service", "s")
+    assert problem.startswith("spec.sessionAffinity ClientIP does not hold at port 80: mesh routes")
+    found.delete("HTTPRoute", "route")
+    assert found.told("Service", "s") == ()
+
+
+def test_a_local_service_is_reached_on_its_own_node_only() -> None:
+    local = service("s", HTTP, more=", internalTrafficPolicy: Local")
+    slices = piece("s", "10.0.0.1 10.0.0.2 10.0.0.3")
+    for address, node in (("10.0.0.1", "n1"), ("10.0.0.2", "n2")):
+        slices = slices.replace(f"['{address}']", f"['{address}'], nodeName: {node}")
+    found = world(local, slices)
+    assert [one.address for one in entry(found, "10.96.0.1|80").backends] == ["10.0.0.1"]
+    (own,) = found.of("cluster").values()
+    assert [one.address for one in own.endpoints] == ["10.0.0.1"]
+    found.apply(service("s", HTTP, more=", internalTrafficPolicy: Cluster"))
+    assert len(entry(found, "10.96.0.1|80").backends) == 3
+    nameless = world(local, slices, options=Options(mesh_addresses=("127.0.0.1",)))
+    assert len(entry(nameless, "10.96.0.1|80").backends) == 3
+    (problem,) = nameless.told("Service", "s")
+    assert problem.startswith("spec.internalTrafficPolicy Local does not hold")
+
+
 # --- pods asked directly --------------------------------------------------------------------------
 
 
@@ -353,6 +450,47 @@ def test_services_that_disagree_about_a_pods_port(
     )
     one = entry(found, "10.0.0.1|8080")
     assert (one.http, one.sockmap, one.backends[0].sockmap) == (http, sockmap, sockmap)
+
+
+@pytest.mark.parametrize("second", ["grpc", "tcp"])
+def test_what_another_service_says_of_a_pods_port_counts_for_a_services_backends(
+    second: str,
+) -> None:
+    """The kernel knows backends by address and port, whichever Service they were reached by."""
+    found = world(
+        service("a", HTTP),
+        piece("a", "10.0.0.1 10.0.0.2"),
+        pod(),
+        pod("q", "10.0.0.2"),
+    )
+    assert [one.sockmap for one in entry(found, "10.96.0.1|80").backends] == [True, True]
+    found.apply(service("b", f"{{name: {second}, port: 81}}", ip="None"))
+    found.apply(piece("b", "10.0.0.1", f"{{name: {second}, port: 8080}}"))
+    one = entry(found, "10.96.0.1|80")
+    assert (one.http, one.sockmap) == (True, True)
+    assert [backend.sockmap for backend in one.backends] == [False, True]
+    found.delete("Service", "b")
+    assert [one.sockmap for one in entry(found, "10.96.0.1|80").backends] == [True, True]
+
+
+def test_what_a_backend_tls_policy_is_about_is_not_enrolled() -> None:
+    policy = """
+kind: BackendTLSPolicy
+metadata: {name: tls}
+spec:
+  targetRefs: [{group: '', kind: Service, name: s, sectionName: PORT}]
+  validation: {hostname: s.test, wellKnownCACertificates: System}
+"""
+    found = world(service("s", HTTP), piece("s", "10.0.0.1"), pod())
+    found.apply(policy.replace("PORT", "other"))
+    assert entry(found, "10.96.0.1|80").backends[0].sockmap
+    found.apply(policy.replace("PORT", "http"))
+    one, direct = entry(found, "10.96.0.1|80"), entry(found, "10.0.0.1|8080")
+    assert (one.http, one.backends[0].sockmap) == (True, False)
+    # Who asks the pod itself must speak TLS.
+    assert (direct.http, direct.backends[0].sockmap) == (False, False)
+    found.delete("BackendTLSPolicy", "tls")
+    assert entry(found, "10.0.0.1|8080").backends[0].sockmap
 
 
 def test_entries_of_pods_follow_slices_services_and_pods() -> None:

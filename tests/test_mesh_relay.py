@@ -8,7 +8,8 @@ import os
 import random
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -18,12 +19,14 @@ from support.http1 import raw_backend, reset, shutdown
 from support.mesh import CLIENT, MeshProxy, connected, mesh_proxy
 from test_mesh_flows import agent_of
 
+from l7proxy.dial import RECEIVE_BUFFER
 from mesh.model.flow import Flow, Peer
 from mesh.model.nodeconfig import Settings
 from mesh.model.section import SETTINGS_KEY
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 MIB = 1024 * 1024
+_SO_MEMINFO = 55  # asm-generic/socket.h: SK_MEMINFO_RMEM_ALLOC comes first
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -118,6 +121,59 @@ async def test_a_client_that_does_not_read_holds_the_backend_back():
             total += len(data)
         assert total == 64 * MIB
         writer.close()
+
+
+@on_both_loops
+@pytest.mark.parametrize("reads", ["client", "backend"])
+async def test_what_has_not_been_read_is_bounded(reads):
+    """However fast the reader was before it stopped, which is what the kernel makes room for."""
+    gate = asyncio.Event()
+
+    async def pump(writer: asyncio.StreamWriter) -> None:
+        writer.transport.set_write_buffer_limits(0)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            while True:
+                writer.write(bytes(MIB))
+                async with asyncio.timeout(0.5):  # what nobody takes never ends by itself
+                    await writer.drain()
+        gate.set()
+
+    async def read(reader: asyncio.StreamReader) -> None:
+        for _ in range(64):
+            await reader.readexactly(MIB)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await (read(reader) if reads == "backend" else pump(writer))
+        await asyncio.Event().wait()
+
+    async with relayed(answer) as (_, port, backend), connected(port) as (reader, writer):
+        await (read(reader) if reads == "client" else pump(writer))
+        await gate.wait()
+        held = [unread(fd) for fd in sockets_of_proxy(port, backend)]
+        assert len(held) == 2
+        assert sum(held) > 0
+        assert max(held) <= 2 * RECEIVE_BUFFER + 65536 * 2  # and a piece more
+        writer.transport.abort()
+
+
+def sockets_of_proxy(port: int, backend: int) -> Iterator[int]:
+    """The descriptors of its connections, which are this process's too."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(FileNotFoundError):
+            if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                continue
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family != socket.AF_INET:
+                continue
+            if backend == sock.getpeername()[1] or port == sock.getsockname()[1]:
+                yield fd
+
+
+def unread(fd: int) -> int:
+    """The memory that a socket is charged for."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        memory = sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4)
+        return int.from_bytes(memory, sys.byteorder)
 
 
 @on_both_loops

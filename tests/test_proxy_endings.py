@@ -145,6 +145,46 @@ async def test_slow_readers_hold_little_memory(proxy):
         assert (await fetch(port)).status == 200
 
 
+async def test_slow_readers_of_one_client_leave_connections_to_others(proxy):
+    """Three hundred requests whose answers nobody reads: more than there are connections."""
+
+    async def handle(reader, writer):
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            if head.startswith(b"GET /small"):
+                writer.write(ok(b"fine"))
+                continue
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4000000\r\n\r\n")
+            for _ in range(40):
+                writer.write(bytes(100_000))
+                await writer.drain()
+
+    async with raw_backend(handle) as one:
+        port = await serve(proxy, cluster("one", one), route("r", rule(to("one"))))
+        crowd = []
+        for _ in range(300):
+            sock = socket.create_connection(("127.0.0.1", port), source_address=("127.0.1.1", 0))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.sendall(get().encode())
+            crowd.append(sock)
+
+        def all_in(counts):
+            label = '{backend="cluster/Service/default/one/80"}'
+            names = ("connections", "pending_requests")
+            return sum(counts.get(f"weft_upstream_{name}{label}", 0) for name in names) >= 300
+
+        async with asyncio.timeout(10):
+            while not all_in(proxy.metrics()):
+                await asyncio.sleep(0.02)  # files tell nobody that they changed
+        async with (
+            asyncio.timeout(10),
+            connection(port, local_addr=("127.0.1.2", 0)) as (reader, writer),
+        ):
+            writer.write(get("/small").encode())
+            assert (await read_message(reader)).body == b"fine"
+        for sock in crowd:
+            sock.close()
+
+
 # --- ends that only the connection tells ------------------------------------------------------
 
 

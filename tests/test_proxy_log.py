@@ -153,3 +153,40 @@ async def test_metrics_tell_of_backends(proxy):
         await proxy.metric(f"weft_upstream_connections{label}", lambda value: value == 0)
     version = proxy.metrics()["weft_worker_config_version"]
     assert version == proxy.config.version
+
+
+# Mounts a MiB for the metrics and fills it up to what is left; then starts the worker there.
+_SMALL_DISK = """
+mount -t tmpfs -o size=1m,mode=777 tmpfs "$PROMETHEUS_MULTIPROC_DIR" &&
+head -c "$((1048576 - %d))" /dev/zero >"$PROMETHEUS_MULTIPROC_DIR/fill" && exec "$@"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+@pytest.mark.parametrize("left", [0, 5 * 65536 + 4096], ids=["for-nothing", "for-no-growth"])
+async def test_full_disk_under_the_metrics_stops_no_request(left):
+    """A sample for each status soon is more than the first size of a file."""
+    codes = range(200, 599)
+
+    async def answer(request):
+        code = request.start.split()[1].removeprefix("/")
+        return ok(b"" if code in ("204", "304") else b"ok", status=f"{code} Whatever")
+
+    async def ask(port):
+        async with connection(port) as (reader, writer):
+            for code in codes:
+                writer.write(get(f"/{code}").encode())
+                assert (await read_message(reader)).status == code
+
+    prefix = ("unshare", "--mount", "sh", "-c", _SMALL_DISK % left, "sh")
+    async with worker(prefix=prefix) as proxy, backend(answer) as one:
+        proxy.metrics_dir = f"/proc/{proxy.process.pid}/root{proxy.metrics_dir}"
+        port = await serve(proxy, cluster("one", one.port), route("r", rule(to("one"))))
+        await ask(port)
+        assert proxy.error_log().count("No space left on device") == 1
+        os.unlink(f"{proxy.metrics_dir}/fill")
+        asked = 1
+        while not (counted := [v for k, v in proxy.metrics().items() if 'code="598"' in k]):
+            await ask(port)  # room is looked for once in a while
+            asked += 1
+        assert counted == [asked]

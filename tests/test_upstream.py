@@ -14,10 +14,19 @@ from tls_peers import AUTHORITY, certificate
 from upstream_backend import GET, Backend, backend, black_hole, finish, refusing
 
 from l7proxy.http1_client import Http1Client
+from l7proxy.peers import Caller
 from l7proxy.pool import IDLE_S, ConnectFailed, Pool, Retired
 from l7proxy.streams import ClientConnection, StreamReset
 from l7proxy.tls import TLSRefused
-from l7proxy.upstream import Cluster, Clusters, ClusterStats, NoEndpoints, Overflow, UpstreamError
+from l7proxy.upstream import (
+    Cluster,
+    Clusters,
+    ClusterStats,
+    Lease,
+    NoEndpoints,
+    Overflow,
+    UpstreamError,
+)
 from mesh.model.nodeconfig import ClusterSection, Endpoint, Settings, UpstreamTLS
 
 KEY = "cluster/Service/ns/a/80"
@@ -243,12 +252,10 @@ async def test_no_endpoints():
 
 @on_both_loops
 async def test_requests_beyond_the_connections_wait_in_order_and_then_overflow():
-    limits = section(max_connections_per_endpoint=2, max_pending=3)
     async with (
         backend() as one,
-        clusters(section(one, max_connections_per_endpoint=2, max_pending=3)) as made,
+        clusters(section(one, max_connections_per_endpoint=2, max_pending=4)) as made,
     ):
-        assert limits.max_pending == 3
         cluster = made.get(KEY)
         leases = [await cluster.acquire() for _ in range(2)]
         served: list[int] = []
@@ -272,6 +279,47 @@ async def test_requests_beyond_the_connections_wait_in_order_and_then_overflow()
         assert one.connections == 2
         assert cluster.stats() == ClusterStats(2, 2, 0, 0)
         assert loads(cluster) == [0]
+
+
+@on_both_loops
+async def test_clients_take_turns_and_none_gets_everything():
+    async with (
+        backend() as one,
+        clusters(section(one, max_connections_per_endpoint=8, max_pending=40)) as made,
+    ):
+        cluster = made.get(KEY)
+        served: list[str] = []
+
+        async def hold(client: str) -> Lease:
+            lease = await cluster.acquire(Caller(client))
+            served.append(client)
+            return lease
+
+        def ask_for(client: str, count: int) -> list[asyncio.Task[Lease]]:
+            return [asyncio.ensure_future(hold(client)) for _ in range(count)]
+
+        asked = ask_for("greedy", 20)
+        await connections(cluster, 5)  # then it holds more than are free
+        asked += ask_for("a", 4) + ask_for("b", 4)
+        while len(served) < 8:
+            await asyncio.sleep(0)
+        assert served == ["greedy"] * 5 + ["a", "b", "a"]
+        asked += ask_for("greedy", 3)
+        while cluster.stats().pending < 23:
+            await asyncio.sleep(0)
+        with pytest.raises(Overflow):
+            await cluster.acquire(Caller("greedy"))
+        asked += ask_for("c", 1)
+        while cluster.stats().pending < 24:
+            await asyncio.sleep(0)
+        for lease in asked[:4]:
+            await finish(await lease)
+        while len(served) < 11:
+            await asyncio.sleep(0)
+        assert served[8:] == ["b", "c", "greedy"]  # at the third nobody held as few as were free
+        for each in asyncio.as_completed(asked[4:]):
+            await finish(await each)
+        assert cluster.stats().pending == 0
 
 
 @on_both_loops
@@ -361,10 +409,10 @@ async def test_resets_and_cancellations_at_random_leave_nothing_behind():
         cluster = made.get(KEY)
         answered = 0
 
-        async def client() -> None:
+        async def client(number: int) -> None:
             nonlocal answered
             for _ in range(40):
-                asked = asyncio.ensure_future(ask(cluster))
+                asked = asyncio.ensure_future(ask(cluster, caller=Caller(str(number))))
                 for _ in range(chance.randrange(30)):
                     await asyncio.sleep(0)
                 if chance.random() < 0.3:
@@ -376,7 +424,7 @@ async def test_resets_and_cancellations_at_random_leave_nothing_behind():
                     if chance.random() < 0.1:
                         chance.choice(backends).reset_all()
 
-        await asyncio.gather(*(client() for _ in range(30)))
+        await asyncio.gather(*(client(number % 10) for number in range(30)))
         assert answered > 100
         assert set(loads(cluster)) == {0}
         assert cluster.stats().pending == 0
@@ -617,7 +665,7 @@ async def test_a_retired_pool_sends_requests_elsewhere():
     made = pool(never)
     made.retire()
     with pytest.raises(Retired):
-        await made.wait()
+        await made.wait("")
 
 
 @on_both_loops
@@ -626,7 +674,7 @@ async def test_a_fault_while_connecting_is_logged_and_nobody_hangs(caplog):
         raise RuntimeError("a fault")
 
     with pytest.raises(UpstreamError) as caught:
-        await pool(faulty).wait()
+        await pool(faulty).wait("")
     assert caught.value.reason == "internal"
     await asyncio.sleep(0)
     assert "a fault" in caplog.text
@@ -667,7 +715,7 @@ async def test_an_endpoint_that_closes_at_once_fails_the_request_that_waits():
     )
     async with server:
         with pytest.raises(ConnectFailed, match="closed the connection at once") as caught:
-            await slammed.wait()
+            await slammed.wait("")
     assert caught.value.reason == "connect_closed"
     assert failures == [caught.value]
     assert connected == 1

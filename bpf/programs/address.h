@@ -21,6 +21,28 @@ static __always_inline int is_loopback(const struct target *target)
 	       target->address[3] == __builtin_bswap32(1);
 }
 
+static __always_inline int same_address(const struct target *end, const struct address *address)
+{
+	return end->address[0] == address->words[0] && end->address[1] == address->words[1] &&
+	       end->address[2] == address->words[2] && end->address[3] == address->words[3];
+}
+
+static __always_inline int same_target(const struct target *one, const struct target *other)
+{
+	return one->address[0] == other->address[0] && one->address[1] == other->address[1] &&
+	       one->address[2] == other->address[2] && one->address[3] == other->address[3] &&
+	       one->port == other->port && one->protocol == other->protocol;
+}
+
+/* An address as a key of a trie. */
+static __always_inline struct prefix whole(const u32 *address)
+{
+	return (struct prefix){
+		.bits = 128,
+		.address = {{address[0], address[1], address[2], address[3]}},
+	};
+}
+
 /* Stream sockets of MPTCP and others have numbers that do not fit; they match no frontend. */
 static __always_inline u8 protocol_of(const struct bpf_sock_addr *ctx)
 {

@@ -1,5 +1,4 @@
 /* All programs of the data path; PROGRAMS in bpf/programs.py says what each is and where it goes. */
-#include <linux/pkt_cls.h>
 #include "enrol.h"
 #include "filter.h"
 #include "queue.h"
@@ -107,18 +106,13 @@ int queue(struct __sk_buff *skb)
 	return queued(skb);
 }
 
-/* Where a packet goes on from a pod's interface: other programs there may still drop it. */
-static __always_inline int action(int result)
-{
-	return result < 0 ? TC_ACT_SHOT : TC_ACT_UNSPEC;
-}
-
+/* What they do not drop, others at the interface may. */
 int pod_egress(struct __sk_buff *skb)
 {
-	return action(filter_from_pod(skb));
+	return filter_from_pod(skb);
 }
 
 int pod_ingress(struct __sk_buff *skb)
 {
-	return action(filter_to_pod(skb));
+	return filter_to_pod(skb);
 }

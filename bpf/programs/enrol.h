@@ -26,20 +26,14 @@ static __always_inline int redirects(void)
 	return at && at->flags & CONFIG_SOCKMAP;
 }
 
+/* Who is not known (yet) may have opted out. */
 static __always_inline int opted_out(const struct target *end)
 {
-	struct address address = {};
+	struct prefix address = whole(end->address);
 	struct identity *identity;
 
-	__builtin_memcpy(address.words, end->address, sizeof(address.words));
 	identity = identities.lookup(&address);
-	return identity && identity->flags & IDENTITY_PLAIN;
-}
-
-static __always_inline int same_address(const struct target *end, const struct address *address)
-{
-	return end->address[0] == address->words[0] && end->address[1] == address->words[1] &&
-	       end->address[2] == address->words[2] && end->address[3] == address->words[3];
+	return !identity || identity->flags & IDENTITY_PLAIN;
 }
 
 /* A pod can bind to any address (IP_TRANSPARENT). The filter drops its packets then, but whoever has

@@ -1,15 +1,16 @@
-/* The filter on each pod's interface on the node: a pod sends from its own addresses only, and both
- * ends of every packet are known by their identities. Everything else is allowed. */
+/* The filter on each pod's interface on the node: a pod sends from its own addresses only; what
+ * comes to one that takes nothing but mutual TLS comes from this node; and policy is kept.
+ *
+ * A packet that the node's own stack made has come in by no interface: the proxy's, a probe's. Its
+ * senders are trusted with all pods, and the proxy has judged what it passes on. A packet of a pod
+ * of this node came in by that pod's interface, where its source was looked at. Nothing that comes
+ * from elsewhere can have either. */
 #ifndef WEFT_FILTER_H
 #define WEFT_FILTER_H
 
-#include <linux/errno.h>
-#include <linux/icmpv6.h>
-#include <linux/if_ether.h>
-#include <linux/ip.h>
-#include <linux/ipv6.h>
-#include "address.h"
-#include "count.h"
+#include "conntrack.h"
+#include "report.h"
+#include "reset.h"
 
 /* Types of ICMPv6 with which a host finds its neighbours (RFC 4861 §4) and says what it listens to
  * (RFC 2710 §3, RFC 3810 §5.2). Not those of routers. */
@@ -19,145 +20,240 @@ enum { MLD_REPORT = 131, MLD_DONE = 132, MLD2_REPORT = 143 };
 /* Hop-by-Hop Options of the least length, as all MLD messages have them. */
 #define HOP_BY_HOP_SIZE 8
 
-struct ends {
-	struct address source;
-	struct address destination;
-};
-
-/* The first `size` bytes of a packet, or null if it has fewer. */
-static __always_inline void *head(struct __sk_buff *skb, u32 size)
+static __always_inline int is_unspecified(const struct target *end)
 {
-	void *start = (void *)(long)skb->data;
+	return !end->address[0] && !end->address[1] && !end->address[2] && !end->address[3];
+}
 
-	if (start + size <= (void *)(long)skb->data_end)
-		return start;
-	/* They may lie in a page that is not mapped into the packet's linear part. */
-	if (bpf_skb_pull_data(skb, size))
+static __always_inline int is_link_local(const struct target *end)
+{
+	return (end->address[0] & __builtin_bswap32(0xffc00000)) == __builtin_bswap32(0xfe800000);
+}
+
+/* Addresses of which nothing is ever forwarded. */
+static __always_inline int is_on_link(const struct target *end)
+{
+	return is_link_local(end) || (end->address[0] & __builtin_bswap32(0xff0f0000)) ==
+					     __builtin_bswap32(0xff020000);
+}
+
+/* Whether a packet is one that IPv6 sends for the link itself. */
+static __always_inline int keeps_link(const struct packet *packet)
+{
+	u32 beyond = packet->at - AFTER_ETHERNET(ipv6hdr);
+
+	if (packet->tuple.opener.protocol != IPPROTO_ICMPV6 || packet->flags & PACKET_UNREADABLE)
 		return 0;
-	start = (void *)(long)skb->data;
-	return start + size <= (void *)(long)skb->data_end ? start : 0;
-}
-
-static __always_inline int is_mapped(const struct address *address)
-{
-	return !address->words[0] && !address->words[1] && address->words[2] == MAPPED_PREFIX;
-}
-
-/* Whether it is an IP packet, whole as far as its fixed header, which every fragment has. IPv6 has
- * no packets with IPv4-mapped addresses: those here are IPv4's. */
-static __always_inline int read_ends(struct __sk_buff *skb, struct ends *ends)
-{
-	if (skb->protocol == __builtin_bswap16(ETH_P_IP)) {
-		struct iphdr *ip = head(skb, ETH_HLEN + sizeof(*ip));
-
-		if (!ip)
-			return 0;
-		ip = (void *)ip + ETH_HLEN;
-		ends->source = (struct address){{0, 0, MAPPED_PREFIX, ip->saddr}};
-		ends->destination = (struct address){{0, 0, MAPPED_PREFIX, ip->daddr}};
-		return 1;
-	}
-	if (skb->protocol == __builtin_bswap16(ETH_P_IPV6)) {
-		struct ipv6hdr *ip = head(skb, ETH_HLEN + sizeof(*ip));
-
-		if (!ip)
-			return 0;
-		ip = (void *)ip + ETH_HLEN;
-		__builtin_memcpy(&ends->source, &ip->saddr, sizeof(ends->source));
-		__builtin_memcpy(&ends->destination, &ip->daddr, sizeof(ends->destination));
-		return !is_mapped(&ends->source) && !is_mapped(&ends->destination);
+	switch (__builtin_bswap16(packet->port)) {
+	case ND_ROUTER_SOLICIT:
+	case ND_SOLICIT:
+	case ND_ADVERT:
+		return !beyond;
+	case MLD_REPORT:
+	case MLD_DONE:
+	case MLD2_REPORT:
+		return beyond == HOP_BY_HOP_SIZE;
 	}
 	return 0;
 }
 
-static __always_inline int is_unspecified(const struct address *address)
+/* The interface of the local pod that has this address; 0: none. */
+static __always_inline u32 interface_of(const struct target *end)
 {
-	return !address->words[0] && !address->words[1] && !address->words[2] && !address->words[3];
+	struct address key = {};
+	u32 *interface;
+
+	__builtin_memcpy(key.words, end->address, sizeof(key.words));
+	interface = interfaces.lookup(&key);
+	return interface ? *interface : 0;
 }
 
-static __always_inline int is_link_local(const struct address *address)
+/* Where this node's proxy takes connections, which it judges itself. */
+static __always_inline int is_proxy(const struct target *end)
 {
-	return (address->words[0] & __builtin_bswap32(0xffc00000)) ==
-	       __builtin_bswap32(0xfe800000);
+	u32 zero = 0;
+	struct config *at = config.lookup(&zero);
+
+	return at && (same_target(end, &at->http4) || same_target(end, &at->http6) ||
+		      same_target(end, &at->relay4) || same_target(end, &at->relay6));
 }
 
-/* Whether a packet is one that IPv6 sends for the link itself, before a host has an address, or
- * from its link-local one: none of them is ever forwarded. */
-static __always_inline int keeps_link(struct __sk_buff *skb, const struct address *source)
+/* Whether a pod takes nothing but mutual TLS at one of its ports. There is none for ICMP. */
+static __always_inline int is_strict(const struct pod *pod, const struct target *end)
 {
-	u8 *start, type;
-	u32 at = ETH_HLEN + sizeof(struct ipv6hdr);
+	struct target key = *end;
+	u32 *strict;
 
-	if (!is_unspecified(source) && !is_link_local(source))
+	if (end->protocol == IPPROTO_ICMP || end->protocol == IPPROTO_ICMPV6)
 		return 0;
-	start = head(skb, ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct icmp6hdr));
-	if (!start)
-		return 0;
-	switch (start[ETH_HLEN + __builtin_offsetof(struct ipv6hdr, nexthdr)]) {
-	case IPPROTO_ICMPV6:
-		type = start[at];
-		return type == ND_ROUTER_SOLICIT || type == ND_SOLICIT || type == ND_ADVERT;
-	case IPPROTO_HOPOPTS:
-		if (start[at] != IPPROTO_ICMPV6 || start[at + 1])
-			return 0;
-		start = head(skb, ETH_HLEN + sizeof(struct ipv6hdr) + HOP_BY_HOP_SIZE +
-					  sizeof(struct icmp6hdr));
-		if (!start)
-			return 0;
-		type = start[at + HOP_BY_HOP_SIZE];
-		return type == MLD_REPORT || type == MLD_DONE || type == MLD2_REPORT;
+	if (pod->flags & POD_MTLS_PORTS) {
+		key.protocol = 0;
+		strict = mtls_ports.lookup(&key);
+		if (strict)
+			return *strict;
 	}
-	return 0;
+	return pod->flags & POD_STRICT;
 }
 
-/* Whether the address is one of those of the pod behind this interface. */
-static __always_inline int is_of_pod(const struct __sk_buff *skb, const struct address *address)
+/* Why a flow is refused, by what is in force now for the pod at whose interface it is judged; 0: it
+ * is not. `port` is what rules name. */
+static __always_inline u32 refusal(const struct flow_key *flow, u16 port, u32 flags, u8 unreadable,
+				   u32 *rule)
 {
-	struct address key = *address;
-	u32 *interface = interfaces.lookup(&key);
+	const struct target *opener = &flow->tuple.opener, *peer = &flow->tuple.peer;
+	int ingress = flow->direction == INGRESS;
+	u32 identity, reason, policed;
+	struct pod *pod;
+	int safe;
 
-	return interface && *interface == skb->ifindex;
+	if (flags & FLOW_FROM_NODE)
+		return 0;
+	if (!ingress && is_proxy(peer))
+		return 0;
+	pod = ingress ? pod_at(peer->address) : pod_at(opener->address);
+	if (!pod)
+		return 0;
+	safe = ingress ? flags & FLOW_FROM_POD : is_local_pod(peer);
+	if (unreadable) {
+		policed = ingress ? POD_POLICED << POD_INGRESS_SHIFT : POD_POLICED;
+		if (ingress && !safe)
+			policed |= POD_STRICT | POD_MTLS_PORTS;
+		return pod->flags & policed ? REASON_UNJUDGED : 0;
+	}
+	if (ingress && !safe && is_strict(pod, peer))
+		return REASON_MTLS_REQUIRED;
+	identity = ingress ? identity_of(opener->address) : identity_of(peer->address);
+	/* Not by a packet that came from elsewhere. */
+	if (ingress && identity == IDENTITY_HOST)
+		identity = IDENTITY_WORLD;
+	reason = policy_refusal(pod, flow->direction, identity, peer->protocol, port, safe, rule);
+	return reason;
 }
 
-/* What policy has to say of a packet: 0 or negative errno. There is none yet. */
-static __always_inline int judge(const struct ends *ends)
+/* Why a packet does not pass a pod's interface; 0: it does. `from`: FLOW_FROM_…, of a packet to the
+ * pod. */
+static __always_inline u32 judge(struct __sk_buff *skb, const struct packet *packet, u32 direction,
+				 u32 from)
 {
-	struct address source = ends->source, destination = ends->destination;
-	struct identity *from = identities.lookup(&source);
-	struct identity *to = identities.lookup(&destination);
+	struct flow_key key = {};
+	struct flow fresh = {}, *flow;
+	u32 zero = 0, rule = 0, reason;
+	u64 *at = generation.lookup(&zero), now;
+	u16 port = packet->port;
+	struct tuple inner;
+	int answers = 0;
 
-	(void)from;
-	(void)to;
-	return 0;
+	if (!at)
+		return REASON_UNJUDGED;
+	/* Before anything is looked up: what changes meanwhile is judged anew. */
+	fresh.generation = *at;
+	fresh.seen_ns = now = bpf_ktime_get_ns();
+	if (packet->flags & PACKET_ERROR && read_inner(skb, packet, &inner))
+		flow = find_flow(&inner, direction, 0, now, &key);
+	else if (packet->flags & PACKET_UNREADABLE)
+		flow = 0;
+	else
+		flow = find_flow(&packet->tuple, direction, packet->flags & PACKET_SYN, now, &key);
+	if (flow) {
+		answers = key.direction != direction;
+		/* Who sends it is part of what was judged. */
+		fresh.flags = answers || direction == EGRESS ? flow->flags & FLOW_FROM : from;
+		if (flow->generation == fresh.generation && !(packet->flags & PACKET_SYN) &&
+		    (flow->flags & FLOW_FROM) == fresh.flags) {
+			if (!flow->refused)
+				note(flow, packet, answers, now);
+			return flow->refused;
+		}
+		port = key.tuple.peer.port;
+	} else {
+		key.tuple = packet->tuple;
+		key.direction = direction;
+		fresh.flags = from;
+	}
+	reason = refusal(&key, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule);
+	if (reason) {
+		count(reason);
+		report_packet(&key.tuple, reason, rule);
+		if (reason == REASON_POLICY_AUDIT)
+			reason = 0;
+	}
+	fresh.refused = reason;
+	if (flow && !(packet->flags & PACKET_SYN)) {
+		flow->refused = reason;
+		flow->flags = (flow->flags & ~FLOW_FROM) | fresh.flags;
+		flow->generation = fresh.generation;
+		if (!reason)
+			note(flow, packet, answers, now);
+	} else if (flow || (!reason && !(packet->flags & (PACKET_OPENS_NOTHING | PACKET_UNREADABLE)))) {
+		/* A full map forgets what was silent for longest. */
+		flows.update(&key, &fresh);
+	}
+	return reason;
 }
 
-/* A packet from the pod: 0 or negative errno. */
+/* A packet from the pod; the action. */
 static __always_inline int filter_from_pod(struct __sk_buff *skb)
 {
-	struct ends ends = {};
+	struct packet packet = {};
 
+	if (is_reset(skb)) {
+		skb->mark = 0;
+		return TC_ACT_UNSPEC;
+	}
 	/* ARP says who has an address on this link of two ends, nothing that reaches beyond it. */
-	if (skb->protocol == __builtin_bswap16(ETH_P_ARP)) {
-		count(REASON_FILTER_FROM_POD);
-		return 0;
-	}
+	if (skb->protocol == __builtin_bswap16(ETH_P_ARP))
+		goto passes;
 	/* Neither does what is no IP go on: IP may be hidden in it, such as in VLAN tags. */
-	if (!read_ends(skb, &ends) ||
-	    (!is_of_pod(skb, &ends.source) && !keeps_link(skb, &ends.source))) {
-		count(REASON_SPOOFED);
-		return -EPERM;
+	if (!read_packet(skb, &packet))
+		goto spoofed;
+	if (interface_of(&packet.tuple.opener) != skb->ifindex) {
+		/* Before a host has an address, or from its link-local one. */
+		if (keeps_link(&packet) && (is_unspecified(&packet.tuple.opener) ||
+					    is_link_local(&packet.tuple.opener)))
+			goto passes;
+		goto spoofed;
 	}
+	if (keeps_link(&packet) && is_on_link(&packet.tuple.peer))
+		goto passes;
+	if (judge(skb, &packet, EGRESS, 0))
+		return turn_back(skb, &packet, EGRESS);
+passes:
 	count(REASON_FILTER_FROM_POD);
-	return judge(&ends);
+	return TC_ACT_UNSPEC;
+spoofed:
+	count(REASON_SPOOFED);
+	return TC_ACT_SHOT;
 }
 
-/* A packet to the pod: 0 or negative errno. */
+/* A packet to the pod; the action. */
 static __always_inline int filter_to_pod(struct __sk_buff *skb)
 {
-	struct ends ends = {};
+	u32 by = skb->ingress_ifindex, owner, from = 0;
+	struct packet packet = {};
 
+	if (is_reset(skb))
+		goto passes;
+	if (!read_packet(skb, &packet)) {
+		/* What is no IP has come no further than from the node. */
+		if (!is_ip(skb))
+			goto passes;
+		count(REASON_UNJUDGED);
+		return TC_ACT_SHOT;
+	}
+	owner = interface_of(&packet.tuple.opener);
+	if (!by) {
+		from = FLOW_FROM_NODE;
+	} else if (owner == by) {
+		from = FLOW_FROM_POD;
+	} else if (owner) {
+		count(REASON_FORGED);
+		return TC_ACT_SHOT;
+	}
+	if (judge(skb, &packet, INGRESS, from))
+		return turn_back(skb, &packet, INGRESS);
+passes:
 	count(REASON_FILTER_TO_POD);
-	return read_ends(skb, &ends) ? judge(&ends) : 0;
+	return TC_ACT_UNSPEC;
 }
 
 #endif

@@ -52,7 +52,20 @@ SOCKETS(proxy_sockets);
 BPF_F_TABLE("hash", struct address, u32, interfaces, PODS, BPF_F_NO_PREALLOC);
 /* Cookie of a pod's network namespace -> its addresses. */
 BPF_F_TABLE("hash", u64, struct addresses, namespaces, PODS, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", struct address, struct identity, identities, IDENTITIES, BPF_F_NO_PREALLOC);
+/* The longest prefix says; pods have whole addresses. */
+BPF_F_TABLE("lpm_trie", struct prefix, struct identity, identities, IDENTITIES, BPF_F_NO_PREALLOC);
+/* Address of a local pod -> what is in force for it, all at once. */
+BPF_F_TABLE("hash", struct address, struct pod, pods, PODS, BPF_F_NO_PREALLOC);
+/* Ports of pods whose mode is another than their pod's: 1 if it is STRICT. Of any protocol: 0. */
+BPF_F_TABLE("hash", struct target, u32, mtls_ports, MTLS_PORTS, BPF_F_NO_PREALLOC);
+/* Sets of rules, each as one that does not change; the longest prefix has the answer. */
+BPF_F_TABLE("lpm_trie", struct policy_key, struct policy, policies, POLICIES, BPF_F_NO_PREALLOC);
+/* Another number whenever identities or policies have changed. */
+BPF_F_TABLE("array", u32, u64, generation, 1, 0);
+/* What pods have opened, and what was opened to them, at each pod's interface. */
+BPF_F_TABLE("lru_hash", struct flow_key, struct flow, flows, FLOWS, 0);
+/* Of refusals, which whoever is refused can bring about as often as it likes. */
+BPF_F_TABLE("percpu_array", u32, struct told, told, 1, 0);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 /* By reason, see bpf/reasons.py. */
 BPF_F_TABLE("percpu_array", u32, u64, counters, REASONS, 0);

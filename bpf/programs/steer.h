@@ -78,7 +78,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 			forget(cookie, asked);
 			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
 			if (asked->protocol == IPPROTO_TCP)
-				report(netns, asked, asked, reason);
+				report(netns, asked, asked, reason, 0);
 		}
 		return 0;
 	}
@@ -86,13 +86,13 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 	if (!result)
 		result = remember(cookie, peer, &origin, &reason);
 	if (result < 0) {
-		report(netns, asked, &origin.backend, reason);
+		report(netns, asked, &origin.backend, reason, 0);
 		return result;
 	}
 	count(reason);
 	/* The proxy tells of the connections that it gets. */
 	if (call == CONNECT && reason == REASON_BALANCED)
-		report(netns, asked, peer, reason);
+		report(netns, asked, peer, reason, 0);
 	return 1;
 }
 

@@ -93,6 +93,12 @@ struct outgoing {
 	u32 zero;
 };
 
+/* A range of addresses, as key of a trie: the first `bits` of 128 are compared. */
+struct prefix {
+	u32 bits;
+	struct address address;
+};
+
 /* Who an address is. */
 struct identity {
 	u32 number;
@@ -105,14 +111,59 @@ struct addresses {
 	struct address v6;
 };
 
+/* What is in force for a local pod. */
+struct pod {
+	u32 policy; /* its set in `policies` */
+	u32 flags;  /* POD_… */
+};
+
+/* Key of a trie: everything up to `direction` is always compared, of the rest a part. */
+struct policy_key {
+	u32 bits;
+	u32 set;
+	u32 identity; /* 0: anybody's */
+	u8 direction;
+	u8 protocol;
+	u16 port; /* network order; of ICMP the type */
+};
+
+/* What the rules of a set say together. */
+struct policy {
+	u32 flags; /* POLICY_… */
+	u32 rule;  /* a number that user space knows */
+};
+
+/* A flow where it is judged: by the egress rules of the pod that opened it, or by the ingress rules
+ * of the one it was opened to. An ICMP echo has its identifier as the opener's port, and the type of
+ * its requests as the peer's. */
+struct flow_key {
+	struct tuple tuple;
+	u32 direction;
+};
+
+struct flow {
+	u64 seen_ns;	/* CLOCK_MONOTONIC */
+	u64 generation; /* of what it was judged by */
+	u32 flags;	/* FLOW_… */
+	u32 refused;	/* the reason; 0: it is allowed */
+};
+
+/* How much was told in one second. */
+struct told {
+	u64 second;
+	u64 events;
+};
+
 /* What happened to a connection or datagram, for flow records. */
 struct event {
 	u64 time_ns; /* CLOCK_MONOTONIC */
-	u64 netns;
+	u64 netns;   /* 0 where it is not known */
 	struct target source; /* zero where it is not known */
 	struct target asked;
 	struct target peer;
 	u32 reason;
+	u32 rule; /* as in struct policy; 0: none */
+	u32 zero;
 };
 
 #endif

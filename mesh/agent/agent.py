@@ -21,6 +21,7 @@ from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
+from mesh.agent.authority import SocketClient
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore
@@ -29,6 +30,8 @@ from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
+from mesh.agent.svid_file import SvidFile
+from mesh.agent.svids import Svids
 from mesh.model.channel import (
     Bound,
     Handles,
@@ -59,6 +62,7 @@ class Agent:
         peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
         flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
+        self._authority = SocketClient(options.authority) if options.authority else None
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
@@ -67,6 +71,7 @@ class Agent:
             datapath=self._datapath(options),
             flows=flows,
             kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
+            svids=self._svids(options, run_dir),
         )
         self._source = DirectorySource(options.manifests)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
@@ -75,7 +80,13 @@ class Agent:
     def _datapath(self, options: AgentOptions) -> Datapath | None:
         if options.steer is None:
             return None
-        return Datapath(options.steer, options.plane.mesh_addresses, self._hand_over)
+        plane = options.plane
+        return Datapath(options.steer, plane.mesh_addresses, self._hand_over, plane.node)
+
+    def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
+        if self._authority is None:
+            return None
+        return Svids(self._authority, options.plane.trust_domain, SvidFile(run_dir.svids))
 
     async def run(self) -> None:
         """Until SIGTERM or the end of the supervisor."""
@@ -92,11 +103,15 @@ class Agent:
             ]
             if (datapath := self._node.datapath) is not None:
                 work.append(group.create_task(self._serve(datapath), name="datapath"))
+            if self._node.svids is not None:
+                work.append(group.create_task(self._node.svids.run(), name="SVIDs"))
             await self._stop.wait()
             for task in work:
                 task.cancel()
         await self._admin.close()
         await self._api.close()
+        if self._authority is not None:
+            await self._authority.close()
         if self._node.kernel is not None:
             self._node.kernel.close()
         if datapath is not None:

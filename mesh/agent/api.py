@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import msgspec
 from aiohttp import web
 
-from mesh.agent import flow_stream, metrics
+from mesh.agent import flow_stream, metrics, svid_status
 from mesh.agent.admin import Admin
 from mesh.agent.flow_filter import FilterError
 from mesh.agent.node import Node
@@ -25,7 +25,7 @@ from mesh.agent.target import TargetError, explained, parse_client, parse_target
 from mesh.agent.unmet import warnings
 from mesh.model.decode import Object, encode
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import CertificateSection, Section
+from mesh.model.nodeconfig import CertificateSection, Section, SvidSection
 from mesh.sources.documents import Problem
 
 _SHUTDOWN_S = 1.0
@@ -50,6 +50,7 @@ class Api:
         app.router.add_get("/status", self._status)
         app.router.add_get("/problems", self._problems)
         app.router.add_get("/explain", self._explain)
+        app.router.add_get("/certs", self._certs)
         app.router.add_get("/config", self._config)
         app.router.add_get("/metrics-json", self._metrics)
         app.router.add_get("/flows", self._flows)
@@ -95,6 +96,8 @@ class Api:
         not_ready, degraded = node.not_ready(), node.degraded()
         if self._admin.error:
             degraded.append(self._admin.error)
+        if full := self._run_dir.full():
+            degraded.append(full)
         if not node.synced:
             degraded += [problem.message for problem in node.problems]
         address = self._admin.address
@@ -136,6 +139,7 @@ class Api:
                 "datapath": {reason.name: count for reason, count in node.kernel.counters().items()}
                 if node.kernel is not None
                 else None,
+                "svids": svid_status.identities(node.svids) if node.svids is not None else None,
                 "problems": dict(Counter(problem.level for problem in self._all_problems())),
             }
         )
@@ -146,7 +150,9 @@ class Api:
     def _all_problems(self) -> list[Problem]:
         """What is wrong in the files, and what of them is not in force as meant."""
         node = self._node
-        return sorted([*node.problems, *warnings(node.objects, node.statuses.unmet, self._origin)])
+        told = [(ident, why) for ident, found in node.told.items() for why in found]
+        told += node.statuses.unmet.items()
+        return sorted([*node.problems, *warnings(node.objects, told, self._origin)])
 
     async def _explain(self, request: web.Request) -> web.Response:
         """?method=&url=&header=NAME:VALUE (several)&address=&from=NAMESPACE/POD."""
@@ -163,6 +169,12 @@ class Api:
             explained, sections, target, address=query.get("address"), client=client
         )
         return _json(msgspec.to_builtins(found))
+
+    async def _certs(self, _request: web.Request) -> web.Response:
+        svids = self._node.svids
+        if svids is None:
+            return _json({"authority": False, "identities": [], "bundles": []})
+        return _json(svid_status.details(svids))
 
     async def _config(self, _request: web.Request) -> web.Response:
         config = self._node.rollout.config
@@ -191,8 +203,8 @@ def with_status(obj: Object, status: Any) -> dict[str, Any]:
 
 def redacted(section: Section) -> Any:
     """A section as plain data, without private keys."""
-    if isinstance(section, CertificateSection):
-        return {"type": "certificate", "chain_pem": section.chain_pem, "key_pem": "<redacted>"}
+    if isinstance(section, CertificateSection | SvidSection):
+        section = msgspec.structs.replace(section, key_pem="<redacted>")
     return msgspec.to_builtins(section)
 
 

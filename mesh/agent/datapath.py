@@ -1,5 +1,5 @@
-"""The eBPF data path as a destination of the configuration: load-balancer entries and identities
-into its maps, descriptors to the proxies, programs to the cgroups.
+"""The eBPF data path as a destination of the configuration: load-balancer entries, identities and
+policies into its maps, descriptors to the proxies, programs to the cgroups.
 
 In this order: the self-test; the loader, a process of its own; the maps are filled; the first whole
 configuration is in force everywhere; then `enforce` points the kernel to the proxies and attaches
@@ -21,6 +21,7 @@ import msgspec
 
 from bpf import attach, maps, pins, selftest, settings
 from bpf.balancer import Balancer
+from bpf.enforcement import ENFORCED, EnforcedSection, Enforcement
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from mesh.agent.options import Steering
@@ -29,7 +30,6 @@ from mesh.model.nodeconfig import (
     MESH_RELAY_PORT,
     LoadBalancerEntry,
     Section,
-    WorkloadSection,
 )
 from mesh.model.section import SectionKey, port_key
 
@@ -43,19 +43,20 @@ class _Maps(NamedTuple):
     """What is filled."""
 
     balancer: Balancer
-    identities: settings.Identities
+    enforcement: Enforcement
 
 
 class Datapath:
     """`loading`: until `start` has ended. `failures`: what is not as it should be, in words; empty
     if all is well. `refused`: sections not in force. `redirects`: proxies send to workloads of this
-    node by redirect. `hand_over` gives descriptors to the proxies."""
+    node by redirect. `hand_over` gives descriptors to the proxies; `node` is this one's name."""
 
     def __init__(
         self,
         options: Steering,
         addresses: tuple[str, ...],
         hand_over: Callable[[Mapping[str, int]], None],
+        node: str | None,
     ) -> None:
         self.cgroup = options.cgroup
         self.pins = options.pins
@@ -66,8 +67,9 @@ class Datapath:
         self._options = options
         self._addresses = addresses
         self._hand_over = hand_over
+        self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
-        self._workloads: dict[SectionKey, WorkloadSection] = {}
+        self._enforced: dict[SectionKey, EnforcedSection] = {}
         self._loaded = False
         self._why_not: str | None = "not all workers have their first configuration yet"
         self._bound: frozenset[tuple[str, int]] = frozenset()
@@ -91,7 +93,7 @@ class Datapath:
         except DatapathError as error:
             self._break(error)
         try:
-            self._maps = _Maps(Balancer(self.pins), settings.Identities(self.pins))
+            self._maps = _Maps(Balancer(self.pins), Enforcement(self.pins, self._node))
         except (DatapathError, OSError) as error:
             if self._loaded:
                 self._break(error)
@@ -176,23 +178,24 @@ class Datapath:
         """Take what is for the data path of a step from one version to the next, the first one
         whole: what an agent before this one left goes with it."""
         entries = {key: one for key, one in put.items() if isinstance(one, LoadBalancerEntry)}
-        workloads = {key: one for key, one in put.items() if isinstance(one, WorkloadSection)}
+        enforced = {key: one for key, one in put.items() if isinstance(one, ENFORCED)}
         self._entries.update(entries)
-        self._workloads.update(workloads)
+        self._enforced.update(enforced)
         gone = tuple(key for key in remove if self._entries.pop(key, None) is not None)
-        left = tuple(key for key in remove if self._workloads.pop(key, None) is not None)
+        left = tuple(key for key in remove if self._enforced.pop(key, None) is not None)
         if not self._synced:
             self._synced = True
             self._replace()
-        elif self._maps is not None and (entries or gone or workloads or left):
-            for key in (*entries, *gone, *workloads, *left):
+        elif self._maps is not None and (entries or gone or enforced or left):
+            for key in (*entries, *gone, *enforced, *left):
                 self.refused.pop(key, None)
-            self.refused |= self._maps.identities.apply(workloads, left)
+            if enforced or left:
+                self.refused |= self._maps.enforcement.apply(enforced, left)
             self.refused |= self._maps.balancer.apply(entries, gone)
 
     def _replace(self) -> None:
         if self._maps is not None and self._synced:
-            self.refused = self._maps.identities.replace(self._workloads)
+            self.refused = self._maps.enforcement.replace(self._enforced)
             self.refused |= self._maps.balancer.replace(self._entries)
 
     def refusals(self) -> dict[SectionKey, str]:
@@ -255,6 +258,6 @@ class Datapath:
         """Let go of the maps; what is in them stays in force."""
         if self._maps is not None:
             self._maps.balancer.close()
-            self._maps.identities.close()
+            self._maps.enforcement.close()
         if self._lock is not None:
             os.close(self._lock)

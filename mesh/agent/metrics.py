@@ -67,6 +67,19 @@ class _AgentCollector:
             "where",
             node.flows.lost.items(),
         )
+        if node.svids is not None:
+            left = GaugeMetricFamily(
+                "weft_svid_expiry_seconds",
+                "Until the SVID of an identity of this node expires; 0 without a valid one",
+                labels=("spiffe_id",),
+            )
+            for spiffe_id, seconds in node.svids.seconds_left().items():
+                left.add_metric((spiffe_id,), seconds)
+            yield left
+            text = "SVIDs that were asked for and not got, by reason"
+            yield _counters(
+                "weft_svid_issuance_failures", text, "reason", node.svids.failures.items()
+            )
         if node.kernel is not None and (found := node.kernel.counters()):
             counts = ((reason.name, count) for reason, count in found.items())
             text = "What the eBPF programs did, since their maps were made"

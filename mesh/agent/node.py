@@ -21,6 +21,7 @@ from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
+from mesh.agent.svids import Svids
 from mesh.model.channel import Bound, PortAddress
 from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
@@ -51,13 +52,17 @@ class Node:
         datapath: Datapath | None,
         flows: FlowStore,
         kernel: KernelFlows | None = None,
+        svids: Svids | None = None,
     ) -> None:
         self.rollout = rollout
         self.flows = flows
         self.kernel = kernel
         self.datapath = datapath
+        self.svids = svids
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
+        # What the control plane says of objects that statuses do not say.
+        self.told: dict[tuple[str, ObjectKey], tuple[str, ...]] = {}
         self.statuses = StatusStore()
         self.bound: Bound | None = None
         self.synced = False
@@ -72,11 +77,18 @@ class Node:
         self._refusals: dict[SectionKey, str] = {}
         self._binds: dict[PortKey, str] = {}
         self._unpublished: dict[tuple[str, ObjectKey], Any] = {}
+        # Sections that are not the control plane's, for the next version, and who waits for it.
+        self._more_put: dict[SectionKey, Section] = {}
+        self._more_remove: set[SectionKey] = set()
+        self._awaited: list[asyncio.Future[None]] = []
+        self._on_the_way: list[asyncio.Future[None]] = []
         # Of the data path, until the workers have it.
         self._kernel_put: dict[SectionKey, Section] = {}
         self._kernel_remove: set[SectionKey] = set()
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
+        if svids is not None:
+            svids.attach(self.sections_changed)
 
     # --- what comes in ---------------------------------------------------------------------------
 
@@ -96,6 +108,20 @@ class Node:
     def bound_changed(self, bound: Bound) -> None:
         self.bound = bound
         self._wake.set()
+
+    def sections_changed(
+        self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]
+    ) -> asyncio.Future[None]:
+        """Sections that do not come from objects: they go out with the next version. The future is
+        done when all workers that keep up have it in force."""
+        for key in remove:
+            self._more_put.pop(key, None)
+        self._more_remove |= set(remove)
+        self._more_put.update(put)
+        self._more_remove -= put.keys()
+        self._awaited.append(self._loop.create_future())
+        self._wake.set()
+        return self._awaited[-1]
 
     def look_again(self) -> None:
         """Workers or the data path have changed."""
@@ -127,6 +153,10 @@ class Node:
     def _step(self) -> bool:
         """Derive from everything that came in; publish what is settled. Whether to go on."""
         self._tell_kernel()
+        for future in self._on_the_way:
+            if not future.done():  # who waited may have been cancelled
+                future.set_result(None)
+        self._on_the_way = []
         if not self.ready_once and not self.not_ready():
             self.ready_once = True
             if self.datapath is not None:
@@ -136,7 +166,8 @@ class Node:
         first = self.rollout.config.version == 0
         refusals = self._known_refusals()
         binds = self._known_binds()
-        if self._pending or refusals != self._refusals or binds != self._binds or first:
+        news = self._pending or self._awaited
+        if news or refusals != self._refusals or binds != self._binds or first:
             changes, self._pending = self._pending, {}
             before = self._refusals, self._binds
             for key, why in refusals.items() - self._refusals.items():
@@ -150,10 +181,13 @@ class Node:
                 binds=_difference(before[1], binds),
             )
             self._unpublished.update(outcome.statuses)
-            if outcome.put or outcome.remove:
-                self.flows.peers.publish(outcome.put, outcome.remove)
-                self.rollout.publish(outcome.put, outcome.remove)
-                self._keep_for_kernel(outcome.put, outcome.remove)
+            for ident, told in outcome.problems.items():
+                self.told.pop(ident, None)
+                if told is not None:
+                    self.told[ident] = told
+            if self.svids is not None:
+                self.svids.workloads_changed(outcome.put, outcome.remove)
+            self._publish({**outcome.put, **self._more_put}, (*outcome.remove, *self._more_remove))
             self._note_failures(outcome.failures)
             ports = tuple(PortAddress(address, port) for address, port in sorted(outcome.ports))
             if first or ports != self._wanted:
@@ -164,6 +198,14 @@ class Node:
             self.statuses.publish(self._unpublished)
             self._unpublished = {}
         return False
+
+    def _publish(self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
+        self._more_put, self._more_remove = {}, set()
+        self._on_the_way, self._awaited = self._awaited, []
+        if put or remove:
+            self.flows.peers.publish(put, remove)
+            self.rollout.publish(put, remove)
+            self._keep_for_kernel(put, remove)
 
     def _keep_for_kernel(
         self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]
@@ -234,6 +276,8 @@ class Node:
             reasons.append("the ports have not been bound yet")
         if self.datapath is not None and self.datapath.loading:
             reasons.append("the eBPF data path is being tested and loaded")
+        if self.svids is not None and self.svids.waiting():
+            reasons.append("the authority has not been asked for all SVIDs yet")
         return reasons
 
     def degraded(self) -> list[str]:
@@ -260,6 +304,8 @@ class Node:
             result += self.datapath.failures
         if self.kernel is not None and self.kernel.failure is not None:
             result.append(self.kernel.failure)
+        if self.svids is not None:
+            result += self.svids.degraded()
         result += [
             f"a defect in Weft: deriving {table} of {key} failed, it is absent: {error!r}"
             for (table, key), error in self.failures.items()

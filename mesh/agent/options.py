@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from certs.spiffe import BadSpiffeId, check_trust_domain
 from gateway.control import Options
 from l7proxy import forwarding
 from l7proxy.field_rules import Refused
@@ -45,7 +46,8 @@ class Steering(NamedTuple):
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held."""
+    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held;
+    `authority`: its socket for this node, None: there is none."""
 
     manifests: Path
     run_dir: Path
@@ -55,6 +57,7 @@ class AgentOptions(NamedTuple):
     admin: tuple[str, int] | None
     steer: Steering | None
     flow_buffer: int
+    authority: Path | None
 
 
 def parse(arguments: list[str]) -> AgentOptions:
@@ -77,6 +80,8 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
+    parser.add_argument("--authority", type=Path)
+    parser.add_argument("--trust-domain", default="cluster.local")
     args = parser.parse_args(arguments)
     return AgentOptions(
         manifests=args.manifests.absolute(),
@@ -87,6 +92,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         admin=parse_admin(args.admin),
         steer=steering(args),
         flow_buffer=args.flow_buffer,
+        authority=args.authority,
     )
 
 
@@ -126,7 +132,16 @@ def plane_options(args: argparse.Namespace) -> Options:
         settings=read_settings(args.settings, access_log=args.access_log),
         node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
         mesh_addresses=mesh_addresses(args),
+        authority=getattr(args, "authority", None) is not None,
+        trust_domain=_trust_domain(getattr(args, "trust_domain", "cluster.local")),
     )
+
+
+def _trust_domain(name: str) -> str:
+    try:
+        return check_trust_domain(name)
+    except BadSpiffeId as error:
+        raise OptionError(f"--trust-domain: {error}") from None
 
 
 def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:

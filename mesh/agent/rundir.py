@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 KEPT_DEAD = 100
+# What a file for metrics takes at first (prometheus_client), bytes.
+_METRICS_FILE = 65536
 
 
 class RunDirError(Exception):
@@ -45,6 +47,7 @@ class RunDir:
         self.api_socket = self.path / "agent.sock"
         self.metrics = self.path / "metrics"
         self.pins = self.path / "bpf"
+        self.svids = self.path / "svids.json"
         self._dead: deque[int] = deque()
 
     def holder(self) -> dict[str, Any] | None:
@@ -87,8 +90,11 @@ class RunDir:
                 f"a gateway already runs in {self.path} (pid {pid}): stop it (kill {pid}), or "
                 "choose another --run-dir"
             ) from None
-        os.ftruncate(fd, 0)
-        os.write(fd, json.dumps({"pid": os.getpid(), **about}).encode())
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, json.dumps({"pid": os.getpid(), **about}).encode())
+        except OSError as error:
+            raise RunDirError(f"cannot write {self.lock_file}: {error.strerror}") from None
         return fd
 
     def fresh_metrics(self, user: str) -> None:
@@ -107,6 +113,16 @@ class RunDir:
         self._dead.append(pid)
         if len(self._dead) > KEPT_DEAD:
             self._remove(f"*_{self._dead.popleft()}.db")
+
+    def full(self) -> str | None:
+        """What follows from too little room, if there is too little."""
+        try:
+            disk = os.statvfs(self.metrics)
+        except OSError:
+            return None
+        if disk.f_bavail * disk.f_frsize >= _METRICS_FILE:
+            return None
+        return f"the disk under {self.path} is full: metrics of new workers and routes are not kept"
 
     def _remove(self, pattern: str) -> None:
         for file in self.metrics.glob(pattern):

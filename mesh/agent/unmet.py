@@ -5,10 +5,9 @@ imagined (`weft validate`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from gateway.annotations import Annotated, misused
 from mesh.model.decode import Object
 from mesh.model.gateway import Gateway
 from mesh.model.meta import ObjectKey
@@ -38,14 +37,14 @@ def unmet(status: Mapping[str, Any]) -> str:
 
 def warnings(
     objects: Mapping[str, Mapping[ObjectKey, Object]],
-    statuses: Mapping[tuple[str, ObjectKey], str],
+    told: Iterable[tuple[tuple[str, ObjectKey], str]],
     origin: Callable[[str, ObjectKey], tuple[str, int]],
 ) -> list[Problem]:
-    """A warning for each object that `statuses` (see `unmet`) says something of, for each Gateway
-    of a class that does not exist, and for each annotation of ours that is misused. `origin`: file
-    and document of an object; KeyError where it has just gone."""
+    """A warning for each thing that is told of an object (what is `unmet` in statuses, and problems
+    of the control plane's), and for each Gateway of a class that does not exist. `origin`: file and
+    document of an object; KeyError where it has just gone."""
     result = []
-    for (kind, key), why in (*statuses.items(), *_classless(objects), *_annotated(objects)):
+    for (kind, key), why in (*told, *_classless(objects)):
         try:
             file, document = origin(kind, key)
         except KeyError:
@@ -75,13 +74,3 @@ def _classless(
         if ObjectKey("", name) not in classes:
             why = f"GatewayClass {name} does not exist, so nobody serves this Gateway"
             yield ("Gateway", key), why
-
-
-def _annotated(
-    objects: Mapping[str, Mapping[ObjectKey, Object]],
-) -> Iterator[tuple[tuple[str, ObjectKey], str]]:
-    for kind in ("Namespace", "Pod", "HTTPRoute", "GRPCRoute"):
-        for key, obj in objects.get(kind, {}).items():
-            assert isinstance(obj, Annotated)
-            for why in misused(obj):
-                yield (kind, key), why

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,24 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def ask(run_dir: Path, path: str, query: Iterable[tuple[str, str]] = ()) -> Any:
     """The agent's answer. CliError: there is none, or it is an error."""
-    with _asked(run_dir, path, query) as (response, _):
+    place = RunDir(run_dir)
+    with _asked(place.api_socket, "GET", path, query, lambda error: _unreachable(place, error)) as (
+        response,
+        _,
+    ):
+        return json.loads(response.read())
+
+
+def ask_authority(directory: Path, method: str, path: str) -> Any:
+    """The answer of the authority in a directory. CliError: there is none, or it is an error."""
+
+    def unreachable(error: Exception) -> CliError:
+        return NotRunningError(
+            f"no authority answers in {directory} ({error}): start one with 'weft authority', or "
+            "name its directory with --authority"
+        )
+
+    with _asked(directory / "admin.sock", method, path, (), unreachable) as (response, _):
         return json.loads(response.read())
 
 
@@ -60,7 +77,11 @@ def ask_stream(
 ) -> Iterator[bytes | None]:
     """The lines of an answer as they come, for as long as it takes; None first, once it has begun.
     CliError: there is no answer, it is an error, or it broke off."""
-    with _asked(run_dir, path, query) as (response, sock):
+    place = RunDir(run_dir)
+    with _asked(place.api_socket, "GET", path, query, lambda error: _unreachable(place, error)) as (
+        response,
+        sock,
+    ):
         yield None
         sock.settimeout(None)
         rest = b""
@@ -72,13 +93,16 @@ def ask_stream(
 
 @contextmanager
 def _asked(
-    run_dir: Path, path: str, query: Iterable[tuple[str, str]]
+    where: Path,
+    method: str,
+    path: str,
+    query: Iterable[tuple[str, str]],
+    unreachable: Callable[[Exception], CliError],
 ) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
-    place = RunDir(run_dir)
     text = urlencode(list(query))
-    connection = _UnixConnection(place.api_socket)
+    connection = _UnixConnection(where)
     try:
-        connection.request("GET", f"{path}?{text}" if text else path)
+        connection.request(method, f"{path}?{text}" if text else path)
         sock = connection.sock
         with connection.getresponse() as response:
             if response.status != 200:
@@ -87,10 +111,10 @@ def _asked(
             yield response, sock
     except PermissionError:
         raise CliError(
-            f"no permission for {place.api_socket}: run this as the user who runs the gateway"
+            f"no permission for {where}: run this as the user who runs what listens there"
         ) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _unreachable(place, error) from None
+        raise unreachable(error) from None
     finally:
         connection.close()
 

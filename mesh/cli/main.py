@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mesh.agent.rundir import default_run_dir
+from mesh.cli.certs import certs
 from mesh.cli.lab import lab
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -125,6 +126,20 @@ def cli() -> None:
     " if this kernel passes the self-test, by that or nothing, or by TCP.",
 )
 @click.option(
+    "--authority",
+    metavar="SOCKET",
+    type=click.Path(path_type=Path),
+    help="Where 'weft authority' answers this node; workloads get identities then, and connect to"
+    " those of other nodes by mutual TLS.",
+)
+@click.option(
+    "--trust-domain",
+    metavar="NAME",
+    default="cluster.local",
+    show_default=True,
+    help="Whose identities workloads have, with --authority.",
+)
+@click.option(
     "--flow-buffer",
     metavar="N",
     type=click.IntRange(1, 10_000_000),
@@ -149,6 +164,64 @@ def up(**options: object) -> None:
     from mesh.cli.up import run
 
     run(options)
+
+
+@cli.command()
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Where its keys and certificates are, mode 0700; made if missing.",
+)
+@click.option(
+    "--manifests",
+    type=_MANIFESTS,
+    multiple=True,
+    required=True,
+    help="Directory with the Pods: which service accounts are on which node; may be repeated.",
+)
+@click.option(
+    "--node",
+    metavar="NAME=SOCKET",
+    multiple=True,
+    help="A node, and the socket where its agent asks; may be repeated.",
+)
+@click.option("--trust-domain", metavar="NAME", default="cluster.local", show_default=True)
+@click.option(
+    "--svid-life",
+    metavar="DURATION",
+    default="1h",
+    show_default=True,
+    help="How long the certificates of workloads are valid; agents renew them at half of it.",
+)
+@click.option("--intermediate-life", metavar="DURATION", default="720h", show_default=True)
+@click.option("--root-life", metavar="DURATION", default="87600h", show_default=True)
+@click.option(
+    "--ca",
+    metavar="PATH",
+    type=click.Path(path_type=Path, exists=True),
+    help="A root or intermediate of your own: a directory with tls.crt, tls.key and ca.crt, or the"
+    " manifest of such a Secret (cert-manager's). Taken over anew whenever it changes.",
+)
+@click.option(
+    "--federation",
+    metavar="TRUST-DOMAIN=FILE",
+    multiple=True,
+    help="Roots of another trust domain, PEM or a SPIFFE bundle document; may be repeated.",
+)
+def authority(directory: Path, **options: object) -> None:
+    """Run the authority of a trust domain in the foreground: it signs certificates of workloads.
+
+    An agent gets certificates for the service accounts of pods on its own node and for nobody else;
+    which node asks is known by the socket.
+
+    Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
+    """
+    from mesh.cli.certs import run_authority
+
+    run_authority({"dir": directory, **options})
 
 
 @cli.command()
@@ -331,6 +404,7 @@ def version(output: str) -> None:
 
 
 cli.add_command(lab)
+cli.add_command(certs)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from mesh.cli.certs import identity_table
 from mesh.cli.client import ask
 from mesh.cli.output import dump, table
 
@@ -54,6 +55,9 @@ def _show(status: dict[str, Any]) -> None:
                 for port in sorted(status["ports"], key=lambda one: (one["port"], one["address"]))
             ],
         )
+    if status["svids"] is not None:
+        click.echo()
+        identity_table(status["svids"])
     reasons = [*(f"not ready: {text}" for text in status["notReady"]), *status["degraded"]]
     if reasons:
         click.echo()

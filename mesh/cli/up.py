@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from gateway.control import ControlPlane, Options
 from mesh.agent.options import OptionError, parse_admin, plane_options
@@ -30,10 +31,15 @@ def run(options: dict[str, Any]) -> None:
         parse_admin(options["admin"])
     except OptionError as error:
         raise UsageError(str(error)) from None
+    become("mesh.agent.supervisor", options)
+
+
+def become(module: str, options: Mapping[str, object]) -> NoReturn:
+    """Run a module in this process's place, with options as they were given here."""
     arguments = []
     for name, value in options.items():
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None:
                 text = os.path.abspath(one) if isinstance(one, os.PathLike) else str(one)
                 arguments.append(f"--{name.replace('_', '-')}={text}")
-    os.execv(sys.executable, [sys.executable, "-m", "mesh.agent.supervisor", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

@@ -37,7 +37,8 @@ def load(directory: Path, options: Options) -> Offline:
     statuses: dict[tuple[str, ObjectKey], Any] = {**first.statuses, **second.statuses}
     config, _ = NodeConfig.empty().change({**first.put, **second.put}, second.remove)
     found = {ident: unmet(encode(status)) for ident, status in statuses.items() if status}
-    told = {ident: why for ident, why in found.items() if why}
+    told = [(ident, why) for ident, why in found.items() if why]
+    told += ((ident, why) for ident, said in first.problems.items() for why in said or ())
     # Nothing is ever gone in a first reading.
     objects = cast(dict[str, dict[ObjectKey, Object]], update.changes)
     problems = [*update.problems, *warnings(objects, told, manifests.origin)]

@@ -29,6 +29,8 @@
     manifests: [routes.yaml, gateways]  # files and directories with further objects, relative to
                                   # lab.yaml: all nodes read them where they are, an edit takes
                                   # effect at once. Gateways listen on the nodes' addresses
+    trustDomain: cluster.local    # of the lab's authority, and how long its SVIDs are valid; these
+    svidLife: 1h                  # are the defaults
 
 Field names and meanings are those of Kubernetes' Pod and Service where it has them. Pods share
 files and process ids with the host; network, cgroup, host name and /etc/resolv.conf are their own.
@@ -48,6 +50,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from certs.spiffe import BadSpiffeId, check_trust_domain
 from mesh.lab.errors import LabError
 from mesh.model import scalars as s
 from mesh.model.errors import FieldError, InvalidObject
@@ -141,6 +144,8 @@ class LabConfig(Model, frozen=True, kw_only=True):
     pods: tuple[PodConfig, ...] = ()
     services: tuple[ServiceConfig, ...] = ()
     manifests: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    trust_domain: str = "cluster.local"
+    svid_life: s.Duration = "1h"
 
 
 def read_config(file: Path) -> LabConfig:
@@ -170,6 +175,10 @@ def _broken(config: LabConfig) -> Iterator[FieldError]:
     """What the schema does not say."""
     if not config.nodes:
         yield FieldError("nodes", "a lab has at least one node", "add one, such as {name: a}")
+    try:
+        check_trust_domain(config.trust_domain)
+    except BadSpiffeId as error:
+        yield FieldError("trustDomain", "the name of a trust domain", str(error))
     yield from _ranges(config)
     yield from _twice("nodes", ((f"nodes[{i}]", one.name) for i, one in enumerate(config.nodes)))
     yield from _twice(

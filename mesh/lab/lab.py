@@ -90,10 +90,34 @@ def _build(lab: LabDir, plan: Plan) -> None:
         Path(node.proxy_cgroup).mkdir(parents=True)
     for client in plan.outside:
         Path(client.cgroup).mkdir(parents=True)
+    _start_authority(lab, plan)
     network.build(plan)
     starting = [_start_supervisor(lab, node) for node in plan.nodes]
     for process in starting:
         process.wait()
+
+
+def _start_authority(lab: LabDir, plan: Plan) -> None:
+    """The process that signs the nodes' certificates, on its own: nobody's child."""
+    Path(plan.authority_cgroup).mkdir(parents=True)
+    nodes = [f"--node={node.name}={lab.authority_socket(node.name)}" for node in plan.nodes]
+    with open(lab.authority_log, "ab") as log:
+        subprocess.run(
+            [
+                *("/bin/sh", "-c", '"$@" &', "sh"),
+                *(sys.executable, "-P", "-m", "mesh.authority.main", f"--dir={lab.authority}"),
+                f"--manifests={lab.manifests}",
+                f"--trust-domain={plan.trust_domain}",
+                f"--svid-life={plan.svid_life}",
+                *nodes,
+            ],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: join_cgroup(plan.authority_cgroup),
+        )
 
 
 def _start_supervisor(lab: LabDir, node: NodePlan) -> subprocess.Popen[bytes]:
@@ -112,12 +136,14 @@ def _start_supervisor(lab: LabDir, node: NodePlan) -> subprocess.Popen[bytes]:
 
 
 def _wait(lab: LabDir, plan: Plan, wait_s: float) -> None:
-    """Until all pods are settled. LabError: a supervisor ended, whose log says why."""
+    """Until all pods are settled. LabError: a supervisor or the authority ended; why."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         statuses = [lab.node_status(node.name) for node in plan.nodes]
         if all(node and all(pod.settled for pod in node.pods) for node in statuses):
             return
+        if not members(plan.authority_cgroup):
+            raise LabError(f"the authority ended:\n{lab.authority_log.read_text().strip()}")
         for node in plan.nodes:
             if not members(node.system_cgroup):
                 log = lab.node_log(node.name).read_text().strip()

@@ -29,6 +29,7 @@ DNS_ADDRESS = "169.254.20.10"
 CLUSTER_DOMAIN = "cluster.local"
 # Below the lab's cgroup: names that no node can have.
 SYSTEM = "_system"
+AUTHORITY = "_authority"
 OUTSIDE = "_outside"
 
 # An IPv4 and an IPv6 address, without prefix length.
@@ -134,6 +135,12 @@ class Plan(Model, frozen=True, kw_only=True):
     pods: tuple[PodPlan, ...]
     services: tuple[ServicePlan, ...]
     manifests: tuple[str, ...]
+    trust_domain: str
+    svid_life: str
+
+    @property
+    def authority_cgroup(self) -> str:
+        return f"{self.cgroup}/{SYSTEM}/{AUTHORITY}"
 
     def node(self, name: str) -> NodePlan:
         return next(node for node in self.nodes if node.name == name)
@@ -198,6 +205,8 @@ def make_plan(config: LabConfig, name: str, directory: Path, cgroup_root: Path) 
             for i, one in enumerate(config.services)
         ),
         manifests=tuple(os.path.abspath(directory / path) for path in config.manifests),
+        trust_domain=config.trust_domain,
+        svid_life=config.svid_life,
     )
 
 

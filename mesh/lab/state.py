@@ -9,6 +9,8 @@
     nodes/<node>.sock  where the supervisor takes orders
     nodes/<node>.weft/, nodes/<node>.weft.log
                      the run directory of the node's Weft, eBPF pins included, and what it says
+    authority/, authority.log
+                     the directory of the lab's authority, nodes' sockets included, and what it says
     logs/, etc/      output of the pods, and the files that they see in /etc
 
 Knows these files and nothing of the kernel.
@@ -89,6 +91,8 @@ class LabDir:
         self.manifests = self.path / "manifests"
         self.nodes = self.path / "nodes"
         self.logs = self.path / "logs"
+        self.authority = self.path / "authority"
+        self.authority_log = self.path / "authority.log"
         self.up_mark = self.path / "up"
         self._plan = self.path / "plan.json"
 
@@ -106,6 +110,9 @@ class LabDir:
 
     def weft_log(self, node: str) -> Path:
         return self.nodes / f"{node}.weft.log"
+
+    def authority_socket(self, node: str) -> Path:
+        return self.authority / f"node.{node}.sock"
 
     def etc(self, pod: PodPlan) -> Path:
         return self.path / "etc" / pod.file_stem

@@ -83,6 +83,8 @@ class Supervisor:
                     # Gateways are reached at the node's addresses; so are the mesh's own ports.
                     "--bind-address=::",
                     f"--node={self._node.name}",
+                    f"--authority={self._lab.authority_socket(self._node.name)}",
+                    f"--trust-domain={self._plan.trust_domain}",
                     *(f"--mesh-address={address}" for address in self._node.addresses),
                     f"--steer={self._node.cgroup}",
                     f"--proxy-cgroup={self._node.proxy_cgroup}",

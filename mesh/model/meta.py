@@ -140,3 +140,19 @@ def parse_duration(text: str) -> int:
             ' unit h, m, s or ms, such as "1h30m" or "500ms"'
         )
     return sum(int(count) * _UNITS[unit] for count, unit in _TERM.findall(text))
+
+
+_SAID = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
+
+
+def say_duration(seconds: float) -> str:
+    """For people: the two largest units, whole, such as "1h5m"; "0s" for none or less."""
+    left = max(0, int(seconds))
+    for size, unit, part, smaller in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if left >= size:
+            return f"{left // size}{unit}{left % size // part}{smaller}"
+    return f"{left}s"

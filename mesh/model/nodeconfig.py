@@ -121,7 +121,9 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     """A pod: who stands behind `addresses` (the primary one first). `identity` is the number of its
     set of labels on this node; `local`: it runs on this node; `sockmap` False: its sockets are kept
     off the redirect path, as its annotation asks. `spiffe_id`: who it is to other nodes ("": nobody
-    can vouch for it). `mtls` holds for ports that do not stand in `mtls_ports`."""
+    can vouch for it). `mtls` holds for ports that do not stand in `mtls_ports`. `meshed` False: the
+    mesh leaves it alone (it has opted out), and only policies know it. `client_headers`: requests
+    tell it who their client is."""
 
     namespace: str
     name: str
@@ -135,6 +137,8 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     spiffe_id: str = ""
     mtls: MtlsMode = "PERMISSIVE"
     mtls_ports: dict[int, MtlsMode] = {}
+    meshed: bool = True
+    client_headers: bool = False
 
 
 class NodeSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="node"):

@@ -121,6 +121,10 @@ def _cluster_ip(address: str) -> Finding:
     return f"found {found(address)}; write an address or None, or leave it out"
 
 
+def _cluster_ips(addresses: Sequence[str]) -> Finding:
+    return next(filter(None, map(_cluster_ip, addresses)), None)
+
+
 def _ports_named(ports: Sequence[ServicePort]) -> Finding:
     unnamed = [f"[{index}]" for index, port in enumerate(ports) if not port.name]
     if len(ports) > 1 and unnamed:
@@ -269,6 +273,7 @@ CHECKS: tuple[Check, ...] = (
         _external_name,
     ),
     Check(ServiceSpec, "cluster_ip", "must be an IP address or None", _cluster_ip),
+    Check(ServiceSpec, "cluster_ips", "must be IP addresses or None", _cluster_ips),
     Check(ServiceSpec, "ports", "ports must be named when there are several", _ports_named),
     Check(ServiceSpec, "ports", "port names must be DNS-1123 labels", _port_names),
     Check(ServiceSpec, "ports", "port names must be unique", _port_names_unique),

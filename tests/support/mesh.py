@@ -113,6 +113,13 @@ class MeshProxy:
         assert self.apply({port_key(address, port): section}) == {}
         return port
 
+    def listen_outside(self) -> int:
+        """A port for a Gateway, bound."""
+        sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        port: int = sock.getsockname()[1]
+        self.proxy.listen(("127.0.0.1", port), sock)
+        return port
+
     def serve(self, *sections: Mapping[SectionKey, Section], kind: str = "http") -> int:
         """A mesh port with these sections in force and the kernel's handles there."""
         put: dict[SectionKey, Section] = {}

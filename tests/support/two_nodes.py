@@ -153,6 +153,14 @@ class TwoNodes:
         proxy = self.a if node == "a" else self.b
         assert proxy.apply(self.authority.svid(spiffe(service_account), valid)) == {}
 
+    async def grow_old(self) -> None:
+        """All tunnels of node a are as old as makes them change, and have."""
+        tunnels = self.a.proxy._tunnels
+        for tunnel in {one for found in tunnels._by_key.values() for one in found}:
+            tunnels._old(tunnel, tunnel.until)
+            while tunnels._proving:
+                await asyncio.sleep(0)
+
     def http(self, *backends: int, **rest: Any) -> int:
         """A port of node a at which shop/client asks Service shop/web."""
         return self.a.serve(service(), cluster("web", *backends, **rest))

@@ -23,7 +23,7 @@ from torture.sockets import Sockets
 from torture.verdict import Evidence, Paths
 
 CONNECTIONS = 40
-# net.ipv4.tcp_rmem, which is for IPv6 too, of all pods and nodes: see verdict.QUEUE_BOUND.
+# net.ipv4.tcp_rmem, which is for IPv6 too, of all pods: see verdict.QUEUE_BOUND.
 TCP_RMEM = "4096 131072 1048576"
 _LOOK_S = 0.2
 # Pauses end, then whatever is under way does.
@@ -78,8 +78,8 @@ async def torture(
     files = LabDir(lab.run_dir, lab.name)
     plan = files.existing_plan()
     places = {place.key: place.netns for place in (*plan.pods, *plan.nodes)}
-    for netns in places.values():
-        with inside(netns):
+    for pod in plan.pods:
+        with inside(pod.netns):
             write_sysctls({"net.ipv4.tcp_rmem": TCP_RMEM})  # type: ignore[dict-item]
     clients = [Client(pod, _pod(plan, pod).node) for pod in scene.clients]
     watch = _Watch(places)

@@ -12,7 +12,8 @@ from torture.kills import Kill
 from torture.scene import Target
 
 # What a connection may be charged for while its reader does not read. TCP's own receive queues are
-# kept far below it (run.TCP_RMEM), so that what is more can only have come by redirect.
+# kept far below it, by run.TCP_RMEM in pods and by the proxy for its own sockets (l7proxy.dial), so
+# that what is more has come by redirect or to a proxy that lets it.
 QUEUE_BOUND = 4 << 20
 # Each is a bug wherever it happens.
 _NEVER = (Reason.UNPAIRED, Reason.ENROL_FAILED, Reason.STALE_TABLE, Reason.NO_ORIGIN)

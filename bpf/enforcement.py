@@ -1,0 +1,72 @@
+"""What the filter judges by: who is behind which address, and what is in force for the node's pods.
+
+One configuration's identities and policies together, in the order in which no packet passes that
+neither it nor the one before it lets pass. Knows maps; what is in them stays in force without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from bpf.pods import Pods
+from bpf.settings import Generation, Identities
+from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.policyconfig import CidrSection, PolicySection
+from mesh.model.section import SectionKey
+
+EnforcedSection: TypeAlias = WorkloadSection | NodeSection | CidrSection | PolicySection
+ENFORCED = (WorkloadSection, NodeSection, CidrSection, PolicySection)
+
+
+class Enforcement:
+    """The identities and pods of one pin directory. One process at a time may have them."""
+
+    def __init__(self, directory: Path, node: str | None) -> None:
+        """`node`: the name of this one. DatapathError: the maps are not there."""
+        self._identities = Identities(directory, node)
+        self._pods = Pods(directory)
+        self._generation = Generation(directory)
+        # Where a rule comes from that the kernel names.
+        self.source = self._pods.source
+
+    def close(self) -> None:
+        """Lets go of the maps; the kernel goes on with what is in them."""
+        self._identities.close()
+        self._pods.close()
+        self._generation.close()
+
+    def replace(self, sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey, str]:
+        """These and no others; returns which could not be taken, and why."""
+        refused = self._pods.replace(_of_pods(sections))
+        refused |= self._identities.replace(_of_addresses(sections))
+        self._generation.next()
+        return refused
+
+    def apply(
+        self, put: Mapping[SectionKey, EnforcedSection], remove: Iterable[SectionKey] = ()
+    ) -> dict[SectionKey, str]:
+        """Add, change and remove; unknown keys to remove are ignored. Open connections are judged
+        by what is in force when this returns."""
+        gone = tuple(remove)
+        refused = self._pods.apply(_of_pods(put), gone)
+        refused |= self._identities.apply(_of_addresses(put), gone)
+        self._generation.next()
+        return refused
+
+
+def _of_pods(
+    sections: Mapping[SectionKey, EnforcedSection],
+) -> dict[SectionKey, WorkloadSection | PolicySection]:
+    return {
+        key: one
+        for key, one in sections.items()
+        if isinstance(one, WorkloadSection | PolicySection)
+    }
+
+
+def _of_addresses(
+    sections: Mapping[SectionKey, EnforcedSection],
+) -> dict[SectionKey, WorkloadSection | NodeSection | CidrSection]:
+    return {key: one for key, one in sections.items() if not isinstance(one, PolicySection)}

@@ -1,0 +1,237 @@
+"""What is in force for the pods of this node: how their ports take connections, and their policy.
+
+All of a pod changes at once: rules are written as a set that nobody uses yet, then the pod gets it.
+Pods with the same rules share one. A policy that cannot be taken refuses everything: it fails
+closed, for the pods that it selects and no others. Knows maps; what is in them stays in force
+without us.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import chain, count
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+from bpf import layout
+from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Target
+from bpf.maps import PinnedMap
+from bpf.rules import entries
+from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.policyconfig import Direction, PolicySection
+from mesh.model.section import SectionKey
+
+# Of one pod, so that one huge policy does not take the room of all others.
+MAX_ENTRIES = 1 << 14
+
+_Rules: TypeAlias = tuple[Direction, Direction]
+PodSection: TypeAlias = WorkloadSection | PolicySection
+
+_DENIED = layout.POD_POLICED | layout.POD_DEFAULT_DENY
+_ALL_DENIED = _DENIED | _DENIED << layout.POD_INGRESS_SHIFT
+# The set that has no rules.
+_NO_RULES = 0
+
+
+class _Refused(Exception):
+    """Why a policy is not taken."""
+
+
+class _Mtls(NamedTuple):
+    """A pod's flags, and its ports that are otherwise: 1 STRICT, 0 not."""
+
+    addresses: frozenset[Address]
+    flags: int
+    ports: Mapping[Target, int]
+
+
+class _Policy(NamedTuple):
+    """The number of a set of rules, and a pod's flags."""
+
+    addresses: frozenset[Address]
+    number: int
+    flags: int
+
+
+class Pods:
+    """The pods of one pin directory. One process at a time may have it."""
+
+    def __init__(self, directory: Path) -> None:
+        """DatapathError: the maps are not there."""
+        self._pods = PinnedMap(directory, "pods", Address, Pod)
+        self._ports = PinnedMap(directory, "mtls_ports", Target, Number)
+        self._policies = PinnedMap(directory, "policies", PolicyKey, Policy)
+        self._in_force: dict[Address, Pod] = dict(self._pods.items())
+        self._mtls: dict[SectionKey, _Mtls] = {}
+        self._policy: dict[SectionKey, _Policy] = {}
+        self._sets: dict[_Rules, int] = {}
+        self._keys: dict[int, list[PolicyKey]] = {}
+        self._uses: Counter[int] = Counter()
+        self._left: list[int] = []
+        for key, _ in self._policies.items():
+            self._keys.setdefault(key.set, []).append(key)
+        # Of an earlier process, which stay until it is known what is wanted.
+        self._adopted = list(self._keys)
+        self._numbers = count(max(self._keys, default=_NO_RULES) + 1)
+        self._sources: dict[str, int] = {}
+
+    def close(self) -> None:
+        """Lets go of the maps; the kernel goes on with what is in them."""
+        for one in (self._pods, self._ports, self._policies):
+            one.close()
+
+    def source(self, rule: int) -> str:
+        """Where a rule that the kernel named comes from (PolicyRule.source); "": not of ours."""
+        return next((source for source, number in self._sources.items() if number == rule), "")
+
+    def replace(self, sections: Mapping[SectionKey, PodSection]) -> dict[SectionKey, str]:
+        """These and no others; returns which could not be taken, and why."""
+        known = self._mtls.keys() | self._policy.keys()
+        refused = self._change(sections, known - sections.keys(), set(self._in_force))
+        self._left += self._adopted
+        self._adopted = []
+        wanted = self._wanted_ports()
+        for stale in [port for port, _ in self._ports.items() if port not in wanted]:
+            self._ports.remove(stale)
+        return refused
+
+    def apply(
+        self, put: Mapping[SectionKey, PodSection], remove: Iterable[SectionKey] = ()
+    ) -> dict[SectionKey, str]:
+        """Add, change and remove; unknown keys to remove are ignored. Returns which could not be
+        taken, and why: then the pod's ports are STRICT, or everything is refused to it and from it
+        but what the node itself opens."""
+        return self._change(put, remove, set())
+
+    def _change(
+        self,
+        put: Mapping[SectionKey, PodSection],
+        remove: Iterable[SectionKey],
+        touched: set[Address],
+    ) -> dict[SectionKey, str]:
+        self._reclaim()
+        refused: dict[SectionKey, str] = {}
+        ports: list[Target] = []
+        former: list[_Mtls | _Policy | None] = []
+        for key in (*remove, *put):
+            former += self._mtls.pop(key, None), self._policy.pop(key, None)
+        for key, section in put.items():
+            try:
+                if isinstance(section, PolicySection):
+                    self._put_policy(key, section)
+                elif section.local:
+                    self._put_mtls(key, section)
+            except (_Refused, ValueError) as error:
+                refused[key] = f"everything is refused to it and from it: {error}"
+            except OSError as error:
+                refused[key] = f"the kernel's maps do not take it: {error.strerror}"
+            for made in (self._mtls.get(key), self._policy.get(key)):
+                touched |= made.addresses if made is not None else frozenset()
+        for one in former:
+            touched |= one.addresses if one is not None else frozenset()
+            if isinstance(one, _Policy):
+                self._leave(one)
+            elif one is not None:
+                ports += one.ports
+        self._settle(touched)
+        for port in set(ports) - self._wanted_ports() if ports else ():
+            self._ports.remove(port)
+        return refused
+
+    def _put_mtls(self, key: SectionKey, workload: WorkloadSection) -> None:
+        addresses = frozenset(map(Address.of, workload.addresses))
+        ports = {
+            Target(address.packed, port, 0): int(mode == "STRICT")
+            for address in addresses
+            for port, mode in workload.mtls_ports.items()
+        }
+        self._mtls[key] = _Mtls(addresses, layout.POD_STRICT, {})
+        self._ports.put_all((port, Number(strict)) for port, strict in ports.items())
+        flags = layout.POD_STRICT if workload.mtls == "STRICT" else 0
+        self._mtls[key] = _Mtls(addresses, flags | (layout.POD_MTLS_PORTS if ports else 0), ports)
+
+    def _wanted_ports(self) -> set[Target]:
+        return {port for mtls in self._mtls.values() for port in mtls.ports}
+
+    def _put_policy(self, key: SectionKey, section: PolicySection) -> None:
+        addresses = frozenset(map(Address.of, section.addresses))
+        # Whatever becomes of it, nobody is let through by what was in force before.
+        self._policy[key] = _Policy(addresses, _NO_RULES, _ALL_DENIED)
+        number = self._set(section)
+        flags = _flags(section.egress) | _flags(section.ingress) << layout.POD_INGRESS_SHIFT
+        self._policy[key] = _Policy(addresses, number, flags)
+
+    # --- sets of rules ----------------------------------------------------------------------------
+
+    def _set(self, section: PolicySection) -> int:
+        """The number of the set that says what a policy does; one more uses it."""
+        rules = section.egress, section.ingress
+        number = self._sets.get(rules)
+        if number is None:
+            number = next(self._numbers)
+            self._keys[number] = []
+            try:
+                self._write(number, section)
+            except (_Refused, OSError):
+                self._left.append(number)
+                raise
+            self._sets[rules] = number
+        self._uses[number] += 1
+        return number
+
+    def _write(self, number: int, section: PolicySection) -> None:
+        keys = self._keys[number]
+        egress = entries(section.egress, layout.EGRESS)
+        for entry in chain(egress, entries(section.ingress, layout.INGRESS)):
+            if len(keys) == MAX_ENTRIES:
+                raise _Refused(f"its rules come to more than {MAX_ENTRIES} entries of the kernel's")
+            direction = section.ingress if entry.direction else section.egress
+            source = direction.rules[entry.rule].source
+            rule = self._sources.setdefault(source, len(self._sources) + 1)
+            port = entry.port.to_bytes(2, "big")
+            key = PolicyKey(
+                entry.bits, number, entry.identity, entry.direction, entry.protocol, port
+            )
+            keys.append(key)
+            self._policies.put(key, Policy(entry.flags, rule))
+
+    def _leave(self, policy: _Policy) -> None:
+        """A pod less that uses a set."""
+        if policy.number != _NO_RULES:
+            self._uses[policy.number] -= 1
+            if not self._uses[policy.number]:
+                self._left.append(policy.number)
+
+    def _reclaim(self) -> None:
+        """What earlier changes left: no program is still reading it."""
+        for number in self._left:
+            if not self._uses[number]:
+                del self._uses[number]
+                for key in self._keys.pop(number, ()):
+                    self._policies.remove(key)
+        self._left.clear()
+        self._sets = {rules: number for rules, number in self._sets.items() if number in self._keys}
+
+    # --- modes and policies together --------------------------------------------------------------
+
+    def _settle(self, touched: Iterable[Address]) -> None:
+        """Puts in force for these addresses what is known now. An address that two pods claim is
+        the later one's."""
+        modes = {address: one for one in self._mtls.values() for address in one.addresses}
+        policies = {address: one for one in self._policy.values() for address in one.addresses}
+        for address in touched:
+            mode, policy = modes.get(address), policies.get(address)
+            number, flags = (policy.number, policy.flags) if policy else (_NO_RULES, 0)
+            pod = Pod(number, flags | (mode.flags if mode else 0))
+            if pod.flags:
+                self._pods.put(address, pod)
+                self._in_force[address] = pod
+            elif self._in_force.pop(address, None) is not None:
+                self._pods.remove(address)
+
+
+def _flags(direction: Direction) -> int:
+    policed = layout.POD_POLICED if direction.default_deny or direction.rules else 0
+    deny = layout.POD_DEFAULT_DENY if direction.default_deny else 0
+    return policed | deny | (layout.POD_AUDIT if direction.audit else 0)

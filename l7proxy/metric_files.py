@@ -1,0 +1,89 @@
+"""Files for metrics whose space is there before anything is written to it.
+
+prometheus_client maps sparse files into memory: on a full disk the first write to a page without a
+block ends the process (SIGBUS). Here files are allocated before they are mapped. A value that gets
+no place counts in memory, where nobody sees it, and moves into the file, whole, once there is room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+
+from prometheus_client.mmap_dict import (
+    _INITIAL_MMAP_SIZE,
+    MmapedDict,
+    _pack_two_doubles,
+)
+
+_log = logging.getLogger("weft.metrics")
+
+# Between two tries to find room again, in seconds.
+_RETRY_S = 1.0
+
+
+class AllocatedDict(MmapedDict):
+    """prometheus_client's dict of values by key, in a file; the values themselves are kept by their
+    owners, who write them here."""
+
+    _retry_at = 0.0  # once there was no room, for all files
+
+    def __init__(self, filename: str, read_mode: bool = False) -> None:
+        self._name = filename
+        self._opened = False
+        self._positions: dict[str, int] = {}
+        self._placed("")
+
+    def read_value(self, key: str) -> tuple[float, float]:
+        if not self._placed(key):
+            return 0.0, 0.0
+        return super().read_value(key)  # type: ignore[no-untyped-call,no-any-return]
+
+    def write_value(self, key: str, value: float, timestamp: float) -> None:
+        position = self._positions.get(key)
+        if position is None:
+            if time.monotonic() < self._retry_at or not self._placed(key):
+                return
+            position = self._positions[key]
+        _pack_two_doubles(self._m, position, value, timestamp)  # type: ignore[no-untyped-call]
+
+    def _placed(self, key: str) -> bool:
+        """Make the file, and give `key` a place in it; whether there is room."""
+        try:
+            if not self._opened:
+                self._open()
+            if key and key not in self._positions:
+                self._init_value(key)
+        except OSError as error:
+            if not AllocatedDict._retry_at:
+                _log.error(
+                    "cannot keep metrics in %s: %s: those without room are not seen until there is",
+                    os.path.abspath(self._name),
+                    error.strerror,
+                )
+            AllocatedDict._retry_at = time.monotonic() + _RETRY_S
+            return False
+        return True
+
+    def _open(self) -> None:
+        if not os.path.exists(self._name):
+            # Under another name first: who reads all files must not find one that is empty.
+            new = f"{self._name}.new"
+            try:
+                with open(new, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, _INITIAL_MMAP_SIZE)
+                os.rename(new, self._name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(new)
+                raise
+        super().__init__(self._name)  # type: ignore[no-untyped-call]
+        self._opened = True
+
+    def _init_value(self, key: str) -> None:
+        # An entry is its key in UTF-8, padded, and 28 bytes at most beside it.
+        if self._used + len(key.encode()) + 28 > self._capacity:
+            os.posix_fallocate(self._f.fileno(), 0, 2 * self._capacity)
+        super()._init_value(key)  # type: ignore[no-untyped-call]

@@ -1,0 +1,191 @@
+"""Mutual TLS between the nodes of a lab: what is on the wire, and who is let in without it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from bpf_world import needs_bpf
+from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
+
+pytestmark = [needs_root, needs_bpf]
+
+MARKER = "in-plain-sight"
+ECHO, STRICT = "10.244.1.3", "10.244.1.4"
+# HTTP: the path is the answer. TCP: an echo.
+_WEB = """
+import http.server
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", str(len(self.path)))
+        self.end_headers()
+        self.wfile.write(self.path.encode())
+http.server.ThreadingHTTPServer.address_family = 10
+http.server.ThreadingHTTPServer(("::", 8080), Handler).serve_forever()
+"""
+_ECHO = """
+import socket, threading
+def serve(connection):
+    while data := connection.recv(65536):
+        connection.sendall(data)
+    connection.close()
+server = socket.create_server(("::", 9000), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    threading.Thread(target=serve, args=(server.accept()[0],)).start()
+"""
+# What came back of a TCP connection, and whether it ended in order.
+_SAY = """
+import socket, sys
+host, port, text = sys.argv[1], int(sys.argv[2]), sys.argv[3].encode()
+try:
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(text)
+        connection.shutdown(socket.SHUT_WR)
+        back = b""
+        while data := connection.recv(65536):
+            back += data
+    print("same" if back == text else "other", len(back))
+except OSError as error:
+    print(type(error).__name__)
+"""
+# All packets on an interface, from when it says so until its input ends; as hexadecimal.
+_CAPTURE = """
+import select, socket, sys
+link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+link.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
+link.bind((sys.argv[1], 0))
+print("ready", flush=True)
+ending = False
+while True:
+    ready, _, _ = select.select([link] if ending else [link, 0], [], [], 0 if ending else None)
+    if link in ready:
+        print(link.recv(65536).hex())
+    elif ending:
+        break
+    elif 0 in ready:
+        ending = True
+"""
+CONFIG = f"""
+nodes: [{{name: a}}, {{name: b}}]
+pods:
+  - name: web
+    node: b
+    serviceAccount: web
+    command: [python3, -c, {json.dumps(_WEB)}]
+    ports: [{{name: http, port: 8080}}]
+  - name: echo
+    node: b
+    serviceAccount: echo
+    command: [python3, -c, {json.dumps(_ECHO)}]
+    ports: [{{name: tcp-echo, port: 9000}}]
+  - name: strict
+    node: b
+    serviceAccount: echo
+    annotations: {{weft.dev/mtls: STRICT}}
+    command: [python3, -c, {json.dumps(_ECHO)}]
+    ports: [{{name: tcp-echo, port: 9000}}]
+  - {{name: client, node: a, serviceAccount: client}}
+  - {{name: plain, node: a, labels: {{app: plain, weft.dev/mesh: disabled}}}}
+services:
+  - {{name: web, ports: [{{name: http, port: 80, targetPort: http}}]}}
+  - {{name: echo, ports: [{{name: tcp, port: 9000, targetPort: tcp-echo}}]}}
+  - {{name: strict, ports: [{{name: tcp, port: 9000, targetPort: tcp-echo}}]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with lab_of(tmp_path_factory.mktemp("lab"), "tn", CONFIG) as lab:
+        done = lab.up()
+        assert done.returncode == 0, done.stderr
+        yield lab
+
+
+@contextlib.contextmanager
+def captured(lab: Lab) -> Iterator[list[bytes]]:
+    """The packets on node a's link to the others, once the block has ended."""
+    program = (sys.executable, "-c", _CAPTURE, "eth0")
+    packets: list[bytes] = []
+    with subprocess.Popen(
+        ("ip", "netns", "exec", f"weft.{lab.name}.node.a", *program),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield packets
+        output, _ = process.communicate(timeout=LIMIT_S)
+    packets += [bytes.fromhex(line) for line in output.split()]
+
+
+def flows(lab: Lab, node: str, *filters: str) -> list[dict[str, object]]:
+    done = lab.node(node, "observe", "--last", "100", "-o", "json", *filters)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def refused(lab: Lab) -> int:
+    """How often something was, because it was plain: by a pod's filter or by a proxy."""
+    told = [flow for node in "ab" for flow in flows(lab, node, "--verdict", "DROPPED")]
+    return sum(str(flow.get("reason")).lower() == "mtls_required" for flow in told)
+
+
+def say(lab: Lab, pod: str, host: str, text: str = MARKER) -> str:
+    return lab.python(pod, _SAY, host, "9000", text)
+
+
+def test_nothing_is_readable_on_the_link_between_nodes(lab: Lab) -> None:
+    with captured(lab) as packets:
+        done = lab.run("client", "curl", "-sS", "-m", "10", f"http://web/{MARKER}")
+        assert (done.stdout, done.stderr) == (f"/{MARKER}", "")
+        assert say(lab, "client", "echo") == f"same {len(MARKER)}"
+        assert say(lab, "client", "echo", 8192 * MARKER) == f"same {8192 * len(MARKER)}"
+    tls = [packet for packet in packets if b"\x3a\xa0" in packet[34:58]]  # port 15008
+    assert len(tls) > 20
+    assert not [packet for packet in packets if MARKER[:8].encode() in packet]
+    # The hellos can be read: version 1.3 was chosen (supported_versions), and whom it is for.
+    hellos = b"".join(tls)
+    assert b"\x00\x2b\x00\x02\x03\x04" in hellos
+    assert b"weft/1" in hellos
+    assert b"sa.web.ns.default.cluster.local" in hellos
+    assert b"sa.client" not in hellos  # certificates are encrypted
+
+
+@pytest.mark.parametrize("plain", ["plain", "node/a"])
+def test_plain_clients_are_seen_and_taken_by_permissive_pods_only(lab: Lab, plain: str) -> None:
+    """A pod that is not in the mesh, and a process that is in no pod."""
+    with captured(lab) as packets:
+        assert say(lab, plain, ECHO) == f"same {len(MARKER)}"
+    assert [packet for packet in packets if MARKER.encode() in packet]  # so the capture can see
+    assert say(lab, "client", "strict") == f"same {len(MARKER)}"
+    before = refused(lab)
+    assert say(lab, plain, STRICT) in ("ConnectionResetError", "ConnectionRefusedError")
+    until(lambda: refused(lab) > before)
+
+
+def test_both_nodes_tell_who_it_was(lab: Lab) -> None:
+    client, echo = ("spiffe://cluster.local/ns/default/sa/" + name for name in ("client", "echo"))
+    for node in "ab":
+
+        def told(node: str = node) -> list[object]:
+            return [
+                (flow["encryption"], flow["source"]["spiffe_id"], flow["destination"]["spiffe_id"])  # type: ignore[index]
+                for flow in flows(lab, node, "--from", "default/client", "--to", "default/echo")
+                if flow.get("encryption")
+            ]
+
+        until(lambda told=told: ("mtls", client, echo) in told())
+
+
+def test_an_identity_that_goes_takes_its_connections_with_it(lab: Lab) -> None:
+    assert lab.weft("stop", "echo").returncode == 0
+    until(lambda: say(lab, "client", "echo") in ("ConnectionResetError", "ConnectionRefusedError"))
+    assert lab.weft("start", "echo").returncode == 0
+    until(lambda: say(lab, "client", "echo") == f"same {len(MARKER)}")

@@ -1,0 +1,383 @@
+"""L3 and L4 policy at pods' interfaces: who passes, by which rule, and what becomes of open
+connections when that changes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+from bpf_world import needs_bpf
+from pod_world import (
+    LINK,
+    NODE,
+    OUT,
+    A,
+    B,
+    PodWorld,
+    arrived,
+    checksum,
+    pod_world,
+)
+
+from mesh.model.identity import FIRST_CIDR, Reserved
+from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
+
+pytestmark = needs_bpf
+
+VERSIONS = (4, 6)
+ID = {"a": 300, "b": 301}
+ADDRESSES = {"a": tuple(A.values()), "b": tuple(B.values())}
+DENIED = ("ECONNREFUSED", {"POLICY_DENIED": 1, "RESET": 1})
+ANSWERED = ("answered", {})
+WORLD = frozenset({Reserved.WORLD})
+NOTHING = Direction()
+A_ONLY = frozenset({ID["a"]})
+KNOWN = {
+    **{
+        f"workload/shop/{name}": WorkloadSection(
+            "shop", name, ADDRESSES[name], node="n1", local=True, identity=ID[name]
+        )
+        for name in ID
+    },
+    "node/n1": NodeSection("n1", (*NODE.values(), *LINK.values())),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PodWorld]:
+    with pod_world(tmp_path_factory.mktemp("policy")) as world:
+        yield world
+
+
+def allow(peers: frozenset[int] | None = None, *ports: PortRange, **more: bool) -> PolicyRule:
+    return PolicyRule("NetworkPolicy shop/x ingress[0]", peers, ports, **more)
+
+
+def policy(
+    name: str = "b", ingress: Direction = NOTHING, egress: Direction = NOTHING
+) -> dict[str, object]:
+    made = PolicySection("shop", name, ID[name], ADDRESSES[name], ingress, egress)
+    return {f"policy/shop/{name}": made}
+
+
+def only(*rules: PolicyRule) -> Direction:
+    return Direction(default_deny=True, rules=rules)
+
+
+def tcp(port: int, last: int = 0) -> PortRange:
+    return PortRange("TCP", port, last or port)
+
+
+# Of what may reach b, who does: the other pod, somebody elsewhere.
+_INGRESS = {
+    "no policy": (Direction(), True, True),
+    "nobody": (only(), False, False),
+    "everybody": (only(allow()), True, True),
+    "a pod": (only(allow(A_ONLY)), True, False),
+    "the world": (only(allow(WORLD)), False, True),
+    "deny alone": (Direction(rules=(allow(WORLD, deny=True),)), True, False),
+    "deny above allow": (only(allow(), allow(A_ONLY, deny=True)), False, True),
+    "deny everybody above allow": (only(allow(A_ONLY), allow(deny=True)), False, False),
+    "by mutual TLS or here": (only(allow(authenticated=True)), True, False),
+    "only requests": (only(PolicyRule("x", None, (), http=())), False, False),
+    "audit": (Direction(default_deny=True, audit=True), True, True),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("case", _INGRESS)
+def test_ingress(world: PodWorld, case: str, version: int) -> None:
+    ingress, pod, elsewhere = _INGRESS[case]
+    world.enforce({**KNOWN, **policy(ingress=ingress)})
+    told = ("answered", {"POLICY_AUDIT": 1}) if case == "audit" else ANSWERED
+    with world.listen("b", B[version]) as server:
+        assert world.attempt("a", server) == (told if pod else DENIED)
+        assert world.attempt("out", server) == (told if elsewhere else DENIED)
+        # The node itself, its probes and proxies, always.
+        assert world.attempt("node", server) == ANSWERED
+    # What b opens is answered whatever may reach it.
+    with world.listen("out", OUT[version]) as server:
+        assert world.attempt("b", server) == ANSWERED
+
+
+_EGRESS = {
+    "nowhere": (only(), False, False, False),
+    "a pod": (only(allow(A_ONLY)), True, False, False),
+    "the world": (only(allow(WORLD)), False, True, False),
+    "the node": (only(allow(frozenset({Reserved.HOST}))), False, False, True),
+    "deny the world": (Direction(rules=(allow(WORLD, deny=True),)), True, False, True),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("case", _EGRESS)
+def test_egress(world: PodWorld, case: str, version: int) -> None:
+    egress, pod, elsewhere, node = _EGRESS[case]
+    world.enforce({**KNOWN, **policy(egress=egress)})
+    for where, address, allowed in (
+        ("a", A, pod),
+        ("out", OUT, elsewhere),
+        ("node", NODE, node),
+    ):
+        with world.listen(where, address[version]) as server:
+            assert world.attempt("b", server) == (ANSWERED if allowed else DENIED), where
+    # Answers are no connections of b's own, to the node's probes either.
+    with world.listen("b", B[version]) as server:
+        for where in ("a", "out", "node"):
+            assert world.attempt(where, server) == ANSWERED, where
+
+
+@pytest.mark.parametrize(
+    ("ports", "allowed"),
+    [
+        ((tcp(7001),), {7001}),
+        ((tcp(7001, 7002),), {7001, 7002}),
+        ((PortRange("UDP"),), set()),
+        ((PortRange("ANY", 7002, 65535),), {7002, 7003}),
+        ((), {7001, 7002, 7003}),
+    ],
+)
+def test_ports(world: PodWorld, ports: tuple[PortRange, ...], allowed: set[int]) -> None:
+    world.enforce({**KNOWN, **policy(ingress=only(allow(A_ONLY, *ports)))})
+    for port in (7001, 7002, 7003):
+        with world.listen("b", B[4], port) as server:
+            assert world.attempt("a", server) == (ANSWERED if port in allowed else DENIED), port
+
+
+# Addresses elsewhere, in ranges within one another.
+_RANGES = {
+    4: ("172.16.0.0/12", "172.16.5.0/24", "172.16.5.7/32"),
+    6: ("fd16::/16", "fd16:5::/32", "fd16:5::7/128"),
+}
+_WITHIN = {
+    4: ("172.20.0.1", "172.16.5.1", "172.16.5.7"),
+    6: ("fd16:1::1", "fd16:5::1", "fd16:5::7"),
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_smallest_range_is_who_an_address_is(world: PodWorld, version: int) -> None:
+    numbers = [FIRST_CIDR + place for place in range(3)]
+    ranges = {
+        f"cidr/{cidr}": CidrSection(cidr, number)
+        for cidr, number in zip(_RANGES[version], numbers, strict=True)
+    }
+    for address in _WITHIN[version]:
+        world.add_address("out", address)
+    # All of the widest, but for the range in it, of which one address is allowed again.
+    ingress = only(allow(frozenset({numbers[0], numbers[2]})))
+    with world.listen("b", B[version]) as server:
+        world.enforce({**KNOWN, **ranges, **policy(ingress=ingress)})
+        outcomes = [world.attempt("out", server, address) for address in _WITHIN[version]]
+        assert outcomes == [ANSWERED, DENIED, ANSWERED]
+        assert world.attempt("out", server) == DENIED
+        # Without the smallest range, its address is of the next one.
+        del ranges[f"cidr/{_RANGES[version][2]}"]
+        world.enforce({**KNOWN, **ranges, **policy(ingress=ingress)})
+        assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_pod_is_no_part_of_a_range(world: PodWorld, version: int) -> None:
+    everything = CidrSection("::/0" if version == 6 else "0.0.0.0/0", FIRST_CIDR)
+    ingress = only(allow(frozenset({FIRST_CIDR})))
+    world.enforce({**KNOWN, "cidr/all": everything, **policy(ingress=ingress)})
+    with world.listen("b", B[version]) as server:
+        assert world.attempt("out", server) == ANSWERED
+        assert world.attempt("a", server) == DENIED
+    # "::/0" is not about IPv4.
+    other = 10 - version
+    with world.listen("b", B[other]) as server:
+        assert world.attempt("out", server) == DENIED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_datagrams(world: PodWorld, version: int) -> None:
+    with (
+        world.udp("b", B[version], 7010) as server,
+        world.udp("b", B[version], 7011) as other,
+        world.udp("a", A[version]) as a,
+        world.udp("out", OUT[version]) as out,
+    ):
+        world.enforce(
+            {**KNOWN, **policy(ingress=only(allow(A_ONLY, PortRange("UDP", 7010, 7010))))}
+        )
+        world.pass_on(a, server, b"allowed")
+        for sender, refuser in ((a, other), (out, server)):
+            before = world.counters()
+            sender.sendto(b"refused", refuser.getsockname()[:2])
+            world.await_counted(before, "POLICY_DENIED")
+        # What b sends elsewhere itself is answered.
+        world.pass_on(other, out, b"asked")
+        # A conversation that is refused from now on is so both ways, until it is allowed again.
+        world.enforce({**KNOWN, **policy(ingress=only())})
+        before = world.counters()
+        a.sendto(b"refused", server.getsockname()[:2])
+        world.await_counted(before, "POLICY_DENIED")
+        server.sendto(b"no answer either", a.getsockname()[:2])
+        world.enforce({**KNOWN, **policy(ingress=only(allow()))})
+        world.pass_on(a, server, b"again")
+        assert not any(map(arrived, (server, other, a, out)))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_open_connections_are_judged_by_the_policy_of_now(world: PodWorld, version: int) -> None:
+    world.enforce({**KNOWN})
+    with (
+        world.listen("b", B[version]) as server,
+        world.connection("out", server) as (refused, at_refused),
+        world.connection("a", server) as (stays, at_stays),
+    ):
+        world.enforce({**KNOWN, **policy(ingress=only(allow(A_ONLY)))})
+        # Either end: both are told at once that it has ended.
+        refused.sendall(b"too late")
+        with pytest.raises(ConnectionResetError):
+            refused.recv(1)
+        at_refused.sendall(b"too late as well")
+        with pytest.raises(ConnectionResetError):
+            at_refused.recv(1)
+        stays.sendall(b"still allowed")
+        assert at_stays.recv(100) == b"still allowed"
+        at_stays.sendall(b"both ways")
+        assert stays.recv(100) == b"both ways"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_policy_finds_out_who_had_opened_a_connection(world: PodWorld, version: int) -> None:
+    """Connections that b had opened before nothing may reach it go on, and so do those opened to it
+    when it may reach nothing."""
+    world.enforce({**KNOWN})
+    with (
+        world.listen("b", B[version]) as server,
+        world.listen("out", OUT[version]) as elsewhere,
+        world.connection("out", server) as (inward, at_b),
+        world.connection("b", elsewhere) as (outward, at_out),
+    ):
+        for section, near, far in (
+            (policy(ingress=only()), at_out, outward),
+            (policy(egress=only()), inward, at_b),
+        ):
+            world.enforce({**KNOWN, **section})
+            for sender, receiver in ((near, far), (far, near)):
+                sender.sendall(b"on and on")
+                assert receiver.recv(100) == b"on and on"
+        outward.sendall(b"refused")
+        with pytest.raises(ConnectionResetError):
+            outward.recv(1)
+
+
+def test_a_change_of_who_somebody_is_reaches_open_connections(world: PodWorld) -> None:
+    allowed = policy(ingress=only(allow(A_ONLY)))
+    world.enforce({**KNOWN, **allowed})
+    with (
+        world.listen("b", B[4]) as server,
+        world.connection("a", server) as (client, accepted),
+    ):
+        client.sendall(b"as a")
+        assert accepted.recv(100) == b"as a"
+        # Its labels have changed.
+        known = KNOWN["workload/shop/a"]
+        other = WorkloadSection("shop", "a", known.addresses, "n1", local=True, identity=302)
+        world.enforce({**KNOWN, **allowed, "workload/shop/a": other})
+        client.sendall(b"as somebody else")
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+        assert not arrived(accepted)
+
+
+def test_a_connection_that_has_no_flow_is_judged_by_its_packets(world: PodWorld) -> None:
+    """What was open before anything was tracked, or was forgotten, opens no way back."""
+    world.enforce({**KNOWN})
+    with (
+        world.listen("b", B[4]) as server,
+        world.connection("out", server) as (client, accepted),
+    ):
+        world.forget_flows()
+        client.sendall(b"allowed")
+        assert accepted.recv(100) == b"allowed"
+        accepted.sendall(b"allowed too")
+        assert client.recv(100) == b"allowed too"
+        world.enforce({**KNOWN, **policy(ingress=only())})
+        # b may send, and nothing may come to b for it.
+        accepted.sendall(b"not acknowledged")
+        assert client.recv(100) == b"not acknowledged"
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+def test_a_policy_that_is_too_large_refuses_everything_to_its_pod_alone(world: PodWorld) -> None:
+    huge = frozenset(range(1000, 1000 + 20_000))
+    sections = {**KNOWN, **policy(ingress=Direction(rules=(allow(huge),)))}
+    refused = world.enforcement.replace(sections)
+    assert refused == {
+        "policy/shop/b": "everything is refused to it and from it: its rules come to more than "
+        "16384 entries of the kernel's"
+    }
+    with world.listen("b", B[4]) as server:
+        assert world.attempt("a", server) == DENIED
+        assert world.attempt("node", server) == ANSWERED
+    with world.listen("a", A[4]) as server:
+        assert world.attempt("b", server) == DENIED
+        assert world.attempt("out", server) == ANSWERED
+    world.enforce({**KNOWN, **policy(ingress=only(allow(A_ONLY)))})
+    with world.listen("b", B[4]) as server:
+        assert world.attempt("a", server) == ANSWERED
+
+
+# --- what has no ports ---------------------------------------------------------------------------
+
+
+class Pinger:
+    """Echo requests from a namespace."""
+
+    def __init__(self, world: PodWorld, where: str, address: str) -> None:
+        self.version = 6 if ":" in address else 4
+        protocol = socket.IPPROTO_ICMPV6 if self.version == 6 else socket.IPPROTO_ICMP
+        family = socket.AF_INET6 if self.version == 6 else socket.AF_INET
+        with world.inside(where):
+            self.socket = socket.socket(family, socket.SOCK_RAW, protocol)
+        self.socket.bind((address, 0))
+        self.socket.settimeout(5)
+
+    def ask(self, destination: str, number: int = 77) -> None:
+        kind = 128 if self.version == 6 else 8
+        packet = struct.pack("!BBHHH", kind, 0, 0, number, 1)
+        if self.version == 4:
+            packet = packet[:2] + struct.pack("!H", checksum(packet)) + packet[4:]
+        self.socket.sendto(packet, (destination, 0))
+
+    def answer(self, number: int = 77) -> bool:
+        """Until it comes."""
+        reply = 129 if self.version == 6 else 0
+        while True:
+            data = self.socket.recv(2000)
+            data = data[20:] if self.version == 4 else data
+            if data[0] == reply and data[4:6] == struct.pack("!H", number):
+                return True
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pings(world: PodWorld, version: int) -> None:
+    protocol = "ICMPv6" if version == 6 else "ICMP"
+    request = PortRange(protocol, 128 if version == 6 else 8, 128 if version == 6 else 8)
+    out, b = Pinger(world, "out", OUT[version]), Pinger(world, "b", B[version])
+    node = Pinger(world, "node", NODE[version])
+    with out.socket, b.socket, node.socket:
+        world.enforce({**KNOWN, **policy(ingress=only(allow(None, tcp(80))))})
+        before = world.counters()
+        out.ask(B[version])
+        world.await_counted(before, "POLICY_DENIED")
+        # Its own are answered, and the node's.
+        b.ask(OUT[version])
+        assert b.answer()
+        node.ask(B[version])
+        assert node.answer()
+        world.enforce({**KNOWN, **policy(ingress=only(allow(None, request)), egress=only())})
+        out.ask(B[version])
+        assert out.answer()
+        before = world.counters()
+        b.ask(OUT[version], 78)
+        world.await_counted(before, "POLICY_DENIED")

@@ -1,0 +1,333 @@
+"""Identities of tunnels over time: whose connections are shared, what ends them, how they are
+renewed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from loops import on_both_loops
+from support.http1 import raw_backend
+from support.mesh import CLIENT, ask, connected, mesh_route, service
+from support.proxy import backend, fetch, get, http_port, ok, read_message, route, rule, to
+from support.two_nodes import (
+    GATEWAY,
+    WEB,
+    Authority,
+    TwoNodes,
+    life,
+    spiffe,
+    two_nodes,
+)
+from test_mesh_flows import agent_of
+from test_mesh_relay import echo
+
+from l7proxy import metrics
+from mesh.model.section import svid_key, workload_key
+
+OTHER = "127.0.1.2"
+
+
+def counted(reason: str) -> float:
+    return float(metrics.TUNNEL_FAILURES.labels(reason)._value.get())
+
+
+def tunnels(direction: str) -> float:
+    return float(metrics.TUNNELS.labels(direction)._value.get())
+
+
+@asynccontextmanager
+async def echoing(
+    nodes: TwoNodes,
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A TCP tunnel in use."""
+    async with raw_backend(echo) as web, connected(nodes.relay(web)) as (reader, writer):
+        writer.write(b"a")
+        assert await reader.read(1) == b"a"
+        yield reader, writer
+
+
+async def ended_by_reset(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await reader.read(1) != b""
+    except ConnectionResetError:
+        return True
+
+
+# --- whose they are -------------------------------------------------------------------------------
+
+
+async def test_pods_never_share_connections_though_their_service_account_is_one():
+    async with two_nodes() as nodes, backend() as web, agent_of(nodes.b) as agent:
+        nodes.pod("other", OTHER, "a", service_account="client")
+        nodes.a.origins.steer(OTHER)
+        port = nodes.http(web.port)
+        for client in (CLIENT, OTHER, CLIENT, OTHER):
+            assert (await ask(port, client=client)).status == 200
+        assert web.connections == 2
+        await nodes.a.close()
+        flows = await agent.records(2)
+        assert {flow.source.address for flow in flows} == {CLIENT, OTHER}
+
+
+async def test_a_gateway_has_an_identity_of_its_own():
+    async with two_nodes() as nodes, backend() as web, agent_of(nodes.b) as agent:
+        port = nodes.http(web.port)
+        assert (await ask(port)).status == 200
+        outside = nodes.a.listen_outside()
+        put = http_port(outside) | route("r", rule(to("web")))
+        assert nodes.a.apply(put) == {}
+        assert (await fetch(outside, get("/", "a"))).status == 200
+        assert web.connections == 2  # it does not use the workload's
+        log = await nodes.a.close()
+        assert [line["client_identity"] for line in log] == [spiffe("client"), GATEWAY]
+        flows = await agent.records(2)
+        assert {flow.source.spiffe_id for flow in flows} == {spiffe("client"), GATEWAY}
+
+
+async def test_modes_say_what_is_plain():
+    async with two_nodes() as nodes, backend() as web, agent_of(nodes.a) as agent:
+        port = nodes.http(web.port)
+        asked = 0
+
+        async def encryption() -> str:
+            nonlocal asked
+            message = await ask(port)
+            asked += 1
+            flow = (await agent.records(asked))[-1]
+            return flow.encryption if message.status == 200 else flow.reason
+
+        assert await encryption() == "mtls"
+        nodes.pod("web", WEB, "b", mtls="DISABLE")
+        assert await encryption() == "none"
+        nodes.pod("web", WEB, "b", mtls="DISABLE", mtls_ports={web.port: "STRICT"})
+        assert await encryption() == "mtls"
+        nodes.pod("web", WEB, "b", mtls="STRICT", mtls_ports={web.port: "DISABLE"})
+        assert await encryption() == "none"
+        # Nobody can vouch for it: plain, unless that is not allowed.
+        nodes.pod("web", WEB, "b", spiffe_id="")
+        assert await encryption() == "none"
+        nodes.pod("web", WEB, "b", spiffe_id="", mtls="STRICT")
+        assert await encryption() == "mtls_required"
+        # Nor for who asks.
+        nodes.pod("web", WEB, "b")
+        nodes.pod("client", CLIENT, "a", spiffe_id="")
+        assert await encryption() == "none"
+        nodes.pod("web", WEB, "b", mtls="STRICT")
+        assert await encryption() == "mtls_required"
+        # Both on one node: attested by its kernel.
+        nodes.pod("client", CLIENT, "a")
+        nodes.pod("web", WEB, "a", mtls="STRICT")
+        assert await encryption() == "local"
+        nodes.pod("web", WEB, "a", spiffe_id="")
+        assert await encryption() == "none"
+
+
+async def test_a_node_without_an_authority_connects_plainly_but_not_to_strict_ports():
+    async with two_nodes() as nodes, backend() as web:
+        port = nodes.http(web.port)
+        nodes.a.apply(
+            {}, ("settings", "bundle/cluster.local", svid_key(GATEWAY), svid_key(spiffe("client")))
+        )
+        assert (await ask(port)).status == 200
+        nodes.pod("web", WEB, "b", mtls="STRICT")
+        before = counted("mtls_required")
+        assert (await ask(port)).status == 503
+        assert counted("mtls_required") == before + 1
+        assert web.connections == 1
+
+
+# --- who is told ----------------------------------------------------------------------------------
+
+FORGED = ("X-Forwarded-Client-Cert: URI=forged", "X-Forwarded-For: 6.6.6.6")
+
+
+async def test_backends_are_told_the_client_where_the_workload_asks_for_it():
+    async with two_nodes() as nodes, backend() as web:
+        port = nodes.http(web.port)
+        await ask(port, get("/", "web", *FORGED))
+        assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", "6.6.6.6")]
+        nodes.pod("web", WEB, "b", client_headers=True)
+        await ask(port, get("/", "web", *FORGED))
+        told = ("x-forwarded-client-cert", f"URI={spiffe('client')}")
+        assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", CLIENT), told]
+        outside = nodes.a.listen_outside()
+        assert nodes.a.apply(http_port(outside) | route("r", rule(to("web")))) == {}
+        await fetch(outside, get("/", "a", *FORGED))
+        own = [one for one in web.requests[-1].headers if one[0].startswith("x-forwarded-")]
+        assert ("x-forwarded-client-cert", f"URI={GATEWAY}") in own
+        assert ("x-forwarded-for", "127.0.0.1") in own
+
+
+async def test_a_route_tells_the_identity_of_the_section_and_no_other():
+    async with two_nodes() as nodes, backend() as web:
+        port = nodes.http(web.port)
+        nodes.a.apply(mesh_route("r", rule(to("web")), client_headers=True))
+        nodes.a.apply(service(producers=True))
+        nodes.pod("client", CLIENT, "a", spiffe_id="spiffe://cluster.local/ns/shop/sa/x")
+        nodes.hold("a", "x")
+        await ask(port, get("/", "web", *FORGED))
+        told = ("x-forwarded-client-cert", "URI=spiffe://cluster.local/ns/shop/sa/x")
+        assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", CLIENT), told]
+
+
+# --- what ends them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("node", "key", "reason"),
+    [
+        ("a", workload_key("shop", "client"), "source_changed"),
+        ("a", workload_key("shop", "web"), "destination_changed"),
+        ("a", svid_key(spiffe("client")), "svid_missing"),
+        ("a", "bundle/cluster.local", "wrong_trust_domain"),
+        ("b", workload_key("shop", "client"), "pod_unknown"),
+        ("b", workload_key("shop", "web"), "target_unknown"),
+        ("b", svid_key(spiffe("web")), "svid_missing"),
+        ("b", "bundle/cluster.local", "wrong_trust_domain"),
+    ],
+)
+async def test_tunnels_end_with_what_they_depend_on(node: str, key: str, reason: str):
+    async with two_nodes() as nodes:
+        proxy = nodes.a if node == "a" else nodes.b
+        async with echoing(nodes) as (reader, writer):
+            before = counted(reason)
+            proxy.apply({}, ("workload/shop/nobody", "svid/spiffe://cluster.local/x"))
+            writer.write(b"b")
+            assert await reader.read(1) == b"b"
+            proxy.apply({}, (key,))
+            assert await ended_by_reset(reader)
+            assert counted(reason) == before + 1
+
+
+async def test_another_pod_behind_the_address_is_another_destination():
+    async with two_nodes() as nodes, echoing(nodes) as (reader, _):
+        nodes.pod("web", "127.0.1.9", "b")
+        nodes.pod("newer", WEB, "b", service_account="web")
+        assert await ended_by_reset(reader)
+
+
+async def test_http_ends_after_the_request_in_flight():
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(_: object) -> bytes:
+        arrived.set()
+        await go_on.wait()
+        return ok()
+
+    async with two_nodes() as nodes, backend(slowly) as web:
+        port = nodes.http(web.port)
+        asking = asyncio.ensure_future(ask(port))
+        await arrived.wait()
+        nodes.a.apply({}, (svid_key(spiffe("client")),))
+        refused = asyncio.ensure_future(ask(port))
+        go_on.set()
+        assert (await asking).status == 200
+        nodes.hold("a", "client")  # comes before the other has waited long enough
+        assert (await refused).status == 200
+        assert web.connections == 2
+
+
+# --- renewal --------------------------------------------------------------------------------------
+
+
+@on_both_loops
+async def test_http_goes_to_another_tunnel_before_a_certificate_ends():
+    """Nothing fails, and no connection is used until its end."""
+    async with two_nodes() as nodes, backend() as web:
+        port = nodes.http(web.port)
+        nodes.hold("a", "client", life(2))
+        async with connected(port) as (reader, writer):
+
+            async def request() -> None:
+                writer.write(get("/", "web").encode())
+                message = await read_message(reader)
+                assert message is not None
+                assert message.status == 200
+
+            await request()
+            assert web.connections == 1
+            nodes.hold("a", "client")
+            while web.connections == 1:
+                await request()
+            assert web.connections == 2
+
+
+async def test_tcp_outlives_its_certificates_while_both_ends_are_renewed():
+    async with two_nodes() as nodes:
+        nodes.hold("a", "client", life(2))
+        async with echoing(nodes) as (reader, writer):
+            nodes.hold("a", "client")
+            while not metrics.TUNNELS_OUTLIVING._value.get():  # at both ends, one value here
+                writer.write(b"b")
+                assert await reader.read(1) == b"b"
+            writer.write(b"c")
+            assert await reader.read(1) == b"c"
+        while metrics.TUNNELS_OUTLIVING._value.get():
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("node", "account"), [("a", "client"), ("b", "web")])
+async def test_tcp_ends_with_a_certificate_that_is_not_renewed(node: str, account: str):
+    async with two_nodes() as nodes:
+        nodes.hold(node, account, life(2))
+        async with echoing(nodes) as (reader, _):
+            assert await ended_by_reset(reader)
+
+
+async def test_everything_is_rotated_under_load_and_no_request_fails():
+    """SVIDs, the intermediate and the root, while 64 connections ask and 8 echo; at the end the old
+    root is gone, and so is whatever was made with it, but for TCP, which was proved anew."""
+    async with two_nodes() as nodes, backend() as web, raw_backend(echo) as other:
+        port = nodes.http(web.port)
+        relay = nodes.relay(other)
+        nodes.a.origins.steer()
+        done = asyncio.Event()
+        answered = 0
+        old = nodes.authority
+
+        async def asks() -> None:
+            nonlocal answered
+            async with connected(port) as (reader, writer):
+                while not done.is_set():
+                    writer.write(get("/", "web").encode())
+                    message = await read_message(reader)
+                    assert message is not None
+                    assert message.status == 200
+                    answered += 1
+
+        async def rounds(count: int) -> None:
+            target = answered + count
+            while answered < target:
+                await asyncio.sleep(0)
+
+        async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+            nodes.steer_relay(other)
+            echoes = [await stack.enter_async_context(connected(relay)) for _ in range(8)]
+            for reader, writer in echoes:
+                writer.write(b"a")
+                assert await reader.read(1) == b"a"
+            nodes.a.origins.steer()
+            for _ in range(64):
+                group.create_task(asks())
+            await rounds(200)
+            new = Authority()
+            for bundle in (old.bundle(new), new.bundle(old)):
+                nodes.a.apply(bundle)
+                nodes.b.apply(bundle)
+                nodes.authority = new
+                for node, account in (("a", "client"), ("b", "web")):
+                    nodes.hold(node, account, life(30))
+                    await rounds(200)
+            await nodes.grow_old()
+            for proxy in (nodes.b, nodes.a):
+                proxy.apply(new.bundle())
+                await rounds(200)
+            for reader, writer in echoes:
+                writer.write(b"z")
+                assert await reader.read(1) == b"z"
+            done.set()
+        assert web.connections > 64
