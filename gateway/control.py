@@ -53,6 +53,7 @@ from mesh.model.section import (
     workload_key,
 )
 from mesh.policy import tables as policy
+from mesh.policy.report import Row, rows
 
 KINDS = (
     "Namespace",
@@ -162,10 +163,14 @@ class ControlPlane:
             put,
             gone,
             _by_object(changed, _STATUSES, ("route_status", "network_policy_status")),
-            _by_object(changed, _PROBLEMS, ("route_problems",)),
+            _by_object(changed, _PROBLEMS, ("route_problems", "network_policy_problems")),
             self._options.mesh.ports.union(self._derivation.tables["ports"]),  # type: ignore[arg-type]
             dict(self._derivation.failures),
         )
+
+    def policies(self) -> tuple[Row, ...]:
+        """Whom the policies select, and which are refused."""
+        return tuple(rows(self._derivation.tables, self._derivation.indexes))
 
 
 def _by_object(

@@ -62,23 +62,29 @@ class CompiledHttp:
 
     def judge(self, head: RequestHead) -> tuple[Mend, ...] | None:
         """What is to be mended in a request that holds the rule; None: it does not."""
+        if self.mismatch(head):
+            return None
+        return tuple(
+            Mend(one.otherwise, one.name, one.value or b"")
+            for one in self._headers
+            if one.otherwise != "DENY" and one.otherwise != "LOG" and not one.holds(head)
+        )
+
+    def mismatch(self, head: RequestHead) -> str:
+        """The first thing that is not as the rule asks, in words; "": it holds."""
         if self._method is not None and not self._method.matches(head.method):
-            return None
+            return f"method {head.method.decode()} is not {self._method.source}"
         if self._path is not None and not self._path.matches(head.path):
-            return None
+            return f"path {head.path.decode()} is not {self._path.source}"
         if self._host is not None and not (
             self._host.matches(head.host) or self._host.matches(head.authority)
         ):
-            return None
-        mends = []
-        for header in self._headers:
-            if header.holds(head):
-                continue
-            if header.otherwise == "DENY":
-                return None
-            if header.otherwise != "LOG":
-                mends.append(Mend(header.otherwise, header.name, header.value or b""))
-        return tuple(mends)
+            return f"host {head.authority.decode()} is not {self._host.source}"
+        for one in self._headers:
+            if one.otherwise == "DENY" and not one.holds(head):
+                value = f": {one.value.decode()}" if one.value is not None else ""
+                return f"it has no header {one.name.decode()}{value}"
+        return ""
 
 
 def regex_size(source: str, where: str) -> int:

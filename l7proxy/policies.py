@@ -186,6 +186,12 @@ class Policies:
         egress = pod.egress if pod is not None else None
         return Asker((workload.identity,), egress, address, not workload.local)
 
+    def rules_at(self, address: str) -> tuple[Rules, Rules] | None:
+        """Ingress and egress rules of the pod of this node that has an address; None: there is no
+        such pod, or no policy selects it."""
+        pod = self._at.get(plain(address))
+        return (pod.ingress, pod.egress) if pod is not None else None
+
     # --- verdicts -------------------------------------------------------------------------------
 
     def connection(

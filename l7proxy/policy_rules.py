@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
 FREE = Verdict(True)
 
 
-class _Rule(NamedTuple):
+class CompiledRule(NamedTuple):
     rule: PolicyRule
     http: tuple[CompiledHttp, ...] | None
 
@@ -48,10 +48,10 @@ class _Relevant(NamedTuple):
 
     deny: str | None
     allow: str | None
-    http: tuple[_Rule, ...]
+    http: tuple[CompiledRule, ...]
     all_deny: str | None
     all_allow: str | None
-    all_http: tuple[_Rule, ...]
+    all_http: tuple[CompiledRule, ...]
 
 
 class Rules:
@@ -60,8 +60,8 @@ class Rules:
 
     def __init__(self, direction: Direction, where: str) -> None:
         self.direction = direction
-        self._rules = [
-            _Rule(rule, _http(rule, f"{where}.rules[{i}]"))
+        self.rules = [
+            CompiledRule(rule, _http(rule, f"{where}.rules[{i}]"))
             for i, rule in enumerate(direction.rules)
         ]
         self.asks_for_proof = any(rule.authenticated for rule in direction.rules)
@@ -137,7 +137,7 @@ class Rules:
                 self._known.clear()
             about = [
                 one
-                for one in self._rules
+                for one in self.rules
                 if (one.rule.deny or authenticated or not one.rule.authenticated)
                 and concerns(one.rule, identities, transport, port)
             ]
@@ -157,7 +157,9 @@ def _in(ports: PortRange, transport: Transport, port: int) -> bool:
     return ports.protocol in (transport, "ANY") and ports.first <= port <= ports.last
 
 
-def _sorted(rules: Iterable[_Rule]) -> tuple[str | None, str | None, tuple[_Rule, ...]]:
+def _sorted(
+    rules: Iterable[CompiledRule],
+) -> tuple[str | None, str | None, tuple[CompiledRule, ...]]:
     """The first rule that denies, the first that allows whatever is asked, and those that ask."""
     deny = next((one.rule.source for one in rules if one.rule.deny), None)
     allows = [one for one in rules if not one.rule.deny]
@@ -165,7 +167,7 @@ def _sorted(rules: Iterable[_Rule]) -> tuple[str | None, str | None, tuple[_Rule
     return deny, allow, tuple(one for one in allows if one.http is not None)
 
 
-def _match(rules: Iterable[_Rule], head: RequestHead) -> tuple[str | None, tuple[Mend, ...]]:
+def _match(rules: Iterable[CompiledRule], head: RequestHead) -> tuple[str | None, tuple[Mend, ...]]:
     """The first rule that a request holds, and what all that it holds mend."""
     source: str | None = None
     mends: dict[Mend, None] = {}

@@ -11,6 +11,7 @@ import click
 from mesh.agent.rundir import default_run_dir
 from mesh.cli.certs import certs
 from mesh.cli.lab import lab
+from mesh.cli.policy import policy
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MANIFESTS = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -138,6 +139,13 @@ def cli() -> None:
     default="cluster.local",
     show_default=True,
     help="Whose identities workloads have, with --authority.",
+)
+@click.option(
+    "--policy-audit",
+    type=click.Choice(["on", "off"]),
+    default="off",
+    show_default=True,
+    help="on: what policies would refuse passes, and is told in flow records only.",
 )
 @click.option(
     "--flow-buffer",
@@ -405,6 +413,7 @@ def version(output: str) -> None:
 
 cli.add_command(lab)
 cli.add_command(certs)
+cli.add_command(policy)
 
 
 def main() -> None:

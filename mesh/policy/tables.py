@@ -15,7 +15,7 @@ from mesh.model.derive import Index, Rule, View
 from mesh.model.meta import ObjectKey
 from mesh.model.networkpolicy import NetworkPolicy
 from mesh.model.section import SectionKey, cidr_key, policy_key
-from mesh.policy import cilium, judged, kubernetes, peers, sections, status
+from mesh.policy import audit, cilium, judged, kubernetes, peers, sections, status
 from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey
 
 # The tables whose entries are sections.
@@ -43,6 +43,7 @@ def rules(node: str, mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
         Rule("resolved", "spec_keys", sections.resolved(everything_audited)),
         Rule("judged", "spec_keys", judged.judged),
         Rule("pod_policies", "workloads", sections.pod_policies),
+        Rule("network_policy_problems", "Policy", audit.problems),
         Rule("network_policy_status", "rulebooks", status.status(mesh)),
     )
 
