@@ -60,7 +60,7 @@ WHAT = {
     "l4/cidr_l4_combined.yaml": ENFORCED,
     "l4/from_init.yaml": ENFORCED,
     "l4/icmp.yaml": ENFORCED,
-    # Processes that nobody announced are no pods; what is in force for them is the kernel's default.
+    # Processes that nobody announced are no pods; the kernel has a default for them.
     "l4/init.yaml": NO_POD_IN_SPECS,
     "l4/l4.yaml": ENFORCED,
     "l4/multi_rule.yaml": ENFORCED,

@@ -26,7 +26,10 @@ _run_dir_option = click.option(
 
 @click.group()
 def policy() -> None:
-    """NetworkPolicies and Cilium's: whom they select, and what they decide."""
+    """NetworkPolicies and Cilium's: whom they select, and what they decide.
+
+    Exit codes: 0 well, 1 refused, 2 wrong usage, 3 no gateway runs.
+    """
 
 
 @policy.command("get")
