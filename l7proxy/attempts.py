@@ -17,6 +17,7 @@ from l7proxy.entry import Reply
 from l7proxy.guard import DENIED, POLICY_DENIED, Guard
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.peers import Caller, Direct, Tunnelled, caller_identity
+from l7proxy.pool import DENIED_THERE
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
@@ -129,6 +130,8 @@ class Attempts:
         except NotAllowed:
             return _refused()
         except UpstreamError as error:
+            if error.reason == DENIED_THERE:
+                return _refused()
             metrics.UPSTREAM_FAILURES.labels(backend.label, error.reason).inc()
             # Nothing has been sent.
             return Failure(error.status, error.reason, str(error), retryable=True)

@@ -186,7 +186,7 @@ class _Exchange:
         self.record.backend = backend.label
         certificate = self._client_certificate()
         caller = self._entry.caller(self.record.client)
-        if caller.gateway:
+        if caller.gateway and caller.client:
             caller = caller._replace(told=self._shared.policies.told_as(caller.client))
         self._guard = guard = Guard(self._shared.policies, caller, self._sent, self.record)
         for mirror in (*rule.mirrors, *backend.mirrors):

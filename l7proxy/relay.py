@@ -22,6 +22,7 @@ from l7proxy.handles import Destination, Steered
 from l7proxy.http1_link import Link
 from l7proxy.peers import Caller, Direct, NoWay, Peers, Tunnelled, identities
 from l7proxy.policies import Policies
+from l7proxy.pool import DENIED_THERE
 from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel import Digger
@@ -69,7 +70,7 @@ class RelayAcceptor(Acceptor):
             relay.watch(self.policies, Caller(client.address[0]), *backend)
             await relay.join(sock, upstream)
         except DialFailed as error:
-            relay.failed("ERROR", error.reason)
+            relay.failed("DROPPED" if error.reason == DENIED_THERE else "ERROR", error.reason)
         finally:
             if not relay.joined:
                 sock.close()

@@ -20,7 +20,7 @@ from l7proxy.dial import DialFailed
 from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
 from l7proxy.peers import Caller, Direct, NoWay, Peers, Source, Tunnelled
-from l7proxy.pool import ConnectFailed, Pool, Retired
+from l7proxy.pool import DENIED_THERE, ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, TLSRefused
@@ -379,6 +379,10 @@ class Cluster:
                 member, tls, self._settings(), self._kernel, on_change, http2=http2
             )
 
+        def on_failure(error: ConnectFailed) -> None:
+            if error.reason != DENIED_THERE:  # of the client, not of the endpoint
+                self.count_failure(member)
+
         def on_empty() -> None:
             self._pools.discard(pool)
             if member.pools.get(key) is pool:
@@ -389,7 +393,7 @@ class Cluster:
             endpoint=member.id,
             limit=self._section.max_connections_per_endpoint,
             shared=http2,
-            on_failure=lambda _: self.count_failure(member),
+            on_failure=on_failure,
             on_empty=on_empty,
         )
         member.pools[key] = pool
