@@ -35,7 +35,7 @@ test: check
 	@.venv/bin/pytest --cov --cov-report=term:skip-covered --durations=5
 
 acceptance: setup-dev
-	@PYTHONPATH=tests .venv/bin/python -m acceptance $(ARGS)
+	@PYTHONPATH=tests .venv/bin/python -m acceptance $(if $(SOURCE),--source $(SOURCE)) $(ARGS)
 
 torture: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)

@@ -26,17 +26,31 @@ def is_member(cgroup: Path, pid: int) -> bool:
 
 def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> None:
     """Attach the programs pinned in `directory`: to the workloads' cgroup and, if it is given, to
-    the proxy's, without which nothing is enrolled. DatapathError: what could not be attached; what
-    was attached before still is."""
+    the proxy's, without which nothing is enrolled. Those first that serve sockets, then those that
+    decide for new ones: each of these finds the others of its version there, however far this gets.
+    DatapathError: what could not be attached; what was attached before still is."""
     cgroups = {Place.WORKLOADS: cgroup}
     if proxy_cgroup is not None:
         cgroups[Place.PROXIES] = proxy_cgroup
         _attach_verdict(directory)
     for path in cgroups.values():
         check_cgroup(path)
-    for name, program in PROGRAMS.items():
+    for name, program in sorted(PROGRAMS.items(), key=lambda one: not one[1].stays):
         if program.place in cgroups:
             _attach(directory, name, cgroups[program.place])
+
+
+def adopt(directory: Path, proxy_cgroup: Path) -> None:
+    """What earlier Wefts left for the sockets of proxies, of any version, is for this cgroup where
+    theirs has gone. Before its processes have sockets. DatapathError, OSError: it cannot be
+    attached."""
+    for version in (pins.version(), *pins.other_versions(directory)):
+        path = pins.link_path(directory, "proxies", version)
+        if path.exists():
+            with opened(syscall.pinned(str(path))) as link:
+                gone = not syscall.cgroup_of_link(link)
+            if gone:
+                _attach(directory, "proxies", proxy_cgroup, version)
 
 
 def check_cgroup(cgroup: Path) -> None:
@@ -62,9 +76,10 @@ def opened(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def open_program(directory: Path, name: str) -> int:
-    """A descriptor of a pinned program. DatapathError: it is not there."""
-    path = pins.program_path(directory, name)
+def open_program(directory: Path, name: str, of: str | None = None) -> int:
+    """A descriptor of a pinned program, of a version (None: this one). DatapathError: it is not
+    there."""
+    path = pins.program_path(directory, name, of)
     try:
         return syscall.pinned(str(path))
     except OSError as error:
@@ -74,10 +89,14 @@ def open_program(directory: Path, name: str) -> int:
         ) from error
 
 
-def _attach(directory: Path, name: str, cgroup: Path) -> None:
-    path = pins.link_path(directory, name)
+def _path(directory: Path, name: str, of: str | None = None) -> Path:
+    return pins.link_path(directory, name, (of or pins.version()) if PROGRAMS[name].stays else None)
+
+
+def _attach(directory: Path, name: str, cgroup: Path, of: str | None = None) -> None:
+    path = _path(directory, name, of)
     with (
-        opened(open_program(directory, name)) as program,
+        opened(open_program(directory, name, of)) as program,
         opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
     ):
         try:
@@ -97,8 +116,7 @@ def _attach(directory: Path, name: str, cgroup: Path) -> None:
 
 
 def _attach_verdict(directory: Path) -> None:
-    """To the sockets of this version: the link stays with the map as long as that is pinned."""
-    path = pins.map_path(directory, "verdict")
+    path = _path(directory, "verdict")
     with (
         opened(open_program(directory, "verdict")) as program,
         opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,

@@ -162,6 +162,8 @@ class Balancer:
                 self._frontends.put(frontend, value)
             except OSError:
                 self._abandon(frontend, new, current)
+                for one in wanted.fast - self._fast_uses.keys():
+                    self._fast.remove(layout.TARGET.unpack(Target, one))
                 raise
             self._fast_uses.update(wanted.fast)
             if current is not None:

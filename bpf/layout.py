@@ -362,8 +362,9 @@ FRONTEND_HTTP, FRONTEND_SOCKMAP = 1, 2
 BACKEND_REMOTE = 1
 # The proxy sends to workloads of this node by redirect.
 CONFIG_SOCKMAP = 1
-# An address whose sockets are never enrolled.
-IDENTITY_PLAIN = 1
+# An address whose sockets are never enrolled; of a meshed pod of another node; of a pod that is not
+# in the mesh.
+IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART = 1, 2, 4
 # Of a connection between proxy and workload: to be enrolled if both ends can be; enrolled.
 STATE_WANTED, STATE_ENROLLED = 1, 2
 
@@ -423,6 +424,8 @@ _CONSTANTS = (
     "BACKEND_REMOTE",
     "CONFIG_SOCKMAP",
     "IDENTITY_PLAIN",
+    "IDENTITY_FAR",
+    "IDENTITY_APART",
     "IDENTITY_HOST",
     "IDENTITY_WORLD",
     "IDENTITY_INIT",

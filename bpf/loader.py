@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from bpf import attach, pins, podfilter, syscall
+from bpf import attach, pins, syscall
 from bpf.errors import DatapathError
 from bpf.maps import MAPS
 from bpf.programs import LICENCE, PROGRAMS, SOURCE
@@ -36,11 +37,9 @@ def load(directory: Path) -> None:
     pins.prepare(directory)
     for name, fd in templates.items():
         if adopted[name] is None:
-            _pin(fd, pins.map_path(directory, name))
+            _pin(syscall.pin, fd, pins.map_path(directory, name))
     for name, fd in programs.items():
-        path = pins.program_path(directory, name)
-        path.unlink(missing_ok=True)
-        _pin(fd, path)
+        _pin(pins.replace, fd, pins.program_path(directory, name))
 
 
 def _adopt(directory: Path, name: str, template: int) -> int | None:
@@ -62,9 +61,9 @@ def _adopt(directory: Path, name: str, template: int) -> int | None:
     return adopted
 
 
-def _pin(fd: int, path: Path) -> None:
+def _pin(how: Callable[[int, Path], None], fd: int, path: Path) -> None:
     try:
-        syscall.pin(fd, str(path))
+        how(fd, path)
     except OSError as error:
         raise DatapathError(
             f"cannot pin {path}: {error.strerror}: it takes a bpffs, and "
@@ -117,7 +116,6 @@ def main() -> int:
         for cgroup in filter(None, (args.cgroup, args.proxy_cgroup)):
             attach.check_cgroup(cgroup)
         load(args.pin)
-        podfilter.renew(args.pin)
         if args.cgroup is not None:
             attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
     except DatapathError as error:

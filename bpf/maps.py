@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -112,9 +111,10 @@ MAPS = {
 }
 
 
-def open_pinned(directory: Path, name: str) -> int:
-    """A descriptor of a pinned map. DatapathError: none, no rights, or another version's."""
-    path = pins.map_path(directory, name)
+def open_pinned(directory: Path, name: str, of: str | None = None) -> int:
+    """A descriptor of a pinned map, of a version (None: this one). DatapathError: none, no rights,
+    or its keys or values have another size than here."""
+    path = pins.map_path(directory, name, of)
     try:
         fd = syscall.pinned(str(path))
     except OSError as error:
@@ -123,8 +123,9 @@ def open_pinned(directory: Path, name: str) -> int:
             "--cgroup PATH first, as root"
         ) from error
     spec, info = MAPS[name], syscall.map_info(fd)
-    sizes = (part.size if part is not None else 0 for part in (spec.key, spec.value))
-    if (info.key_size, info.value_size, info.max_entries) != (*sizes, spec.entries):
+    sizes = tuple(part.size if part is not None else 0 for part in (spec.key, spec.value))
+    entries = spec.entries if of is None else info.max_entries
+    if (info.key_size, info.value_size, info.max_entries) != (*sizes, entries):
         os.close(fd)
         raise DatapathError(
             f"the map at {path} is of another version of Weft: load the programs anew after "
@@ -136,11 +137,14 @@ def open_pinned(directory: Path, name: str) -> int:
 class PinnedMap(Generic[K, V]):
     """A hash or array map."""
 
-    def __init__(self, directory: Path, name: str, key: type[K], value: type[V]) -> None:
+    def __init__(
+        self, directory: Path, name: str, key: type[K], value: type[V], of: str | None = None
+    ) -> None:
+        """See `open_pinned`."""
         spec = MAPS[name]
         assert spec.key is not None
         assert spec.value is not None
-        self._fd = open_pinned(directory, name)
+        self._fd = open_pinned(directory, name, of)
         self._keys, self._values = spec.key, spec.value
         self._key: type[K] = key
         self._value: type[V] = value
@@ -199,25 +203,6 @@ class Slots:
     def write(self, offset: int, words: array[int]) -> None:
         """`words` has type code "Q"."""
         self._words[offset : offset + len(words)] = memoryview(words)
-
-
-def retire_versions(directory: Path) -> None:
-    """Lets go of the maps of other versions whose sockets have all closed; their programs end with
-    them. OSError."""
-    for version in pins.other_versions(directory):
-        if not any(map(_has_sockets, (version / "workload_sockets", version / "proxy_sockets"))):
-            shutil.rmtree(version)
-
-
-def _has_sockets(path: Path) -> bool:
-    try:
-        fd = syscall.pinned(str(path))
-    except FileNotFoundError:
-        return False
-    try:
-        return syscall.next_key(fd, None, layout.U64.size) is not None
-    finally:
-        os.close(fd)
 
 
 def counters(directory: Path) -> dict[Reason, int]:

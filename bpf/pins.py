@@ -1,14 +1,18 @@
 """The pin directory: a directory in bpffs whose files keep maps and attached programs alive.
 
-    <pin directory>/maps/<version>/<map>    see bpf/maps.py; the version follows from the layout
-    <pin directory>/programs/<program>      the newest; see bpf/programs.py
-    <pin directory>/links/<hook>            a program attached; removing the file detaches it
+    <pin directory>/maps/<version>/<map>            see bpf/maps.py
+    <pin directory>/programs/<version>/<program>    the newest on these maps; see bpf/programs.py
+    <pin directory>/links/<hook>                    a program attached; without the file it is not
+    <pin directory>/links/<version>/<hook>          one that stays with its version
+
+The version follows from the layout of the maps.
 
 Whoever holds a pin directory needs no process of ours to be alive. Knows no maps by name, no bcc.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -18,7 +22,7 @@ import re
 import shutil
 from pathlib import Path
 
-from bpf import layout
+from bpf import layout, syscall
 from bpf.errors import DatapathError
 
 _BPF_FS_MAGIC = 0xCAFE4A11
@@ -29,21 +33,37 @@ _SOURCE = b"weft"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def map_path(directory: Path, name: str) -> Path:
-    """Of a map of this version of Weft."""
-    return directory / "maps" / version() / name
+def map_path(directory: Path, name: str, of: str | None = None) -> Path:
+    """`of`: a version of Weft, None: this one."""
+    return directory / "maps" / (of or version()) / name
 
 
-def other_versions(directory: Path) -> list[Path]:
-    """Directories of maps that other versions of Weft left: sockets may still be in them."""
+def program_path(directory: Path, name: str, of: str | None = None) -> Path:
+    """See `map_path`."""
+    return directory / "programs" / (of or version()) / name
+
+
+def other_versions(directory: Path) -> list[str]:
+    """Versions of Weft that left maps: sockets may still be in them, programs still be attached."""
     try:
-        return [path for path in (directory / "maps").iterdir() if path.name != version()]
+        return [path.name for path in (directory / "maps").iterdir() if path.name != version()]
     except FileNotFoundError:
         return []
 
 
-def program_path(directory: Path, name: str) -> Path:
-    return directory / "programs" / name
+def remove_version(directory: Path, of: str) -> None:
+    """Lets go of what a version pinned. OSError."""
+    for part in ("links", "programs", "maps"):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory / part / of)
+
+
+def replace(fd: int, path: Path) -> None:
+    """Pins in the place of what may be pinned there, at once. OSError."""
+    draft = path.with_name(f"{path.name}~")
+    draft.unlink(missing_ok=True)
+    syscall.pin(fd, draft)
+    draft.rename(path)
 
 
 @functools.cache
@@ -52,8 +72,9 @@ def version() -> str:
     return hashlib.sha256(layout.description().encode()).hexdigest()[:12]
 
 
-def link_path(directory: Path, hook: str) -> Path:
-    return directory / "links" / hook
+def link_path(directory: Path, hook: str, of: str | None = None) -> Path:
+    """`of`: the version with which it stays."""
+    return directory / "links" / (of or "") / hook
 
 
 def prepare(directory: Path) -> None:
@@ -67,8 +88,8 @@ def prepare(directory: Path) -> None:
                     "give an empty directory, or one below /sys/fs/bpf"
                 )
             _mount(directory)
-        for part in ("maps", f"maps/{version()}", "programs", "links"):
-            (directory / part).mkdir(exist_ok=True, mode=0o700)
+        for part in (f"maps/{version()}", f"programs/{version()}", f"links/{version()}"):
+            (directory / part).mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise DatapathError(
             f"cannot prepare the pin directory {directory}: {error.strerror}: it takes root "

@@ -3,19 +3,23 @@
     pod_egress      packets from the pod: ingress of the veth's end on the node
     pod_ingress     packets to the pod: egress of that end
 
-Works in the network namespace of the node. An attachment is a pinned tcx link: it lives without us,
-and ends with the interface, while its pin stays until it is removed. Knows nothing of how pods get
-their interfaces.
+Pods are recorded in files (a Pod each, by interface), whether there is a filter yet or not: `renew`
+attaches what is loaded to all of them. Works in the network namespace of the node. An
+attachment is a pinned tcx link: it lives without us, and ends with the interface, while its pin
+stays until it is removed. Knows nothing of how pods get their interfaces.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+import msgspec
 
 from bpf import pins, syscall
 from bpf.attach import open_program, opened
@@ -28,15 +32,17 @@ FILTERS = ("pod_egress", "pod_ingress")
 _SO_NETNS_COOKIE = 71
 
 
-class Pod(NamedTuple):
-    """`interface` is the name of the veth's end on the node; `addresses` an IPv4 and an IPv6."""
+class Pod(msgspec.Struct, frozen=True, kw_only=True):
+    """`interface` is the name of the veth's end on the node; `addresses` an IPv4 and an IPv6;
+    `cookie` its network namespace's."""
 
     interface: str
     addresses: tuple[str, str]
+    cookie: int
 
 
 def is_loaded(directory: Path) -> bool:
-    """Whether the loader has pinned the filter in this pin directory."""
+    """Whether the loader of this version has pinned the filter in this pin directory."""
     return all(pins.program_path(directory, name).exists() for name in FILTERS)
 
 
@@ -47,91 +53,118 @@ def netns_cookie() -> int:
     return int.from_bytes(cookie, sys.byteorder)
 
 
-def attach(directory: Path, pod: Pod, cookie: int) -> None:
-    """Filter what the pod sends and gets from now on; `cookie` is its network namespace's.
-    DatapathError: what could not be done; `detach` undoes the rest."""
-    index = socket.if_nametoindex(pod.interface)
-    with _maps(directory) as maps, _explained(pod, "attach the filter to"):
-        for address in pod.addresses:
-            maps.interfaces.put(Address.of(address), Number(index))
-        maps.namespaces.put(Number(cookie), _packed(pod))
-        for name in FILTERS:
-            path = pins.link_path(directory, _link(pod, name))
-            path.unlink(missing_ok=True)
-            with opened(open_program(directory, name)) as program:
-                attach_type = PROGRAMS[name].attach_type
-                with opened(syscall.link(program, index, attach_type)) as link:
-                    syscall.pin(link, str(path))
+def add(directory: Path, records: Path, pod: Pod) -> bool:
+    """Record a pod, and filter what it sends and gets from now on; False: once the filter is there.
+    DatapathError: what could not be done; `remove` undoes the rest."""
+    with _explained(pod, "attach the filter to"), _locked(records):
+        draft = records / f"{pod.interface}~"
+        draft.write_bytes(msgspec.json.encode(pod))
+        draft.rename(_record(records, pod.interface))
+        if not is_loaded(directory):
+            return False
+        _know(directory, pod)
+        _attach(directory, pod)
+        return True
 
 
-def check(directory: Path, pod: Pod, cookie: int) -> str | None:
-    """What is not as `attach` made it, None: nothing. DatapathError: that cannot be told."""
-    index = socket.if_nametoindex(pod.interface)
+def check(directory: Path, pod: Pod) -> str | None:
+    """What is not as it is once the filter is attached, None: nothing. DatapathError: that cannot
+    be told."""
     with _maps(directory) as maps, _explained(pod, "look at the filter of"):
+        index = socket.if_nametoindex(pod.interface)
         for name in FILTERS:
             if _attached(directory, pod, name) != index:
                 return f"the filter {name} is not attached to {pod.interface}"
         for address in pod.addresses:
             if maps.interfaces.get(Address.of(address)) != Number(index):
                 return f"the filter does not know {address} behind {pod.interface}"
-        if maps.namespaces.get(Number(cookie)) != _packed(pod):
+        if maps.namespaces.get(Number(pod.cookie)) != _packed(pod):
             return "the filter does not know the network namespace"
     return None
 
 
-def detach(directory: Path, pod: Pod) -> None:
-    """Undo `attach`, whatever is left of it, after the interface has gone. Entries of another pod
-    that has the addresses now stay. DatapathError."""
-    for name in FILTERS:
-        pins.link_path(directory, _link(pod, name)).unlink(missing_ok=True)
-    if not is_loaded(directory):
-        return
-    with _maps(directory) as maps, _explained(pod, "remove the filter of"):
-        live = {index for index, _ in socket.if_nameindex()}
-        addresses = [Address.of(address) for address in pod.addresses]
-        for address in addresses:
-            found = maps.interfaces.get(address)
-            if found is not None and found.value not in live:
-                maps.interfaces.remove(address)
-        if all(maps.interfaces.get(address) is None for address in addresses):
-            gone = [key for key, value in maps.namespaces.items() if value == _packed(pod)]
-            for key in gone:
-                maps.namespaces.remove(key)
-
-
-def renew(directory: Path) -> None:
-    """Put the programs that are pinned now in the place of those attached to pods, at once, where
-    their maps know the pod. What maps of another version of Weft know is taken over first.
-    DatapathError."""
-    for version in pins.other_versions(directory):
-        for name in ("interfaces", "namespaces"):
-            _take_over(version / name, pins.map_path(directory, name))
-    with _maps(directory) as maps:
-        known = {index.value for _, index in maps.interfaces.items()}
-    for name in FILTERS:
-        with opened(open_program(directory, name)) as program:
-            for path in (directory / "links").glob(f"*_{name}"):
-                with opened(syscall.pinned(str(path))) as link:
-                    if syscall.tcx_link(link).interface in known:
-                        syscall.update_link(link, program)
-
-
-def _take_over(other: Path, own: Path) -> None:
-    """Entries that are not there yet, if both maps have the same layout."""
-    try:
-        source = syscall.pinned(str(other))
-    except FileNotFoundError:
-        return
-    with opened(source), opened(syscall.pinned(str(own))) as sink:
-        info = syscall.map_info(source)
-        if info != syscall.map_info(sink):
+def remove(directory: Path, records: Path, interface: str) -> None:
+    """Undo `add`, whatever is left of it, after the interface has gone. Entries of another pod that
+    has the addresses now stay. DatapathError."""
+    with _locked(records):
+        for name in FILTERS:
+            pins.link_path(directory, _link(interface, name)).unlink(missing_ok=True)
+        record = _record(records, interface)
+        try:
+            pod = msgspec.json.decode(record.read_bytes(), type=Pod)
+        except FileNotFoundError:
             return
-        key = syscall.next_key(source, None, info.key_size)
-        while key is not None:
-            value = syscall.lookup(source, key, info.value_size)
-            if value is not None and syscall.lookup(sink, key, info.value_size) is None:
-                syscall.update(sink, key, value)
-            key = syscall.next_key(source, key, info.key_size)
+        with _explained(pod, "remove the filter of"):
+            if is_loaded(directory):
+                with _maps(directory) as maps:
+                    _forget(maps, pod)
+            record.unlink()
+
+
+def renew(directory: Path, records: Path) -> list[str]:
+    """Attach the filter that is pinned now to all pods, at once in the place of one that is there.
+    Returns what could not be done. DatapathError."""
+    problems = []
+    with _locked(records):
+        live = {name for _, name in socket.if_nameindex()}
+        found = (
+            msgspec.json.decode(record.read_bytes(), type=Pod) for record in records.glob("*.json")
+        )
+        pods = [pod for pod in found if pod.interface in live]
+        # A filter looks at the other end as well: all are known before any is attached.
+        for step in (_know, _attach):
+            for pod in pods:
+                try:
+                    with _explained(pod, "attach the filter to"):
+                        step(directory, pod)
+                except DatapathError as error:
+                    problems.append(str(error))
+    return problems
+
+
+def _know(directory: Path, pod: Pod) -> None:
+    index = socket.if_nametoindex(pod.interface)
+    with _maps(directory) as maps:
+        for address in pod.addresses:
+            maps.interfaces.put(Address.of(address), Number(index))
+        maps.namespaces.put(Number(pod.cookie), _packed(pod))
+
+
+def _attach(directory: Path, pod: Pod) -> None:
+    index = socket.if_nametoindex(pod.interface)
+    for name in FILTERS:
+        path = pins.link_path(directory, _link(pod.interface, name))
+        with opened(open_program(directory, name)) as program:
+            if path.exists():
+                with opened(syscall.pinned(str(path))) as link:
+                    if syscall.tcx_link(link).interface == index:
+                        syscall.update_link(link, program)
+                        continue
+                path.unlink()
+            with opened(syscall.link(program, index, PROGRAMS[name].attach_type)) as link:
+                syscall.pin(link, path)
+
+
+def _forget(maps: _Maps, pod: Pod) -> None:
+    live = {index for index, _ in socket.if_nameindex()}
+    for address in map(Address.of, pod.addresses):
+        found = maps.interfaces.get(address)
+        if found is not None and found.value not in live:
+            maps.interfaces.remove(address)
+    maps.namespaces.remove(Number(pod.cookie))
+
+
+def _record(records: Path, interface: str) -> Path:
+    return records / f"{interface}.json"
+
+
+@contextlib.contextmanager
+def _locked(records: Path) -> Iterator[None]:
+    """Nobody else adds, removes or renews meanwhile."""
+    records.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with opened(os.open(records, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
 
 
 class _Maps:
@@ -159,8 +192,8 @@ def _explained(pod: Pod, what: str) -> Iterator[None]:
         ) from error
 
 
-def _link(pod: Pod, name: str) -> str:
-    return f"{pod.interface}_{name}"
+def _link(interface: str, name: str) -> str:
+    return f"{interface}_{name}"
 
 
 def _packed(pod: Pod) -> Addresses:
@@ -169,13 +202,11 @@ def _packed(pod: Pod) -> Addresses:
 
 
 def _attached(directory: Path, pod: Pod, name: str) -> int | None:
-    """The index of the interface that the pinned program filters; None: the link is gone or has
-    another program."""
+    """The index of the interface that the pinned link filters; None: it is gone, or another."""
     try:
-        link = syscall.pinned(str(pins.link_path(directory, _link(pod, name))))
+        link = syscall.pinned(str(pins.link_path(directory, _link(pod.interface, name))))
     except FileNotFoundError:
         return None
-    with opened(link), opened(open_program(directory, name)) as program:
+    with opened(link):
         found = syscall.tcx_link(link)
-        wanted = syscall.program_id(program), PROGRAMS[name].attach_type
-        return found.interface if (found.program, found.attach_type) == wanted else None
+        return found.interface if found.attach_type == PROGRAMS[name].attach_type else None

@@ -26,9 +26,13 @@ class Place(enum.Enum):
 
 
 class Program(NamedTuple):
+    """`stays`: it serves sockets that were made with its own version's maps, so it stays beside
+    another version's for as long as that one's maps do; one that does not is replaced."""
+
     type: int
     attach_type: int
     place: Place
+    stays: bool = False
 
 
 PROGRAMS = {
@@ -36,13 +40,13 @@ PROGRAMS = {
     "connect6": Program(_CGROUP_SOCK_ADDR, 11, Place.WORKLOADS),
     "sendmsg4": Program(_CGROUP_SOCK_ADDR, 14, Place.WORKLOADS),
     "sendmsg6": Program(_CGROUP_SOCK_ADDR, 15, Place.WORKLOADS),
-    "recvmsg4": Program(_CGROUP_SOCK_ADDR, 19, Place.WORKLOADS),
-    "recvmsg6": Program(_CGROUP_SOCK_ADDR, 20, Place.WORKLOADS),
-    "getpeername4": Program(_CGROUP_SOCK_ADDR, 29, Place.WORKLOADS),
-    "getpeername6": Program(_CGROUP_SOCK_ADDR, 30, Place.WORKLOADS),
-    "workloads": Program(_SOCK_OPS, 3, Place.WORKLOADS),
-    "proxies": Program(_SOCK_OPS, 3, Place.PROXIES),
-    "verdict": Program(_SK_MSG, 7, Place.PROXY_SOCKETS),
+    "recvmsg4": Program(_CGROUP_SOCK_ADDR, 19, Place.WORKLOADS, stays=True),
+    "recvmsg6": Program(_CGROUP_SOCK_ADDR, 20, Place.WORKLOADS, stays=True),
+    "getpeername4": Program(_CGROUP_SOCK_ADDR, 29, Place.WORKLOADS, stays=True),
+    "getpeername6": Program(_CGROUP_SOCK_ADDR, 30, Place.WORKLOADS, stays=True),
+    "workloads": Program(_SOCK_OPS, 3, Place.WORKLOADS, stays=True),
+    "proxies": Program(_SOCK_OPS, 3, Place.PROXIES, stays=True),
+    "verdict": Program(_SK_MSG, 7, Place.PROXY_SOCKETS, stays=True),
     "pod_egress": Program(_SCHED_CLS, 46, Place.NONE),
     "pod_ingress": Program(_SCHED_CLS, 47, Place.NONE),
     "queue": Program(_SCHED_CLS, 0, Place.NONE),

@@ -9,18 +9,20 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import layout, syscall
+from bpf import layout, pins, syscall
 from bpf.attach import open_program
+from bpf.errors import DatapathError
 from bpf.layout import Number, Proxied, Target
 from bpf.maps import open_pinned
 
-# Names of maps and of the program, as pinned; what `ProxyHandles` is made of.
+# Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
 
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
@@ -28,9 +30,22 @@ _FRAME = struct.Struct("=Q56x")
 
 
 def descriptors(directory: Path) -> dict[str, int]:
-    """New descriptors of what is pinned, by HANDLES. DatapathError: it is not there."""
-    maps = {name: open_pinned(directory, name) for name in HANDLES if name != "queue"}
-    return {**maps, "queue": open_program(directory, "queue")}
+    """New descriptors of what is pinned, by VERSION/NAME (HANDLES): of this version of Weft first,
+    then of others, whose programs may still be attached and whose sockets still live. One that is
+    not whole, or whose maps have entries of other sizes, is left out. OSError."""
+    found: dict[str, int] = {}
+    for version in (pins.version(), *pins.other_versions(directory)):
+        own: dict[str, int] = {}
+        try:
+            for name in HANDLES:
+                opened = open_program if name == "queue" else open_pinned
+                own[f"{version}/{name}"] = opened(directory, name, version)
+        except DatapathError:
+            for fd in own.values():
+                os.close(fd)
+        else:
+            found |= own
+    return found
 
 
 class Origin(NamedTuple):
@@ -45,19 +60,31 @@ class Origin(NamedTuple):
     enrolled: bool
 
 
+class _Version(NamedTuple):
+    """Descriptors, as HANDLES."""
+
+    proxied: int
+    accepted: int
+    plain: int
+    queue: int
+
+
 class ProxyHandles:
-    """The descriptors are the instance's from now on."""
+    """The descriptors are the instance's from now on. Each socket is one version's, that whose
+    programs were attached when it was connected."""
 
     def __init__(self, descriptors: Mapping[str, int]) -> None:
-        """KeyError: one of HANDLES is missing."""
-        self._proxied, self._accepted, self._plain, self._queue = (
-            descriptors[name] for name in HANDLES
-        )
+        """As `bpf.proxy.descriptors` gives them. KeyError: one of HANDLES is missing."""
+        versions = dict.fromkeys(key.partition("/")[0] for key in descriptors)
+        self._versions = [
+            _Version(*(descriptors[f"{version}/{name}"] for name in HANDLES))
+            for version in versions
+        ]
 
     def origin(self, fd: int) -> Origin | None:
         """What is known of a connection that the proxy accepted; None: no workload steered here
         opened it."""
-        found = self._look(fd)
+        _, found = self._look(fd)
         if found is None or not found.cookie:
             return None
         asked, backend = (
@@ -74,30 +101,36 @@ class ProxyHandles:
     def pair(self, fd: int) -> int | None:
         """Of a connection that the proxy opened: the far socket's cookie once it may send there by
         redirect; 0: it sends by TCP; None: ask again, and send nothing until then."""
-        found = self._look(fd)
+        version, found = self._look(fd)
         if found is None or found.state != layout.STATE_ENROLLED:
             return 0
         if found.peer:
             return found.peer
         key = layout.U64.pack(Number(found.cookie))
-        data = syscall.lookup(self._accepted, key, layout.U64.size)
+        data = syscall.lookup(version.accepted, key, layout.U64.size)
         if data is None:
             return None
         peer = layout.U64.unpack(Number, data).value
         value = layout.PROXIED.pack(found._replace(peer=peer))
-        syscall.update(self._proxied, layout.U32.pack(Number(fd)), value)
+        syscall.update(version.proxied, layout.U32.pack(Number(fd)), value)
         return peer
 
     def queued(self, cookie: int) -> int:
         """Bytes of memory that a workload's socket holds unread; 0 once it is gone."""
-        return max(0, syscall.run(self._queue, _FRAME.pack(cookie)))
+        frame = _FRAME.pack(cookie)
+        return max(0, *(syscall.run(version.queue, frame) for version in self._versions))
 
     def mark_plain(self, backend: Target) -> None:
         """Connections to this backend are not enrolled for PLAIN_S seconds: it did not show its
         socket in time (TCP_DEFER_ACCEPT)."""
         now = layout.U64.pack(Number(time.monotonic_ns()))
-        syscall.update(self._plain, layout.TARGET.pack(backend), now)
+        for version in self._versions:
+            syscall.update(version.plain, layout.TARGET.pack(backend), now)
 
-    def _look(self, fd: int) -> Proxied | None:
-        data = syscall.lookup(self._proxied, layout.U32.pack(Number(fd)), layout.PROXIED.size)
-        return None if data is None else layout.PROXIED.unpack(Proxied, data)
+    def _look(self, fd: int) -> tuple[_Version, Proxied | None]:
+        key = layout.U32.pack(Number(fd))
+        for version in self._versions:
+            data = syscall.lookup(version.proxied, key, layout.PROXIED.size)
+            if data is not None:
+                return version, layout.PROXIED.unpack(Proxied, data)
+        return version, None

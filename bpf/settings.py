@@ -130,11 +130,19 @@ class Identities:
         return refused
 
     def _who(self, section: IdentitySection) -> Identity:
+        # Who is no workload that is known has not said that it may be enrolled.
         if isinstance(section, NodeSection):
             own = section.name == self._node
-            return Identity(Reserved.HOST if own else Reserved.REMOTE_NODE, 0)
-        plain = isinstance(section, WorkloadSection) and not section.sockmap
-        return Identity(section.identity, layout.IDENTITY_PLAIN if plain else 0)
+            number: int = Reserved.HOST if own else Reserved.REMOTE_NODE
+            return Identity(number, layout.IDENTITY_PLAIN)
+        if isinstance(section, CidrSection):
+            return Identity(section.identity, layout.IDENTITY_PLAIN)
+        flags = 0 if section.sockmap else layout.IDENTITY_PLAIN
+        if not section.meshed:
+            flags |= layout.IDENTITY_APART
+        elif section.node and not section.local:
+            flags |= layout.IDENTITY_FAR
+        return Identity(section.identity, flags)
 
     def _claim(
         self, key: SectionKey, prefixes: frozenset[Prefix], claim: _Claim | None = None

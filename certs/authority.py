@@ -16,7 +16,6 @@ from typing import NamedTuple, cast
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
@@ -266,7 +265,7 @@ class Authority:
     def _new_root(self, now: float) -> Signer:
         life = Life.between(now - SKEW_S, now + self._lives.root_s)
         number = f"{x509.random_serial_number():x}"[:8]
-        root = Issuer.new_root(f"Weft root {number} of {self._uri}", life, self._uri)
+        root = Issuer.new_root(f"Weft root {number}", life, self._uri)
         return Signer(root=_pem(root.certificate), root_key=root.key_pem().decode())
 
     def _complete(self, signer: Signer, now: float) -> Signer:
@@ -278,7 +277,7 @@ class Authority:
         end = min(now + self._lives.intermediate_s, certificate.not_valid_after_utc.timestamp())
         number = f"{x509.random_serial_number():x}"[:8]
         intermediate = root.new_intermediate(
-            f"Weft intermediate {number} of {self._uri}", Life.between(now - SKEW_S, end), self._uri
+            f"Weft intermediate {number}", Life.between(now - SKEW_S, end), self._uri
         )
         return msgspec.structs.replace(
             signer,
@@ -297,7 +296,8 @@ def _read_request(pem: str) -> tuple[SpiffeId, ec.EllipticCurvePublicKey]:
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     except x509.ExtensionNotFound:
         signed, key, uris = request.is_signature_valid, request.public_key(), []
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, TypeError):
+    except Exception:
+        # Of more kinds than the library documents; see certs.svid.
         raise IssueRefused("malformed", "it is no certificate request (PKCS #10, PEM)") from None
     if not signed:
         raise IssueRefused("malformed", "the request is not signed by its own key")

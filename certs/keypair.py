@@ -57,7 +57,7 @@ def check_keypair(chain_pem: bytes | str, key_pem: bytes | str) -> KeyPair:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         names = x509.SubjectAlternativeName([])
-    except ValueError as error:
+    except Exception as error:  # of more kinds than the library documents
         raise BadCertificate(f"the certificate's extensions are malformed: {error}") from None
     return KeyPair(
         key_type=_key_type(key),
@@ -91,7 +91,7 @@ def _certificates(pem: bytes, what: str) -> list[x509.Certificate]:
         certificates = x509.load_pem_x509_certificates(pem)
         for one in certificates:
             one.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except Exception as error:  # InvalidVersion, say, is no ValueError
         raise BadCertificate(f"{what} cannot be parsed: {_short(error)}") from None
     return certificates
 

@@ -11,7 +11,6 @@ import datetime
 from collections.abc import Mapping, Sequence
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -30,7 +29,6 @@ from certs.spiffe import BadSpiffeId, SpiffeId, parse
 # A leaf and at most two intermediates: ours has one, a brought one may have its own above it.
 _MAX_CHAIN = 4
 
-_UTC = datetime.UTC
 _CA_POLICY = ExtensionPolicy.webpki_defaults_ca()
 # The leaf is judged by `svid_of`, which asks for more than the web's rules and for other names.
 _LEAF_POLICY = ExtensionPolicy.permit_all()
@@ -65,8 +63,28 @@ def peer_identity(
     `chain` is what it presented, DER, leaf first; `bundles` by trust domain; `now` in seconds since
     1970 UTC; `expected`: who it has to be. NotTrusted: it is not, with a reason to count.
     """
-    certificates = _certificates(chain)
-    leaf = certificates[0]
+    try:
+        spiffe_id = _verified(chain, bundles, datetime.datetime.fromtimestamp(now, datetime.UTC))
+    except NotTrusted:
+        raise
+    except Exception as error:
+        # A stranger made these certificates, and what `cryptography` raises over them is more than
+        # it documents (InvalidVersion, say, is no ValueError).
+        raise NotTrusted("no_certificate", f"a certificate is malformed: {_short(error)}") from None
+    if expected is not None and spiffe_id != expected:
+        raise NotTrusted("wrong_identity", f"it is {spiffe_id}, not {expected}")
+    return spiffe_id
+
+
+def _verified(
+    chain: Sequence[bytes], bundles: Mapping[str, Bundle], moment: datetime.datetime
+) -> SpiffeId:
+    """Whose chain it is. NotTrusted, and whatever the library raises: it is no good one."""
+    if not chain:
+        raise NotTrusted("no_certificate", "no certificate was presented")
+    if len(chain) > _MAX_CHAIN:
+        raise NotTrusted("unknown_issuer", f"a chain of {len(chain)} is longer than {_MAX_CHAIN}")
+    leaf, *issuers = (x509.load_der_x509_certificate(one) for one in chain)
     spiffe_id = svid_of(leaf)
     bundle = bundles.get(spiffe_id.trust_domain)
     if bundle is None:
@@ -75,15 +93,9 @@ def peer_identity(
             "wrong_trust_domain",
             f"{spiffe_id}: there is no trust bundle for its trust domain, but for: {known}",
         )
-    moment = datetime.datetime.fromtimestamp(now, _UTC)
-    for certificate in certificates:
-        who = str(spiffe_id) if certificate is leaf else f"an issuer of {spiffe_id}"
-        if moment < certificate.not_valid_before_utc:
-            start = certificate.not_valid_before_utc
-            raise NotTrusted("not_yet_valid", f"{who} is valid from {start:%Y-%m-%dT%H:%M:%SZ}")
-        if moment > certificate.not_valid_after_utc:
-            end = certificate.not_valid_after_utc
-            raise NotTrusted("expired", f"{who} was valid until {end:%Y-%m-%dT%H:%M:%SZ}")
+    _check_life(leaf, moment, str(spiffe_id))
+    for issuer in issuers:
+        _check_life(issuer, moment, f"an issuer of {spiffe_id}")
     verifier = (
         PolicyBuilder()
         .store(bundle.store)
@@ -93,15 +105,21 @@ def peer_identity(
         .build_client_verifier()
     )
     try:
-        verifier.verify(leaf, certificates[1:])
+        verifier.verify(leaf, issuers)
     except VerificationError as error:
         raise NotTrusted(
             "unknown_issuer",
             f"{spiffe_id} has no valid path to a root of {spiffe_id.trust_domain}: {_short(error)}",
         ) from None
-    if expected is not None and spiffe_id != expected:
-        raise NotTrusted("wrong_identity", f"it is {spiffe_id}, not {expected}")
     return spiffe_id
+
+
+def _check_life(certificate: x509.Certificate, moment: datetime.datetime, who: str) -> None:
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if moment < start:
+        raise NotTrusted("not_yet_valid", f"{who} is valid from {start:%Y-%m-%dT%H:%M:%SZ}")
+    if moment > end:
+        raise NotTrusted("expired", f"{who} was valid until {end:%Y-%m-%dT%H:%M:%SZ}")
 
 
 def holds(
@@ -149,17 +167,6 @@ def svid_of(leaf: x509.Certificate) -> SpiffeId:
     if not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH} <= set(purposes):
         raise _not_an_svid(f"{spiffe_id} is not for both serverAuth and clientAuth")
     return spiffe_id
-
-
-def _certificates(chain: Sequence[bytes]) -> list[x509.Certificate]:
-    if not chain:
-        raise NotTrusted("no_certificate", "no certificate was presented")
-    if len(chain) > _MAX_CHAIN:
-        raise NotTrusted("unknown_issuer", f"a chain of {len(chain)} is longer than {_MAX_CHAIN}")
-    try:
-        return [x509.load_der_x509_certificate(one) for one in chain]
-    except (ValueError, UnsupportedAlgorithm):
-        raise NotTrusted("no_certificate", "what was presented is no certificate") from None
 
 
 def _optional(

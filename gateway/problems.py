@@ -85,6 +85,8 @@ def of_pod(mesh: Mesh) -> Callable[[View, ObjectKey], Problems | None]:
             ports = mtls_ports(pod)
             if ports is None or "STRICT" in (mtls(pod), *ports.values()):
                 wrong += _unenforced(mesh, "this pod")
+            if state is not None:
+                wrong += _unreachable(view, mesh, state)
             return wrong or None
         why = f"this pod: it is not in the mesh (label {MESH} of the pod or its namespace)"
         wrong += _idle(pod, MTLS, why)
@@ -94,6 +96,17 @@ def of_pod(mesh: Mesh) -> Callable[[View, ObjectKey], Problems | None]:
         return wrong or None
 
     return compute
+
+
+def _unreachable(view: View, mesh: Mesh, state: workloads.PodState) -> Problems:
+    if not (mesh.on and mesh.trust_domain) or state.node in ("", mesh.node):
+        return ()
+    if view.get("nodes", ObjectKey("", state.node)) is not None:
+        return ()
+    return (
+        f"spec.nodeName is {state.node}, and there is no Node of that name with an InternalIP, so"
+        " nothing on this node reaches the pod by mutual TLS; add the Node",
+    )
 
 
 def _unenforced(mesh: Mesh, to: str) -> Problems:

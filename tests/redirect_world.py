@@ -18,6 +18,8 @@ from bpf_world import loader, new_cgroup, pin_directory
 
 from bpf import maps
 from bpf.balancer import Balancer
+from bpf.layout import Address, Addresses, Number
+from bpf.podfilter import netns_cookie
 from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
@@ -88,12 +90,22 @@ class World:
 
     # --- in the process ---------------------------------------------------------------------------
 
-    def know(self, sockmap: bool | None) -> None:
+    def know(self, sockmap: bool | None, *others: WorkloadSection, meshed: bool = True) -> None:
         """Whose the addresses are: a pod's that may be enrolled, or not; None: nobody's."""
-        pod = WorkloadSection("x", "pod", (NODE, NODE6), identity=300, sockmap=bool(sockmap))
-        found = {} if sockmap is None else {workload_key("x", "pod"): pod}
+        pod = WorkloadSection(
+            "x", "pod", (NODE, NODE6), identity=300, sockmap=bool(sockmap), meshed=meshed
+        )
+        known = (*others, pod) if sockmap is not None else others
         with contextlib.closing(Identities(self.pin)) as identities:
-            assert identities.replace(found) == {}
+            assert identities.replace({workload_key("x", one.name): one for one in known}) == {}
+
+    def is_a_pods(self) -> None:
+        """This network namespace is that of the pod with the addresses."""
+        own = Addresses(Address.of(NODE).packed, Address.of(NODE6).packed)
+        with contextlib.closing(
+            maps.PinnedMap(self.pin, "namespaces", Number, Addresses)
+        ) as namespaces:
+            namespaces.put(Number(netns_cookie()), own)
 
     def handles(self) -> ProxyHandles:
         return ProxyHandles(descriptors(self.pin))

@@ -8,6 +8,7 @@ import stat
 
 import pytest
 
+from certs.spiffe import gateway as gateway_identity
 from mesh.agent.options import OptionError, parse, parse_admin, read_settings
 from mesh.agent.ports import is_here
 from mesh.agent.target import Target, TargetError, parse_client, parse_target
@@ -202,6 +203,14 @@ def test_options(tmp_path):
 
 def plane(tmp_path, *options):
     return parse(["--control-fd=3", f"--manifests={tmp_path}", *options]).plane
+
+
+def test_identities_come_with_an_authority(tmp_path):
+    assert plane(tmp_path, "--node=a", "--trust-domain=lab.test").mesh.trust_domain == ""
+    mesh = plane(tmp_path, "--node=a", "--trust-domain=lab.test", "--authority=/x").mesh
+    assert mesh.gateway_spiffe_id == str(gateway_identity("lab.test"))
+    with pytest.raises(OptionError, match="--trust-domain: 'A' is no trust domain"):
+        plane(tmp_path, "--trust-domain=A")
 
 
 def test_the_mesh_comes_with_steering(tmp_path):

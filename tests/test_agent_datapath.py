@@ -14,24 +14,29 @@ from pathlib import Path
 
 import pytest
 from bpf_world import needs_bpf, new_actor, new_cgroup, pin_directory
-from support.running import running, service
+from lab_world import until
+from support.running import PROJECT, running, service
 
+from bpf import layout, pins, syscall
+from bpf.attach import adopt, is_member, opened
 from bpf.layout import Config, Number
 from bpf.maps import PinnedMap
 from mesh.model.nodeconfig import MESH_HTTP_PORT
 
 pytestmark = needs_bpf
+# BPF_MOV64_IMM r0, 0; BPF_EXIT.
+_RETURN_0 = b"\xb7" + bytes(7) + b"\x95" + bytes(7)
 VIP = "10.96.0.10"
 
 
-def write(directory, target: int, vip: str = VIP) -> None:
+def write(directory, target: int, vip: str = VIP, name: str = "s") -> None:
     """A Service with a ClusterIP, and its one endpoint."""
-    first, second = service(target=target).split("\n---\n")
+    first, second = service(name, target=target).split("\n---\n")
     manifest = json.loads(first)
     manifest["spec"] |= {"clusterIP": vip, "clusterIPs": [vip]}
     draft = directory / "draft"
     draft.write_text(f"{json.dumps(manifest)}\n---\n{second}")
-    draft.rename(directory / "service.yaml")
+    draft.rename(directory / f"{name}.yaml")
 
 
 @pytest.fixture
@@ -41,11 +46,11 @@ def world(tmp_path):
     manifests.mkdir()
     with (
         new_cgroup() as cgroup,
-        pin_directory(tmp_path) as pins,
+        pin_directory(tmp_path) as pin,
         new_actor(cgroup) as workload,
     ):
         arguments = (f"--manifests={manifests}", "--admin=off", "--workers=1")
-        yield manifests, workload, (*arguments, f"--steer={cgroup}", f"--pins={pins}")
+        yield manifests, workload, (*arguments, f"--steer={cgroup}", f"--pins={pin}")
 
 
 def test_workload_reaches_a_cluster_ip_and_follows_its_endpoints(tmp_path, world):
@@ -86,15 +91,126 @@ def test_kernel_goes_on_without_agent_and_the_next_agent_takes_over(tmp_path, wo
         assert workload("connect", VIP, 80) == {"errno": "ENETUNREACH"}
 
 
+def test_an_orderly_end_leaves_what_is_in_force_and_nothing_else(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    steer, pin = (Path(argument.partition("=")[2]) for argument in arguments[-2:])
+    proxies = steer.with_name(f"{steer.name}.proxy")
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        assert is_member(proxies, weft.process.pid)
+    assert not proxies.exists()
+    assert not (tmp_path / "run" / "agent.sock").exists()
+    assert workload("connect", VIP, 80)["name"] == "one"
+
+    def attached_to() -> int:
+        with opened(syscall.pinned(str(pins.link_path(pin, "proxies", pins.version())))) as link:
+            return syscall.cgroup_of_link(link)
+
+    until(lambda: attached_to() == 0)  # the kernel takes its time
+    # The next Weft's proxies are known to what is in force before its agent is.
+    proxies.mkdir()
+    adopt(pin, proxies)
+    assert attached_to() == proxies.stat().st_ino
+
+
 def test_service_without_endpoints_refuses_at_once(tmp_path, world):
     manifests, workload, arguments = world
     write(manifests, 9)
-    (manifests / "service.yaml").write_text(
-        (manifests / "service.yaml").read_text().split("\n---\n")[0]
-    )
+    (manifests / "s.yaml").write_text((manifests / "s.yaml").read_text().split("\n---\n")[0])
     with running(tmp_path / "run", *arguments) as weft:
         weft.await_line("are steered")
         assert workload("connect", VIP, 80) == {"errno": "ECONNREFUSED"}
+
+
+def test_what_failed_is_tried_again_until_it_is_in_force(tmp_path, world):
+    """Here first the self-test, then the loader."""
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    (manifests / "routes.yaml").write_text(_MESH_ROUTE.replace("name: s,", "name: other,"))
+    write(manifests, 9, "10.96.0.11", "other")
+    pin = Path(arguments[-1].removeprefix("--pins="))
+    cgroup = Path(arguments[-2].removeprefix("--steer="))
+    in_the_way = pin.with_name(f"{cgroup.name}.proxy.selftest") / "file"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    pins.prepare(pin)
+    wrong = pins.map_path(pin, "backends")
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("in it have to go first")
+        status = weft.await_status(lambda status: status["ready"])
+        assert status["steered"] is None
+        assert status["notSteered"].startswith("no: programs: cannot remove the pin directory")
+        assert accepted(weft)["status"] == "False"
+        # A program where a map should be.
+        syscall.pin(syscall.load_program("x", 3, 0, _RETURN_0, "GPL"), wrong)
+        in_the_way.unlink()
+        weft.await_line("the map pinned at")
+        wrong.unlink()
+        weft.await_line("are steered")
+        status = weft.await_status(lambda status: status["steered"] == str(cgroup))
+        assert status["notSteered"] is None
+        assert not any("not steered" in text for text in status["degraded"])
+        assert workload("connect", VIP, 80)["name"] == "one"
+        weft.await_status(lambda _: accepted(weft)["status"] == "True")
+
+
+# In all processes: what FIONREAD says on a kernel with the regression.
+_NO_REDIRECT = """
+import fcntl
+asked = fcntl.ioctl
+def ioctl(fd, request, *rest):
+    return bytes(4) if request == 0x541B else asked(fd, request, *rest)
+fcntl.ioctl = ioctl
+"""
+
+
+def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
+    """By an agent that then cannot load, so that the programs of the one before it stay."""
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    pin = Path(arguments[-1].removeprefix("--pins="))
+
+    def config() -> Config:
+        with contextlib.closing(PinnedMap(pin, "config", Number, Config)) as found:
+            value = found.get(Number(0))
+        assert value is not None
+        return value
+
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("proxies answer them by redirect")
+        before = config()
+        assert before.flags == layout.CONFIG_SOCKMAP
+    syscall.pin(syscall.load_program("x", 3, 0, _RETURN_0, "GPL"), pins.map_path(pin, "x"))
+    wrong = pins.map_path(pin, "counters")
+    wrong.unlink()
+    pins.map_path(pin, "x").rename(wrong)
+    (tmp_path / "patch").mkdir()
+    (tmp_path / "patch" / "sitecustomize.py").write_text(_NO_REDIRECT)
+    path = os.pathsep.join((str(tmp_path / "patch"), str(PROJECT)))
+    with running(tmp_path / "run", *arguments, env={"PYTHONPATH": path}) as weft:
+        weft.await_line("self-test: fionread")
+        weft.await_line("the map pinned at")
+        status = weft.await_status(lambda status: status["ready"])
+        assert status["notSteered"].startswith("only as an earlier Weft left it: the map pinned")
+        assert config() == before._replace(flags=0)
+        assert workload("connect", VIP, 80)["name"] == "one"
+
+
+def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    with running(tmp_path / "run", *arguments) as weft:
+        status = weft.await_status(lambda status: any(one["version"] for one in status["workers"]))
+        worker = status["workers"][0]["pid"]
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            # One that never answers must not hold up the others.
+            weft.await_line("not all workers have taken the data path's descriptors")
+            assert not any("are steered" in line for line in weft.said)
+            weft.await_line("are steered")
+        finally:
+            os.kill(worker, signal.SIGCONT)
 
 
 def test_what_cannot_be_steered_is_said_and_the_gateway_goes_on(tmp_path):

@@ -17,8 +17,8 @@ from mesh.agent.rollout import Rollout
 from mesh.model.channel import Bound, FrameReader, PortAddress, encode_frame
 from mesh.model.decode import decode, key_of
 from mesh.model.meta import ObjectKey
-from mesh.model.nodeconfig import Ack, ClusterSection, LoadBalancerEntry
-from mesh.sources.directory import SourceUpdate
+from mesh.model.nodeconfig import Ack, ClusterSection, LoadBalancerEntry, SvidSection
+from mesh.sources.update import SourceUpdate
 from tests.support.running import gateway, route
 
 WAIT_S = 10
@@ -308,6 +308,30 @@ async def test_changes_gather_while_a_version_is_in_flight():
         assert (delta.base, delta.version) == (1, 2)
         names = {key.rpartition("/")[2] for key in delta.put if key.startswith("route/")}
         assert names == {f"r{number}" for number in range(5)}
+
+
+async def test_sections_that_are_not_the_control_planes():
+    """They go out with the next version, and who gave them learns when that is in force."""
+    async with running_node() as (_, node, end):
+        svid = SvidSection("spiffe://x/ns/a/sa/b", "chain", "key", 1)
+        first = node.sections_changed({"svid/x": svid, "svid/y": svid}, ())
+        second = node.sections_changed({}, ("svid/y",))
+        assert end.received_nothing()
+        node.source_changed(source_update(gateway(8080)))
+        node.bound_changed(Bound((PortAddress("0.0.0.0", 8080),)))
+        delta = await end.receive()
+        assert delta.put["svid/x"] == svid
+        assert "svid/y" not in delta.put
+        third = node.sections_changed({}, ("svid/x",))
+        assert not first.done()
+        end.ack(1)
+        await first
+        await second
+        delta = await end.receive()
+        assert (delta.put, delta.remove) == ({}, ("svid/x",))
+        assert not third.done()
+        end.ack(2)
+        await third
 
 
 async def test_a_port_that_is_bound_later_becomes_programmed():

@@ -74,7 +74,7 @@ def test_everything_is_pinned_and_nothing_stays(tmp_path):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert os.path.ismount(pin)
         assert {path.name for path in pins.map_path(pin, "x").parent.iterdir()} == set(maps.MAPS)
-        links = {path.name for path in (pin / "links").iterdir()}
+        links = {path.name for path in (pin / "links").rglob("*")}
         assert {"connect4", "connect6", "sendmsg4", "recvmsg6", "getpeername4"} < links
         done = loader("--pin", pin, "--remove")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -311,6 +311,25 @@ def test_a_full_map_refuses_and_what_was_in_force_stays(tmp_path):
         assert frontends(pin) != before
         table.close()
         balancer.close()
+
+
+@needs_bpf
+def test_a_refused_entry_leaves_no_backend_to_enrol(tmp_path):
+    backend = EntryBackend("10.1.0.1", 80, sockmap=True)
+    entry = LoadBalancerEntry("10.0.0.1", 80, "TCP", (backend,), "x", http=True, sockmap=True)
+    with steered(tmp_path) as (pin, _, _):
+        balancer = Balancer(pin)
+        table = maps.PinnedMap(pin, "frontends", Target, Frontend)
+        strangers = [Target(number.to_bytes(16, "big"), 1, 6) for number in range(layout.FRONTENDS)]
+        table.put_all((stranger, Frontend(0, 0, 0)) for stranger in strangers)
+        fast = maps.PinnedMap(pin, "fast", Target, Number)
+        assert balancer.apply({"x": entry}).keys() == {"x"}
+        assert dict(fast.items()) == {}
+        table.remove(strangers[0])
+        assert balancer.apply({"x": entry}) == {}
+        assert dict(fast.items()) == {Target.of("10.1.0.1", 80, "TCP"): Number(1)}
+        for one in (table, fast, balancer):
+            one.close()
 
 
 def frontends(pin):

@@ -13,6 +13,7 @@ from redirect_world import (
     MAPPED,
     NODE,
     NODE6,
+    TIMEOUT_S,
     VIP,
     VIP6,
     World,
@@ -26,10 +27,11 @@ from bpf import layout, maps, settings
 from bpf.layout import Address, Addresses, Number, Target
 from bpf.podfilter import netns_cookie
 from bpf.reasons import Reason
-from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend
+from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
 
 pytestmark = needs_bpf
 NOBODY = 65534
+OTHER = "127.0.0.9"
 _TCP_DEFER_ACCEPT = socket.TCP_DEFER_ACCEPT
 
 
@@ -280,6 +282,70 @@ def test_remote_backends_go_through_the_relay(world):
         assert origin.asked == Target.of(VIP, 5432, "TCP")
         assert origin.backend == Target.of("198.51.100.77", 5432, "TCP")
         assert not origin.enrolled
+
+    world.run(scenario)
+
+
+def test_a_pod_of_another_node_is_reached_through_the_relay_at_any_port(world):
+    """No Service leads to 9999."""
+
+    def scenario(world: World) -> None:
+        steer(world)
+        handles = world.handles()
+        far = WorkloadSection("x", "far", ("198.51.100.77",), node="n2")
+        near = WorkloadSection("x", "near", (OTHER,), node="n1", local=True)
+        out = WorkloadSection("x", "out", ("127.0.0.10",), node="n2", meshed=False)
+        world.know(True, far, near, out)
+        with world.as_proxy():
+            server = world.listen(NODE, MESH_RELAY_PORT)
+        client = world.connect("198.51.100.77", 9999)
+        assert client.getpeername() == ("198.51.100.77", 9999)
+        proxy = world.accept(server)
+        origin = handles.origin(proxy.fileno())
+        assert origin is not None
+        assert origin.asked == origin.backend == Target.of("198.51.100.77", 9999, "TCP")
+        assert not origin.enrolled
+        for address in (OTHER, "127.0.0.10"):
+            straight = world.listen(address)
+            client = world.connect(address, straight.getsockname()[1])
+            assert world.accept(straight).getpeername() == client.getsockname()
+        # Datagrams go straight.
+        world.know(True, WorkloadSection("x", "far", (OTHER,), node="n2"))
+        with (
+            socket.socket(type=socket.SOCK_DGRAM) as there,
+            socket.socket(type=socket.SOCK_DGRAM) as here,
+        ):
+            there.bind((OTHER, 0))
+            there.settimeout(TIMEOUT_S)
+            here.connect(there.getsockname())
+            here.send(b"x")
+            assert there.recv(1) == b"x"
+
+    world.run(scenario)
+
+
+def test_who_is_out_of_the_mesh_is_sent_to_no_proxy(world):
+    def scenario(world: World) -> None:
+        steer(world)
+        far = WorkloadSection("x", "far", (OTHER,), node="n2")
+        backends = [world.listen(address) for address in (NODE, OTHER)]
+        (_, port), (_, far_port) = (one.getsockname() for one in backends)
+        world.frontend(VIP, 80, EntryBackend(NODE, port), http=True, sockmap=True)
+        world.frontend(VIP, 5432, EntryBackend(NODE, port, remote=True))
+        with world.as_proxy():
+            proxies = [world.listen(NODE, one) for one in (MESH_HTTP_PORT, MESH_RELAY_PORT)]
+        asked = ((VIP, 80), (VIP, 5432), (OTHER, far_port))
+
+        def taken_by(servers: list[socket.socket], *order: int) -> None:
+            for (address, number), server in zip(asked, order, strict=True):
+                client = world.connect(address, number)
+                assert world.accept(servers[server]).getpeername() == client.getsockname()
+
+        world.is_a_pods()
+        world.know(True, far)
+        taken_by(proxies, 0, 1, 1)
+        world.know(False, far, meshed=False)
+        taken_by(backends, 0, 0, 1)
 
     world.run(scenario)
 

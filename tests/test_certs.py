@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import shutil
 import ssl
@@ -120,6 +121,17 @@ def test_bad_pairs_are_refused_without_quoting_the_key(words):
     text = "".join(key.split("\n")[1:-2])
     assert not any(text[at : at + 12] in str(caught.value) for at in range(0, len(text) - 12, 4))
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_a_certificate_of_no_version_that_there_is():
+    """What `cryptography` says of it is no ValueError."""
+    der = x509.load_pem_x509_certificate(CHAIN.encode()).public_bytes(serialization.Encoding.DER)
+    fourth = base64.encodebytes(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x03", 1))
+    chain = f"-----BEGIN CERTIFICATE-----\n{fourth.decode()}-----END CERTIFICATE-----\n"
+    with pytest.raises(BadCertificate, match="the certificate cannot be parsed: 3 is not a valid"):
+        check_keypair(chain, KEY)
+    with pytest.raises(BadCertificate, match="the CA bundle cannot be parsed"):
+        check_ca_bundle(chain)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from certs.errors import AuthorityError, IssueRefused, NotTrusted
 from certs.issue import Issuer, Life
 from certs.spiffe import parse
 from certs.svid import peer_identity
+from mesh.authority.files import read_brought
 
 DOMAIN = "cluster.local"
 ALLOWED = frozenset((parse(CART),))
@@ -507,6 +509,27 @@ def _bad_secrets():
 
 
 BAD_SECRETS = _bad_secrets()
+
+
+def test_a_secret_in_a_manifest(tmp_path):
+    root, mesh = company()
+    data = {
+        name: base64.b64encode(content).decode()
+        for name, content in secret_of(mesh, root=root).items()
+    }
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ca"}, "data": data}
+    file = tmp_path / "ca.json"
+    file.write_text(json.dumps(secret))
+    with pytest.raises(AuthorityError, match=r"ca.json has mode 0644.*chmod 600"):
+        read_brought(file)
+    file.chmod(0o600)
+    assert read_brought(file) == from_secret(secret_of(mesh, root=root), "x")
+    file.write_text(json.dumps({**secret, "kind": "ConfigMap"}))
+    with pytest.raises(AuthorityError, match=r"ca\.json: ") as caught:
+        read_brought(file)
+    assert data["tls.key"][:30] not in str(caught.value)
+    with pytest.raises(AuthorityError, match="cannot be read"):
+        read_brought(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("words", BAD_SECRETS)

@@ -225,6 +225,16 @@ def test_what_it_tells_holds_no_key(authority):
         assert not any(secret in answer for secret in secrets)
 
 
+def test_roots_for_others(authority):
+    done = weft("certs", "export", "--authority", str(authority.directory))
+    assert done.returncode == 0
+    own = Bundle.from_pem(DOMAIN, authority.bundle("a")["bundles"][DOMAIN])
+    assert Bundle.from_document(DOMAIN, done.stdout).roots == own.roots
+    nobody = weft("certs", "export", "--authority", "/tmp")
+    assert nobody.returncode == 3
+    assert "no authority answers in /tmp" in nobody.stderr
+
+
 def test_it_goes_on_where_it_was_killed(tmp_path):
     with authority_in(tmp_path) as authority:
         authority.write("a", pod("web-1", "a", "web"))

@@ -148,6 +148,18 @@ def test_the_chain_must_be_there():
     assert refused(HOME.chain(CART) * 3) == "unknown_issuer"
 
 
+def test_a_certificate_of_no_version_that_there_is():
+    """What `cryptography` says of it is no ValueError."""
+    leaf, intermediate = HOME.chain(CART)
+    version = b"\xa0\x03\x02\x01\x02"
+    assert leaf.count(version) == intermediate.count(version) == 1
+    for chain in (
+        [leaf.replace(version, b"\xa0\x03\x02\x01\x03"), intermediate],
+        [leaf, intermediate.replace(version, b"\xa0\x03\x02\x01\x03")],
+    ):
+        assert refused(chain) == "no_certificate"
+
+
 def test_somebody_else():
     cart, web = workload("cluster.local", "shop", "cart"), workload("cluster.local", "shop", "web")
     assert peer_identity(HOME.chain(CART), BUNDLES, NOW, cart) == cart

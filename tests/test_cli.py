@@ -190,7 +190,7 @@ def test_explain_from_a_pod_offline(tmp_path):
             "weft: --address-pool 10.0.0.1/8: 10.0.0.1/8 has host bits set",
         ),
         (("validate", "/nowhere"), "Directory '/nowhere' does not exist"),
-        (("up",), "Missing option '--manifests'"),
+        (("up",), "nothing says where objects come from"),
         (("nonsense",), "No such command 'nonsense'"),
     ],
 )

@@ -105,6 +105,17 @@ def test_a_nodes_address_is_no_pods() -> None:
     assert found.problems == {}
 
 
+def test_pods_of_nodes_that_are_nowhere_are_told_of() -> None:
+    far = pod().replace("nodeName: n1", "nodeName: n2")
+    found = world(far)
+    (problem,) = found.told("Pod", "p")
+    assert problem.startswith("spec.nodeName is n2, and there is no Node of that name")
+    found.apply(NODE)
+    assert found.problems == {}
+    # Without an authority nobody is reached by mutual TLS anyway.
+    assert world(far, options=Options(node="n1", mesh_addresses=("::1",))).problems == {}
+
+
 # --- identities -----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from bpf_world import loader, needs_bpf, pin_directory
 from lab_world import needs_root
 from pyroute2 import IPRoute
 
-from bpf import pins, syscall
+from bpf import pins, podfilter, syscall
 from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap, counters
 from bpf.reasons import Reason
@@ -46,7 +46,8 @@ def config(
     with pin_directory(tmp_path_factory.mktemp("cni")) as directory:
         done = loader("--pin", directory)
         assert done.returncode == 0, done.stderr
-        yield msgspec.structs.replace(config, pins=str(directory))
+        datapath = cni.CniDatapath(pins=directory, records=directory.with_name("pods"))
+        yield msgspec.structs.replace(config, datapath=datapath)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def pod(config: cni.CniConfig) -> Iterator[str]:
 
 def state(config: cni.CniConfig) -> tuple[object, ...]:
     """The node's links, how many routes (the kernel's own aside) and rules it has, and what the
-    filter has of pods: pinned links, and entries of maps."""
+    filter has of pods: records, pinned links, and entries of maps."""
     with IPRoute() as netlink:
         links = {link.get("ifname") for link in netlink.get_links()}
         routes = list(netlink.get_routes(proto=_STATIC))
@@ -78,14 +79,15 @@ def state(config: cni.CniConfig) -> tuple[object, ...]:
 
 
 def filter_state(config: cni.CniConfig) -> tuple[object, ...]:
-    if config.pins is None:
+    if config.datapath is None:
         return ()
-    directory = Path(config.pins)
+    directory, records = config.datapath.pins, config.datapath.records
     interfaces = PinnedMap(directory, "interfaces", Address, Number)
     namespaces = PinnedMap(directory, "namespaces", Number, Addresses)
     with contextlib.closing(interfaces), contextlib.closing(namespaces):
-        pinned = {path.name for path in (directory / "links").iterdir()}
-        return pinned, dict(interfaces.items()), dict(namespaces.items())
+        pinned = {path.name for path in (directory / "links").glob("weft*")}
+        recorded = {path.name for path in records.iterdir()} if records.exists() else set()
+        return recorded, pinned, dict(interfaces.items()), dict(namespaces.items())
 
 
 def test_add_says_what_it_made_as_cni_does(pod: str, config: cni.CniConfig) -> None:
@@ -127,7 +129,6 @@ def test_add_twice_is_refused_and_changes_nothing(pod: str, config: cni.CniConfi
             {"node_addresses": ("10.7.7.7", "fd08::1")},
             "pod network of pod-1: the kernel refuses it",
         ),
-        (None, {"pins": "/nowhere"}, "pod network of pod-1: no map at /nowhere/maps/"),
     ],
 )
 def test_add_that_fails_leaves_nothing(
@@ -196,11 +197,11 @@ def test_check_finds_that_the_pod_is_not_guarded(pod: str, config: cni.CniConfig
         return str(refused.value).removeprefix("pod network of pod-1: on the node: ")
 
     cni.add(ID, pod, "eth0", config)
-    if config.pins is None:
+    if config.datapath is None:
         subprocess.run(["ip", "-6", "rule", "del", "priority", "101"], check=True)
         assert amiss() == "the rules against spoofing are gone"
         return
-    directory = Path(config.pins)
+    directory = config.datapath.pins
     interfaces = PinnedMap(directory, "interfaces", Address, Number)
     namespaces = PinnedMap(directory, "namespaces", Number, Addresses)
     with contextlib.closing(interfaces), contextlib.closing(namespaces):
@@ -221,10 +222,10 @@ def test_check_finds_that_the_pod_is_not_guarded(pod: str, config: cni.CniConfig
 
 @needs_bpf
 def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniConfig) -> None:
-    if config.pins is None:
+    if config.datapath is None:
         pytest.skip("there is none")
     cni.add(ID, pod, "eth0", config)
-    path = pins.link_path(Path(config.pins), f"{cni.host_interface(ID, 'eth0')}_pod_egress")
+    path = pins.link_path(config.datapath.pins, f"{cni.host_interface(ID, 'eth0')}_pod_egress")
 
     def program() -> int:
         link = syscall.pinned(str(path))
@@ -234,9 +235,42 @@ def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniC
             os.close(link)
 
     before = program()
-    assert loader("--pin", config.pins).returncode == 0
+    assert loader("--pin", config.datapath.pins).returncode == 0
+    assert podfilter.renew(config.datapath.pins, config.datapath.records) == []
     assert program() != before
     cni.check(ID, pod, "eth0", config)
+
+
+@needs_bpf
+def test_a_pod_that_was_there_before_the_filter_gets_it(pod: str, tmp_path: Path) -> None:
+    with pin_directory(tmp_path) as directory:
+        config = cni.CniConfig(
+            addresses=ADDRESSES,
+            node_addresses=("10.8.0.1", "fd08::1"),
+            datapath=cni.CniDatapath(pins=directory, records=tmp_path / "pods"),
+        )
+        cni.add(ID, pod, "eth0", config)
+        # Guarded by routing until then.
+        cni.check(ID, pod, "eth0", config)
+
+        def load() -> None:
+            assert loader("--pin", directory).returncode == 0
+            assert podfilter.renew(directory, tmp_path / "pods") == []
+
+        load()
+        cni.check(ID, pod, "eth0", config)
+        host = cni.host_interface(ID, "eth0")
+        links = {f"{host}_{name}" for name in ("pod_egress", "pod_ingress")}
+        assert {path.name for path in (directory / "links").glob("weft*")} == links
+        # Somebody removes the pins: all is made again.
+        assert loader("--pin", directory, "--remove").returncode == 0
+        load()
+        cni.check(ID, pod, "eth0", config)
+
+        cni.delete(ID, "eth0", config)
+        assert list((tmp_path / "pods").iterdir()) == []
+        load()
+        assert filter_state(config) == (set(), set(), {}, {})
 
 
 @pytest.mark.parametrize("family", [0, 1])
@@ -244,7 +278,7 @@ def test_nothing_leaves_a_pod_from_the_address_of_another(
     pod: str, config: cni.CniConfig, family: int
 ) -> None:
     """A datagram from the pod's own address, sent after the spoofed one, arrives alone."""
-    if config.pins is None and family == 1:
+    if config.datapath is None and family == 1:
         pytest.skip("routing rules guard what is forwarded, not the node itself")
     cni.add(ID, pod, "eth0", config)
     foreign = ("10.9.0.3", "fd09::3")[family]
@@ -264,8 +298,8 @@ def test_nothing_leaves_a_pod_from_the_address_of_another(
                     client.bind((source, 0))
                     client.sendto(source.encode(), node.getsockname()[:2])
         assert node.recv(100) == config.addresses[family].encode()
-    if config.pins is not None:
-        counts = counters(Path(config.pins))
+    if config.datapath is not None:
+        counts = counters(config.datapath.pins)
         assert counts[Reason.SPOOFED] >= 1
 
 

@@ -16,8 +16,8 @@ from redirect_world import NODE, VIP, World, redirect_world
 from support.mesh import mesh_route, service, workload
 from support.proxy import WorkerProcess, get, ok, read_message, rule, to
 
-from bpf import pins, settings, syscall
-from bpf.proxy import HANDLES
+from bpf import settings
+from bpf.proxy import HANDLES, descriptors
 from bpf.reasons import Reason
 from l7proxy.redirect import LONG
 from mesh.model.channel import Handles, Listen, PortAddress, send_control
@@ -59,7 +59,7 @@ class Node:
         put = (
             service("web", VIP, producers=True)
             | mesh_route("r", rule(to("web")), client_headers=True)
-            | workload("client", NODE, "front")
+            | workload("client", NODE, "front", spiffe_id="spiffe://cluster.local/ns/front/sa/x")
             | {cluster_key("Service", "default", "web", 80): ClusterSection(endpoints)}
             | {SETTINGS_KEY: Settings(**rest)}  # type: ignore[arg-type]
         )
@@ -68,13 +68,9 @@ class Node:
 
 def hand_over(world: World, proxy: WorkerProcess) -> None:
     """The kernel's handles, to the worker."""
-    paths = [
-        pins.program_path(world.pin, name) if name == "queue" else pins.map_path(world.pin, name)
-        for name in HANDLES
-    ]
-    fds = tuple(syscall.pinned(str(path)) for path in paths)
-    send_control(proxy.control, Handles(HANDLES), fds)
-    for fd in fds:
+    handles = descriptors(world.pin)
+    send_control(proxy.control, Handles(tuple(handles)), tuple(handles.values()))
+    for fd in handles.values():
         os.close(fd)
 
 
@@ -162,9 +158,7 @@ def test_a_workload_is_answered_by_redirect_on_both_hops(world):
                     message = await read_message(reader)
                     assert message is not None
                     assert message.body == data
-                    assert message.header("x-told") == (
-                        "URI=spiffe://cluster.local/ns/front/sa/default"
-                    )
+                    assert message.header("x-told") == ("URI=spiffe://cluster.local/ns/front/sa/x")
             # The client's end and the backend's.
             assert world.counted(Reason.ENROLLED) == before[Reason.ENROLLED] + 2
             assert world.counted(Reason.UNPAIRED) == before[Reason.UNPAIRED]

@@ -4,19 +4,21 @@
 #define WEFT_STEER_H
 
 #include "choose.h"
+#include "membership.h"
 #include "origin.h"
 #include "report.h"
 
 enum calls { CONNECT, SENDMSG };
 
-/* Where the proxy listens for connections to `asked`, of HTTP or to be relayed; null: nowhere. */
-static __always_inline const struct target *listening(const struct target *asked, int http)
+/* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed; null:
+ * nowhere. */
+static __always_inline const struct target *listening(u64 netns, const struct target *asked, int http)
 {
 	u32 zero = 0;
 	struct config *at = config.lookup(&zero);
 	const struct target *target;
 
-	if (!at)
+	if (!at || is_apart(netns, asked))
 		return 0;
 	if (is_ipv4(asked))
 		target = http ? &at->http4 : &at->relay4;
@@ -27,7 +29,7 @@ static __always_inline const struct target *listening(const struct target *asked
 
 /* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
  * errno. Before a proxy has ever listened, everything goes straight to backends. */
-static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
+static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
 				   const struct frontend *frontend, struct origin *origin,
 				   struct target *peer, u32 *reason)
 {
@@ -37,7 +39,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
 	int result;
 
 	if (tcp && frontend->flags & FRONTEND_HTTP)
-		proxy = listening(&origin->asked, 1);
+		proxy = listening(netns, &origin->asked, 1);
 	if (proxy && !frontend->affinity_s) {
 		*reason = REASON_TO_PROXY;
 	} else {
@@ -47,7 +49,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
 			return result;
 		*reason = proxy ? REASON_TO_PROXY : REASON_BALANCED;
 		if (!proxy && tcp && backend.flags & BACKEND_REMOTE) {
-			proxy = listening(&origin->asked, 0);
+			proxy = listening(netns, &origin->asked, 0);
 			if (proxy)
 				*reason = REASON_TO_RELAY;
 		}
@@ -56,6 +58,21 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie,
 	origin->flags = frontend->flags;
 	*peer = proxy ? *proxy : backend.target;
 	return 0;
+}
+
+/* The same of a pod of another node that was asked for at a port of no frontend. 0: it goes
+ * straight. */
+static __always_inline int far_peer(u64 netns, struct origin *origin, struct target *peer,
+				    u32 *reason)
+{
+	const struct target *relay = is_far(&origin->asked) ? listening(netns, &origin->asked, 0) : 0;
+
+	if (!relay)
+		return 0;
+	origin->backend = origin->asked;
+	*peer = *relay;
+	*reason = REASON_TO_RELAY;
+	return 1;
 }
 
 /* 1: `peer` is filled in and the origin kept; 0: `asked` is no frontend; negative errno: refused.
@@ -70,9 +87,9 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 	struct target key = *asked;
 	struct frontend *frontend = frontends.lookup(&key);
 	u32 reason = REASON_PASSED;
-	int result;
+	int result = 0;
 
-	if (!frontend) {
+	if (!frontend && !(call == CONNECT && far_peer(netns, &origin, peer, &reason))) {
 		count(REASON_PASSED);
 		if (call == CONNECT) {
 			forget(cookie, asked);
@@ -82,7 +99,8 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 		}
 		return 0;
 	}
-	result = peer_of(ctx, cookie, frontend, &origin, peer, &reason);
+	if (frontend)
+		result = peer_of(ctx, cookie, netns, frontend, &origin, peer, &reason);
 	if (!result)
 		result = remember(cookie, peer, &origin, &reason);
 	if (result < 0) {

@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
 
 from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
@@ -41,7 +42,9 @@ from mesh.model.channel import (
     receive_control,
     send_control,
 )
+from mesh.model.meta import ObjectKey
 from mesh.sources.directory import DirectorySource
+from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.agent")
 _PR_SET_PDEATHSIG = 1
@@ -73,15 +76,20 @@ class Agent:
             kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
             svids=self._svids(options, run_dir),
         )
-        self._source = DirectorySource(options.manifests)
+        self._source, self._reporter = _source(options, self._node)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
     def _datapath(self, options: AgentOptions) -> Datapath | None:
         if options.steer is None:
             return None
-        plane = options.plane
-        return Datapath(options.steer, plane.mesh_addresses, self._hand_over, plane.node)
+        return Datapath(
+            options.steer,
+            options.plane.mesh_addresses,
+            self._hand_over,
+            self._datapath_changed,
+            options.plane.node,
+        )
 
     def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
         if self._authority is None:
@@ -101,13 +109,16 @@ class Agent:
                 group.create_task(self._node.run(), name="node"),
                 group.create_task(self._follow_source(), name="source"),
             ]
+            if self._reporter is not None:
+                work.append(group.create_task(self._reporter.run(), name="reports"))
             if (datapath := self._node.datapath) is not None:
-                work.append(group.create_task(self._serve(datapath), name="datapath"))
+                work.append(group.create_task(datapath.run(), name="datapath"))
             if self._node.svids is not None:
                 work.append(group.create_task(self._node.svids.run(), name="SVIDs"))
             await self._stop.wait()
             for task in work:
                 task.cancel()
+        await self._source.close()
         await self._admin.close()
         await self._api.close()
         if self._authority is not None:
@@ -122,12 +133,11 @@ class Agent:
             async for update in updates:
                 self._node.source_changed(update)
 
-    async def _serve(self, datapath: Datapath) -> None:
-        await datapath.start()
-        if self._node.kernel is not None and datapath.opened:
-            self._node.kernel.start()
-        self._node.look_again()
-        await datapath.tidy()
+    def _datapath_changed(self) -> None:
+        node = self._node
+        if node.kernel is not None and node.datapath is not None and node.datapath.opened:
+            node.kernel.start()
+        node.look_again()
 
     def _workers_changed(self) -> None:
         self._node.look_again()
@@ -169,10 +179,49 @@ class Agent:
                     spawn(self._node.rollout.connect(number, pid, sock), name="config channel")
                 case Bound():
                     self._node.bound_changed(message)
+                case Handles() if self._node.datapath is not None:
+                    self._node.datapath.handles_taken()
                 case _:
                     _log.error("control message %s is not for an agent", type(message).__name__)
             for fd in fds:
                 os.close(fd)
+
+
+class Source(Protocol):
+    """What objects come from: a directory, a cluster."""
+
+    def updates(self) -> AsyncGenerator[SourceUpdate, None]: ...
+
+    def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]: ...
+
+    async def close(self) -> None: ...
+
+
+class Background(Protocol):
+    """Work that goes on beside, until it is cancelled."""
+
+    async def run(self) -> None: ...
+
+
+def _source(options: AgentOptions, node: Node) -> tuple[Source, Background | None]:
+    """Where objects come from, and who tells there what became of them."""
+    if options.manifests is not None:
+        return DirectorySource(options.manifests), None
+    # 12 MB that nobody needs who has no cluster.
+    from mesh.agent.cluster import Reporter
+    from mesh.sources.kubernetes import KubernetesSource
+
+    source = KubernetesSource(options.kubeconfig)
+    reporter = Reporter(
+        node,
+        source.client,
+        name=options.plane.node or socket.gethostname().lower(),
+        namespace=options.namespace,
+        addresses=options.plane.advertise,
+        mesh_addresses=options.plane.mesh_addresses,
+    )
+    node.settled = reporter.changed
+    return source, reporter
 
 
 def _ready() -> None:

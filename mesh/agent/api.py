@@ -17,6 +17,7 @@ from aiohttp import web
 
 from mesh.agent import flow_stream, metrics, policies, svid_status
 from mesh.agent.admin import Admin
+from mesh.agent.datapath import Datapath
 from mesh.agent.flow_filter import FilterError
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions
@@ -107,13 +108,15 @@ class Api:
         return _json(
             {
                 "agent": {"pid": os.getpid(), "started": self._started},
-                "manifests": str(self._options.manifests),
+                "manifests": str(
+                    self._options.manifests or self._options.kubeconfig or "in cluster"
+                ),
                 "runDir": str(self._run_dir.path),
                 "admin": f"{_host(address[0])}:{address[1]}"
                 if address and not self._admin.error
                 else None,
                 "ready": not not_ready,
-                "steered": str(node.datapath.cgroup) if node.datapath is not None else None,
+                **_steered(node.datapath),
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {
@@ -234,6 +237,18 @@ def redacted(section: Section) -> Any:
     if isinstance(section, CertificateSection | SvidSection):
         section = msgspec.structs.replace(section, key_pem="<redacted>")
     return msgspec.to_builtins(section)
+
+
+def _steered(datapath: Datapath | None) -> dict[str, str | None]:
+    """`steered`: the cgroup whose workloads this agent steers, if any; `notSteered`: why it does
+    not, where it was asked to."""
+    if datapath is None:
+        return {"steered": None, "notSteered": None}
+    why_not = "it is being tested and loaded" if datapath.loading else datapath.why_not
+    if why_not is None:
+        return {"steered": str(datapath.cgroup), "notSteered": None}
+    how = "only as an earlier Weft left it" if datapath.left else "no"
+    return {"steered": None, "notSteered": f"{how}: {why_not}"}
 
 
 def _host(address: str) -> str:

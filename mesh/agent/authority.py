@@ -48,8 +48,8 @@ class SocketClient:
         return answers
 
     async def bundle(self, have: str) -> BundleAnswer:
-        path = f"/v1/bundle?have={have}"
-        return await self._ask("GET", path, BundleAnswer, WAIT_S + _TIMEOUT_S)
+        timeout_s = _TIMEOUT_S + (WAIT_S if have else 0)
+        return await self._ask("GET", f"/v1/bundle?have={have}", BundleAnswer, timeout_s)
 
     async def _ask(
         self, method: str, path: str, kind: type[A], timeout_s: float, body: bytes | None = None
@@ -63,7 +63,13 @@ class SocketClient:
                     raise NoAnswer(f"the authority answers {response.status}: {data[:200]!r}")
                 return msgspec.json.decode(data, type=kind)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            why = str(error) or type(error).__name__
-            raise NoAnswer(f"the authority at {self._socket} does not answer: {why}") from None
+            why = f"the authority does not answer at {self._socket}: {_why(error)}"
+            raise NoAnswer(why) from None
         except msgspec.MsgspecError as error:
             raise NoAnswer(f"the authority at {self._socket} answers otherwise: {error}") from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

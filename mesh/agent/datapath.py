@@ -1,11 +1,11 @@
 """The eBPF data path as a destination of the configuration: load-balancer entries, identities and
 policies into its maps, descriptors to the proxies, programs to the cgroups.
 
-In this order: the self-test; the loader, a process of its own; the maps are filled; the first whole
-configuration is in force everywhere; then `enforce` points the kernel to the proxies and attaches
-the programs. What an earlier agent left in force stays so until then, and also where something
-fails: the gateway goes on, and says what is not as it should be. Knows nothing of how entries come
-about.
+In this order: the self-test; the loader, a process of its own; the maps are filled, and the proxies
+have their descriptors; the first whole configuration is in force everywhere; then `enforce` points
+the kernel to the proxies and attaches the programs, also to the pods that are there. What an
+earlier agent left in force stays so until then, and also where something fails: the gateway goes
+on, says what is not as it should be, and tries again. Knows nothing of how entries come about.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-import msgspec
-
-from bpf import attach, maps, pins, selftest, settings
+from bpf import attach, pins, podfilter, settings, versions
 from bpf.balancer import Balancer
 from bpf.enforcement import ENFORCED, EnforcedSection, Enforcement
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
+from mesh.agent import loading
 from mesh.agent.options import Steering
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -35,6 +33,14 @@ from mesh.model.section import SectionKey, port_key
 
 _log = logging.getLogger("weft.agent")
 
+# What failed is tried again after this long, then twice that, ...
+_RETRY_S = 1.0
+_MAX_RETRY_S = 60.0
+# A kernel whose redirects have failed their checks this often is one that cannot do them.
+_REDIRECT_TESTS = 6
+# Workers take descriptors at once; one that does not must not hold up the others.
+_TAKE_S = 3.0
+_NOT_YET = "not all workers have their first configuration yet"
 # Between two looks at whether the sockets of other versions have closed.
 _TIDY_S = 30.0
 
@@ -47,130 +53,178 @@ class _Maps(NamedTuple):
 
 
 class Datapath:
-    """`loading`: until `start` has ended. `failures`: what is not as it should be, in words; empty
-    if all is well. `refused`: sections not in force. `redirects`: proxies send to workloads of this
-    node by redirect. `hand_over` gives descriptors to the proxies; `node` is this one's name."""
+    """`loading`: until it was tried to load it. `why_not`: why this agent has put nothing in force,
+    in words; None: it has. `refused`: sections not in force. `hand_over` gives descriptors to the
+    proxies; `changed` is called after each attempt; `node` is this one's name."""
 
     def __init__(
         self,
         options: Steering,
         addresses: tuple[str, ...],
         hand_over: Callable[[Mapping[str, int]], None],
+        changed: Callable[[], None],
         node: str | None,
     ) -> None:
         self.cgroup = options.cgroup
         self.pins = options.pins
         self.refused: dict[SectionKey, str] = {}
         self.loading = True
-        self.failures: list[str] = []
-        self.redirects = False
+        self.why_not: str | None = _NOT_YET
         self._options = options
         self._addresses = addresses
         self._hand_over = hand_over
+        self._changed = changed
         self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._enforced: dict[SectionKey, EnforcedSection] = {}
+        # What is not as it should be: in all, of sending by redirect, of pods.
+        self._broken: str | None = None
+        self._by_tcp: str | None = None
+        self._unfiltered: list[str] = []
+        self._tests = 0
+        self._tested = False
+        self._redirects = False
         self._loaded = False
-        self._why_not: str | None = "not all workers have their first configuration yet"
+        # Everything that the kernel is to send to is there; it was told so.
+        self._ready = False
+        self._pointed = False
         self._bound: frozenset[tuple[str, int]] = frozenset()
         self._lock: int | None = None
         self._synced = False
         self._maps: _Maps | None = None
+        self._taken = asyncio.Event()
+        self._again = asyncio.Event()
 
-    async def start(self) -> None:
-        """Test, load, adopt the maps, and fill them with what was published so far."""
-        try:
-            attach.check_cgroup(self._options.cgroup)
-            self._lock = pins.lock(self.pins)
-        except DatapathError as error:
-            self._break(error)
+    async def run(self) -> None:
+        """For ever: put the data path in force, as often as it takes; when it is, let go of what
+        other versions left once their sockets have closed."""
+        pauses = _pauses()
+        while True:
+            await self._attempt()
             self.loading = False
-            return
+            self._changed()
+            if not self._settled:
+                await asyncio.sleep(next(pauses))
+                continue
+            pauses = _pauses()
+            while self._settled:
+                self._again.clear()
+                try:
+                    await asyncio.wait_for(self._again.wait(), _TIDY_S)
+                except TimeoutError:
+                    self._tidy()
+
+    @property
+    def _settled(self) -> bool:
+        return self._broken is None and self._tested
+
+    async def _attempt(self) -> None:
+        """Whatever is still to be done."""
         try:
-            await self._test()
-            await self._run("bpf.loader", f"--pin={self.pins}")
-            self._loaded = True
-        except DatapathError as error:
-            self._break(error)
-        try:
-            self._maps = _Maps(Balancer(self.pins), Enforcement(self.pins, self._node))
+            if self._lock is None:
+                attach.check_cgroup(self._options.cgroup)
+                self._lock = pins.lock(self.pins)
+            try:
+                if not self._tested:
+                    await self._test()
+                if not self._loaded:
+                    loading.check_places(self._options)
+                    await loading.load(self.pins)
+                    self._loaded = True
+            finally:
+                # Maps that were there before are kept as they should be in any case.
+                self._open()
+            self._give_handles()
+            await self._until_taken()
         except (DatapathError, OSError) as error:
-            if self._loaded:
-                self._break(error)
+            self._break(error)
         else:
-            self._replace()
-        self.loading = False
+            self._broken = None
+            if not self._ready:
+                self.why_not = _NOT_YET
+        if self._ready:
+            self.enforce()
 
     async def _test(self) -> None:
         """DatapathError: this kernel is not one to steer on, or not as it was asked for."""
-        beside = self._options.proxy_cgroup
-        if not beside.exists():
-            raise DatapathError(
-                f"the cgroup {beside} for Weft's own processes could not be made: it takes root, "
-                "or name one that is there with --proxy-cgroup"
-            )
-        attach.check_cgroup(beside)
-        if beside.is_relative_to(self.cgroup) or self.cgroup.is_relative_to(beside):
-            raise DatapathError(
-                f"{beside} (--proxy-cgroup) and {self.cgroup} (--steer) lie in one another, so the "
-                "proxy's own connections would be steered to the proxy: name one beside the other"
-            )
-        # The supervisor has joined it before the proxies' listening sockets were made.
-        if not attach.is_member(beside, os.getpid()):
-            raise DatapathError(
-                f"Weft's own processes are not in {beside}, by which the kernel would know the "
-                "proxy's sockets: give --proxy-cgroup one that may have processes (a leaf without "
-                "controllers of its children), and start Weft anew"
-            )
-        where = (f"--directory={self.pins.parent}", f"--cgroup={beside.parent}")
-        said = await self._run("bpf.selftest", *where, f"--name={beside.name}.selftest", "--json")
-        checks = msgspec.json.decode(said, type=list[selftest.Check])
-        wrong = [check for check in checks if not check.ok]
-        basic = [check for check in wrong if check.name not in selftest.REDIRECT_FACTS]
-        for check in wrong:
-            _log.error("self-test: %s: %s: %s", check.name, selftest.FACTS[check.name], check.why)
-        if basic:
-            raise DatapathError(f"{basic[0].name}: {basic[0].why}")
-        self.redirects = self._options.mode != "proxy" and not wrong
-        if self._options.mode == "kernel" and wrong:
-            raise DatapathError(f"--datapath=kernel, and {wrong[0].name}: {wrong[0].why}")
-        if self._options.mode == "auto" and wrong:
-            self._fail(
-                f"the proxy sends to workloads by TCP, not by redirect: {wrong[0].name}: "
-                f"{wrong[0].why}"
-            )
+        loading.check_places(self._options)
+        verdict = await loading.test(self._options)
+        self._tests += 1
+        mode = self._options.mode
+        self._redirects = mode != "proxy" and verdict.redirect is None
+        if not self._redirects:
+            # Programs that are attached by now may have been told otherwise.
+            left = pins.other_versions(self.pins)
+            versions.stop_redirects(self.pins, (pins.version(), *left))
+        if verdict.steering is not None:
+            raise DatapathError(verdict.steering)
+        if mode == "kernel" and verdict.redirect is not None:
+            raise DatapathError(f"--datapath=kernel, and {verdict.redirect}")
+        self._tested = mode == "proxy" or verdict.redirect is None or self._tests >= _REDIRECT_TESTS
+        before, self._by_tcp = self._by_tcp, verdict.redirect if mode == "auto" else None
+        if self._by_tcp is not None and self._by_tcp != before:
+            _log.error("%s", self.failures[-1])
 
-    async def _run(self, module: str, *arguments: str) -> bytes:
-        """A short-lived process of ours; what it printed. DatapathError: it failed."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", module, *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
+    def _open(self) -> None:
+        """DatapathError, OSError, unless nothing was loaded."""
+        if self._maps is None:
+            try:
+                balancer = Balancer(self.pins)
+                self._maps = _Maps(balancer, Enforcement(self.pins, self._node))
+            except (DatapathError, OSError):
+                if self._loaded:
+                    raise
+            else:
+                self._replace()
+
+    def _give_handles(self) -> None:
+        """To the proxies: before the programs are attached, and they may be in need of them."""
+        self._taken.clear()
+        handles = descriptors(self.pins)
+        self._hand_over(handles)
+        for fd in handles.values():
+            os.close(fd)
+
+    def handles_taken(self) -> None:
+        """All proxies have the descriptors."""
+        self._taken.set()
+
+    async def _until_taken(self) -> None:
         try:
-            said, complained = await process.communicate()
-        except asyncio.CancelledError:
-            process.kill()
-            raise
-        # The self-test's status tells of its checks, which are read one by one.
-        if process.returncode != 0 and not said:
-            why = complained.decode(errors="replace").strip().removeprefix("weft: ")
-            raise DatapathError(why or f"{module} ended with status {process.returncode}")
-        return said
+            await asyncio.wait_for(self._taken.wait(), _TAKE_S)
+        except TimeoutError:
+            _log.error(
+                "not all workers have taken the data path's descriptors after %g s: going on "
+                "without them",
+                _TAKE_S,
+            )
 
     @property
     def opened(self) -> bool:
         """The maps are there, and filled."""
         return self._maps is not None
 
-    def _break(self, error: Exception) -> None:
-        self._why_not = str(error)
-        self._fail(f"workloads in {self.cgroup} are not steered as they should be: {error}")
+    @property
+    def left(self) -> bool:
+        """Programs are attached, by this agent or by one before it."""
+        return pins.link_path(self.pins, "connect4").exists()
 
-    def _fail(self, why: str) -> None:
-        self.failures.append(why)
-        _log.error("%s", why)
+    @property
+    def failures(self) -> list[str]:
+        """What is not as it should be, in words; empty if all is well."""
+        result = []
+        if self._broken is not None:
+            what = f"workloads in {self.cgroup} are not steered as they should be"
+            result.append(f"{what}: {self._broken}")
+        if self._by_tcp is not None:
+            result.append(f"the proxy sends to workloads by TCP, not by redirect: {self._by_tcp}")
+        return [*result, *self._unfiltered]
+
+    def _break(self, error: Exception) -> None:
+        before, self._broken = self._broken, str(error)
+        self.why_not = self._broken
+        if self._broken != before:
+            _log.error("%s", self.failures[0])
 
     # --- the configuration ------------------------------------------------------------------------
 
@@ -201,56 +255,61 @@ class Datapath:
     def refusals(self) -> dict[SectionKey, str]:
         """By section, why it is not in force here; all of the mesh's ports where nothing is steered
         to them. Nothing while that is being found out."""
-        if self._why_not is None or self.loading:
+        if self.why_not is None or self.loading:
             return self.refused
-        why = f"workloads are not steered here: {self._why_not}"
+        why = f"workloads are not steered here: {self.why_not}"
         return {
             **self.refused,
             **{port_key(address, MESH_HTTP_PORT): why for address in self._addresses},
         }
 
     def enforce(self) -> None:
-        """Everything that the kernel is to send to is there: point it to the proxies, attach."""
-        if self._maps is None or not self._loaded:
+        """Everything that the kernel is to send to is there: point it to the proxies, attach. Where
+        nothing was loaded, what an earlier agent left is pointed to them."""
+        self._ready = True
+        if self._maps is None:
             return
         try:
             self._point()
+            if not self._loaded:
+                return
+            versions.stop_redirects(self.pins, pins.other_versions(self.pins))
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
-            handles = descriptors(self.pins)
+            versions.take_over_flows(self.pins)
+            self._unfiltered = podfilter.renew(self.pins, self._options.pods)
         except (DatapathError, OSError) as error:
             self._break(error)
+            self._again.set()
         else:
-            self._hand_over(handles)
-            for fd in handles.values():
-                os.close(fd)
-            self._why_not = None
-            how = "by redirect" if self.redirects else "by TCP"
-            _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
+            if self.why_not is not None:
+                how = "by redirect" if self._redirects else "by TCP"
+                _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
+            self.why_not = None
 
     def rebound(self, bound: frozenset[tuple[str, int]]) -> None:
         """These addresses and ports are Weft's now: the kernel sends to no others."""
         self._bound = bound
-        if self._why_not is None:
+        if self._pointed:
             try:
                 self._point()
             except (DatapathError, OSError) as error:
                 self._break(error)
+                self._again.set()
 
     def _point(self) -> None:
         ports = (MESH_HTTP_PORT, MESH_RELAY_PORT)
         places = [(address, port) for address in self._addresses for port in ports]
         there = [place for place in places if place in self._bound]
-        settings.steer_to_proxy(self.pins, there, sockmap=self.redirects)
+        settings.steer_to_proxy(self.pins, there, sockmap=self._redirects)
+        self._pointed = True
 
-    async def tidy(self) -> None:
-        """For ever: let go of the maps of other versions once their sockets have closed. Not while
-        their programs may still be attached."""
-        while pins.other_versions(self.pins):
-            await asyncio.sleep(_TIDY_S)
-            if self._why_not is not None:
-                continue
+    def _tidy(self) -> None:
+        """Let go of the maps of other versions whose sockets have closed, also where proxies hold
+        them. Not while their programs may still be attached."""
+        if self.why_not is None:
             try:
-                maps.retire_versions(self.pins)
+                if versions.retire(self.pins):
+                    self._give_handles()
             except OSError as error:
                 _log.error("maps of another version at %s stay: %s", self.pins, error)
 
@@ -261,3 +320,10 @@ class Datapath:
             self._maps.enforcement.close()
         if self._lock is not None:
             os.close(self._lock)
+
+
+def _pauses() -> Iterator[float]:
+    pause = _RETRY_S
+    while True:
+        yield pause
+        pause = min(2 * pause, _MAX_RETRY_S)

@@ -48,13 +48,19 @@ class KernelFlows:
         self._loop = asyncio.get_running_loop()
 
     def start(self) -> None:
-        try:
-            fd = maps.open_pinned(self._pins, "events")
-            self._lost = maps.counters(self._pins)[Reason.EVENTS_LOST]
-        except DatapathError as error:
-            self.failure = f"the eBPF data path's events are not seen: {error}"
-            _log.error("%s", self.failure)
+        """Again: nothing, unless it failed."""
+        if self._ring is not None:
             return
+        try:
+            self._lost = maps.counters(self._pins)[Reason.EVENTS_LOST]
+            fd = maps.open_pinned(self._pins, "events")
+        except DatapathError as error:
+            failure = f"the eBPF data path's events are not seen: {error}"
+            if failure != self.failure:
+                _log.error("%s", failure)
+            self.failure = failure
+            return
+        self.failure = None
         self._ring = RingBuffer(fd, layout.EVENT_PAGES * 4096)
         self._loop.add_reader(fd, self._readable)
 

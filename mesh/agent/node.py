@@ -28,8 +28,8 @@ from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Section
 from mesh.model.section import SectionKey
 from mesh.policy.report import Row
-from mesh.sources.directory import SourceUpdate
 from mesh.sources.documents import Problem
+from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.agent")
 
@@ -69,6 +69,12 @@ class Node:
         self.synced = False
         self.ready_once = False
         self.failures: Mapping[tuple[str, Any], Exception] = {}
+        # Up to which version of the source everything is in force, and who wants to know.
+        self.in_force: Mapping[str, int] = {}
+        self.settled: Callable[[], None] = lambda: None
+        self._versions: Mapping[str, int] = {}
+        self._said: tuple[Any, ...] = ()
+        self._steps = 0
         self._plane = plane
         self._want = want
         self._ready = ready
@@ -104,6 +110,7 @@ class Node:
                     objects[key] = obj
         self.problems = update.problems
         self.synced = self.synced or update.complete
+        self._versions = update.versions
         self._wake.set()
 
     def bound_changed(self, bound: Bound) -> None:
@@ -170,6 +177,7 @@ class Node:
         news = self._pending or self._awaited
         if news or refusals != self._refusals or binds != self._binds or first:
             changes, self._pending = self._pending, {}
+            self._steps += 1
             before = self._refusals, self._binds
             for key, why in refusals.items() - self._refusals.items():
                 _log.error("%s is refused: %s", key, why)
@@ -198,7 +206,21 @@ class Node:
         if self._unpublished and (self.datapath is None or not self.datapath.loading):
             self.statuses.publish(self._unpublished)
             self._unpublished = {}
+        if not first and (self.datapath is None or not self.datapath.loading):
+            self._settle()
         return False
+
+    def _settle(self) -> None:
+        self.in_force = self._versions
+        said = (self._steps, self._refusals, self._binds, self.ready_once)
+        if said != self._said:
+            self._said = said
+            self.settled()
+
+    @property
+    def refusals(self) -> Mapping[SectionKey, str]:
+        """What the data plane refuses, and why."""
+        return self._refusals
 
     def _publish(self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
         self._more_put, self._more_remove = {}, set()

@@ -24,6 +24,7 @@ from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
+DEFAULT_NAMESPACE = "weft-system"
 DEFAULT_ADMIN = "127.0.0.1:15090"
 DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
@@ -35,21 +36,26 @@ class OptionError(Exception):
 
 
 class Steering(NamedTuple):
-    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, and where it is
-    pinned. `mode`: "auto" sends to workloads by redirect if the self-test says so, "kernel" insists
-    on it, "proxy" never does."""
+    """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
+    and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
+    self-test says so, "kernel" insists on it, "proxy" never does."""
 
     cgroup: Path
     proxy_cgroup: Path
     pins: Path
+    pods: Path
     mode: Literal["auto", "kernel", "proxy"]
 
 
 class AgentOptions(NamedTuple):
-    """`admin` None: no admin port; `steer` None: no eBPF; `flow_buffer`: flow records held;
-    `authority`: its socket for this node, None: there is none."""
+    """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
+    or the pod's service account) leads to, and `namespace` is Weft's own there. `admin` None: no
+    admin port; `steer` None: no eBPF; `flow_buffer`: flow records held; `authority`: its socket for
+    this node, None: there is none."""
 
-    manifests: Path
+    manifests: Path | None
+    kubeconfig: Path | None
+    namespace: str
     run_dir: Path
     control_fd: int
     workers: int
@@ -63,7 +69,10 @@ class AgentOptions(NamedTuple):
 def parse(arguments: list[str]) -> AgentOptions:
     """The agent's command line. OptionError: a value cannot be used."""
     parser = argparse.ArgumentParser(prog="mesh.agent.agent", allow_abbrev=False)
-    parser.add_argument("--manifests", type=Path, required=True)
+    parser.add_argument("--source", choices=("directory", "kubernetes"))
+    parser.add_argument("--manifests", type=Path)
+    parser.add_argument("--kubeconfig", type=Path)
+    parser.add_argument("--namespace", default=DEFAULT_NAMESPACE)
     parser.add_argument("--run-dir", type=Path, default=default_run_dir())
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
@@ -85,7 +94,9 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--trust-domain", default="cluster.local")
     args = parser.parse_args(arguments)
     return AgentOptions(
-        manifests=args.manifests.absolute(),
+        manifests=manifests(args),
+        kubeconfig=args.kubeconfig,
+        namespace=args.namespace,
         run_dir=args.run_dir,
         control_fd=args.control_fd,
         workers=args.workers,
@@ -97,11 +108,28 @@ def parse(arguments: list[str]) -> AgentOptions:
     )
 
 
+def manifests(args: argparse.Namespace) -> Path | None:
+    """The directory that objects come from; None: they come from a cluster. OptionError: it is not
+    said which, or both are."""
+    cluster = args.source == "kubernetes" or (args.source is None and args.kubeconfig is not None)
+    if cluster and args.manifests is None:
+        return None
+    if cluster or args.kubeconfig is not None:
+        raise OptionError("--manifests is for a directory, --kubeconfig for a cluster: give one")
+    if args.manifests is None:
+        raise OptionError(
+            "nothing says where objects come from: give --manifests DIR, --kubeconfig FILE, or "
+            "--source kubernetes for the cluster that this pod is in"
+        )
+    return Path(args.manifests.absolute())
+
+
 def steering(args: argparse.Namespace) -> Steering | None:
     if args.steer is None:
         return None
-    pins = args.pins or RunDir(args.run_dir).pins
-    return Steering(args.steer, args.proxy_cgroup, pins, args.datapath)
+    run_dir = RunDir(args.run_dir)
+    pins = args.pins or run_dir.pins
+    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath)
 
 
 def parse_admin(text: str) -> tuple[str, int] | None:

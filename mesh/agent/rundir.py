@@ -47,6 +47,7 @@ class RunDir:
         self.api_socket = self.path / "agent.sock"
         self.metrics = self.path / "metrics"
         self.pins = self.path / "bpf"
+        self.pods = self.path / "pods"
         self.svids = self.path / "svids.json"
         self._dead: deque[int] = deque()
 
@@ -97,8 +98,10 @@ class RunDir:
             raise RunDirError(f"cannot write {self.lock_file}: {error.strerror}") from None
         return fd
 
-    def fresh_metrics(self, user: str) -> None:
-        """An empty metrics directory that `user` (whom the workers become) may write."""
+    def freshen(self, user: str) -> None:
+        """Nothing of an earlier gateway's that is of no use any more; and an empty metrics
+        directory that `user` (whom the workers become) may write."""
+        self.api_socket.unlink(missing_ok=True)
         shutil.rmtree(self.metrics, ignore_errors=True)
         self.metrics.mkdir(mode=0o700)
         if os.geteuid() == 0:

@@ -33,9 +33,9 @@ _log = logging.getLogger("weft.agent")
 
 # Of its life, when an SVID is renewed: nodes that started together do not ask together.
 _RENEW_AT = (0.45, 0.55)
-# After a failure, and twice that after another; never more than an eighth of what is left matters.
+# After a failure, and twice that after another.
 _RETRY_S = 0.25
-_MAX_RETRY_S = 30.0
+_MAX_RETRY_S = 5.0
 # Clocks are set: no timer is trusted for longer.
 _MAX_WAIT_S = 60.0
 
@@ -171,7 +171,7 @@ class Svids:
         self._file.write(
             Kept(
                 {name: bundle.to_pem() for name, bundle in self._bundles.items()},
-                tuple(section for section in held if section is not None),
+                (*(one for one in held if one is not None), *self._kept.values()),
             )
         )
         return self._put(put, remove)
@@ -180,7 +180,8 @@ class Svids:
         have, failures = "", 0
         while True:
             try:
-                answer = await self._client.bundle(have)
+                # After a failure without waiting for news: whether it answers is news.
+                answer = await self._client.bundle("" if failures else have)
                 bundles = _bundles(answer.bundles)
             except (NoAnswer, BadBundle) as error:
                 self._unreachable = str(error)

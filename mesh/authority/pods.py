@@ -11,7 +11,7 @@ from pathlib import Path
 from certs.spiffe import BadSpiffeId, SpiffeId, gateway, workload
 from mesh.model.meta import ObjectKey
 from mesh.model.pod import Pod
-from mesh.sources.directory import SourceUpdate
+from mesh.sources.update import SourceUpdate
 
 # Pod.status.phase of pods that run nothing any more.
 _ENDED = ("Succeeded", "Failed")

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from certs.authority import Authority
+from certs.authority import Authority, Described
 from certs.bundle import Bundle
 from certs.errors import AuthorityError, IssueRefused
 from certs.state import Signer
@@ -87,6 +87,7 @@ class Service:
         """For ever: rotate what is due."""
         while True:
             self._tend.clear()
+            self._look_again()
             everywhere = self._authority.version if self._all_have_it() else 0
             try:
                 due = self._authority.tick(self._now(), everywhere, self._brought)
@@ -168,11 +169,12 @@ class Service:
             return response
         answers = []
         for pem in asked:
-            answers.append(self._sign(node, pem))
+            answers.append(self.sign(node, pem))
             await asyncio.sleep(0)  # others are answered meanwhile
         return _json(IssueAnswer(tuple(answers)))
 
-    def _sign(self, node: str, pem: str) -> Answer:
+    def sign(self, node: str, pem: str) -> Answer:
+        """A certificate for what a node may hold."""
         try:
             issued = self._authority.sign(pem, self._placement.allowed(node), self._now())
         except IssueRefused as error:
@@ -187,7 +189,10 @@ class Service:
         _log.warning("refused to node %s: %s: %s", node, reason, why)
 
     async def _bundle(self, node: str, request: web.Request) -> web.Response:
-        have = request.query.get("have", "")
+        return _json(await self.bundle(node, request.query.get("have", "")))
+
+    async def bundle(self, node: str, have: str) -> BundleAnswer:
+        """The trust bundles, once they are others than a node has in force, or after a while."""
         if self._has[node] != have:
             self._has[node] = have
             self._tend.set()
@@ -195,7 +200,7 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WAIT_S):
                     await self._changed.wait()
-        return _json(self._answer)
+        return self._answer
 
     # --- administrators --------------------------------------------------------------------------
 
@@ -221,7 +226,7 @@ class Service:
             {
                 "trustDomain": self._authority.trust_domain,
                 "version": self._authority.version,
-                "certificates": [one._asdict() for one in self._authority.describe()],
+                "certificates": [_plain(one) for one in self._authority.describe()],
                 "federated": sorted(self._federated),
                 "nodes": nodes,
                 "issued": dict(self.issued),
@@ -248,6 +253,12 @@ class Service:
         self._look_again()
         self._tend.set()
         return await self._state(request)
+
+
+def _plain(one: Described) -> dict[str, Any]:
+    plain = one._asdict()
+    plain["notBefore"], plain["notAfter"] = plain.pop("not_before"), plain.pop("not_after")
+    return plain
 
 
 @web.middleware

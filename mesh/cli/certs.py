@@ -32,7 +32,10 @@ _output_option = click.option(
 
 @click.group()
 def certs() -> None:
-    """Identities of workloads (SVIDs), trust bundles, and the authority."""
+    """Identities of workloads (SVIDs), trust bundles, and the authority.
+
+    Exit codes: 0 well, 1 a problem was found, 2 wrong usage, 3 nobody answers.
+    """
 
 
 @certs.command("list")
@@ -139,6 +142,22 @@ def rotate(what: str, authority: Path, output: str) -> None:
         _show_authority(state)
 
 
+@certs.command()
+@click.option(
+    "--authority",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    required=True,
+    help="The directory of the authority.",
+)
+def export(authority: Path) -> None:
+    """Print an authority's roots as a SPIFFE bundle document, for others to federate with.
+
+    Exit codes: 0 well, 3 no authority answers.
+    """
+    dump(ask_authority(authority, "GET", "/v1/bundle"), "json")
+
+
 def run_authority(options: Mapping[str, object]) -> None:
     """Replace this process by the authority."""
     from mesh.cli.up import become
@@ -183,7 +202,7 @@ def _show_authority(state: Mapping[str, Any]) -> None:
                 if one["until"]
                 else one["state"],
                 one["subject"],
-                say_duration(one["not_after"] - now),
+                say_duration(one["notAfter"] - now),
             ]
             for one in state["certificates"]
         ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mesh.cli.client import CliError, UsageError
+from mesh.cli.client import CliError, UsageError, ask
 from mesh.cli.output import dump, note, table
 
 if TYPE_CHECKING:
@@ -92,7 +92,12 @@ def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
         f"lab {plan.name} is up: {len(plan.nodes)} nodes, {len(plan.pods)} pods, "
         f"{len(plan.services)} services in {time.monotonic() - start:.1f} s"
     )
+    for node, why in _not_steered(status, run_dir).items():
+        note(f"! node {node} is not steered: {why}")
     if not status.healthy:
+        for node, weft in status.weft.items():
+            if weft == "Ended":
+                note(f"! Weft of node {node} does not run: see 'weft lab logs node/{node}'")
         for pod in status.pods.values():
             if not pod.well:
                 note(f"! {pod.key} is not ready ({_state(pod)}): see 'weft lab logs {pod.key}'")
@@ -126,11 +131,12 @@ def status(name: str | None, output: str, run_dir: Path) -> None:
     from mesh.lab.status import status as look
 
     found = look(run_dir, name)
+    not_steered = _not_steered(found, run_dir)
     if output == "table":
-        _show(found)
+        _show(found, not_steered)
     else:
-        dump(_plain(found), output)
-    raise SystemExit(0 if found.healthy else 1)
+        dump(_plain(found, not_steered), output)
+    raise SystemExit(0 if found.healthy and not not_steered else 1)
 
 
 @lab.command()
@@ -141,8 +147,9 @@ def stop(pod: str, name: str | None, run_dir: Path) -> None:
     """Stop a pod as a cluster does; its endpoints are terminating, then gone.
 
     Its process gets SIGTERM and five seconds. The pod keeps its addresses for 'weft lab start'.
+    node/NAME: end the node's Weft in good order; else it is started again whenever it ends.
 
-    Exit codes: 0 stopped, 1 no such lab or pod, 2 wrong usage.
+    Exit codes: 0 stopped, 1 no such lab, pod or node, 2 wrong usage.
     """
     from mesh.lab.use import stop as end
 
@@ -154,7 +161,7 @@ def stop(pod: str, name: str | None, run_dir: Path) -> None:
 @_name_option
 @_run_dir_option
 def start(pod: str, name: str | None, run_dir: Path) -> None:
-    """Start a pod that was stopped or has ended, and wait until it is ready.
+    """Start a pod that was stopped or has ended, and wait until it is ready; node/NAME: its Weft.
 
     Exit codes: 0 it is ready, 1 it is not, it runs already or does not exist, 2 wrong usage.
     """
@@ -212,31 +219,56 @@ def _state(pod: Any) -> str:
     return f"Failed: {pod.message}" if pod.phase == "Failed" else str(pod.phase)
 
 
-def _plain(status: LabStatus) -> dict[str, Any]:
+def _not_steered(status: LabStatus, run_dir: Path) -> dict[str, str]:
+    """The nodes whose Weft runs and has not put its eBPF data path in force, and why."""
+    from mesh.lab.state import LabDir
+
+    lab = LabDir(run_dir, status.plan.name)
+    found = {}
+    for node, weft in status.weft.items():
+        if weft != "Running":
+            continue
+        try:
+            why = ask(lab.weft(node).path, "/status")["notSteered"]
+        except CliError as error:
+            why = error.message
+        if why is not None:
+            found[node] = why
+    return found
+
+
+def _plain(status: LabStatus, not_steered: dict[str, str]) -> dict[str, Any]:
     """The status as plain data: the plan with what is the case beside it."""
     import msgspec
 
     plain: dict[str, Any] = msgspec.to_builtins(status.plan)
     plain["complete"] = status.complete
+    plain["authority"] = {"running": status.authority}
     for node in plain["nodes"]:
         node["running"] = status.supervisors[node["name"]]
+        node["weft"] = status.weft[node["name"]]
+        node["notSteered"] = not_steered.get(node["name"])
     for pod in plain["pods"]:
         pod["status"] = msgspec.to_builtins(status.pods[f"{pod['namespace']}/{pod['name']}"])
     return plain
 
 
-def _show(status: LabStatus) -> None:
+def _show(status: LabStatus, not_steered: dict[str, str]) -> None:
     plan = status.plan
+    authority = "runs" if status.authority else "has ended"
     click.echo(f"lab {plan.name}{'' if status.complete else ', not complete'}")
+    click.echo(f"the authority of {plan.trust_domain} {authority}")
     click.echo()
     table(
-        ["NODE", "ADDRESSES", "PODS", "RUNNING"],
+        ["NODE", "ADDRESSES", "PODS", "RUNNING", "WEFT", "STEERED"],
         [
             [
                 node.name,
                 ",".join(node.addresses),
                 ",".join(node.pod_ranges),
                 str(status.supervisors[node.name]),
+                status.weft[node.name],
+                str(node.name not in not_steered),
             ]
             for node in plan.nodes
         ],
@@ -273,3 +305,7 @@ def _show(status: LabStatus) -> None:
         table(
             ["OUTSIDE", "ADDRESSES"], [[one.name, ",".join(one.addresses)] for one in plan.outside]
         )
+    if not_steered:
+        click.echo()
+    for node_name, why in not_steered.items():
+        click.echo(f"! node {node_name} is not steered: {why}")

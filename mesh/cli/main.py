@@ -10,6 +10,8 @@ import click
 
 from mesh.agent.rundir import default_run_dir
 from mesh.cli.certs import certs
+from mesh.cli.controller import controller
+from mesh.cli.install import check, install, uninstall
 from mesh.cli.lab import lab
 from mesh.cli.policy import policy
 
@@ -83,7 +85,24 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--manifests", type=_MANIFESTS, required=True, help="Directory of YAML or JSON.")
+@click.option("--manifests", type=_MANIFESTS, help="Directory of YAML or JSON.")
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Instead of --manifests: the cluster that this file leads to.",
+)
+@click.option(
+    "--source",
+    type=click.Choice(["directory", "kubernetes"]),
+    help="kubernetes: the cluster of $KUBECONFIG, ~/.kube/config or this pod.  [default: by"
+    " --manifests or --kubeconfig]",
+)
+@click.option(
+    "--namespace",
+    default="weft-system",
+    show_default=True,
+    help="Weft's own namespace in the cluster, where the node's Lease is.",
+)
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
@@ -162,9 +181,9 @@ def cli() -> None:
 )
 @run_dir_option
 def up(**options: object) -> None:
-    """Run the gateway in the foreground, on the manifests in a directory.
+    """Run the gateway in the foreground, on the manifests in a directory or on a cluster's objects.
 
-    Changes in the directory take effect at once. SIGTERM or Ctrl-C stops the gateway when its
+    Changes take effect at once. SIGTERM or Ctrl-C stops the gateway when its
     connections are finished; a second one stops it at once.
 
     Exit codes: 0 stopped as asked, 1 it cannot run or connections were cut, 2 wrong usage.
@@ -413,7 +432,8 @@ def version(output: str) -> None:
 
 cli.add_command(lab)
 cli.add_command(certs)
-cli.add_command(policy)
+for command in (controller, install, uninstall, check, policy):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ def _show(status: dict[str, Any]) -> None:
     click.echo(f"agent:      pid {status['agent']['pid']}, configuration {version}")
     if status["steered"] is not None:
         click.echo(f"steered:    workloads in {status['steered']}")
+    elif status["notSteered"] is not None:
+        click.echo(f"steered:    {status['notSteered']}")
     objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
     click.echo(f"objects:    {objects or 'none'}")
     problems = status["problems"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from gateway.control import ControlPlane, Options
-from mesh.agent.options import OptionError, parse_admin, plane_options
+from mesh.agent.options import OptionError, manifests, parse_admin, plane_options
 from mesh.cli.client import UsageError
 
 
@@ -28,6 +28,7 @@ def run(options: dict[str, Any]) -> None:
     """Replace this process by the supervisor: the imports of the command line need not stay."""
     plane(options)
     try:
+        manifests(argparse.Namespace(**options))
         parse_admin(options["admin"])
     except OptionError as error:
         raise UsageError(str(error)) from None

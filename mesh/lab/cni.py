@@ -7,8 +7,9 @@ process's own, on the pod's namespace, which is given by path. A pod gets a veth
     node: a veth named after the container, with those two addresses and a route to the pod's
 
 A pod can send from its own addresses only. The eBPF filter (bpf/podfilter.py) at the node's end of
-the veth sees to that; where there is none, reverse path filtering for IPv4 and routing rules for
-what is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2 and 5.
+the veth sees to that; where there is none yet, reverse path filtering for IPv4 and routing rules
+for what is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2
+and 5.
 """
 
 from __future__ import annotations
@@ -47,15 +48,22 @@ _BEFORE_LINKS = {
 }
 
 
+class CniDatapath(Model, frozen=True, kw_only=True):
+    """`pins`: the pin directory of the node's eBPF programs, which may come later; `records`: where
+    the agent then finds this node's pods (bpf/podfilter.py)."""
+
+    pins: Path
+    records: Path
+
+
 class CniConfig(Model, frozen=True, kw_only=True):
     """`addresses`: the pod's IPv4 and IPv6 address. `node_addresses`: those that the node uses
-    toward the pod (probes). `pins`: the pin directory of the node's eBPF programs, None: there are
-    none."""
+    toward the pod (probes). `datapath`: the node's eBPF programs, None: there will never be any."""
 
     addresses: tuple[str, str]
     node_addresses: tuple[str, str]
     mtu: int = 1500
-    pins: str | None = None
+    datapath: CniDatapath | None = None
 
 
 class CniInterface(Model, frozen=True, kw_only=True):
@@ -117,8 +125,9 @@ def add(container_id: str, netns: str, ifname: str, config: CniConfig) -> CniRes
                     mtu=config.mtu,
                     peer={"ifname": ifname, "mtu": config.mtu, "net_ns_fd": there.fileno()},
                 )
-            if config.pins is not None:  # before the interface is up
-                podfilter.attach(Path(config.pins), podfilter.Pod(host, config.addresses), cookie)
+            # Before the interface is up.
+            if not _filter(host, config, cookie):
+                _guard_by_routing(node, host, config)
             with inside(netns), IPRoute() as pod:
                 pod_mac = _configure_pod(pod, ifname, config)
             host_mac = _configure_node(node, host, config)
@@ -200,8 +209,6 @@ def _configure_pod(pod: Any, ifname: str, config: CniConfig) -> str:
 
 def _configure_node(node: Any, host: str, config: CniConfig) -> str:
     index = node.link_lookup(ifname=host)[0]
-    if config.pins is None:
-        _guard_by_routing(node, host, config)
     node.link("set", index=index, state="up")
     for family, gateway, length in zip(_FAMILIES, GATEWAYS, (32, 64), strict=True):
         node.addr("add", index=index, address=gateway, prefixlen=length, flags=_flags(family))
@@ -209,6 +216,16 @@ def _configure_node(node: Any, host: str, config: CniConfig) -> str:
     for family, address, length, source in routes:
         node.route("add", family=family, dst=f"{address}/{length}", oif=index, prefsrc=source)
     return _mac(node, index)
+
+
+def _pod(host: str, config: CniConfig, cookie: int) -> podfilter.Pod:
+    return podfilter.Pod(interface=host, addresses=config.addresses, cookie=cookie)
+
+
+def _filter(host: str, config: CniConfig, cookie: int) -> bool:
+    """False: there is no filter, or not yet."""
+    where, pod = config.datapath, _pod(host, config, cookie)
+    return where is not None and podfilter.add(where.pins, where.records, pod)
 
 
 def _guard_by_routing(node: Any, host: str, config: CniConfig) -> None:
@@ -220,8 +237,9 @@ def _guard_by_routing(node: Any, host: str, config: CniConfig) -> None:
 
 def _unguarded(node: Any, host: str, config: CniConfig, cookie: int) -> str | None:
     """Why the pod could send from other addresses than its own; None: it cannot."""
-    if config.pins is not None:
-        return podfilter.check(Path(config.pins), podfilter.Pod(host, config.addresses), cookie)
+    where = config.datapath
+    if where is not None and podfilter.is_loaded(where.pins):
+        return podfilter.check(where.pins, _pod(host, config, cookie))
     rules = node.get_rules(family=socket.AF_INET6, iifname=host)
     if tuple(sorted(rule.get("priority") for rule in rules)) != _RULE_PRIORITIES:
         return "the rules against spoofing are gone"
@@ -261,5 +279,5 @@ def _remove(node: Any, host: str, config: CniConfig) -> None:
     for rule in list(node.get_rules(family=socket.AF_INET6, iifname=host)):
         priority = rule.get("priority")
         node.rule("del", family=socket.AF_INET6, iifname=host, priority=priority)
-    if config.pins is not None:
-        podfilter.detach(Path(config.pins), podfilter.Pod(host, config.addresses))
+    if config.datapath is not None:
+        podfilter.remove(config.datapath.pins, config.datapath.records, host)

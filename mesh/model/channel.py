@@ -20,7 +20,7 @@ from mesh.model.nodeconfig import Ack, Delta
 
 MAX_FRAME = 256 * 1024 * 1024
 MAX_PACKET = 1024 * 1024
-_MAX_FDS = 8
+_MAX_FDS = 64
 
 
 class PortAddress(msgspec.Struct, frozen=True, array_like=True):
@@ -69,8 +69,9 @@ class Unlisten(msgspec.Struct, frozen=True, tag="unlisten"):
 
 class Handles(msgspec.Struct, frozen=True, tag="handles"):
     """Agent to supervisor, and supervisor to every worker: descriptors of what the eBPF data path
-    has for proxies, in the order of `names` (bpf.proxy.HANDLES). The supervisor keeps them for
-    workers to come; a later message replaces them."""
+    has for proxies, in the order of `names` (bpf.proxy.descriptors). The supervisor keeps them for
+    workers to come; a later message replaces them. The answer, without descriptors: all workers
+    have them; the worker has them."""
 
     names: tuple[str, ...]
 

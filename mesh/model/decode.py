@@ -182,15 +182,16 @@ def decode(raw: Mapping[str, Any]) -> Object:
     return obj
 
 
-def parse(raw: Mapping[str, Any]) -> Object:
-    """The first half of `decode`: schema and defaults, not yet names and rules."""
+def parse(raw: Mapping[str, Any], *, lenient: bool = False) -> Object:
+    """The first half of `decode`: schema and defaults, not yet names and rules. `lenient`: fields
+    that are not known are passed over."""
     info = _info(raw)
     metadata = raw.get("metadata")
     if info.namespaced and isinstance(metadata, Mapping) and not metadata.get("namespace"):
         raw = {**raw, "metadata": {**metadata, "namespace": "default"}}
     if info.model is Secret:
         raw = _secret_data(raw)
-    return read(raw, info.model, quote=info.model is not Secret)
+    return read(raw, info.model, quote=info.model is not Secret, lenient=lenient)
 
 
 def update_errors(old: Object, new: Object) -> tuple[FieldError, ...]:

@@ -22,14 +22,14 @@ M = TypeVar("M", bound=Model)
 _QUOTE = 100
 
 
-def read(raw: Any, model: type[M], quote: bool = True) -> M:
+def read(raw: Any, model: type[M], quote: bool = True, lenient: bool = False) -> M:
     """`raw` as `model`. InvalidObject lists every violation of the schema. With `quote` False no
-    error shows a value that was found."""
+    error shows a value that was found; with `lenient` unknown fields are passed over."""
     try:
         return _convert(raw, model)
     except (msgspec.ValidationError, *_UNSENDABLE):
         pass
-    reader = _Reader(quote)
+    reader = _Reader(quote, lenient)
     clean = reader.value(model, raw, "")
     if not reader.errors:
         try:
@@ -103,9 +103,10 @@ def unwrap(hint: Any) -> tuple[Any, tuple[Meta, ...]]:
 class _Reader:
     """One walk over data that msgspec refused; `value` gives it back without nulls."""
 
-    def __init__(self, quote: bool) -> None:
+    def __init__(self, quote: bool, lenient: bool) -> None:
         self.errors: list[FieldError] = []
         self._quote = quote
+        self._lenient = lenient
 
     def value(self, hint: Any, raw: Any, path: str) -> Any:
         bare, metas = unwrap(hint)
@@ -136,7 +137,7 @@ class _Reader:
             where = f"{path}.{_step(name)}" if path else _step(name)
             attribute = attributes.get(name)
             if attribute is None:
-                if not model.__struct_config__.forbid_unknown_fields:
+                if self._lenient or not model.__struct_config__.forbid_unknown_fields:
                     continue
                 self.errors.append(
                     FieldError(

@@ -26,6 +26,7 @@ from mesh.model.meta import ObjectKey
 from mesh.sources import tree
 from mesh.sources.documents import Claim, ObjectId, Problem, read_objects
 from mesh.sources.manifest import UnreadableError, read_documents
+from mesh.sources.update import SourceUpdate
 from mesh.sources.watch import Watch
 
 _log = logging.getLogger("weft.source")
@@ -38,15 +39,6 @@ _WRITING_RETRY_S = 0.005
 _MISSING_LIMIT_S = 0.02
 # How often a root that has vanished is looked for.
 _ROOT_RETRY_S = 1.0
-
-
-class SourceUpdate(NamedTuple):
-    """What changed (None: gone), by kind; and all problems there are now, in path order. Not
-    `complete`: the root has never been readable, so nothing is known of what should be there."""
-
-    changes: dict[str, dict[ObjectKey, Object | None]]
-    problems: tuple[Problem, ...]
-    complete: bool = True
 
 
 class _File(NamedTuple):
@@ -290,6 +282,9 @@ class DirectorySource:
     def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]:
         """File and document of an object in force. KeyError: there is none."""
         return self._manifests.origin(kind, key)
+
+    async def close(self) -> None:
+        """Nothing is held beyond `updates`."""
 
     async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
         """Until the caller closes it. A root that is not there yet, or goes, is waited for; what

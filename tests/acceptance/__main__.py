@@ -38,6 +38,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="show the last exchange and the log of Weft of a test that fails",
     )
+    parser.add_argument(
+        "--source",
+        choices=("directory", "kubernetes"),
+        default="directory",
+        help="where objects go: files, or an API server (gateway cases only)",
+    )
     parser.add_argument("--keep", action="store_true", help="keep manifests and logs afterwards")
     return parser.parse_args(arguments)
 
@@ -54,7 +60,9 @@ async def run(args: argparse.Namespace, scratch: Path) -> list[Outcome]:
     outcomes = []
     if gateway := [case for case in cases if not case.mesh]:
         outcomes += await run_gateway.run(gateway, args, scratch)
-    if mesh := [case for case in cases if case.mesh]:
+    # A lab's nodes read files.
+    mesh = [case for case in cases if case.mesh and args.source == "directory"]
+    if mesh:
         outcomes += await run_mesh.run(mesh, args, scratch)
     return outcomes
 

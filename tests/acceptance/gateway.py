@@ -49,15 +49,16 @@ class Agent:
 
 
 class GatewayProcess(Agent):
-    """`weft up` on a manifests directory, in a run directory of its own."""
+    """`weft up` in a run directory of its own, on a manifests directory (None: the options say
+    where objects come from)."""
 
-    def __init__(self, manifests: Path, run_dir: Path, *options: str) -> None:
+    def __init__(self, manifests: Path | None, run_dir: Path, *options: str) -> None:
         super().__init__(run_dir)
         self.log_file = run_dir.parent / "weft.log"
         self._command = [
             str(Path(sys.executable).with_name("weft")),
             "up",
-            f"--manifests={manifests}",
+            *((f"--manifests={manifests}",) if manifests is not None else ()),
             f"--run-dir={run_dir}",
             "--drain-timeout=1",
             *options,

@@ -9,6 +9,7 @@ from echo.server import EchoServers
 
 from acceptance import hand
 from acceptance.cases import SHARED, Case, load_objects
+from acceptance.cluster import NAMESPACE, Api, ClusterGateway, ClusterManifests, api_server
 from acceptance.credentials import credentials
 from acceptance.gateway import CLASS_NAME, POOL, GatewayProcess
 from acceptance.manifests import Json, Manifests
@@ -31,18 +32,26 @@ _REPLACEMENTS = {
 
 async def run(cases: list[Case], args: argparse.Namespace, scratch: Path) -> list[Outcome]:
     """GatewayFailed, OSError: the gateway or the pods did not come up."""
+    pool = f"--address-pool={POOL}"
+    options = ("--admin=off", f"--access-log={'json' if args.verbose else 'off'}")
+    if args.source == "kubernetes":
+        async with api_server(scratch) as kubeconfig:
+            api = Api(kubeconfig)
+            namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+            api.apply(namespace)
+            gateway = ClusterGateway(api, kubeconfig, scratch / "run", pool, *options)
+            return await _run(cases, args, ClusterManifests(api), gateway)
     directory = scratch / "manifests"
     directory.mkdir()
+    plain = GatewayProcess(directory, scratch / "run", pool, *options)
+    return await _run(cases, args, Manifests(directory), plain)
+
+
+async def _run(
+    cases: list[Case], args: argparse.Namespace, manifests: Manifests, gateway: GatewayProcess
+) -> list[Outcome]:
     servers = EchoServers()
-    manifests = Manifests(directory)
     pods = Pods(servers)
-    gateway = GatewayProcess(
-        directory,
-        scratch / "run",
-        f"--address-pool={POOL}",
-        "--admin=off",
-        f"--access-log={'json' if args.verbose else 'off'}",
-    )
     try:
         manifests.put("credentials", credentials())
         await _deploy(pods, manifests, "base", _base_objects())

@@ -1,6 +1,7 @@
-"""`make bench`: prints tables, writes build/bench.json (peers), build/bench-routes.json (routes).
+"""`make bench`: prints tables, writes build/bench.json (peers), build/bench-routes.json (routes),
+build/bench-cluster.json (routes through an API server).
 
-Both take five minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
+All take ten minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
 faster. Exit codes: 0 measured, 1 it could not be measured, 2 wrong usage.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from acceptance.gateway import GatewayFailed
 
-from bench import routes, table
+from bench import cluster, routes, table
 from bench.peers import CONNECTIONS, compare
 from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
 from bench.wrk import LoadFailed
@@ -31,7 +32,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("peers", "routes", "all"), default="all")
+    parser.add_argument(
+        "what", nargs="?", choices=("peers", "routes", "cluster", "all"), default="all"
+    )
     peers = parser.add_argument_group("peers")
     peers.add_argument("--only", action="append", choices=HOPS, help="this hop; repeatable")
     peers.add_argument("--seconds", type=float, default=3.0, help="of each run (default 3)")
@@ -65,6 +68,12 @@ def run_peers(args: argparse.Namespace, scratch: Path) -> None:
     write("bench.json", [row.published() for row in rows])
 
 
+def run_cluster(args: argparse.Namespace, scratch: Path) -> None:
+    result = asyncio.run(cluster.measure(args, scratch))
+    routes.show(result)
+    write("bench-cluster.json", result)
+
+
 def run_routes(args: argparse.Namespace, scratch: Path) -> None:
     result = asyncio.run(routes.measure(args, scratch))
     routes.show(result)
@@ -82,7 +91,8 @@ def main() -> int:
     # As after Ctrl-C: the lab is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        for what, run in (("peers", run_peers), ("routes", run_routes)):
+        measures = (("peers", run_peers), ("routes", run_routes), ("cluster", run_cluster))
+        for what, run in measures:
             if args.what in (what, "all"):
                 with tempfile.TemporaryDirectory(prefix="weft-bench-") as scratch:
                     run(args, Path(scratch))

@@ -142,11 +142,11 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, object]:
 def show(result: dict[str, object]) -> None:
     changes = result["change_ms"]
     assert isinstance(changes, dict)
-    print("\nfrom file written to first 200, ms")
-    print(f"  {'routes':<12}{'count':>7}{'mean':>9}{'median':>9}{'p99':>9}{'max':>9}")
+    print("\nfrom a route written to the first 200, ms")
+    print(f"  {'routes':<14}{'count':>7}{'mean':>9}{'median':>9}{'p99':>9}{'max':>9}")
     for name, row in changes.items():
         numbers = "".join(f"{row[key]:>9.2f}" for key in ("mean", "median", "p99", "max"))
-        print(f"  {name:<12}{row['count']:>7}{numbers}")
+        print(f"  {name:<14}{row['count']:>7}{numbers}")
     memories = result["memory_mb"]
     assert isinstance(memories, dict)
     print("\nresident memory, MiB")
@@ -158,4 +158,5 @@ def show(result: dict[str, object]) -> None:
 def add_options(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--routes", type=int, default=3000, help="added one by one (default 3000)")
     parser.add_argument("--total", type=int, default=5000, help="for the memory (default 5000)")
+    parser.add_argument("--endpoints", type=int, default=10_000, help="of cluster (default 10000)")
     parser.add_argument("--workers", type=int, default=2, help="of the gateway (default 2)")

@@ -1,0 +1,121 @@
+"""This node's report to the controller, kept up to date in its Lease.
+
+Written soon after something that was asked for is in force, seldom otherwise. A cluster that cannot
+be reached changes nothing here but the log: traffic does not depend on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from mesh.agent.node import Node
+from mesh.model.channel import PortAddress
+from mesh.model.nodereport import (
+    ANNOTATION,
+    LABELS,
+    LEASE_PREFIX,
+    MAX_REFUSALS,
+    MAX_TEXT,
+    NodeReport,
+    encode_report,
+)
+from mesh.sources.kubernetes_client import APPLY, Backoff, Client, ServerError
+
+_log = logging.getLogger("weft.agent")
+
+LEASE_S = 40
+_RENEW_S = 10.0
+# Reports do not follow each other faster than this.
+_PAUSE_S = 0.1
+_MANAGER = "weft-agent"
+
+
+class Reporter:
+    """`name`: this node's; `addresses`: where clients reach Gateways that name no address."""
+
+    def __init__(
+        self,
+        node: Node,
+        client: Client,
+        *,
+        name: str,
+        namespace: str,
+        addresses: tuple[str, ...],
+        mesh_addresses: Sequence[str],
+    ) -> None:
+        self._node = node
+        self._client = client
+        self._name = name
+        self._path = (
+            f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases/{LEASE_PREFIX}{name}"
+        )
+        self._namespace = namespace
+        self._addresses = addresses
+        self._mesh = {one: "::1" if ":" in one else "127.0.0.1" for one in mesh_addresses}
+        self._changed = asyncio.Event()
+
+    def changed(self) -> None:
+        """Something that was asked for is in force now."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        backoff, failing = Backoff(), ""
+        while True:
+            try:
+                await self._write()
+            except ServerError as error:
+                if failing != str(error):
+                    failing = str(error)
+                    _log.error("cannot report to the cluster: %s", error)
+                await backoff.wait(error.retry_after_s)
+                continue
+            failing = ""
+            backoff.reset()
+            await asyncio.sleep(_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _RENEW_S)
+
+    async def _write(self) -> None:
+        self._changed.clear()
+        body = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {
+                "name": f"{LEASE_PREFIX}{self._name}",
+                "namespace": self._namespace,
+                "labels": LABELS,
+                "annotations": {ANNOTATION: encode_report(self._report())},
+            },
+            "spec": {
+                "holderIdentity": self._name,
+                "leaseDurationSeconds": LEASE_S,
+                "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            },
+        }
+        query = {"fieldManager": _MANAGER, "force": "true"}
+        await self._client.request("PATCH", self._path, query, body, content_type=APPLY)
+
+    def _report(self) -> NodeReport:
+        node = self._node
+        refused = sorted(node.refusals.items())
+        bound = node.bound
+        ports = {self._port(one): "" for one in (bound.bound if bound else ())}
+        failed = bound.failed if bound else ()
+        ports.update({self._port(one): why[:MAX_TEXT] for one, why in failed})
+        return NodeReport(
+            node=self._name,
+            ready=node.ready_once and not node.not_ready(),
+            versions=dict(node.in_force),
+            ports=ports,
+            refused={key: why[:MAX_TEXT] for key, why in refused[:MAX_REFUSALS]},
+            unnamed=max(0, len(refused) - MAX_REFUSALS),
+            addresses=self._addresses,
+        )
+
+    def _port(self, port: PortAddress) -> str:
+        address = self._mesh.get(port.address, port.address)
+        return f"{f'[{address}]' if ':' in address else address}:{port.port}"

@@ -1,0 +1,80 @@
+"""`weft controller`: checks what was given, then runs the controller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Way to the cluster.  [default: $KUBECONFIG, ~/.kube/config, or the pod's account]",
+)
+@click.option(
+    "--namespace",
+    default="weft-system",
+    show_default=True,
+    help="Weft's own namespace in the cluster.",
+)
+@click.option("--address-pool", metavar="CIDR", multiple=True, help="As of the nodes' weft up.")
+@click.option(
+    "--bind-address",
+    metavar="ADDRESS",
+    default="0.0.0.0",
+    show_default=True,
+    help="As of the nodes' weft up.",
+)
+@click.option(
+    "--advertise",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Address that Gateways show in their status that name none; may be repeated.  [default:"
+    " the nodes']",
+)
+@click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
+def controller(
+    kubeconfig: Path | None,
+    namespace: str,
+    address_pool: tuple[str, ...],
+    bind_address: str,
+    advertise: tuple[str, ...],
+    mesh: bool,
+) -> None:
+    """Write the statuses of a cluster's Gateway API objects.
+
+    Several may run: one of them leads, the others wait to take over. Nothing is called Programmed
+    that not every node that serves has in force.
+
+    Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
+    """
+    import asyncio
+    import logging
+    import os
+    import socket
+    import sys
+
+    from mesh.agent.options import OptionError, check_address, check_pool
+    from mesh.cli.client import CliError, UsageError
+    from mesh.controller.controller import ControllerOptions, serve
+    from mesh.sources.kubernetes_client import SourceError
+
+    try:
+        options = ControllerOptions(
+            kubeconfig=kubeconfig,
+            namespace=namespace,
+            identity=f"{socket.gethostname().lower()}_{os.getpid()}",
+            addresses=tuple(check_pool(pool) for pool in address_pool),
+            bind_address=check_address("--bind-address", bind_address),
+            advertise=tuple(check_address("--advertise", text) for text in advertise),
+            mesh=mesh,
+        )
+    except OptionError as error:
+        raise UsageError(str(error)) from None
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="controller: %(message)s")
+    try:
+        asyncio.run(serve(options))
+    except SourceError as error:
+        raise CliError(str(error)) from None

@@ -1,0 +1,241 @@
+"""`weft controller`: writes what is true of Gateway API objects into their status.
+
+The same derivation as on every node, fed with the same objects and with what all nodes say of their
+data planes; what follows is written by the one controller that leads, once every node that serves
+has in force what it follows from. Knows the order of things; no requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gateway.control import KINDS as INPUTS
+from gateway.control import ControlPlane, Options
+from gateway.keys import ROUTE_KINDS, PortKey
+from mesh.controller.election import Election
+from mesh.controller.nodes import Nodes
+from mesh.controller.writer import Ident, Writer
+from mesh.model.gateway import GatewayStatus, GatewayStatusAddress
+from mesh.model.meta import ObjectKey
+from mesh.model.nodereport import LABELS
+from mesh.model.references import ParentReference, RouteStatus
+from mesh.model.section import SectionKey
+from mesh.sources.kubernetes import KubernetesSource
+from mesh.sources.kubernetes_client import Backoff
+from mesh.sources.kubernetes_watch import Reflector
+from mesh.sources.update import SourceUpdate
+
+_log = logging.getLogger("weft.controller")
+
+# Stands in statuses for the addresses of the nodes, which come and go without anything else in them
+# changing.
+_NODES = "nodes.weft.invalid"
+_MAX_ADDRESSES = 16
+# The mesh's own addresses differ from node to node; reports name them so (mesh.model.nodereport).
+_MESH_ADDRESSES = ("127.0.0.1", "::1")
+
+
+class ControllerOptions(NamedTuple):
+    """`kubeconfig` None: the environment's, or the pod's service account. `identity`: this
+    controller's, unlike any other's. `mesh`: nodes run with --steer."""
+
+    kubeconfig: Path | None
+    namespace: str
+    identity: str
+    addresses: tuple[str, ...] = ()
+    bind_address: str = "0.0.0.0"
+    advertise: tuple[str, ...] = ()
+    mesh: bool = False
+
+
+class _Held(NamedTuple):
+    """Statuses that become true once the nodes have these versions in force."""
+
+    needed: Mapping[str, int]
+    statuses: Mapping[Ident, msgspec.Struct | None]
+
+
+class Controller:
+    def __init__(
+        self, options: ControllerOptions, *, backoff: Callable[[], Backoff] = Backoff
+    ) -> None:
+        plane = Options(
+            addresses=options.addresses,
+            bind_address=options.bind_address,
+            advertise=options.advertise or (_NODES,),
+            mesh_addresses=_MESH_ADDRESSES if options.mesh else (),
+        )
+        self._plane = ControlPlane(plane)
+        self._name = plane.controller_name
+        self._mesh = options.mesh
+        self._wake = asyncio.Event()
+        self.nodes = Nodes(self._wake.set)
+        self._source = KubernetesSource(
+            options.kubeconfig,
+            kinds=frozenset((*INPUTS, *ROUTE_KINDS)),
+            seen=lambda kind, key: self.writer.look_again({(kind, key): None}),
+            backoff=backoff,
+        )
+        client = self._source.client
+        self.writer = Writer(
+            client, self._name, self._source.written, self._source.version, backoff
+        )
+        self.election = Election(client, options.namespace, options.identity, self._led)
+        self._leases = Reflector(
+            client,
+            f"/apis/coordination.k8s.io/v1/namespaces/{options.namespace}/leases",
+            self.nodes,
+            query={"labelSelector": ",".join(f"{k}={v}" for k, v in LABELS.items())},
+        )
+        self._pending: dict[str, dict[ObjectKey, Any]] = {}
+        self._needed: Mapping[str, int] = {}
+        self._synced = False
+        self._binds: Mapping[PortKey, str] = {}
+        self._refusals: Mapping[SectionKey, str] = {}
+        self._held: list[_Held] = []
+        self._on_nodes: dict[Ident, GatewayStatus] = {}
+        self._addresses: tuple[str, ...] = ()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            await self._source.open()
+            await self._run()
+        finally:
+            await self._source.close()
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow(), name="source")
+            group.create_task(self._leases.run(), name="leases")
+            group.create_task(self.writer.run(), name="writer")
+            group.create_task(self.election.run(), name="election")
+            group.create_task(self._work(), name="controller")
+
+    async def _follow(self) -> None:
+        async with contextlib.aclosing(self._source.updates()) as updates:
+            async for update in updates:
+                self._source_changed(update)
+
+    def _source_changed(self, update: SourceUpdate) -> None:
+        for kind, changes in update.changes.items():
+            self._pending.setdefault(kind, {}).update(changes)
+        if update.changes:
+            self._needed = update.newest
+        self._synced = self._synced or update.complete
+        self._wake.set()
+
+    def _led(self, leading: bool) -> None:
+        self.writer.enabled = leading
+        if leading:
+            self._wake.set()
+            self.writer.look_again(self.writer.wanted)
+
+    async def _work(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._synced:
+                self._derive()
+                self._release()
+
+    def _derive(self) -> None:
+        answer = self.nodes.answer()
+        changes, self._pending = self._pending, {}
+        outcome = self._plane.apply(
+            changes,
+            refusals=_difference(self._refusals, answer.refusals),
+            binds=_difference(self._binds, answer.binds),
+        )
+        self._refusals, self._binds = answer.refusals, answer.binds
+        for cell, error in outcome.failures.items():
+            _log.error("defect in deriving %s of %s", *cell, exc_info=error)
+        if outcome.statuses:
+            self._held.append(_Held(self._needed, outcome.statuses))
+
+    def _release(self) -> None:
+        """Statuses that have become true, the newest of each object."""
+        true: dict[Ident, msgspec.Struct | None] = {}
+        while self._held and self.nodes.have(self._held[0].needed):
+            true.update(self._held.pop(0).statuses)
+        addresses = self.nodes.addresses()
+        if addresses != self._addresses:
+            self._addresses = addresses
+            true = {**self._on_nodes, **true}
+        for ident, status in true.items():
+            self._on_nodes.pop(ident, None)
+            if isinstance(status, GatewayStatus) and any(
+                one.value == _NODES for one in status.addresses
+            ):
+                self._on_nodes[ident] = status
+                true[ident] = self._placed(status)
+            elif isinstance(status, RouteStatus):
+                true[ident] = self._answered(ident, status)
+        if true:
+            self.writer.want(true)
+        if self.election.leading and not self._held:
+            self._clear_left()
+
+    def _answered(self, ident: Ident, status: RouteStatus) -> RouteStatus:
+        """Without the parents that nobody, or another mesh, may have something to say of: in a
+        cluster with several controllers a Gateway that does not exist is no one's."""
+
+        def ours(ref: ParentReference) -> bool:
+            if ref.kind == "Service":
+                return self._mesh
+            return self._source.has(
+                ref.kind, ObjectKey(ref.namespace or ident[1].namespace, ref.name)
+            )
+
+        parents = tuple(one for one in status.parents if ours(one.parent_ref))
+        return msgspec.structs.replace(status, parents=parents)
+
+    def _placed(self, status: GatewayStatus) -> GatewayStatus:
+        addresses = tuple(
+            GatewayStatusAddress(type="IPAddress", value=address)
+            for address in self._addresses[:_MAX_ADDRESSES]
+        )
+        others = tuple(one for one in status.addresses if one.value != _NODES)
+        return msgspec.structs.replace(status, addresses=(*addresses, *others)[:_MAX_ADDRESSES])
+
+    def _clear_left(self) -> None:
+        """Entries that a controller before this one left in lists that are shared."""
+        if self._cleared:
+            return
+        self._cleared = True
+        left: dict[Ident, None] = {}
+        for kind in (*ROUTE_KINDS, "BackendTLSPolicy"):
+            for key, written in self._source.all_written(kind).items():
+                entries = written.status.get("parents") or written.status.get("ancestors") or ()
+                if (kind, key) not in self.writer.wanted and any(
+                    one.get("controllerName") == self._name for one in entries
+                ):
+                    left[kind, key] = None
+        self.writer.want(left)
+
+    _cleared = False
+
+
+def _difference(before: Mapping[Any, str], after: Mapping[Any, str]) -> dict[Any, str | None]:
+    result: dict[Any, str | None] = {key: None for key in before if key not in after}
+    result.update({key: why for key, why in after.items() if before.get(key) != why})
+    return result
+
+
+async def serve(options: ControllerOptions) -> None:
+    """Until SIGTERM or SIGINT; what is led is handed over."""
+    controller = Controller(options)
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(controller.run(), name="controller")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

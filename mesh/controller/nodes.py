@@ -1,0 +1,137 @@
+"""The nodes' reports as one answer of the data plane: which ports are bound, what is refused, and
+which versions of the objects are in force everywhere.
+
+Fed by a reflector on the Leases that agents keep. A node counts while its Lease is renewed, by this
+process's own clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from gateway.keys import PortKey
+from mesh.model.meta import ObjectKey
+from mesh.model.nodereport import ANNOTATION, NodeReport, decode_report
+from mesh.model.section import SectionKey
+from mesh.sources.kubernetes_client import ServerError
+
+_log = logging.getLogger("weft.controller")
+
+_DEFAULT_LEASE_S = 40.0
+
+
+class _Seen(NamedTuple):
+    report: NodeReport
+    until: float
+
+
+class Answer(NamedTuple):
+    """What the data plane says as a whole. `binds`: "" is bound, a text why not."""
+
+    binds: dict[PortKey, str]
+    refusals: dict[SectionKey, str]
+
+
+class Nodes:
+    """A sink for the Leases' reflector; `changed` is called when a report has changed, come or
+    gone."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+        self._seen: dict[str, _Seen] = {}
+        self._loop = asyncio.get_running_loop()
+
+    # --- what the reflector tells ----------------------------------------------------------------
+
+    def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
+        text = (raw["metadata"].get("annotations") or {}).get(ANNOTATION)
+        if text is None:
+            return
+        try:
+            report = decode_report(text)
+        except msgspec.DecodeError as error:
+            _log.error("Lease %s: its report cannot be read: %s", key, error)
+            return
+        lasts = float((raw.get("spec") or {}).get("leaseDurationSeconds") or _DEFAULT_LEASE_S)
+        before = self._seen.get(key.name)
+        self._seen[key.name] = _Seen(report, self._loop.time() + lasts)
+        self._loop.call_later(lasts, self._expire, key.name)
+        if before is None or before.report != report:
+            self._changed()
+
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
+        if self._seen.pop(key.name, None) is not None:
+            self._changed()
+
+    def reached(self, version: str) -> None:
+        pass
+
+    def failing(self, why: ServerError | None) -> None:
+        if why is not None:
+            _log.warning("the nodes' Leases cannot be followed: %s", why)
+
+    def _expire(self, name: str) -> None:
+        seen = self._seen.get(name)
+        if seen is not None and seen.until <= self._loop.time():
+            _log.warning("node %s does not renew its Lease: it counts no more", seen.report.node)
+            del self._seen[name]
+            self._changed()
+
+    # --- what can be asked -----------------------------------------------------------------------
+
+    def ready(self) -> list[NodeReport]:
+        """Of the nodes that serve."""
+        return [seen.report for _, seen in sorted(self._seen.items()) if seen.report.ready]
+
+    def have(self, needed: Mapping[str, int]) -> bool:
+        """Whether every node that serves has these versions in force, and there is one."""
+        ready = self.ready()
+        return bool(ready) and all(
+            one.versions.get(kind, 0) >= version
+            for one in ready
+            for kind, version in needed.items()
+        )
+
+    def addresses(self) -> tuple[str, ...]:
+        """Where clients reach Gateways that name no address: the nodes'."""
+        return tuple(dict.fromkeys(address for one in self.ready() for address in one.addresses))
+
+    def answer(self) -> Answer:
+        ready = self.ready()
+        ports = dict.fromkeys(port for one in ready for port in one.ports)
+        binds: dict[PortKey, str] = {}
+        for text in ports:
+            port = _port(text)
+            if (found := _bound(ready, text, port)) is not None:
+                binds[port] = found
+        refusals: dict[SectionKey, str] = {}
+        for one in ready:
+            for key, why in one.refused.items():
+                refusals.setdefault(key, f"node {one.node}: {why}")
+        return Answer(binds, refusals)
+
+
+def _bound(ready: list[NodeReport], text: str, port: PortKey) -> str | None:
+    """Whether a port is bound, as far as that is known. One of every node (a wildcard, the mesh's
+    own) must be so on each; an address of its own is on the nodes that have it."""
+    answers = {one.node: one.ports.get(text) for one in ready}
+    failed = [f"node {node}: {why}" for node, why in answers.items() if why]
+    address = ipaddress.ip_address(port[0])
+    if address.is_unspecified or address.is_loopback:
+        if failed:
+            return failed[0]
+        return None if None in answers.values() else ""
+    if "" in answers.values():
+        return ""
+    return failed[0] if failed and None not in answers.values() else None
+
+
+def _port(text: str) -> PortKey:
+    address, _, port = text.rpartition(":")
+    return address.removeprefix("[").removesuffix("]"), int(port)

@@ -1,0 +1,192 @@
+"""Writes statuses to the API server: only where they differ, one object at a time, many at once.
+
+Knows requests and conflicts, not what a status says (`render`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+from mesh.controller.render import render
+from mesh.model.decode import KINDS
+from mesh.model.meta import ObjectKey
+from mesh.sources.kubernetes import Written
+from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
+
+_log = logging.getLogger("weft.controller")
+
+_AT_ONCE = 8
+_INFO = {kind: (group, info) for (group, kind), info in KINDS.items()}
+
+Ident = tuple[str, ObjectKey]
+
+
+class Place(NamedTuple):
+    """Where an object is on the server."""
+
+    api_version: str
+    path: str
+
+
+def place(kind: str, key: ObjectKey, version: str) -> Place:
+    group, info = _INFO[kind]
+    root = f"/apis/{group}/{version}" if group else f"/api/{version}"
+    namespace = f"/namespaces/{key.namespace}" if info.namespaced else ""
+    api_version = f"{group}/{version}" if group else version
+    return Place(api_version, f"{root}{namespace}/{info.plural}/{key.name}")
+
+
+class Writer:
+    """`written(kind, key)` is what is known to be on the server, `version(kind)` the API version
+    that is served. Writes only while `enabled`; when that begins, `look_again` with everything."""
+
+    def __init__(
+        self,
+        client: Client,
+        controller: str,
+        written: Callable[[str, ObjectKey], Written | None],
+        version: Callable[[str], str],
+        backoff: Callable[[], Backoff] = Backoff,
+    ) -> None:
+        self.enabled = False
+        self.writes = 0
+        self.wanted: dict[Ident, msgspec.Struct | None] = {}
+        self._client = client
+        self._controller = controller
+        self._written = written
+        self._version = version
+        self._backoff = backoff
+        # What this process wrote and has not seen come back yet.
+        self._own: dict[Ident, Written] = {}
+        self._queue: asyncio.Queue[Ident] = asyncio.Queue()
+        self._queued: set[Ident] = set()
+        self._busy: set[Ident] = set()
+
+    def want(self, statuses: Mapping[Ident, msgspec.Struct | None]) -> None:
+        """Statuses that are true now (None: the object has none of ours any more)."""
+        self.wanted.update(statuses)
+        self.look_again(statuses)
+
+    def look_again(self, idents: Mapping[Ident, Any]) -> None:
+        """These may differ from what is on the server."""
+        if not self.enabled:
+            return
+        for ident in idents:
+            if ident in self.wanted and ident not in self._queued:
+                self._queued.add(ident)
+                self._queue.put_nowait(ident)
+
+    @property
+    def idle(self) -> bool:
+        return not self._queued and not self._busy
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(_AT_ONCE):
+                group.create_task(self._work(), name=f"status writer {number}")
+
+    async def _work(self) -> None:
+        backoff = self._backoff()
+        while True:
+            ident = await self._queue.get()
+            self._queued.discard(ident)
+            if ident in self._busy:
+                # Sequential per object: who is at it looks again.
+                self.look_again({ident: None})
+                await asyncio.sleep(0.01)
+                continue
+            self._busy.add(ident)
+            pause: float | None = None
+            try:
+                await self._write(ident)
+                backoff.reset()
+                continue
+            except ServerError as error:
+                if error.status in (400, 403, 404, 413, 422):
+                    _log.error("status of %s %s cannot be written: %s", *ident, error)
+                    continue
+                _log.warning("status of %s %s: %s; trying again", *ident, error)
+                pause = error.retry_after_s or 0.0
+            finally:
+                self._busy.discard(ident)
+            await backoff.wait(pause)
+            self.look_again({ident: None})
+
+    def _actual(self, ident: Ident) -> Written | None:
+        """The newest version that is known: the server's as seen, or what was written last."""
+        seen, own = self._written(*ident), self._own.get(ident)
+        if own is None or seen is None or seen.uid != own.uid or _number(seen) >= _number(own):
+            self._own.pop(ident, None)
+            return seen
+        return own
+
+    async def _write(self, ident: Ident) -> None:
+        while self.enabled:
+            actual = self._actual(ident)
+            wanted = self.wanted.get(ident)
+            if actual is None:
+                # Gone, or not seen yet; it will be told of when it comes.
+                if wanted is None:
+                    self.wanted.pop(ident, None)
+                return
+            now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            body = render(wanted, actual.status, self._controller, now)
+            if body is None:
+                return
+            kind, key = ident
+            where = place(kind, key, self._version(kind))
+            metadata = {"name": key.name, "uid": actual.uid}
+            if key.namespace:
+                metadata["namespace"] = key.namespace
+            if body.locked:
+                metadata["resourceVersion"] = actual.version
+            obj = {
+                "apiVersion": where.api_version,
+                "kind": kind,
+                "metadata": metadata,
+                "status": body.status,
+            }
+            query = {"fieldManager": MANAGER, "force": "true"}
+            try:
+                answer = await self._client.request(
+                    "PATCH", f"{where.path}/status", query, obj, content_type=APPLY
+                )
+            except ServerError as error:
+                if error.status == 404:
+                    return
+                if error.status == 409:
+                    # Changed in between, perhaps by another controller in the same list.
+                    if not await self._read(ident, where, actual.uid):
+                        return
+                    continue
+                raise
+            self.writes += 1
+            self._keep(ident, answer)
+            return
+
+    async def _read(self, ident: Ident, where: Place, uid: str) -> bool:
+        """Read the object itself; whether it is still the same."""
+        try:
+            raw = await self._client.request("GET", where.path)
+        except ServerError as error:
+            if error.status == 404:
+                return False
+            raise
+        self._keep(ident, raw)
+        return bool(raw["metadata"]["uid"] == uid)
+
+    def _keep(self, ident: Ident, raw: dict[str, Any]) -> None:
+        metadata = raw["metadata"]
+        self._own[ident] = Written(
+            metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
+        )
+
+
+def _number(written: Written) -> int:
+    return int(written.version) if written.version.isdigit() else 0

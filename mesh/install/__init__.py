@@ -1,0 +1,1 @@
+"""Weft into a cluster and out of it again."""

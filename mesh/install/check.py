@@ -1,0 +1,191 @@
+"""`weft check`: whether Weft can work here: this host's kernel, the cluster, and permissions.
+
+Each check says what it found, and where that is not well, what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from bpf import selftest
+from mesh.install.cluster import CRDS
+from mesh.model.decode import KINDS
+from mesh.model.references import GROUP
+from mesh.sources.kubernetes_client import Client, ServerError
+
+Result = Literal["ok", "warning", "failed"]
+
+_OLDEST_KERNEL = (5, 15)
+_OLDEST_SERVER = (1, 30)
+# Gateway API versions (the bundle's) that are known to work.
+_OLDEST_BUNDLE, _NEWEST_BUNDLE = (1, 4), (1, 6)
+
+
+class Finding(NamedTuple):
+    """`todo`: what to do about it, "" where it is well."""
+
+    what: str
+    result: Result
+    found: str
+    todo: str = ""
+
+
+# --- this host -----------------------------------------------------------------------------------
+
+
+def host() -> Iterable[Finding]:
+    """What the mesh needs of a node; a gateway alone needs none of it."""
+    release = platform.release()
+    numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
+    new = numbers >= _OLDEST_KERNEL
+    wanted = ".".join(map(str, _OLDEST_KERNEL))
+    yield Finding(
+        "kernel",
+        "ok" if new else "warning",
+        release,
+        "" if new else f"the mesh needs Linux {wanted} or newer; gateways work without",
+    )
+    for what, path, todo in (
+        ("BTF", Path("/sys/kernel/btf/vmlinux"), "use a kernel with CONFIG_DEBUG_INFO_BTF=y"),
+        ("cgroup v2", _mounted("cgroup2"), "mount it: mount -t cgroup2 none DIRECTORY"),
+    ):
+        if path is not None and path.exists():
+            yield Finding(what, "ok", str(path))
+        else:
+            yield Finding(what, "warning", "absent", f"{todo}; gateways work without")
+    root = os.geteuid() == 0
+    yield Finding(
+        "user",
+        "ok" if root else "warning",
+        "root" if root else f"uid {os.geteuid()}",
+        "" if root else "the eBPF self-test and ports below 1024 need root",
+    )
+
+
+def _mounted(kind: str) -> Path | None:
+    """Where a file system of this type is mounted."""
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    return next((Path(fields[1]) for fields in mounts if fields[2] == kind), None)
+
+
+def kernel(directory: Path) -> Iterable[Finding]:
+    """The self-test of the eBPF data path, in a directory and a cgroup of its own."""
+    parent = _mounted("cgroup2")
+    if parent is None or os.geteuid() != 0:
+        yield Finding("eBPF", "warning", "not tested", "it takes root and cgroup v2")
+        return
+    for check in selftest.run(directory, parent, f"weft-check-{os.getpid()}"):
+        fact = selftest.FACTS[check.name]
+        yield Finding(
+            f"eBPF {check.name}",
+            "ok" if check.ok else "warning",
+            fact if check.ok else check.why,
+            "" if check.ok else f"not on this kernel: {fact}; gateways work without",
+        )
+
+
+# --- the cluster ---------------------------------------------------------------------------------
+
+
+async def cluster(client: Client, namespace: str) -> AsyncIterator[Finding]:
+    """Whether there is a cluster that Weft can be installed in, or is."""
+    try:
+        version = await client.request("GET", "/version")
+    except ServerError as error:
+        yield Finding("API server", "failed", str(error), "look at the kubeconfig: kubectl version")
+        return
+    number = tuple(int("".join(filter(str.isdigit, version[key])) or 0) for key in _NUMBER)
+    wanted = ".".join(map(str, _OLDEST_SERVER))
+    yield Finding(
+        "API server",
+        "ok" if number >= _OLDEST_SERVER else "warning",
+        f"{client.url}, {version['gitVersion']}",
+        "" if number >= _OLDEST_SERVER else f"Weft is tested with {wanted} and newer",
+    )
+    async for finding in _gateway_api(client):
+        yield finding
+    for group, resource, verb, where in (
+        (GROUP, "gatewayclasses", "create", ""),
+        ("apps", "daemonsets", "create", namespace),
+        ("rbac.authorization.k8s.io", "clusterroles", "create", ""),
+    ):
+        yield await _may(client, group, resource, verb, where)
+    yield await _nodes(client, namespace)
+
+
+_NUMBER = ("major", "minor")
+
+
+async def _gateway_api(client: Client) -> AsyncIterator[Finding]:
+    for (group, kind), info in KINDS.items():
+        if group != GROUP:
+            continue
+        name = f"{info.plural}.{group}"
+        path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}"
+        try:
+            crd = await client.request("GET", path)
+        except ServerError as error:
+            absent = error.status == 404
+            yield Finding(
+                kind,
+                "failed" if kind in _NEEDED else "warning",
+                "not in the cluster" if absent else str(error),
+                f"get it: {CRDS}" if absent else "let this user get CustomResourceDefinitions",
+            )
+            continue
+        yield _bundle(kind, crd, info.versions)
+
+
+_NEEDED = ("GatewayClass", "Gateway", "HTTPRoute", "ReferenceGrant")
+
+
+def _bundle(kind: str, crd: dict[str, Any], versions: tuple[str, ...]) -> Finding:
+    annotations = crd["metadata"].get("annotations") or {}
+    bundle = annotations.get(f"{GROUP}/bundle-version", "of unknown version")
+    channel = annotations.get(f"{GROUP}/channel", "unknown")
+    served = [one["name"] for one in crd["spec"]["versions"] if one["served"]]
+    found = f"Gateway API {bundle}, {channel} channel, serves {', '.join(served)}"
+    if not set(served) & set(versions):
+        return Finding(kind, "failed", found, f"Weft reads {', '.join(versions)}: {CRDS}")
+    number = tuple(int(part) for part in bundle.lstrip("v").split(".")[:2] if part.isdigit())
+    if not _OLDEST_BUNDLE <= number <= _NEWEST_BUNDLE:
+        return Finding(kind, "warning", found, "Weft knows v1.4 to v1.6")
+    return Finding(kind, "ok", found)
+
+
+async def _may(client: Client, group: str, resource: str, verb: str, namespace: str) -> Finding:
+    """https://kubernetes.io/docs/reference/access-authn-authz/authorization/, "Checking API
+    access"."""
+    attributes = {"group": group, "resource": resource, "verb": verb, "namespace": namespace}
+    body = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectAccessReview",
+        "spec": {"resourceAttributes": attributes},
+    }
+    what = f"may {verb} {resource}"
+    try:
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        allowed = (await client.request("POST", path, {}, body))["status"]["allowed"]
+    except ServerError as error:
+        return Finding(what, "warning", str(error), "it could not be asked; weft install will tell")
+    todo = "" if allowed else "weft install needs a user who may; an administrator of the cluster"
+    return Finding(what, "ok" if allowed else "failed", "yes" if allowed else "no", todo)
+
+
+async def _nodes(client: Client, namespace: str) -> Finding:
+    path = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/weft-agent"
+    try:
+        status = (await client.request("GET", path)).get("status") or {}
+    except ServerError as error:
+        if error.status == 404:
+            return Finding("agents", "ok", "not installed: weft install")
+        return Finding("agents", "warning", str(error), "let this user get DaemonSets")
+    wanted, ready = status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
+    if ready < wanted:
+        todo = f"kubectl -n {namespace} get pods; kubectl -n {namespace} logs daemonset/weft-agent"
+        return Finding("agents", "failed", f"{ready} of {wanted} nodes are ready", todo)
+    return Finding("agents", "ok", f"{ready} of {wanted} nodes are ready")

@@ -1,0 +1,94 @@
+"""`weft install` and `uninstall`: the manifests into a cluster, and out of it.
+
+Applied server-side under a field manager of its own, so that installing again is an upgrade.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mesh.sources.kubernetes_client import APPLY, Client, ServerError
+
+_MANAGER = "weft-install"
+_CLUSTER_SCOPED = frozenset(("Namespace", "ClusterRole", "ClusterRoleBinding", "GatewayClass"))
+_PLURALS = {"GatewayClass": "gatewayclasses"}
+_POLL_S = 0.5
+
+
+class InstallError(Exception):
+    """It cannot be installed; what is in the way and what to do."""
+
+
+def path_of(obj: dict[str, Any]) -> str:
+    """Where an object is on the server."""
+    version, kind, metadata = obj["apiVersion"], obj["kind"], obj["metadata"]
+    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+    plural = _PLURALS.get(kind, f"{kind.lower()}s")
+    namespace = "" if kind in _CLUSTER_SCOPED else f"/namespaces/{metadata['namespace']}"
+    return f"{root}{namespace}/{plural}/{metadata['name']}"
+
+
+async def install(
+    client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None]
+) -> None:
+    """InstallError, ServerError: it was not finished; what was done stays, and can be repeated."""
+    for obj in objects:
+        name = f"{obj['kind']} {obj['metadata']['name']}"
+        query = {"fieldManager": _MANAGER, "force": "true"}
+        try:
+            await client.request("PATCH", path_of(obj), query, obj, content_type=APPLY)
+        except ServerError as error:
+            if error.status == 404 and obj["kind"] == "GatewayClass":
+                raise InstallError(
+                    f"{name}: the cluster has no Gateway API: install its CustomResourceDefinitions"
+                    f" ({CRDS}), then run weft install again"
+                ) from None
+            raise
+        say(f"{name}: applied")
+
+
+async def uninstall(
+    client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None], wait_s: float
+) -> None:
+    """Everything that `install` made, last first, and wait for the namespace to be gone. Statuses
+    that the controller wrote stay as they are. InstallError: it is not gone in time."""
+    last = ""
+    for obj in reversed(list(objects)):
+        path = path_of(obj)
+        try:
+            await client.request("DELETE", path, {"propagationPolicy": "Background"})
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            continue
+        say(f"{obj['kind']} {obj['metadata']['name']}: deleted")
+        last = path
+    try:
+        async with asyncio.timeout(wait_s):
+            while True:
+                if not last or not await _there(client, last):
+                    return
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        raise InstallError(
+            f"{last} is still there after {wait_s:g} s: see what holds it with kubectl get --raw"
+            f" {last}"
+        ) from None
+
+
+async def _there(client: Client, path: str) -> bool:
+    try:
+        await client.request("GET", path)
+    except ServerError as error:
+        if error.status == 404:
+            return False
+        raise
+    return True
+
+
+CRDS = (
+    "kubectl apply --server-side -f https://github.com/kubernetes-sigs/gateway-api/releases/"
+    "download/v1.6.1/standard-install.yaml, or experimental-install.yaml for all fields"
+)

@@ -1,0 +1,45 @@
+"""What a node tells the controller of itself: how far its data plane has come, and what it refuses.
+
+It travels as JSON in an annotation of the node's Lease: the Lease's renewal says that the node
+lives, its namespace is what agents may write to, and it changes without touching Node objects.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+LEASE_PREFIX = "weft-node."
+ANNOTATION = "weft.dev/report"
+LABELS = {"weft.dev/component": "agent"}
+# An object's annotations may have 256 KiB (Kubernetes, "Annotations"): texts beyond this are cut,
+# and refusals beyond this many are only counted.
+MAX_TEXT = 300
+MAX_REFUSALS = 500
+
+
+class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`versions`: by kind, the resourceVersion up to which objects are in force in all workers and
+    the kernel. `ports`: ADDRESS:PORT to "" (bound) or why not; the node's own mesh addresses stand
+    as 127.0.0.1 and ::1. `refused`: section keys and why; `unnamed`: refusals that did not fit.
+    `addresses`: where clients reach Gateways that name no address. `ready`: the node serves."""
+
+    node: str
+    ready: bool = False
+    versions: dict[str, int] = {}
+    ports: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    unnamed: int = 0
+    addresses: tuple[str, ...] = ()
+
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(NodeReport)
+
+
+def encode_report(report: NodeReport) -> str:
+    return _encoder.encode(report).decode()
+
+
+def decode_report(text: str) -> NodeReport:
+    """msgspec.DecodeError: it is none, or one of another version."""
+    return _decoder.decode(text)

@@ -1,0 +1,371 @@
+"""The Kubernetes source: an API server's objects as the same stream that a directory gives.
+
+One reflector a kind (`kubernetes_watch`) tells what changed; here objects are read, what did not
+change in what Weft reads is dropped, and the rest is gathered until somebody takes it: sequential
+per object, and never more than the newest of each. Kinds that the server does not serve are looked
+for again and again. Nothing is yielded as complete before every kind has been listed once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+from l7proxy.tasks import spawn
+from mesh.model.decode import KINDS, InvalidObject, KindInfo, Object
+from mesh.model.meta import ObjectKey
+from mesh.model.references import GROUP
+from mesh.sources.documents import ObjectId, Problem
+from mesh.sources.kubernetes_client import Backoff, Client, ServerError, SourceError
+from mesh.sources.kubernetes_objects import PLACE, problems, read
+from mesh.sources.kubernetes_watch import Reflector
+from mesh.sources.update import SourceUpdate
+
+_log = logging.getLogger("weft.source")
+
+# How often kinds that are not served are looked for.
+_DISCOVERY_S = 15.0
+# Groups that every cluster has; all others are defined by CustomResourceDefinitions.
+_BUILT_IN = frozenset(("", "discovery.k8s.io"))
+# Other Secrets hold nothing that a listener may refer to; that they are there is all that is read.
+_TLS = "kubernetes.io/tls"
+
+
+class Written(NamedTuple):
+    """What of an object is for who writes its status: its version, and its status as it is."""
+
+    version: str
+    uid: str
+    status: dict[str, Any]
+
+
+class _Kind:
+    """One kind: what is in force of it, and what was told."""
+
+    def __init__(self, source: KubernetesSource, group: str, info: KindInfo) -> None:
+        self.info = info
+        self.group = group
+        self.reflectors: list[Reflector] = []
+        self.tasks: list[asyncio.Task[None]] = []
+        self.problem: Problem | None = None
+        self.version = self.newest = 0
+        self.current: dict[ObjectKey, Object] = {}
+        self.written: dict[ObjectKey, Written] = {}
+        self._source = source
+
+    # --- what the reflector tells ----------------------------------------------------------------
+
+    def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
+        # Items of a list come without them.
+        raw["kind"] = self.info.kind
+        raw["apiVersion"] = self.api_version
+        source, ident = self._source, ObjectId(self.info.kind, key)
+        before = self.current.get(key)
+        metadata = raw["metadata"]
+        if source.seen is not None:
+            self.written[key] = Written(
+                metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
+            )
+            source.seen(self.info.kind, key)
+        try:
+            obj = read(raw, custom=self.group not in _BUILT_IN)
+        except InvalidObject as error:
+            source.wrong[ident] = problems(raw, error, kept=before is not None)
+            source.wake.set()
+            return
+        if source.wrong.pop(ident, None) is not None:
+            source.wake.set()
+        if before is not None and _same(before, obj):
+            return
+        self.current[key] = obj
+        self.newest = max(self.newest, _number(metadata["resourceVersion"]))
+        source.tell(ident, obj)
+
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
+        ident = ObjectId(self.info.kind, key)
+        now = self.current.get(key)
+        if now is not None and now.metadata.uid != uid:
+            # Another one has its name already.
+            return
+        self.written.pop(key, None)
+        if self._source.wrong.pop(ident, None) is not None:
+            self._source.wake.set()
+        if self.current.pop(key, None) is not None:
+            self.newest = max(self.newest, _number(version))
+            self._source.tell(ident, None)
+
+    def reached(self, version: str) -> None:
+        self.version = _number(version)
+        self._source.wake.set()
+
+    def listed(self) -> None:
+        self._source.wake.set()
+
+    def failing(self, why: ServerError | None) -> None:
+        text = "" if why is None else f"cannot be followed, what is known stays in force: {why}"
+        self.say(text)
+
+    def say(self, text: str, *, level: str = "error") -> None:
+        before = self.problem
+        self.problem = (
+            Problem(PLACE, kind=self.info.kind, rule="source", message=text, level=level)  # type: ignore[arg-type]
+            if text
+            else None
+        )
+        if self.problem != before:
+            if text:
+                _log.warning("%s: %s", self.info.kind, text)
+            else:
+                _log.info("%s: can be followed again", self.info.kind)
+            self._source.wake.set()
+
+    def absent(self, what: str) -> None:
+        """The server does not serve it; where it is of other people's, nobody need care."""
+        text = f"not served by the cluster ({what}): install its CustomResourceDefinition to use it"
+        self.say(text, level="warning" if self.group == GROUP else "note")
+
+    # --- its place on the server -----------------------------------------------------------------
+
+    api_version = ""
+
+    def start(self, version: str, client: Client, backoff: Callable[[], Backoff]) -> None:
+        self.api_version = f"{self.group}/{version}" if self.group else version
+        root = "/apis" if self.group else "/api"
+        path = f"{root}/{self.api_version}/{self.info.plural}"
+        if self.info.kind == "Secret":
+            select = {"fieldSelector": f"type={_TLS}"}
+            rest = {"fieldSelector": f"type!={_TLS}"}
+            others = _OtherSecrets(self)
+            self.reflectors = [
+                Reflector(client, path, self, query=select, backoff=backoff),
+                Reflector(client, path, others, query=rest, metadata=True, backoff=backoff),
+            ]
+        else:
+            self.reflectors = [Reflector(client, path, self, backoff=backoff)]
+        self.tasks = [spawn(one.run(), name=f"watch {self.info.plural}") for one in self.reflectors]
+
+    def stop(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        for reflector in self.reflectors:
+            reflector.forget()
+        self.reflectors, self.tasks = [], []
+        self.version = self.newest = 0
+
+
+class _OtherSecrets:
+    """Secrets that hold nothing for a listener: their metadata, and that they are of another type.
+    No data plane depends on them, so no version of them is waited for."""
+
+    def __init__(self, kind: _Kind) -> None:
+        self._kind = kind
+
+    def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
+        metadata = {**raw["metadata"], "resourceVersion": ""}
+        self._kind.changed(key, {**raw, "metadata": metadata, "type": "other"})
+
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
+        self._kind.gone(key, uid, "")
+
+    def reached(self, version: str) -> None:
+        self._kind.listed()
+
+    def failing(self, why: ServerError | None) -> None:
+        self._kind.failing(why)
+
+
+class KubernetesSource:
+    """`updates()` yields first the whole content, then every change. `kinds`: which ones, all if
+    None. `seen`, where there is one, is called with kind and key of every object that is new or has
+    changed in any way, and `written` then tells what status it has on the server."""
+
+    def __init__(
+        self,
+        kubeconfig: Path | None,
+        *,
+        kinds: frozenset[str] | None = None,
+        seen: Callable[[str, ObjectKey], None] | None = None,
+        discovery_s: float = _DISCOVERY_S,
+        backoff: Callable[[], Backoff] = Backoff,
+    ) -> None:
+        self.client = Client(kubeconfig)
+        self.seen = seen
+        self.wrong: dict[ObjectId, list[Problem]] = {}
+        self.wake = asyncio.Event()
+        self._pending: dict[str, dict[ObjectKey, Object | None]] = {}
+        self._discovery_s = discovery_s
+        self._backoff = backoff
+        self._server_problem: Problem | None = None
+        self._discovered = False
+        self._complete = False
+        self._kinds = {
+            kind: _Kind(self, group, info)
+            for (group, kind), info in KINDS.items()
+            if kinds is None or kind in kinds
+        }
+
+    def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]:
+        """Where an object in force comes from. KeyError: there is none."""
+        self._kinds[kind].current[key]
+        return PLACE, 0
+
+    def has(self, kind: str, key: ObjectKey) -> bool:
+        """Whether an object is in force."""
+        return key in self._kinds[kind].current
+
+    def written(self, kind: str, key: ObjectKey) -> Written | None:
+        """What is on the server of an object, with `seen`; None: it is gone."""
+        return self._kinds[kind].written.get(key)
+
+    def all_written(self, kind: str) -> Mapping[ObjectKey, Written]:
+        """What is on the server of every object of a kind."""
+        return self._kinds[kind].written
+
+    def version(self, kind: str) -> str:
+        """The API version in which a kind is read."""
+        return self._kinds[kind].api_version.rpartition("/")[2]
+
+    def tell(self, ident: ObjectId, obj: Object | None) -> None:
+        self._pending.setdefault(ident.kind, {})[ident.key] = obj
+        self.wake.set()
+
+    async def open(self) -> None:
+        """Read the credentials before anything else. SourceError: there are none."""
+        await self.client.open()
+
+    async def close(self) -> None:
+        """The connection, when nobody uses it any more."""
+        await self.client.close()
+
+    async def updates(self) -> AsyncGenerator[SourceUpdate, None]:
+        """Until the caller closes it. A server that is away is waited for; what was in force stays
+        in force."""
+        discovery = spawn(self._discover(), name="discovery")
+        told: tuple[Any, ...] = ()
+        try:
+            while True:
+                await self.wake.wait()
+                self.wake.clear()
+                for task in (discovery, *self._tasks()):
+                    if task.done() and not task.cancelled():
+                        await self._ended(task)
+                problems = self._problems()
+                self._complete = self._complete or self._synced()
+                if not self._complete:
+                    if problems != told:
+                        told = problems
+                        yield SourceUpdate({}, problems, complete=False)
+                    continue
+                changes, self._pending = self._pending, {}
+                versions = {k: kind.version for k, kind in self._kinds.items() if kind.version}
+                now = (problems, versions)
+                if changes or now != told:
+                    told = now
+                    newest = {k: kind.newest for k, kind in self._kinds.items() if kind.newest}
+                    yield SourceUpdate(changes, problems, True, versions, newest)
+        finally:
+            tasks = [discovery, *self._tasks()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [task for kind in self._kinds.values() for task in kind.tasks]
+
+    def _synced(self) -> bool:
+        """Whether everything that is served has been listed."""
+        return self._discovered and all(
+            reflector.synced for kind in self._kinds.values() for reflector in kind.reflectors
+        )
+
+    def _problems(self) -> tuple[Problem, ...]:
+        found = [problem for problems in self.wrong.values() for problem in problems]
+        found += [kind.problem for kind in self._kinds.values() if kind.problem is not None]
+        if self._server_problem is not None:
+            found.append(self._server_problem)
+        return tuple(sorted(found))
+
+    async def _ended(self, task: asyncio.Task[None]) -> None:
+        """A reflector ends by itself only where its kind is not served any more; anything else is a
+        defect, and the caller's to see."""
+        for kind in self._kinds.values():
+            if task in kind.tasks and isinstance(error := task.exception(), ServerError):
+                kind.stop()
+                kind.absent(str(error))
+                return
+        task.result()
+
+    # --- discovery -------------------------------------------------------------------------------
+
+    async def _discover(self) -> None:
+        """Start what is served and not followed yet, for ever."""
+        backoff = self._backoff()
+        await self._connect(backoff)
+        while True:
+            try:
+                await self._look()
+                self._discovered = True
+                self._server_trouble("")
+                backoff.reset()
+                self.wake.set()
+                await asyncio.sleep(self._discovery_s)
+            except ServerError as error:
+                self._server_trouble(f"{self.client.url} cannot be asked what it serves: {error}")
+                await backoff.wait(error.retry_after_s)
+
+    async def _connect(self, backoff: Backoff) -> None:
+        while True:
+            try:
+                return await self.client.open()
+            except SourceError as error:
+                self._server_trouble(str(error))
+                await backoff.wait()
+
+    def _server_trouble(self, text: str) -> None:
+        before = self._server_problem
+        self._server_problem = Problem(PLACE, rule="source", message=text) if text else None
+        if before != self._server_problem:
+            if text:
+                _log.error("%s", text)
+            self.wake.set()
+
+    async def _look(self) -> None:
+        missing = [kind for kind in self._kinds.values() if not kind.reflectors]
+        served: dict[str, frozenset[str]] = {}
+        for kind in missing:
+            for version in kind.info.versions:
+                path = f"/apis/{kind.group}/{version}" if kind.group else f"/api/{version}"
+                if path not in served:
+                    served[path] = await self._served(path)
+                if kind.info.plural in served[path]:
+                    kind.say("")
+                    kind.start(version, self.client, self._backoff)
+                    break
+            else:
+                kind.absent(f"{kind.info.plural} of {kind.group or 'core'}")
+
+    async def _served(self, path: str) -> frozenset[str]:
+        try:
+            found = await self.client.request("GET", path)
+        except ServerError as error:
+            if error.status == 404:
+                return frozenset()
+            raise
+        return frozenset(one["name"] for one in found["resources"])
+
+
+def _number(version: str) -> int:
+    """A resourceVersion to compare with others of its server ("Resource versions": they are
+    ordered); 0: there is none."""
+    return int(version) if version.isdigit() else 0
+
+
+def _same(a: Object, b: Object) -> bool:
+    """But for the version, which every write of anything in the object changes."""
+    metadata = msgspec.structs.replace(b.metadata, resource_version=a.metadata.resource_version)
+    return bool(cast(Any, msgspec.structs.replace(cast(Any, b), metadata=metadata)) == a)

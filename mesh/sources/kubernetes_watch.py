@@ -1,0 +1,178 @@
+"""One kind of a Kubernetes API server, kept in step: list, then watch, for ever.
+
+Knows resourceVersions, pages, bookmarks, 410 Gone; nothing of what objects mean. Source:
+https://kubernetes.io/docs/reference/using-api/api-concepts/ ("Efficient detection of changes").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from mesh.model.meta import ObjectKey
+from mesh.sources.kubernetes_client import Backoff, Client, ServerError
+
+PAGE = 500
+_WATCH_S = (300, 600)
+# What a list and a watch answer with ("Metadata-only fetches").
+_WHOLE = ("application/json", "application/json")
+_METADATA = (
+    "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1",
+    "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1",
+)
+
+
+class Sink(Protocol):
+    """Who wants to know. Calls come in the order of what happened, one object at a time."""
+
+    def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
+        """New, or another than before."""
+
+    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
+        """`version`: of the deletion, "" where it was only found out later."""
+
+    def reached(self, version: str) -> None:
+        """All changes up to this resourceVersion have been told."""
+
+    def failing(self, why: ServerError | None) -> None:
+        """The server cannot be followed now; None: it can again."""
+
+
+class Known(NamedTuple):
+    """The version of an object that was told last."""
+
+    version: str
+    uid: str
+
+
+class Reflector:
+    """`path` is that of the collection; with `metadata` objects come without anything else. `run`
+    ends with ServerError 404 when the server does not serve it any more; everything else is tried
+    again."""
+
+    def __init__(
+        self,
+        client: Client,
+        path: str,
+        sink: Sink,
+        *,
+        query: dict[str, str] | None = None,
+        metadata: bool = False,
+        backoff: Callable[[], Backoff] = Backoff,
+    ) -> None:
+        self.synced = False
+        self._client = client
+        self._path = path
+        self._sink = sink
+        self._query: dict[str, str | int] = dict(query or {})
+        self._list_as, self._watch_as = _METADATA if metadata else _WHOLE
+        self._backoff = backoff()
+        self._known: dict[ObjectKey, Known] = {}
+        self._version = ""
+
+    async def run(self) -> None:
+        while True:
+            pause: float | None = None
+            try:
+                if not self._version:
+                    self._version = await self._list()
+                    self.synced = True
+                    self._sink.reached(self._version)
+                    self._sink.failing(None)
+                if await self._watch():
+                    self._backoff.reset()
+                    continue
+            except ServerError as error:
+                if error.status == 404:
+                    raise
+                if error.status == 410:
+                    # What happened since is known by nobody: all is read again, and only what
+                    # differs is told, so nothing flaps.
+                    self._version = ""
+                else:
+                    self._sink.failing(error)
+                    pause = error.retry_after_s
+            await self._backoff.wait(pause)
+
+    def forget(self) -> None:
+        """The server does not have the kind any more."""
+        for key, known in list(self._known.items()):
+            del self._known[key]
+            self._sink.gone(key, known.uid, "")
+
+    async def _list(self) -> str:
+        """All objects, page by page, as they were at one version: that version."""
+        seen: dict[ObjectKey, None] = {}
+        token, limit = "", PAGE
+        while True:
+            query = {**self._query, "limit": limit}
+            if token:
+                query["continue"] = token
+            try:
+                page = await self._client.request("GET", self._path, query, accept=self._list_as)
+            except ServerError as error:
+                if error.status == 410 and limit:
+                    # Compacted between two pages: once more, in one piece, so that it ends.
+                    token, limit = "", 0
+                    continue
+                raise
+            for raw in page.get("items") or ():
+                seen[self._take(raw)] = None
+            token = page["metadata"].get("continue") or ""
+            if not token:
+                break
+            await asyncio.sleep(0)
+        for key in [key for key in self._known if key not in seen]:
+            self._sink.gone(key, self._known.pop(key).uid, "")
+        return str(page["metadata"]["resourceVersion"])
+
+    def _take(self, raw: dict[str, Any]) -> ObjectKey:
+        metadata = raw["metadata"]
+        key = ObjectKey(metadata.get("namespace", ""), metadata["name"])
+        known = Known(metadata["resourceVersion"], metadata["uid"])
+        if self._known.get(key) != known:
+            self._known[key] = known
+            self._sink.changed(key, raw)
+        return key
+
+    async def _watch(self) -> bool:
+        """Until the server ends the stream. Whether anything came, a bookmark at least."""
+        query = {
+            **self._query,
+            "watch": "true",
+            "resourceVersion": self._version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": random.randint(*_WATCH_S),
+        }
+        came = False
+        async with self._client.stream(self._path, query, accept=self._watch_as) as lines:
+            self._sink.failing(None)
+            async for line in lines:
+                if not came:
+                    came = True
+                    self._backoff.reset()
+                self._event(line)
+        return came
+
+    def _event(self, line: bytes) -> None:
+        try:
+            event = msgspec.json.decode(line)
+            kind, raw = event["type"], event["object"]
+        except (msgspec.DecodeError, KeyError, TypeError) as error:
+            raise ServerError(0, "BadAnswer", f"watch {self._path}: {error!r}") from None
+        if kind == "ERROR":
+            text = f"watch {self._path}: {raw.get('message', '')}"
+            raise ServerError(int(raw.get("code") or 0), raw.get("reason", ""), text)
+        metadata = raw["metadata"]
+        if kind == "DELETED":
+            key = ObjectKey(metadata.get("namespace", ""), metadata["name"])
+            if (known := self._known.pop(key, None)) is not None:
+                self._sink.gone(key, known.uid, metadata["resourceVersion"])
+        elif kind != "BOOKMARK":
+            self._take(raw)
+        self._version = metadata["resourceVersion"]
+        self._sink.reached(self._version)

@@ -1,0 +1,68 @@
+"""Writes deploy/: the manifests of `weft install` with a kustomization, and as a Helm chart.
+
+`--check` writes nothing and fails where something is not as it would be written.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from mesh.install import manifests  # noqa: E402
+
+_WRITTEN = "# Written by scripts/deploy.py from mesh/install/templates: change it there.\n"
+_CHART = f"""\
+apiVersion: v2
+name: weft
+description: Gateway API without sidecars
+version: 0.1.0
+appVersion: {manifests.IMAGE.partition(":")[2]}
+kubeVersion: ">=1.30.0-0"
+"""
+_VALUES = f"""\
+# The image of Weft: built with deploy/Dockerfile, in a registry that the nodes reach.
+image: {manifests.IMAGE}
+"""
+
+
+def content() -> dict[str, str]:
+    """What stands in which file."""
+    result = {}
+    for name in manifests.NAMES:
+        result[f"manifests/{name}.yaml"] = _WRITTEN + manifests.rendered(name)
+        if name != "namespace":
+            # Helm makes the namespace: helm install --create-namespace -n weft-system.
+            result[f"chart/templates/{name}.yaml"] = _WRITTEN + manifests.rendered(
+                name, namespace="{{ .Release.Namespace }}", image="{{ .Values.image }}"
+            )
+    listed = "".join(f"- {name}.yaml\n" for name in manifests.NAMES)
+    head = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+    result["manifests/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}"
+    result["chart/Chart.yaml"] = _WRITTEN + _CHART
+    result["chart/values.yaml"] = _WRITTEN + _VALUES
+    return result
+
+
+def main() -> int:
+    deploy = PROJECT / "deploy"
+    wrong = [
+        path
+        for path, text in content().items()
+        if not (deploy / path).exists() or (deploy / path).read_text() != text
+    ]
+    if sys.argv[1:] == ["--check"]:
+        for path in wrong:
+            print(f"deploy/{path} is not as scripts/deploy.py writes it: run it", file=sys.stderr)
+        return 1 if wrong else 0
+    for path in wrong:
+        (deploy / path).parent.mkdir(parents=True, exist_ok=True)
+        (deploy / path).write_text(content()[path])
+        print(f"deploy/{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Who asks, and whether they may: bearer tokens and, where a test turns it on, RBAC
+(https://kubernetes.io/docs/reference/access-authn-authz/rbac/)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from apiserver.errors import ApiError
+from apiserver.objects import Target
+from apiserver.store import Raw, Store
+
+ANONYMOUS: dict[str, Any] = {
+    "username": "system:anonymous",
+    "groups": ["system:unauthenticated"],
+}
+_GROUP = "rbac.authorization.k8s.io"
+
+
+class Auth:
+    """`tokens`: user and the time (time.monotonic) at which a token expires; while there are none,
+    everybody is an administrator."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.tokens: dict[str, tuple[dict[str, Any], float]] = {}
+        self.rbac = False
+        self.denied: list[str] = []
+
+    def token(self, token: str, username: str, *, lasts_s: float = 1e9, **user: Any) -> None:
+        """Let a token in, for a while. `user`: groups, extra (of TokenReview's UserInfo)."""
+        groups = [*user.pop("groups", ()), "system:authenticated"]
+        about = {"username": username, "groups": groups, **user}
+        self.tokens[token] = about, time.monotonic() + lasts_s
+
+    def service_account(self, token: str, namespace: str, name: str, **user: Any) -> None:
+        """As a token of a service account is known (access-authn-authz, "Service account
+        tokens")."""
+        groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}"]
+        self.token(token, f"system:serviceaccount:{namespace}:{name}", groups=groups, **user)
+
+    def user(self, authorization: str | None) -> dict[str, Any]:
+        """401: the token is unknown or has expired."""
+        if not self.tokens:
+            return {"username": "admin", "groups": ["system:masters", "system:authenticated"]}
+        scheme, _, token = (authorization or "").partition(" ")
+        if not authorization:
+            return ANONYMOUS
+        user, expires = self.tokens.get(token.strip(), (ANONYMOUS, 0.0))
+        if scheme.lower() != "bearer" or time.monotonic() >= expires:
+            raise ApiError(401, "Unauthorized", "Unauthorized")
+        return user
+
+    def check(self, user: dict[str, Any], verb: str, target: Target) -> None:
+        """403: no role that is bound to the user has a rule for this."""
+        if not self.rbac or "system:masters" in user["groups"]:
+            return
+        if any(_allows(rule, verb, target) for rule in self._rules(user, target.namespace)):
+            return
+        resource = target.resource.plural
+        if target.subresource:
+            resource += f"/{target.subresource}"
+        where = (
+            f'in the namespace "{target.namespace}"' if target.namespace else "at the cluster scope"
+        )
+        what = f'{verb} resource "{resource}" in API group "{target.resource.group}" {where}'
+        self.denied.append(f"{user['username']}: {what} {target.name}".strip())
+        about = f'{target.resource.qualified} "{target.name}"' if target.name else resource
+        message = f'{about} is forbidden: User "{user["username"]}" cannot {what}'
+        raise ApiError(403, "Forbidden", message)
+
+    def _rules(self, user: dict[str, Any], namespace: str | None) -> list[Raw]:
+        rules: list[Raw] = []
+        revision = self._store.revision
+        bindings = [
+            *self._store.list(f"{_GROUP}/clusterrolebindings", None, revision),
+            *(self._store.list(f"{_GROUP}/rolebindings", namespace, revision) if namespace else ()),
+        ]
+        for key, binding in bindings:
+            if not any(_is(subject, user) for subject in binding.get("subjects") or ()):
+                continue
+            ref = binding["roleRef"]
+            where = key.namespace if ref["kind"] == "Role" else ""
+            plural = "roles" if ref["kind"] == "Role" else "clusterroles"
+            for other, role in self._store.list(f"{_GROUP}/{plural}", where, revision):
+                if other.name == ref["name"]:
+                    rules += role.get("rules") or ()
+        return rules
+
+
+def _is(subject: Raw, user: dict[str, Any]) -> bool:
+    if subject["kind"] == "ServiceAccount":
+        return user["username"] == f"system:serviceaccount:{subject['namespace']}:{subject['name']}"
+    if subject["kind"] == "Group":
+        return subject["name"] in user["groups"]
+    return bool(subject["name"] == user["username"])
+
+
+def _allows(rule: Raw, verb: str, target: Target) -> bool:
+    resource = target.resource.plural
+    if target.subresource:
+        resource += f"/{target.subresource}"
+
+    def has(name: str, wanted: str) -> bool:
+        listed = rule.get(name) or ()
+        return "*" in listed or wanted in listed
+
+    named = rule.get("resourceNames")
+    return (
+        has("verbs", verb)
+        and has("apiGroups", target.resource.group)
+        and has("resources", resource)
+        # "Referring to resources": a name restricts, and create has none to compare with.
+        and (not named or target.name in named)
+    )

@@ -1,0 +1,56 @@
+"""What goes wrong on purpose: a test sets these while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+from apiserver.errors import ApiError
+
+
+@dataclass
+class Faults:
+    """All off at first. Shares are 0..1 of the requests that `about` (a part of the path, "" all)
+    names.
+
+    `cut_watches`: how many more watches end after a random number of events, up to `cut_after`;
+    half of them in the middle of a line. `refuse`: share of requests answered with one of `codes`.
+    `delay_s`: before every answer. `away`: connections are closed without an answer.
+    `gone_as_status`: a watch from a compacted version gets 410 as its answer, not as an event; real
+    servers do either.
+    """
+
+    about: str = ""
+    cut_watches: int = 0
+    cut_after: int = 3
+    refuse: float = 0.0
+    codes: tuple[int, ...] = (429, 500, 503)
+    delay_s: float = 0.0
+    away: bool = False
+    gone_as_status: bool = False
+    random: random.Random = field(default_factory=lambda: random.Random(1))
+    cuts: int = 0
+    refused: int = 0
+
+    async def before(self, path: str) -> None:
+        """Called with each request. ApiError: it is refused; ConnectionError: nobody answers."""
+        if self.away:
+            raise ConnectionError("the server is away")
+        if self.about not in path:
+            return
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        if self.refuse and self.random.random() < self.refuse:
+            self.refused += 1
+            code = self.random.choice(self.codes)
+            # api-conventions, "HTTP Status codes": 429 tells when to come again.
+            headers = {"Retry-After": "0"} if code == 429 else {}
+            reason = {429: "TooManyRequests", 503: "ServiceUnavailable"}.get(code, "InternalError")
+            raise ApiError(code, reason, "refused on purpose", headers=headers)
+
+    def lifetime(self, path: str) -> int | None:
+        """After how many events a new watch is cut; None: never."""
+        if self.cut_watches <= 0 or self.about not in path:
+            return None
+        return self.random.randint(0, self.cut_after)

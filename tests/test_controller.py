@@ -1,0 +1,264 @@
+"""The controller against an API server: what it writes, when, and what it leaves alone."""
+
+import asyncio
+import contextlib
+
+import pytest
+from apiserver.server import ApiServer
+from kube_world import (
+    CONTROLLER,
+    CRDS,
+    GROUP,
+    WAIT_S,
+    gateway,
+    gateway_class,
+    needs_crds,
+    quick,
+    route,
+)
+
+from mesh.controller.controller import Controller, ControllerOptions
+from mesh.model.decode import KINDS
+from mesh.model.nodereport import ANNOTATION, LABELS, NodeReport, encode_report
+
+NAMESPACE = "weft-system"
+pytestmark = needs_crds
+
+
+class World:
+    def __init__(self, server, tmp_path):
+        self.server = server
+        self.kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
+        self.tasks = []
+
+    def start(self, identity="one", **options):
+        about = ControllerOptions(self.kubeconfig, NAMESPACE, identity, **options)
+        controller = Controller(about, backoff=quick)
+        task = asyncio.get_running_loop().create_task(controller.run())
+        self.tasks.append(task)
+        return controller, task
+
+    def report(self, node="a", **report):
+        """What an agent would: in force is everything that there is, or what is said."""
+        everything = {kind: 10**9 for _, kind in KINDS}
+        report = {"ready": True, "versions": everything, "addresses": ("192.0.2.1",), **report}
+        lease = {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": {
+                "name": f"weft-node.{node}",
+                "namespace": NAMESPACE,
+                "labels": LABELS,
+                "annotations": {ANNOTATION: encode_report(NodeReport(node, **report))},
+            },
+            "spec": {"holderIdentity": node, "leaseDurationSeconds": 40},
+        }
+        if self.server.get("coordination.k8s.io/leases", f"weft-node.{node}", NAMESPACE):
+            self.server.change(lease, lease)
+        else:
+            self.server.create(lease)
+
+    def status(self, plural, name, namespace="default"):
+        obj = self.server.get(f"{GROUP}/{plural}", name, namespace)
+        return (obj or {}).get("status", {})
+
+    def conditions(self, plural="gateways", name="gw", namespace="default"):
+        status = self.status(plural, name, namespace)
+        if "parents" in status:
+            status = next(p for p in status["parents"] if p["controllerName"] == CONTROLLER)
+        return {one["type"]: one["status"] for one in status.get("conditions", ())}
+
+    async def until(self, holds):
+        """Looked at whenever something is written."""
+        queues = [self.server.store.watch(one.id) for one in self.server.registry.all()]
+        async with asyncio.timeout(WAIT_S):
+            while not (found := _try(holds)):
+                waits = [asyncio.ensure_future(queue.get()) for queue in queues]
+                _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for one in pending:
+                    one.cancel()
+        return found
+
+
+def _try(holds):
+    with contextlib.suppress(StopIteration, KeyError, IndexError, TypeError):
+        return holds()
+    return None
+
+
+@pytest.fixture
+async def world(tmp_path):
+    async with ApiServer(bookmark_s=0.05) as server:
+        server.install_crds(CRDS)
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
+        server.create(namespace)
+        found = World(server, tmp_path)
+        yield found
+        for task in found.tasks:
+            task.cancel()
+        await asyncio.gather(*found.tasks, return_exceptions=True)
+
+
+async def test_statuses_once_the_nodes_have_it_in_force(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.start()
+    # Nobody serves yet, so nothing is said.
+    world.report("a", ready=False)
+    lease = "coordination.k8s.io/leases"
+    await world.until(lambda: world.server.get(lease, "weft-controller", NAMESPACE))
+    assert world.conditions(name="gw").get("Accepted", "Unknown") == "Unknown"
+    world.report("a", ports={"0.0.0.0:80": ""})
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
+    status = world.status("gateways", "gw")
+    assert status["addresses"] == [{"type": "IPAddress", "value": "192.0.2.1"}]
+    assert status["listeners"][0]["attachedRoutes"] == 1
+    await world.until(lambda: world.conditions("gatewayclasses", "weft", "")["Accepted"] == "True")
+
+
+async def test_programmed_waits_for_every_node_that_serves(world):
+    for obj in (gateway_class(), gateway()):
+        world.server.create(obj)
+    world.report("a", ports={"0.0.0.0:80": ""})
+    world.report("b", ports={"0.0.0.0:80": ""}, versions={"Gateway": 1, "GatewayClass": 1})
+    controller, _ = world.start()
+    await world.until(lambda: len(controller.nodes.ready()) == 2)
+    assert not world.status("gateways", "gw").get("listeners")
+    # A node that goes is waited for no more.
+    world.report("b", ready=False)
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    # One that comes and cannot bind the port says so for all.
+    world.report("b", ports={"0.0.0.0:80": "address in use"})
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    listener = world.status("gateways", "gw")["listeners"][0]
+    message = next(one["message"] for one in listener["conditions"] if one["type"] == "Programmed")
+    assert "node b: address in use" in message
+
+
+async def test_other_controllers_entries_and_classes_are_left_alone(world):
+    theirs = gateway_class("other", "example.com/other")
+    for obj in (gateway_class(), theirs, gateway(), gateway("not-ours", "other")):
+        world.server.create(obj)
+    obj = route("r")
+    obj["spec"]["parentRefs"] = [{"name": "gw"}, {"name": "not-ours"}]
+    world.server.create(obj)
+    entry = {
+        "parentRef": {"group": GROUP, "kind": "Gateway", "name": "not-ours"},
+        "controllerName": "example.com/other",
+        "conditions": [
+            {
+                "type": "Accepted",
+                "status": "True",
+                "reason": "Accepted",
+                "message": "theirs",
+                "lastTransitionTime": "2020-01-01T00:00:00Z",
+            }
+        ],
+    }
+    world.server.change(obj, {"status": {"parents": [entry]}}, "status")
+    world.report(ports={"0.0.0.0:80": ""})
+    controller, _ = world.start()
+    await world.until(lambda: world.conditions("httproutes", "r"))
+    assert world.status("httproutes", "r")["parents"][0] == entry
+    # The other controller writes again and again, each time on what it has read.
+    for number in range(10):
+        parents = [dict(one) for one in world.status("httproutes", "r")["parents"]]
+        parents[0]["conditions"] = [{**entry["conditions"][0], "message": f"theirs {number}"}]
+        world.server.change(obj, {"status": {"parents": parents}}, "status")
+        world.server.change(obj, {"metadata": {"labels": {"n": str(number)}}})
+        spec = {"rules": [{"matches": [{"path": {"type": "Exact", "value": f"/{number}"}}]}]}
+        generation = world.server.change(obj, {"spec": spec})["metadata"]["generation"]
+
+        def caught_up(generation=generation):
+            ours = world.status("httproutes", "r")["parents"][1]
+            return ours["conditions"][0]["observedGeneration"] == generation
+
+        await world.until(caught_up)
+        parents = world.status("httproutes", "r")["parents"]
+        assert parents[0]["conditions"][0]["message"] == f"theirs {number}"
+        assert len(parents) == 2
+    assert not world.status("gateways", "not-ours").get("listeners")
+    assert controller.writer.writes < 40
+
+
+async def test_an_unchanged_status_is_not_written_again(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    _, task = world.start()
+    await world.until(lambda: world.conditions("httproutes", "r"))
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    before = {
+        (plural, name): world.server.get(f"{GROUP}/{plural}", name, namespace)
+        for plural, name, namespace in (
+            ("gateways", "gw", "default"),
+            ("httproutes", "r", "default"),
+            ("gatewayclasses", "weft", ""),
+        )
+    }
+    assert all(before.values())
+    second, _ = world.start("two")
+    # The next change is written, so everything before it has been looked at.
+    world.server.create(route("s"))
+    await world.until(lambda: world.conditions("httproutes", "s"))
+    for (plural, name), obj in before.items():
+        namespace = obj["metadata"].get("namespace", "")
+        found = world.server.get(f"{GROUP}/{plural}", name, namespace)
+        if plural != "gateways":
+            assert found == obj
+    assert second.writer.writes <= 3
+
+
+async def test_entries_of_parents_that_are_ours_no_more_go(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    _, task = world.start()
+    await world.until(lambda: world.conditions("httproutes", "r"))
+    world.server.change(route("r"), {"spec": {"parentRefs": [{"name": "elsewhere"}]}})
+    await world.until(lambda: world.status("httproutes", "r")["parents"] == [])
+    world.server.change(route("r"), {"spec": {"parentRefs": [{"name": "gw"}]}})
+    await world.until(lambda: world.conditions("httproutes", "r"))
+    # While no controller is there.
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    world.server.change(route("r"), {"spec": {"parentRefs": [{"name": "elsewhere"}]}})
+    world.start("two")
+    await world.until(lambda: world.status("httproutes", "r")["parents"] == [])
+
+
+async def test_the_next_controller_takes_over_at_once(world):
+    world.server.create(gateway_class())
+    world.report()
+    _, first = world.start("one")
+    lease = "coordination.k8s.io/leases"
+
+    def holder():
+        return world.server.get(lease, "weft-controller", NAMESPACE)["spec"]["holderIdentity"]
+
+    await world.until(lambda: holder() == "one")
+    second, _ = world.start("two")
+    second.election._retry_s = 0.02
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert holder() in ("", "two")
+    await world.until(lambda: holder() == "two")
+    world.server.create(gateway())
+    world.report(ports={"0.0.0.0:80": ""})
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+
+async def test_refused_writes_are_tried_again(world):
+    world.server.faults.about = "/status"
+    world.server.faults.refuse = 0.6
+    for obj in (gateway_class(), gateway(), *(route(f"r{n}") for n in range(20))):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    world.start()
+    await world.until(
+        lambda: all(world.conditions("httproutes", f"r{n}")["Accepted"] for n in range(20))
+    )
+    assert world.server.faults.refused > 5

@@ -1,0 +1,174 @@
+"""Weft into a cluster and out of it: manifests, permissions, and what is checked before."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from apiserver.server import ApiServer
+from click.testing import CliRunner
+from kube_world import CRDS, GROUP, following, gateway, needs_crds, quick, route
+
+from mesh.cli.main import cli
+from mesh.controller.controller import Controller, ControllerOptions
+from mesh.install import manifests
+from mesh.install.cluster import path_of
+from tests.support.running import PROJECT, running
+from tests.test_controller import World
+from tests.test_kubernetes_end_to_end import _kubectl
+
+NAMESPACE = manifests.NAMESPACE
+
+
+@pytest.fixture
+async def server():
+    async with ApiServer(bookmark_s=0.1) as found:
+        yield found
+
+
+async def weft(*arguments):
+    """Exit code and output of the command, beside a server in this loop."""
+    result = await asyncio.to_thread(CliRunner().invoke, cli, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def stored(server):
+    return {
+        (resource.kind, key.name)
+        for resource in server.registry.all()
+        for key, _ in server.store.list(resource.id, None, server.store.revision)
+    }
+
+
+@needs_crds
+async def test_installed_again_and_removed(server, tmp_path):
+    server.install_crds(CRDS)
+    server.create(gateway())
+    before = stored(server)
+    config = f"--kubeconfig={server.kubeconfig(tmp_path / 'kubeconfig')}"
+    code, said = await weft("install", config)
+    assert code == 0, said
+    made = stored(server) - before
+    assert made == {(one["kind"], one["metadata"]["name"]) for one in manifests.objects()}
+    revision = server.store.revision
+    assert (await weft("install", config))[0] == 0
+    assert server.store.revision == revision
+    assert (await weft("install", config, "--image=weft:next"))[0] == 0
+    pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == "weft:next"
+    assert (await weft("uninstall", config))[0] == 0
+    assert stored(server) == before
+    assert (await weft("uninstall", config))[0] == 0
+
+
+async def test_without_gateway_api_it_is_said_how_to_get_it(server, tmp_path):
+    config = f"--kubeconfig={server.kubeconfig(tmp_path / 'kubeconfig')}"
+    code, said = await weft("install", config)
+    assert code == 1
+    assert "the cluster has no Gateway API" in said
+    code, said = await weft("check", config, "--only=cluster", "-o", "json")
+    findings = {one["what"]: one for one in json.loads(said)}
+    assert code == 1
+    assert findings["Gateway"]["result"] == "failed"
+    assert "standard-install.yaml" in findings["Gateway"]["todo"]
+    assert findings["GRPCRoute"]["result"] == "warning"
+    assert findings["API server"]["result"] == "ok"
+
+
+@needs_crds
+async def test_checks_of_a_cluster_that_is_well(server, tmp_path):
+    server.install_crds(CRDS)
+    config = f"--kubeconfig={server.kubeconfig(tmp_path / 'kubeconfig')}"
+    code, said = await weft("check", config, "--only=cluster", "-o", "json")
+    assert code == 0, said
+    findings = {one["what"]: one for one in json.loads(said)}
+    assert findings["Gateway"]["found"].startswith("Gateway API v1.6.1, experimental channel")
+    assert {one["result"] for what, one in findings.items() if what in ("Gateway", "agents")} == {
+        "ok"
+    }
+    old = {"gateway.networking.k8s.io/bundle-version": "v1.2.0"}
+    crd = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"gateways.{GROUP}"},
+    }
+    server.change(crd, {"metadata": {"annotations": old}})
+    _, said = await weft("check", config, "--only=cluster", "-o", "json")
+    found = next(one for one in json.loads(said) if one["what"] == "Gateway")
+    assert (found["result"], found["todo"]) == ("warning", "Weft knows v1.4 to v1.6")
+
+
+def test_a_cluster_that_is_not_there(tmp_path):
+    config = {"apiVersion": "v1", "kind": "Config", "current-context": "none"}
+    file = tmp_path / "kubeconfig"
+    file.write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(cli, ["install", f"--kubeconfig={file}"])
+    assert result.exit_code == 1
+    assert str(file) in result.output
+
+
+def test_deploy_is_what_install_applies():
+    script = [sys.executable, str(PROJECT / "scripts/deploy.py"), "--check"]
+    assert subprocess.run(script, check=False).returncode == 0
+    result = CliRunner().invoke(cli, ["install", "--dry-run"])
+    printed = list(yaml.safe_load_all(result.output))
+    assert printed == manifests.objects()
+    # The chart, as Helm fills it in.
+    chart = PROJECT / "deploy/chart"
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    text = "---\n".join(one.read_text() for one in sorted((chart / "templates").glob("*.yaml")))
+    text = text.replace("{{ .Release.Namespace }}", NAMESPACE)
+    text = text.replace("{{ .Values.image }}", values["image"])
+    assert "{{" not in text
+    filled = sorted(yaml.safe_load_all(text), key=path_of)
+    assert filled == sorted((one for one in printed if one["kind"] != "Namespace"), key=path_of)
+
+
+@pytest.mark.skipif(_kubectl() is None, reason="no kubectl")
+def test_the_kustomization_is_whole():
+    command = [_kubectl(), "kustomize", str(PROJECT / "deploy/manifests")]
+    built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = sorted(yaml.safe_load_all(built), key=path_of)
+    assert found == sorted(manifests.objects(), key=path_of)
+
+
+@needs_crds
+async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
+    """Agent and controller as they are, on a server that enforces the roles of the manifests."""
+    server.install_crds(CRDS)
+    for obj in manifests.objects():
+        server.create(obj)
+    for obj in (gateway(), route("r")):
+        server.create(obj)
+    agent, controller = "agent-token", "controller-token"
+    server.auth.service_account(agent, NAMESPACE, "weft-agent")
+    server.auth.service_account(controller, NAMESPACE, "weft-controller")
+    server.auth.token("admin", "admin", groups=["system:masters"])
+    server.auth.rbac = True
+    of_agent = server.kubeconfig(tmp_path / "agent", token=agent)
+    of_controller = server.kubeconfig(tmp_path / "controller", token=controller)
+    world = World(server, tmp_path)
+    options = (f"--kubeconfig={of_agent}", "--workers=1", "--admin=off", "--node=a")
+    with running(tmp_path / "run", *options) as process:
+        await asyncio.to_thread(process.await_status, lambda status: status["ready"])
+        about = ControllerOptions(of_controller, NAMESPACE, "one")
+        task = asyncio.get_running_loop().create_task(Controller(about, backoff=quick).run())
+        try:
+            await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    assert server.auth.denied == []
+    # What an agent may not do, or another account.
+    async with following(server, tmp_path, wait=False, token=agent) as source:
+        await source.until(lambda: source.complete)
+        with contextlib.suppress(Exception):
+            path = f"/apis/{GROUP}/v1/namespaces/default/httproutes/r"
+            await source.source.client.request("DELETE", path)
+    assert [one for one in server.auth.denied if "delete" in one]
+    assert server.get(f"{GROUP}/httproutes", "r")

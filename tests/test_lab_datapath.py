@@ -1,0 +1,183 @@
+"""The data path of a node of a lab: while Weft is started anew, and while it cannot be loaded.
+Needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bpf_world import needs_bpf
+from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
+
+from mesh.lab.cgroups import cgroup_root, members
+
+pytestmark = [needs_root, needs_bpf]
+
+# HTTP/1.0: the proxy makes a connection for each request.
+_SERVE = """
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", "100000")
+        self.end_headers()
+        self.wfile.write(bytes(100000))
+ThreadingHTTPServer(("", 8080), Handler).serve_forever()
+"""
+CONFIG = f"""
+nodes: [{{name: a}}]
+outside: [{{name: client}}]
+pods:
+  - name: web
+    command: [python3, -c, {json.dumps(_SERVE)}]
+    ports: [{{name: http, port: 8080}}]
+  - {{name: idle}}
+services: [{{name: web, ports: [{{name: http, port: 80, targetPort: http}}]}}]
+manifests: [gateway.yaml]
+"""
+_GATEWAY = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: GatewayClass
+metadata: {name: weft}
+spec: {controllerName: weft.dev/gateway-controller}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: front, namespace: default}
+spec:
+  gatewayClassName: weft
+  listeners: [{name: http, port: 80, protocol: HTTP}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: default}
+spec:
+  parentRefs: [{name: front}]
+  rules: [{backendRefs: [{name: web, port: 80}]}]
+"""
+# Requests one after another until standard input ends; what became of them, in the end.
+_ASK = """
+import http.client, json, select, sys
+said = []
+while not select.select([sys.stdin], [], [], 0)[0]:
+    connection = http.client.HTTPConnection(sys.argv[1], timeout=10)
+    try:
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        size = len(answer.read())
+        said.append("ok" if (answer.status, size) == (200, 100000) else f"{answer.status} {size}")
+    except ConnectionRefusedError:
+        said.append("refused")
+        select.select([sys.stdin], [], [], 0.005)
+    except OSError as error:
+        said.append(repr(error))
+    connection.close()
+print(json.dumps(said))
+"""
+NODE, VIP = "172.18.0.2", "10.96.0.10"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with lab_of(tmp_path_factory.mktemp("lab"), "dp", CONFIG) as lab:
+        (lab.file.parent / "gateway.yaml").write_text(_GATEWAY)
+        done = lab.up()
+        assert done.returncode == 0, done.stderr
+        assert "not steered" not in done.stderr
+        yield lab
+
+
+@contextlib.contextmanager
+def asking(lab: Lab, where: str, address: str) -> Iterator[list[str]]:
+    """Requests during the block; afterwards what became of them."""
+    command = lab.arguments("exec", where, "--", "python3", "-c", _ASK, address)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    result: list[str] = []
+    try:
+        yield result
+    finally:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    result += json.loads(said)
+
+
+def weft_of(lab: Lab) -> tuple[int, list[str]]:
+    """Its supervisor and how that was started."""
+    for pid in members(cgroup_root() / lab.name / "_system" / "a" / "proxy"):
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+        if "mesh.agent.supervisor" in command:
+            return pid, command
+    raise AssertionError("no Weft runs")
+
+
+def counters(lab: Lab) -> dict[str, int]:
+    found: dict[str, int] = json.loads(lab.node("a", "status", "-o", "json").stdout)["datapath"]
+    return found
+
+
+def start_anew(lab: Lab, patch: str = "") -> None:
+    """The node's Weft ends, and another starts, nobody's child, whose every process runs `patch`
+    first."""
+    pid, command = weft_of(lab)
+    before = os.pidfd_open(pid)
+    signal.pidfd_send_signal(before, signal.SIGTERM)
+    assert select.select([before], [], [], LIMIT_S)[0]
+    os.close(before)
+    (lab.file.parent / "sitecustomize.py").write_text(patch)
+    env = {**os.environ, "PYTHONPATH": str(lab.file.parent)}
+    arguments = lab.arguments("exec", "node/a", "--", *command)
+    with open(lab.file.parent / "again.log", "wb") as log:
+        command = ["setsid", "--fork", *arguments]
+        subprocess.run(command, stdout=log, stderr=log, env=env, check=True)
+
+
+def since_the_first(said: list[str]) -> list[str]:
+    """What was said from the first answer on."""
+    start = next((index for index, one in enumerate(said) if one != "refused"), 0)
+    return sorted(set(said[start:]))
+
+
+@pytest.mark.parametrize(
+    "patch", ["", "from bpf import layout; layout.PLAIN *= 2"], ids=["same", "other layout"]
+)
+def test_requests_through_the_gateway_while_weft_starts_anew(lab: Lab, patch: str) -> None:
+    start_anew(lab, patch)
+    with asking(lab, "client", NODE) as said:
+        until(lambda: b"are steered" in (lab.file.parent / "again.log").read_bytes())
+        until(lambda: counters(lab)["REDIRECTED"] > 0)
+    assert since_the_first(said) == ["ok"]
+    assert lab.weft("status").returncode == 0
+
+
+def test_a_data_path_that_comes_late(tmp_path: Path) -> None:
+    """Debian's python3-bpfcc is not there at first."""
+    (tmp_path / "missing").mkdir()
+    bcc = tmp_path / "missing" / "bcc.py"
+    bcc.write_text("raise ModuleNotFoundError('No module named bcc')")
+    with lab_of(tmp_path, "dplate", CONFIG) as lab, pytest.MonkeyPatch.context() as environment:
+        (tmp_path / "gateway.yaml").write_text(_GATEWAY)
+        environment.setenv("PYTHONPATH", str(bcc.parent))
+        done = lab.up()
+        environment.undo()
+        assert done.returncode == 0, done.stderr
+        assert "! node a is not steered: no: programs: " in done.stderr
+        status = lab.weft("status")
+        assert status.returncode == 1
+        assert "! node a is not steered: no: programs: " in status.stdout
+        assert "steered:    no: programs: " in lab.node("a", "status").stdout
+        bcc.unlink()
+        until(lambda: lab.weft("status").returncode == 0)
+        # Pods that were there before are steered and filtered.
+        with asking(lab, "idle", VIP) as said:
+            until(lambda: counters(lab)["REDIRECTED"] > 0)
+        assert sorted(set(said)) == ["ok"]
+        assert counters(lab)["FILTER_FROM_POD"] > 0
+        assert lab.weft("stop", "idle").returncode == 0
+        records = lab.run_dir / lab.name / "nodes" / "a.weft" / "pods"
+        assert len(list(records.iterdir())) == 1

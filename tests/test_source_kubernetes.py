@@ -1,0 +1,327 @@
+"""The Kubernetes source against a server over HTTP: what changes, what stays, what goes wrong."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+from apiserver.server import ApiServer
+from kube_world import CRDS, config_map, following, needs_crds, route
+
+from mesh.model.meta import ObjectKey
+
+ONLY = frozenset(("ConfigMap",))
+
+
+@pytest.fixture
+async def server():
+    async with ApiServer(bookmark_s=0.05) as found:
+        yield found
+
+
+async def test_everything_first_and_then_every_change(server, tmp_path):
+    server.create(config_map("a"))
+    server.create(config_map("b"))
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        assert source.values() == {"a": "1", "b": "1"}
+        server.change(config_map("a"), {"data": {"ca.crt": "2"}})
+        server.delete(config_map("b"))
+        server.create(config_map("c"))
+        await source.until(lambda: source.values() == {"a": "2", "c": "1"})
+        # What Weft does not read changes nothing.
+        server.change(config_map("a"), {"data": {"other": "x" * 1000}})
+        server.change(config_map("a"), {"data": {"ca.crt": "3"}})
+        await source.until(lambda: source.values() == {"a": "3", "c": "1"})
+        assert [one for one in source.changes() if one[0] == "a"] == [
+            ("a", "1"),
+            ("a", "2"),
+            ("a", "3"),
+        ]
+
+
+async def test_lists_come_in_pages(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("mesh.sources.kubernetes_watch.PAGE", 7)
+    for number in range(30):
+        server.create(config_map(f"c{number}"))
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        assert len(source.values()) == 30
+    pages = [path for method, path in server.requests if "continue=" in path]
+    assert len(pages) == 4
+
+
+async def test_a_list_that_is_compacted_between_two_pages(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("mesh.sources.kubernetes_watch.PAGE", 10)
+    for number in range(25):
+        server.create(config_map(f"c{number:02}"))
+    pages = 0
+    plain = server._list
+
+    def compacting(request, target):
+        nonlocal pages
+        pages += 1
+        answer = plain(request, target)
+        if pages == 1:
+            server.delete(config_map("c24"))
+            server.store.compact()
+        return answer
+
+    monkeypatch.setattr(server, "_list", compacting)
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        assert sorted(source.values()) == [f"c{number:02}" for number in range(24)]
+    assert pages == 3
+
+
+async def test_watches_cut_at_random_miss_nothing_and_repeat_nothing(server, tmp_path):
+    dice = random.Random(2)
+    server.faults.about = "configmaps"
+    server.faults.cut_watches = 100
+    expected = {}
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        number = 0
+        while server.faults.cut_watches > 0:
+            number += 1
+            name = f"c{dice.randrange(10)}"
+            if name in expected and dice.random() < 0.3:
+                del expected[name]
+                server.delete(config_map(name))
+            elif name in expected:
+                expected[name] = str(number)
+                server.change(config_map(name), {"data": {"ca.crt": str(number)}})
+            else:
+                expected[name] = str(number)
+                server.create(config_map(name, str(number)))
+            # Each change is seen, so none may be missed and none told twice.
+            revision = server.store.revision
+            await source.until(lambda at=revision: source.versions.get("ConfigMap", 0) >= at)
+            assert source.values() == expected
+        assert server.faults.cuts == 100
+        told = source.changes()
+        assert len(told) == number
+        for name in {name for name, _ in told}:
+            history = [value for other, value in told if other == name]
+            assert all(a != b for a, b in itertools.pairwise(history))
+    lists = [path for _, path in server.requests if "/configmaps?" in path and "watch" not in path]
+    assert len(lists) == 1
+
+
+@pytest.mark.parametrize("as_status", [False, True])
+async def test_after_410_only_what_differs_is_told(server, tmp_path, as_status):
+    server.faults.gone_as_status = as_status
+    for name in ("kept", "changed", "deleted", "recreated"):
+        server.create(config_map(name))
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        before = len(source.told)
+        # The watch ends, and what happens until it is back is compacted away.
+        server.faults.away = True
+        await server.stop_listening()
+        server.change(config_map("changed"), {"data": {"ca.crt": "2"}})
+        server.delete(config_map("deleted"))
+        server.delete(config_map("recreated"))
+        server.create(config_map("recreated", "2"))
+        server.create(config_map("new"))
+        server.store.compact()
+        server.faults.away = False
+        await server.listen()
+        await source.until(lambda: "new" in source.values())
+        assert sorted(source.changes()[before:], key=str) == [
+            ("changed", "2"),
+            ("deleted", None),
+            ("new", "1"),
+            ("recreated", "2"),
+        ]
+
+
+async def test_deleted_and_recreated_between_two_events(server, tmp_path):
+    server.create(config_map("a"))
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        first = source.state["ConfigMap"][ObjectKey("default", "a")].metadata.uid
+        server.delete(config_map("a"))
+        server.create(config_map("a"))
+        await source.until(
+            lambda: (
+                source.state["ConfigMap"]
+                .get(ObjectKey("default", "a"), source.state["ConfigMap"].get("none"))
+                .metadata.uid
+                != first
+                if ObjectKey("default", "a") in source.state["ConfigMap"]
+                else False
+            )
+        )
+        assert source.values() == {"a": "1"}
+
+
+async def test_refusals_are_outlasted(server, tmp_path):
+    server.faults.about = "configmaps"
+    server.faults.refuse = 0.5
+    server.create(config_map("a"))
+    server.faults.cut_watches = 20
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        for number in range(40):
+            server.change(config_map("a"), {"data": {"ca.crt": f"v{number}"}})
+            await source.until(lambda n=number: source.values() == {"a": f"v{n}"})
+        assert len(source.changes()) == 41
+    assert server.faults.refused > 10
+
+
+async def test_a_server_that_is_away_takes_nothing_away(server, tmp_path):
+    server.create(config_map("a"))
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        server.faults.away = True
+        await server.stop_listening()
+        await source.until(lambda: any(p.kind == "ConfigMap" for p in source.problems))
+        assert source.values() == {"a": "1"}
+        server.create(config_map("b"))
+        server.faults.away = False
+        await server.listen()
+        await source.until(lambda: source.values() == {"a": "1", "b": "1"})
+        await source.until(lambda: source.problems == ())
+
+
+async def test_a_server_that_is_not_there_at_first(tmp_path):
+    server = ApiServer(bookmark_s=0.05)
+    async with server:
+        await server.stop_listening()
+        server.create(config_map("a"))
+        async with following(server, tmp_path, kinds=ONLY, wait=False) as source:
+            await source.until(lambda: source.problems)
+            assert not source.complete
+            assert server.url in source.problems[0].message
+            await server.listen()
+            await source.until(lambda: source.complete)
+            assert source.values() == {"a": "1"}
+
+
+async def test_a_token_that_expires_is_read_again(server, tmp_path):
+    server.auth.token("first", "somebody")
+    server.create(config_map("a"))
+    async with following(server, tmp_path, kinds=ONLY, token="first") as source:
+        server.auth.tokens.clear()
+        server.auth.token("second", "somebody")
+        server.faults.cut_watches = 1
+        server.change(config_map("a"), {"data": {"ca.crt": "2"}})
+        server.change(config_map("a"), {"data": {"ca.crt": "3"}})
+        server.kubeconfig(tmp_path / "kubeconfig", token="second")
+        await source.until(lambda: source.values() == {"a": "3"})
+        server.change(config_map("a"), {"data": {"ca.crt": "4"}})
+        await source.until(lambda: source.values() == {"a": "4"})
+
+
+@needs_crds
+async def test_kinds_that_appear_and_go(server, tmp_path):
+    kinds = frozenset(("ConfigMap", "HTTPRoute"))
+    server.create(config_map("a"))
+    async with following(server, tmp_path, kinds=kinds) as source:
+        assert source.values() == {"a": "1"}
+        (problem,) = source.problems
+        assert (problem.kind, problem.level) == ("HTTPRoute", "warning")
+        server.install_crds(CRDS)
+        server.create(route("r"))
+        await source.until(lambda: source.state.get("HTTPRoute"))
+        assert source.problems == ()
+        crd = {
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": {"name": "httproutes.gateway.networking.k8s.io"},
+        }
+        server.delete(crd)
+        await source.until(lambda: not source.state["HTTPRoute"])
+        server.faults.cut_watches = 1
+        await source.until(lambda: any(p.kind == "HTTPRoute" for p in source.problems))
+
+
+@needs_crds
+async def test_an_object_that_breaks_a_rule_keeps_its_last_good_version(server, tmp_path):
+    server.install_crds(CRDS)
+    server.create(route("r", "/a"))
+    async with following(server, tmp_path, kinds=frozenset(("HTTPRoute",))) as source:
+        # The test server knows no CEL; a path with // is what a rule of the CRD forbids.
+        match = {"path": {"type": "PathPrefix", "value": "/b//c"}}
+        server.change(route("r"), {"spec": {"rules": [{"matches": [match]}]}})
+        await source.until(lambda: source.problems)
+        (problem,) = source.problems
+        assert (problem.file, problem.kind, problem.namespace, problem.name) == (
+            "cluster",
+            "HTTPRoute",
+            "default",
+            "r",
+        )
+        assert problem.message.endswith("its last good version stays in force")
+        (obj,) = source.state["HTTPRoute"].values()
+        assert obj.spec.rules[0].matches[0].path.value == "/a"
+        server.delete(route("r"))
+        await source.until(lambda: not source.state["HTTPRoute"])
+        assert source.problems == ()
+
+
+async def test_fields_of_newer_versions_are_passed_over_in_built_in_kinds(server, tmp_path):
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        # Names that begin with a digit are allowed since Kubernetes 1.34.
+        "metadata": {"name": "1st"},
+        "spec": {"ports": [{"port": 80, "brandNew": True}], "novel": {"a": [1]}},
+    }
+    server.create(service)
+    async with following(server, tmp_path, kinds=frozenset(("Service",))) as source:
+        assert source.problems == ()
+        (obj,) = source.state["Service"].values()
+        assert obj.spec.ports[0].port == 80
+
+
+async def test_large_objects_survive(server, tmp_path):
+    big = config_map("big")
+    big["data"]["ca.crt"] = "x" * 1_500_000
+    server.create(big)
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        assert len(source.values()["big"]) == 1_500_000
+        server.change(big, {"data": {"ca.crt": "y" * 1_500_000}})
+        await source.until(lambda: source.values()["big"].startswith("y"))
+
+
+async def test_only_secrets_that_listeners_can_refer_to(server, tmp_path):
+    secrets = {}
+    for kind in ("kubernetes.io/tls", "Opaque"):
+        secret = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": kind.rpartition("/")[2].lower()},
+            "type": kind,
+            "data": {"tls.crt": "eA==", "tls.key": "eA==", "more": "eA=="},
+        }
+        secret["metadata"]["labels"] = {"a": "b"}
+        secrets[kind] = secret
+        server.create(secret)
+    async with following(server, tmp_path, kinds=frozenset(("Secret",))) as source:
+        found = {key.name: secret for key, secret in source.state["Secret"].items()}
+        assert sorted(found["tls"].data) == ["tls.crt", "tls.key"]
+        # Of others it is known that they are there, and no more.
+        assert (found["opaque"].type, found["opaque"].data) == ("other", {})
+        assert found["opaque"].metadata.labels == {"a": "b"}
+        # One takes the name of the other.
+        server.delete(secrets["Opaque"])
+        secrets["Opaque"]["type"] = "kubernetes.io/tls"
+        server.create(secrets["Opaque"])
+        key = ObjectKey("default", "opaque")
+        await source.until(lambda: source.state["Secret"].get(key, found["opaque"]).data)
+    lists = [path for _, path in server.requests if "/secrets?" in path]
+    assert all("fieldSelector" in path for path in lists)
+
+
+@needs_crds
+async def test_a_relist_while_many_routes_change(server, tmp_path):
+    server.install_crds(CRDS)
+    for number in range(1000):
+        server.create(route(f"r{number}", "/0"))
+    async with following(server, tmp_path, kinds=frozenset(("HTTPRoute",))) as source:
+        before = len(source.told)
+        for number in range(1000):
+            server.change(route(f"r{number}"), {"metadata": {"labels": {"n": "1"}}})
+            if number % 250 == 100:
+                server.faults.cut_watches = 1
+                server.store.compact()
+                await asyncio.sleep(0)
+        await source.until(
+            lambda: all(obj.metadata.labels for obj in source.state["HTTPRoute"].values())
+        )
+        told = [name for _, name, obj in source.told[before:] if obj is not None]
+        assert len(source.told) - before == len(told) == len(set(told)) == 1000
