@@ -220,7 +220,7 @@ endpoints: [{addresses: [192.0.2.2]}, {addresses: [192.0.2.9]}]
 """,
     """
 kind: NetworkPolicy
-metadata: {name: np}
+metadata: {name: np, annotations: {weft.dev/policy-audit: maybe}}
 spec:
   podSelector: {matchLabels: {app: a}}
   policyTypes: [Ingress, Egress]
