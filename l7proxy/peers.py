@@ -32,11 +32,13 @@ _PASSING = frozenset(("svid_missing", "bundle_missing", "node_unknown"))
 class Caller(NamedTuple):
     """On whose behalf the proxy connects. `client`: an address, among whose holders connections are
     shared; a workload's, unless `gateway` ("<ns>/<name>") has let it in and connects as itself.
-    `told`: who asks the Gateway, as far as other nodes' policies can tell (Policies.told_as)."""
+    `told`: who asks the Gateway, as far as other nodes' policies can tell (Policies.told_as).
+    `proven`: it is another node's, and a tunnel has proved who it is."""
 
     client: str = ""
     gateway: str = ""
     told: str = ""
+    proven: bool = False
 
 
 class Source(NamedTuple):

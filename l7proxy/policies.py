@@ -180,11 +180,12 @@ class Policies:
             return Asker((int(Reserved.INGRESS), behind))
         address = plain(caller.client)
         workload = self._peers.at(address)
-        if workload is None:
+        # An address is given out again: who has it here need not be who had it elsewhere.
+        if workload is None or workload.local == caller.proven:
             return Asker((int(Reserved.INIT),), None, address)
         pod = self._at.get(address)
         egress = pod.egress if pod is not None else None
-        return Asker((workload.identity,), egress, address, not workload.local)
+        return Asker((workload.identity,), egress, address, caller.proven)
 
     def rules_at(self, address: str) -> tuple[Rules, Rules] | None:
         """Ingress and egress rules of the pod of this node that has an address; None: there is no

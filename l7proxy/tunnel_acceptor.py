@@ -238,10 +238,10 @@ class _Incoming(Relay):
 
     def _caller(self, source: Source) -> Caller:
         if source.gateway:
-            return Caller(gateway=source.name, told=source.told)
+            return Caller(gateway=source.name, told=source.told, proven=True)
         pod = self._port._peers.pod(source.name)
         assert pod is not None  # it was judged
-        return Caller(pod.addresses[0])
+        return Caller(pod.addresses[0], proven=True)
 
     def _is_for_requests(self, caller: Caller) -> bool:
         """Policy lets the connection pass, but has its requests judged. Refusal: it does not."""

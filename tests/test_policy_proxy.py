@@ -27,7 +27,7 @@ from test_mesh_relay import echo, relayed
 from l7proxy import metrics
 from mesh.model.flow import Peer
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import ClusterSection, Endpoint, NodeSection
+from mesh.model.nodeconfig import ClusterSection, Endpoint, NodeSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection, HeaderRule, HttpRule
 from mesh.model.routeconfig import (
     HeaderModifier,
@@ -36,7 +36,7 @@ from mesh.model.routeconfig import (
     PathModifier,
     Rewrite,
 )
-from mesh.model.section import cidr_key, cluster_key, node_key, policy_key
+from mesh.model.section import cidr_key, cluster_key, node_key, policy_key, workload_key
 
 SERVER = "127.0.0.1"  # the pod shop/web, which is the backend
 ME, WEB, OTHER = 300, 301, 302  # identities: shop/client, shop/web, others
@@ -93,6 +93,11 @@ async def test_who_is_not_named_is_refused_whatever_is_asked():
         # Nobody knows this workload; it is no part of the world, but `init`.
         assert (await ask(port, client="127.0.1.9")).status == 403
         change(mesh, ingress=closed(rule("P ingress[0]", Reserved.WORLD)))
+        assert (await ask(port, client="127.0.1.9")).status == 403
+        # Nor is it the pod of another node that had its address.
+        moved = WorkloadSection("shop", "moved", ("127.0.1.9",), node="n2", identity=ME)
+        assert mesh.apply({workload_key("shop", "moved"): moved}) == {}
+        change(mesh, ingress=closed(rule("P ingress[0]", ME)))
         assert (await ask(port, client="127.0.1.9")).status == 403
         change(mesh, ingress=closed(rule("P ingress[0]", Reserved.INIT)))
         assert (await ask(port, client="127.0.1.9")).status == 200

@@ -17,7 +17,7 @@ from l7proxy.credentials import Credentials
 from l7proxy.field_rules import Refused
 from l7proxy.message import ProtocolError, RequestHead
 from l7proxy.normalise import normalise_authority, normalise_target
-from l7proxy.peers import Caller, Peers
+from l7proxy.peers import Peers
 from l7proxy.policies import Policies
 from l7proxy.policy_rules import Identities, Rules, Transport, concerns
 from mesh.model.nodeconfig import NodeSection, Section, Settings, WorkloadSection
@@ -87,7 +87,7 @@ def explain(question: Question, sections_of: SectionsOf, here: str) -> Answer:
     if isinstance(destination, WorkloadSection):
         policies = _in_force(sections_of(destination.node))
         peer = (
-            policies.asker(Caller(_address(source))).identities
+            (source.identity,)
             if isinstance(source, WorkloadSection)
             else (policies.identity(source),)
         )
