@@ -261,6 +261,7 @@ def _both(first: Verdict, second: Verdict) -> Verdict:
         second.source or first.source,
         first.http or second.http,
         first.audit or second.audit,
+        first.audit_http or second.audit_http,
         first.mends + second.mends,
     )
 

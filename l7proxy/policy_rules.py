@@ -25,12 +25,14 @@ _REMEMBERED = 4096
 class Verdict(NamedTuple):
     """`source`: the rule or policies that decided; "" where no policy had to. `http`: allowed, but
     only requests that the rules about them let pass. `audit`: what would have been refused, by
-    which rule or policies. `mends`: what is changed in the request."""
+    which rule or policies; `audit_http`: that can only be said of each request by itself.
+    `mends`: what is changed in the request."""
 
     allowed: bool
     source: str = ""
     http: bool = False
     audit: str = ""
+    audit_http: bool = False
     mends: tuple[Mend, ...] = ()
 
 
@@ -83,9 +85,11 @@ class Rules:
         if not verdict.allowed:
             return verdict
         told = self._told(relevant.all_deny, relevant.all_allow, bool(relevant.all_http))
+        later = relevant.all_allow is None and bool(relevant.all_http)
+        later &= not told and self.direction.default_deny
         if relevant.allow is None and relevant.http and self._closed:
             return Verdict(True, relevant.http[0].rule.source, True, told)
-        return Verdict(True, verdict.source, False, told)
+        return Verdict(True, verdict.source, False, told, later)
 
     def request(
         self,
@@ -102,9 +106,8 @@ class Rules:
         if not verdict.allowed:
             return verdict
         matched = relevant.all_allow or source or _match(relevant.all_http, head)[0]
-        return Verdict(
-            True, verdict.source, False, self._told(relevant.all_deny, matched, False), mends
-        )
+        told = self._told(relevant.all_deny, matched, False)
+        return Verdict(True, verdict.source, audit=told, mends=mends)
 
     @property
     def _closed(self) -> bool:

@@ -251,7 +251,8 @@ class _Incoming(Relay):
         except Refused as error:
             raise Refusal("preface", f"told: {error}") from None
         verdict = policies.connection(asker, preface.address, preface.port)
-        if verdict.http:
+        # In audit mode only what is known to be requests is read as such.
+        if verdict.http or (verdict.audit_http and preface.kind == "http"):
             return True
         if not self.abides(policies, caller, preface.address, preface.port):
             raise Refusal(POLICY_DENIED, f"{preface.address} port {preface.port}: access denied")

@@ -346,6 +346,14 @@ def test_ports_about_whose_requests_policies_have_rules_go_to_the_proxy() -> Non
     entries = {key: s.http for key, s in w.of("entry").items()}
     assert entries == {"entry/10.0.0.1|8080/TCP": True, "entry/10.96.0.1|80/TCP": True}
     assert "service/default/web/80" in w.sections
+    audited = "{weft.dev/policy-audit: 'true'}"
+    w.apply(cnp(f"{{endpointSelector: {{}}, ingress: [{{{rule}}}]}}", annotations=audited))
+    assert not any(s.http for s in w.of("entry").values())
+    w.apply(cnp(f"{{endpointSelector: {{matchLabels: {{app: a}}}}, ingress: [{{{rule}}}]}}"))
+    w.apply(f"kind: Namespace\nmetadata: {{name: default, annotations: {audited}}}")
+    assert not any(s.http for s in w.of("entry").values())
+    w.apply("kind: Namespace\nmetadata: {name: default}")
+    assert any(s.http for s in w.of("entry").values())
     # For those of other nodes their own nodes judge; but what a pod of this node may ask is here.
     w.apply(pod(node="n2"))
     assert not any(s.http for s in w.of("entry").values())

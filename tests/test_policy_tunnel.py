@@ -93,6 +93,24 @@ async def test_requests_are_judged_at_the_pods_node_where_policy_asks_about_them
         assert (await ask(port, get("/admin", "web"))).status == 403
 
 
+async def test_in_audit_mode_requests_are_told_of_and_bytes_are_left_alone():
+    async with two_nodes() as nodes, backend() as web, agent_of(nodes.b) as agent:
+        identify(nodes)
+        port = nodes.http(web.port)
+        asks = rule("P", ME, http=http(path="/public"), audit=True)
+        nodes.b.apply(policy("web", WEB, SERVER, ingress=closed(asks, audit=True)))
+        assert (await ask(port, get("/admin", "web"))).status == 200
+        (flow,) = await agent.records(1)
+        assert (flow.verdict, flow.reason) == ("FORWARDED", "policy_audit")
+        assert flow.policy == "NetworkPolicy shop/p (default deny)"
+    async with two_nodes() as nodes, raw_backend(echo) as web:
+        identify(nodes)
+        nodes.b.apply(policy("web", WEB, SERVER, ingress=closed(asks, audit=True)))
+        async with connected(nodes.relay(web)) as (reader, writer):
+            writer.write(b"\x00no request")
+            assert await reader.readexactly(11) == b"\x00no request"
+
+
 async def test_bytes_that_are_no_request_do_not_pass_there():
     async with two_nodes() as nodes, raw_backend(echo) as web:
         identify(nodes)

@@ -3,7 +3,8 @@ through a proxy that reads HTTP, whatever their Services declare.
 
 Functions of the derivation. Of pods of this node those whose ingress rules ask, of all pods those
 that egress rules of a pod of this node ask about. Addresses that are no pod's are not reached by
-the proxy; what rules about requests allow there is refused.
+the proxy; what rules about requests allow there is refused. In audit mode nothing is changed for
+the sake of rules.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 from mesh.model.derive import View
+from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import PortRange
+from mesh.policy.audit import audited
 from mesh.policy.peers import Identities
 from mesh.policy.sections import Resolved, ResolvedSpec, numbers
 from mesh.policy.spec import SpecKey
@@ -26,9 +29,11 @@ _MOST = 64
 
 def judged(view: View, key: SpecKey) -> frozenset[Place] | None:
     spec: ResolvedSpec = view.get("resolved", key)
-    if not any(one.rule.http for side in (spec.ingress, spec.egress) for one in side.rules):
+    asks = any(one.rule.http for side in (spec.ingress, spec.egress) for one in side.rules)
+    if not asks or spec.audit:
         return None
-    local = [pod for pod in _pods(view, view.get("subjects", key) or ()) if pod.local]
+    subjects = _pods(view, view.get("subjects", key) or ())
+    local = [pod for pod in subjects if pod.local and not _audited(view, pod)]
     found = {place for pod in local for place in _ingress(view, spec.ingress, pod)}
     if local:
         found.update(_egress(view, spec.egress))
@@ -67,6 +72,11 @@ def _pods(view: View, identities: Iterable[int]) -> Iterator[WorkloadSection]:
     for identity in identities:
         for pod in view.bucket("pods_of_identity", identity):
             yield view.get("workloads", pod)
+
+
+def _audited(view: View, pod: WorkloadSection) -> bool:
+    namespace = view.get("Namespace", ObjectKey("", pod.namespace))
+    return namespace is not None and audited(namespace)
 
 
 def _everybody(view: View) -> Identities:
