@@ -28,15 +28,16 @@ from mesh.model.section import SectionKey
 
 
 class Arrival:
-    """The `Entry` of the requests of one tunnel, on behalf of `caller`."""
+    """The `Entry` of the requests of one tunnel, on behalf of `caller`, to a pod of this node."""
 
     gateway = GATEWAY
     client_certificate: SectionKey | None = None
 
     encryption: Encryption | None = "mtls"
 
-    def __init__(self, caller: Caller, destination: Destination, direct: Direct) -> None:
+    def __init__(self, caller: Caller, pod: str, destination: Destination, direct: Direct) -> None:
         self._caller = caller
+        self._pod = pod
         self._destination = destination
         self._direct = direct
 
@@ -49,7 +50,7 @@ class Arrival:
         return ClientAddress("" if "/" in client else client, request_id(head), True)
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
-        match = self._direct.to(self._destination, http2=head.version == b"2")
+        match = self._direct.to(self._destination, self._pod, http2=head.version == b"2")
         return Selection("", match, self._destination)
 
 

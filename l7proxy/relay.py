@@ -84,7 +84,8 @@ class RelayAcceptor(Acceptor):
         caller = Caller(client.address[0])
         if not relay.abides(self.policies, caller, *backend):
             return None
-        way = await self._peers.settled_way(caller, *backend, timeout_s)
+        # The kernel sends nobody here but for pods of other nodes.
+        way = await self._peers.settled_way(caller, *backend, timeout_s, pod=True)
         if isinstance(way, NoWay):
             relay.failed("DROPPED", way.reason)
             return None

@@ -33,6 +33,7 @@ from l7proxy.tunnel_wire import Answer, Preface, WireError
 from l7proxy.tunnels import Pair, Tunnel, Tunnels
 from mesh.model.flow import Peer
 from mesh.model.nodeconfig import Settings, WorkloadSection
+from mesh.model.section import node_key
 
 # What this node may be about to be told: the sender's node may have heard of a pod first.
 _PASSING = frozenset(("node_unknown", "pod_unknown", "pod_node", "target_unknown"))
@@ -69,12 +70,17 @@ class TunnelAcceptor(Acceptor):
         self._direct = direct
         self._kernel = kernel
         self._peers = peers
-        self._tunnels = tunnels
+        self.tunnels = tunnels
 
     async def begin(self, sock: socket.socket, client: Client) -> None:
         local = plain(sock.getsockname())
         stream = TLSStream(self._peers.credentials.server(), server_side=True)
         incoming = _Incoming(self, stream, client, local)
+        if self._peers.at(client.address[0]) is not None:
+            # No proxy's, so it need not cost a handshake.
+            sock.close()
+            incoming.refuse("pod_address")
+            return
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
             await incoming.run()
@@ -112,10 +118,10 @@ class TunnelAcceptor(Acceptor):
             raise Refusal(refused, f"{source.name} has too many connections")
         return client._replace(address=(source.name, 0))
 
-    def serve(self, incoming: _Incoming, caller: Caller, client: Client) -> ArrivalPort:
+    def serve(self, incoming: _Incoming, caller: Caller, client: Client, pod: str) -> ArrivalPort:
         """Judge its requests one by one."""
         destination = Destination(incoming.preface.address, incoming.preface.port)
-        arrival = Arrival(caller, destination, self._direct)
+        arrival = Arrival(caller, pod, destination, self._direct)
         port = ArrivalPort(self._exchanges, arrival, self._admission, incoming.end)
         client = client._replace(steered=Steered(destination))
         port.take(incoming.stream, client)
@@ -130,10 +136,6 @@ class TunnelAcceptor(Acceptor):
         keep_alive(backend.sock)
         return backend.sock
 
-    def prove(self, pair: Pair, peer: VerifiedPeer) -> None:
-        """Both ends of what is open between them have proved who they are once more."""
-        self._tunnels.proven(pair, peer, self._peers.credentials.until(pair.destination))
-
     def watch(
         self,
         incoming: _Incoming,
@@ -144,6 +146,9 @@ class TunnelAcceptor(Acceptor):
         destination: WorkloadSection,
     ) -> None:
         """Cut it off when it would not be let in any more."""
+
+        node = self._peers.node_at(address)
+        assert node is not None  # it was let in
 
         def still() -> str | None:
             try:
@@ -159,11 +164,11 @@ class TunnelAcceptor(Acceptor):
             own,
             peer,
             self._peers.credentials.until(own),
-            keys_of(source, destination),
+            (*keys_of(source, destination), node_key(node.name)),
             still,
         )
         tunnel.cut = incoming.revoke
-        self._tunnels.add(tunnel)
+        self.tunnels.add(tunnel)
 
     def cut_off(self) -> None:
         for connection in tuple(self.open):
@@ -199,7 +204,7 @@ class _Incoming(Relay):
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
             if preface.kind == "proof":
-                port.prove(Pair(source, own, client.address[0]), peer)
+                port.tunnels.prove(Pair(source, own, client.address[0]), peer)
                 self.answer_proof()
                 return
             self._client = port.count_for(source, client)
@@ -209,7 +214,7 @@ class _Incoming(Relay):
                 stream.write(tunnel_wire.encode(Answer()))
                 port.open.add(self)
                 port.watch(self, client.address[0], peer, own, source, destination)
-                self._serving = port.serve(self, caller, self._client)
+                self._serving = port.serve(self, caller, self._client, destination.name)
                 return
             backend = await port.connect(self, preface)
         except TimeoutError:

@@ -207,6 +207,8 @@ class Cluster:
         self._kernel = kernel or Kernel()
         self._digger = digger or Digger.alone(settings())
         self._peers = self._digger.peers
+        # Asking for it costs a system call (Python before 3.12).
+        self._loop = asyncio.get_running_loop()
         self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
@@ -253,7 +255,7 @@ class Cluster:
         )
 
     def count_failure(self, member: Member) -> None:
-        self._balancer.failed(member, asyncio.get_running_loop().time(), self._settings())
+        self._balancer.failed(member, self._loop.time(), self._settings())
 
     # --- leases -----------------------------------------------------------------------------------
 
@@ -275,13 +277,13 @@ class Cluster:
         ConnectFailed (the last one).
         """
         choice = Choice(self._balancer, self._settings(), avoid, prefer, allows)
-        member = choice.next(asyncio.get_running_loop().time())
+        member = choice.next(self._loop.time())
         if member is None:
             if choice.refused:
                 raise NotAllowed
             raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
-        way = self._peers.way(caller, *member.target)
+        way = self._peers.way(caller, *member.target, pod=bool(member.endpoint.name))
         if not isinstance(way, NoWay):
             pool = self._pool(member, caller, way, certificate)
             if (stream := pool.take(caller.client)) is not None:
@@ -297,7 +299,7 @@ class Cluster:
         choice: Choice,
     ) -> Lease:
         settings = self._settings()
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
         if not self._pending.may_take(caller.client):
@@ -308,7 +310,10 @@ class Cluster:
                 member.load += 1
                 try:
                     way = await self._peers.settled_way(
-                        caller, *member.target, settings.connect_timeout_s
+                        caller,
+                        *member.target,
+                        settings.connect_timeout_s,
+                        pod=bool(member.endpoint.name),
                     )
                     if isinstance(way, NoWay):
                         raise ConnectFailed(member.id, way.reason, way.why)
