@@ -146,7 +146,18 @@ async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
     for obj in (gateway(), route("r")):
         server.create(obj)
     agent, controller = "agent-token", "controller-token"
-    server.auth.service_account(agent, NAMESPACE, "weft-agent")
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "weft-agent-a", "namespace": NAMESPACE},
+        "spec": {"nodeName": "a", "serviceAccountName": "weft-agent"},
+    }
+    uid = server.create(pod)["metadata"]["uid"]
+    bound = {
+        "authentication.kubernetes.io/pod-name": ["weft-agent-a"],
+        "authentication.kubernetes.io/pod-uid": [uid],
+    }
+    server.auth.service_account(agent, NAMESPACE, "weft-agent", extra=bound)
     server.auth.service_account(controller, NAMESPACE, "weft-controller")
     server.auth.token("admin", "admin", groups=["system:masters"])
     server.auth.rbac = True
@@ -154,12 +165,21 @@ async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
     of_controller = server.kubeconfig(tmp_path / "controller", token=controller)
     world = World(server, tmp_path)
     options = (f"--kubeconfig={of_agent}", "--workers=1", "--admin=off", "--node=a")
+    options += ("--authority=cluster",)
+    about = ControllerOptions(of_controller, NAMESPACE, "one", trust_domain="cluster.local")
     with running(tmp_path / "run", *options) as process:
-        await asyncio.to_thread(process.await_status, lambda status: status["ready"])
-        about = ControllerOptions(of_controller, NAMESPACE, "one")
         task = asyncio.get_running_loop().create_task(Controller(about, backoff=quick).run())
         try:
+            await asyncio.to_thread(process.await_status, lambda status: status["ready"])
             await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
+            request = "certificates.k8s.io/certificatesigningrequests"
+            await world.until(
+                lambda: [
+                    one
+                    for _, one in server.store.list(request, None, server.store.revision)
+                    if one["status"]["certificate"]
+                ]
+            )
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

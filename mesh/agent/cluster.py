@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from mesh.agent.node import Node
@@ -35,7 +35,8 @@ _MANAGER = "weft-agent"
 
 
 class Reporter:
-    """`name`: this node's; `addresses`: where clients reach Gateways that name no address."""
+    """`name`: this node's; `addresses`: where clients reach Gateways that name no address;
+    `bundle()`: the tag of the trust bundle that is in force."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Reporter:
         namespace: str,
         addresses: tuple[str, ...],
         mesh_addresses: Sequence[str],
+        bundle: Callable[[], str],
     ) -> None:
         self._node = node
         self._client = client
@@ -56,6 +58,7 @@ class Reporter:
         self._namespace = namespace
         self._addresses = addresses
         self._mesh = {one: "::1" if ":" in one else "127.0.0.1" for one in mesh_addresses}
+        self._bundle = bundle
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
@@ -114,6 +117,7 @@ class Reporter:
             refused={key: why[:MAX_TEXT] for key, why in refused[:MAX_REFUSALS]},
             unnamed=max(0, len(refused) - MAX_REFUSALS),
             addresses=self._addresses,
+            bundle=self._bundle(),
         )
 
     def _port(self, port: PortAddress) -> str:

@@ -19,6 +19,7 @@ import msgspec
 from l7proxy.tasks import spawn
 from mesh.model.decode import KINDS, InvalidObject, KindInfo, Object
 from mesh.model.meta import ObjectKey
+from mesh.model.pod import Pod
 from mesh.model.references import GROUP
 from mesh.sources.documents import ObjectId, Problem
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError, SourceError
@@ -217,6 +218,11 @@ class KubernetesSource:
     def has(self, kind: str, key: ObjectKey) -> bool:
         """Whether an object is in force."""
         return key in self._kinds[kind].current
+
+    def pod(self, key: ObjectKey) -> Pod | None:
+        """A Pod as it is in force."""
+        found = self._kinds["Pod"].current.get(key)
+        return found if isinstance(found, Pod) else None
 
     def written(self, kind: str, key: ObjectKey) -> Written | None:
         """What is on the server of an object, with `seen`; None: it is gone."""

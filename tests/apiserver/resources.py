@@ -107,6 +107,10 @@ BUILT_IN = (
 )
 
 
+# Not served: what authorization is asked about.
+SIGNERS = Resource(group="certificates.k8s.io", kind="", plural="signers", namespaced=False)
+
+
 def of_crd(crd: dict[str, Any]) -> Resource:
     """What a CustomResourceDefinition defines (crds)."""
     spec = crd["spec"]

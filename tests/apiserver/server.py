@@ -21,7 +21,7 @@ from apiserver.errors import ApiError, bad_request, expired
 from apiserver.faults import Faults
 from apiserver.objects import MAX_OBJECT, Objects, Target, Who
 from apiserver.patch import json_patch, merge_patch, strategic_patch
-from apiserver.resources import Registry
+from apiserver.resources import SIGNERS, Registry
 from apiserver.selectors import predicate
 from apiserver.store import Compacted, Key, Raw, Store
 from apiserver.watch import serve_watch
@@ -164,6 +164,11 @@ class ApiServer:
         if verb is None:
             raise ApiError(405, "MethodNotAllowed", "the server does not allow this method")
         self.auth.check(user, verb, target)
+        if target.resource.kind == "CertificateSigningRequest" and target.subresource:
+            # csr, "Authorization": admission asks for rights on the signer's name as well.
+            right = {"approval": "approve", "status": "sign"}[target.subresource]
+            signer = self.objects.get(target)["spec"]["signerName"]
+            self.auth.check(user, right, Target(SIGNERS, "v1", None, signer, ""))
         if verb == "get":
             return _shown(request, target, self.objects.get(target))
         if verb == "deletecollection":
