@@ -251,6 +251,36 @@ async def test_the_next_controller_takes_over_at_once(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "address in use"})
+    world.start()
+
+    def events(name):
+        store = world.server.store
+        return {
+            (one["type"], one["reason"]): one
+            for _, one in store.list("/events", "default", store.revision)
+            if one["involvedObject"]["name"] == name
+        }
+
+    found = await world.until(lambda: events("gw")["Warning", "PortUnavailable"])
+    assert "node a: address in use" in found["message"]
+    assert (
+        found["involvedObject"]["uid"]
+        == world.server.get(f"{GROUP}/gateways", "gw")["metadata"]["uid"]
+    )
+    world.report(ports={"0.0.0.0:80": ""})
+    await world.until(lambda: events("gw")["Normal", "Programmed"])
+    world.report(ports={"0.0.0.0:80": "address in use"})
+    await world.until(lambda: events("gw")["Warning", "PortUnavailable"]["count"] == 2)
+    backend = {"backendRefs": [{"name": "nothing", "port": 80}]}
+    world.server.change(route("r"), {"spec": {"rules": [backend]}})
+    found = await world.until(lambda: events("r")["Warning", "BackendNotFound"])
+    assert found["message"].startswith("Gateway/gw: ResolvedRefs is False: ")
+
+
 async def test_refused_writes_are_tried_again(world):
     world.server.faults.about = "/status"
     world.server.faults.refuse = 0.6

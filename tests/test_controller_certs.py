@@ -176,8 +176,9 @@ async def test_a_new_bundle_is_told_to_who_waits(world):
     have = await a.bundle("")
     waiting = asyncio.ensure_future(a.bundle(have.tag))
     await asyncio.sleep(0)
-    controller.authority._authority.rotate_root(time.time())
-    controller.authority.look_again()
+    authority = controller.certificates.authority
+    authority._authority.rotate_root(time.time())
+    authority.look_again()
     async with asyncio.timeout(WAIT_S):
         found = await waiting
     assert found.tag != have.tag

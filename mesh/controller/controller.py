@@ -20,14 +20,10 @@ import msgspec
 from gateway.control import KINDS as INPUTS
 from gateway.control import ControlPlane, Options
 from gateway.keys import ROUTE_KINDS, PortKey
-from l7proxy.tasks import spawn
-from mesh.authority.pods import Placement
-from mesh.controller.authority import ClusterAuthority
+from mesh.controller.certificates import Certificates
 from mesh.controller.election import Election
+from mesh.controller.events import Recorder
 from mesh.controller.nodes import Nodes
-from mesh.controller.signer import PATH as REQUESTS
-from mesh.controller.signer import QUERY as SIGNED
-from mesh.controller.signer import Signer
 from mesh.controller.writer import Ident, Writer
 from mesh.model.gateway import GatewayStatus, GatewayStatusAddress
 from mesh.model.meta import ObjectKey
@@ -45,8 +41,6 @@ _log = logging.getLogger("weft.controller")
 # changing.
 _NODES = "nodes.weft.invalid"
 _MAX_ADDRESSES = 16
-# What stands where the authority of a host names a directory.
-_CLUSTER = Path("cluster")
 # The mesh's own addresses differ from node to node; reports name them so (mesh.model.nodereport).
 _MESH_ADDRESSES = ("127.0.0.1", "::1")
 
@@ -96,19 +90,25 @@ class Controller:
         )
         client = self._source.client
         self.writer = Writer(
-            client, self._name, self._source.written, self._source.version, backoff
+            client,
+            self._name,
+            self._source.written,
+            self._source.version,
+            Recorder(client, options.identity),
+            backoff,
         )
         self.election = Election(client, options.namespace, options.identity, self._led)
-        self._placement = Placement(options.trust_domain)
-        self.authority = ClusterAuthority(
-            client, options.namespace, options.trust_domain, self.nodes.have_bundle
+        self.certificates = (
+            Certificates(
+                self._source,
+                options.namespace,
+                options.trust_domain,
+                self.nodes.have_bundle,
+                backoff,
+            )
+            if options.trust_domain
+            else None
         )
-        self._signing = bool(options.trust_domain)
-        self._tending: asyncio.Task[None] | None = None
-        self._signer = Signer(
-            client, options.namespace, self.authority, self._placement, self._source.pod
-        )
-        self._requests = Reflector(client, REQUESTS, self._signer, query=SIGNED, backoff=backoff)
         self._leases = Reflector(
             client,
             f"/apis/coordination.k8s.io/v1/namespaces/{options.namespace}/leases",
@@ -130,9 +130,6 @@ class Controller:
             await self._source.open()
             await self._run()
         finally:
-            if self._tending is not None:
-                self._tending.cancel()
-                await asyncio.gather(self._tending, return_exceptions=True)
             await self._source.close()
 
     async def _run(self) -> None:
@@ -142,9 +139,8 @@ class Controller:
             group.create_task(self.writer.run(), name="writer")
             group.create_task(self.election.run(), name="election")
             group.create_task(self._work(), name="controller")
-            if self._signing:
-                group.create_task(self._requests.run(), name="requests")
-                group.create_task(self._signer.run(), name="signer")
+            if self.certificates is not None:
+                group.create_task(self.certificates.run(), name="certificates")
 
     async def _follow(self) -> None:
         async with contextlib.aclosing(self._source.updates()) as updates:
@@ -156,27 +152,18 @@ class Controller:
             self._pending.setdefault(kind, {}).update(changes)
         if update.changes:
             self._needed = update.newest
-        self._placement.changed(_CLUSTER, update)
-        if update.complete and not self._synced:
-            self._synced = True
-            self._tend()
+        self._synced = self._synced or update.complete
+        if self.certificates is not None:
+            self.certificates.changed(update)
         self._wake.set()
 
     def _led(self, leading: bool) -> None:
         self.writer.enabled = leading
-        self._tend()
+        if self.certificates is not None:
+            self.certificates.led(leading)
         if leading:
             self._wake.set()
             self.writer.look_again(self.writer.wanted)
-
-    def _tend(self) -> None:
-        """The authority, while this controller leads and knows the pods."""
-        leading = self.election.leading and self._synced and self._signing
-        if leading and self._tending is None:
-            self._tending = spawn(self.authority.run(), name="authority")
-        elif not leading and self._tending is not None:
-            self._tending.cancel()
-            self._tending = None
 
     async def _work(self) -> None:
         while True:
@@ -185,7 +172,8 @@ class Controller:
             if self._synced:
                 self._derive()
                 self._release()
-                self.authority.look_again()
+                if self.certificates is not None:
+                    self.certificates.authority.look_again()
 
     def _derive(self) -> None:
         answer = self.nodes.answer()

@@ -182,7 +182,8 @@ class Client:
             return
         if response.status == 401:
             # The token may have been renewed: where it comes from is asked again.
-            await self.open()
+            with contextlib.suppress(SourceError):
+                await self.open()
         raise _refusal(response, data)
 
 
