@@ -251,6 +251,53 @@ async def test_the_next_controller_takes_over_at_once(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
+    named = gateway("named", port=8080)
+    named["spec"]["addresses"] = [{"value": "192.0.2.9"}]
+    labelled = gateway()
+    labelled["spec"]["infrastructure"] = {"labels": {"team": "shop"}, "annotations": {"a": "b"}}
+    for obj in (gateway_class(), labelled, named):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "", "192.0.2.9:8080": ""}, addresses=("10.0.0.1", "fd00::1"))
+    world.start(load_balancer=True)
+
+    def service():
+        return world.server.get("/services", "weft-gw")
+
+    await world.until(service)
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    made = service()
+    assert made["spec"]["type"] == "LoadBalancer"
+    assert [port["port"] for port in made["spec"]["ports"]] == [80]
+    assert made["metadata"]["labels"]["team"] == "shop"
+    assert made["metadata"]["annotations"] == {"a": "b"}
+    await world.until(lambda: world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv6"))
+    slice_ = world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv4")
+    assert [one["addresses"] for one in slice_["endpoints"]] == [["10.0.0.1"]]
+    # The cluster gives it an address.
+    status = {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}}}
+    world.server.change(made, status, "status")
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert world.status("gateways", "gw")["addresses"] == [
+        {"type": "IPAddress", "value": "203.0.113.7"}
+    ]
+    # A node more.
+    world.report("b", ports={"0.0.0.0:80": "", "192.0.2.9:8080": ""}, addresses=("10.0.0.2",))
+
+    def endpoints():
+        found = world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv4")
+        return [one["addresses"][0] for one in found["endpoints"]]
+
+    await world.until(lambda: endpoints() == ["10.0.0.1", "10.0.0.2"])
+    # Deleted by somebody, it is made again; with its Gateway it goes.
+    world.server.delete(made)
+    await world.until(service)
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    assert world.server.get("/services", "weft-named") is None
+    world.server.delete(gateway())
+    assert service() is None
+
+
 async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
     for obj in (gateway_class(), gateway(), route("r")):
         world.server.create(obj)

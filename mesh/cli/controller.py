@@ -41,6 +41,12 @@ import click
     help="Sign certificates for workloads of this trust domain (weft up --authority cluster);"
     " the authority's state is in Secret weft-authority.  [default: sign none]",
 )
+@click.option(
+    "--load-balancer",
+    is_flag=True,
+    help="Gateways that name no address get a Service of type LoadBalancer in front of the nodes,"
+    " and show its address.",
+)
 @click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
 def controller(
     kubeconfig: Path | None,
@@ -50,6 +56,7 @@ def controller(
     advertise: tuple[str, ...],
     mesh: bool,
     trust_domain: str,
+    load_balancer: bool,
 ) -> None:
     """Write the statuses of a cluster's Gateway API objects.
 
@@ -79,6 +86,7 @@ def controller(
             bind_address=check_address("--bind-address", bind_address),
             advertise=tuple(check_address("--advertise", text) for text in advertise),
             mesh=mesh,
+            load_balancer=load_balancer,
             trust_domain=check_trust_domain(trust_domain) if trust_domain else "",
         )
     except (OptionError, BadSpiffeId) as error:

@@ -34,7 +34,7 @@ class Certificates:
         client = source.client
         self.authority = ClusterAuthority(client, namespace, trust_domain, have_bundle)
         self._placement = Placement(trust_domain)
-        self._signer = Signer(client, namespace, self.authority, self._placement, source.pod)
+        self._signer = Signer(client, namespace, self.authority, self._placement, source.get)
         self._requests = Reflector(client, PATH, self._signer, query=QUERY, backoff=backoff)
         self._known = self._leading = False
         self._tending: asyncio.Task[None] | None = None

@@ -20,6 +20,7 @@ import msgspec
 from gateway.control import KINDS as INPUTS
 from gateway.control import ControlPlane, Options
 from gateway.keys import ROUTE_KINDS, PortKey
+from mesh.controller.balancers import Balancers
 from mesh.controller.certificates import Certificates
 from mesh.controller.election import Election
 from mesh.controller.events import Recorder
@@ -48,7 +49,8 @@ _MESH_ADDRESSES = ("127.0.0.1", "::1")
 class ControllerOptions(NamedTuple):
     """`kubeconfig` None: the environment's, or the pod's service account. `identity`: this
     controller's, unlike any other's. `mesh`: nodes run with --steer. `trust_domain`: whose
-    identities are signed, "" none's."""
+    identities are signed, "" none's. `load_balancer`: Gateways that name no address get a Service
+    of that type, not the nodes' addresses."""
 
     kubeconfig: Path | None
     namespace: str
@@ -58,6 +60,7 @@ class ControllerOptions(NamedTuple):
     advertise: tuple[str, ...] = ()
     mesh: bool = False
     trust_domain: str = ""
+    load_balancer: bool = False
 
 
 class _Held(NamedTuple):
@@ -85,7 +88,7 @@ class Controller:
         self._source = KubernetesSource(
             options.kubeconfig,
             kinds=frozenset((*INPUTS, *ROUTE_KINDS)),
-            seen=lambda kind, key: self.writer.look_again({(kind, key): None}),
+            seen=self._seen,
             backoff=backoff,
         )
         client = self._source.client
@@ -96,6 +99,11 @@ class Controller:
             self._source.version,
             Recorder(client, options.identity),
             backoff,
+        )
+        self.balancers = (
+            Balancers(self._source, lambda key: ("Gateway", key) in self._on_nodes)
+            if options.load_balancer
+            else None
         )
         self.election = Election(client, options.namespace, options.identity, self._led)
         self.certificates = (
@@ -123,6 +131,7 @@ class Controller:
         self._held: list[_Held] = []
         self._on_nodes: dict[Ident, GatewayStatus] = {}
         self._addresses: tuple[str, ...] = ()
+        self._addresses_changed = False
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -139,6 +148,8 @@ class Controller:
             group.create_task(self.writer.run(), name="writer")
             group.create_task(self.election.run(), name="election")
             group.create_task(self._work(), name="controller")
+            if self.balancers is not None:
+                group.create_task(self.balancers.run(), name="load balancers")
             if self.certificates is not None:
                 group.create_task(self.certificates.run(), name="certificates")
 
@@ -157,8 +168,18 @@ class Controller:
             self.certificates.changed(update)
         self._wake.set()
 
+    def _seen(self, kind: str, key: ObjectKey) -> None:
+        """An object is another than before, if only in its status."""
+        self.writer.look_again({(kind, key): None})
+        if kind == "Service" and self.balancers is not None:
+            self._addresses_changed = True
+            self._wake.set()
+
     def _led(self, leading: bool) -> None:
         self.writer.enabled = leading
+        if self.balancers is not None:
+            self.balancers.enabled = leading
+            self.balancers.look_again([key for _, key in self._on_nodes])
         if self.certificates is not None:
             self.certificates.led(leading)
         if leading:
@@ -195,16 +216,19 @@ class Controller:
         while self._held and self.nodes.have(self._held[0].needed):
             true.update(self._held.pop(0).statuses)
         addresses = self.nodes.addresses()
-        if addresses != self._addresses:
-            self._addresses = addresses
+        if addresses != self._addresses or self._addresses_changed:
+            self._addresses, self._addresses_changed = addresses, False
             true = {**self._on_nodes, **true}
+        if self.balancers is not None:
+            self.balancers.nodes_changed(addresses)
+            self.balancers.look_again([key for kind, key in true if kind == "Gateway"])
         for ident, status in true.items():
             self._on_nodes.pop(ident, None)
             if isinstance(status, GatewayStatus) and any(
                 one.value == _NODES for one in status.addresses
             ):
                 self._on_nodes[ident] = status
-                true[ident] = self._placed(status)
+                true[ident] = self._placed(ident[1], status)
             elif isinstance(status, RouteStatus):
                 true[ident] = self._answered(ident, status)
         if true:
@@ -219,14 +243,15 @@ class Controller:
         def ours(ref: ParentReference) -> bool:
             if ref.kind == "Service":
                 return self._mesh
-            return self._source.has(
-                ref.kind, ObjectKey(ref.namespace or ident[1].namespace, ref.name)
-            )
+            key = ObjectKey(ref.namespace or ident[1].namespace, ref.name)
+            return self._source.get(ref.kind, key) is not None
 
         parents = tuple(one for one in status.parents if ours(one.parent_ref))
         return msgspec.structs.replace(status, parents=parents)
 
-    def _placed(self, status: GatewayStatus) -> GatewayStatus:
+    def _placed(self, key: ObjectKey, status: GatewayStatus) -> GatewayStatus:
+        if self.balancers is not None:
+            return self.balancers.placed(key, status)
         addresses = tuple(
             GatewayStatusAddress(type="IPAddress", value=address)
             for address in self._addresses[:_MAX_ADDRESSES]

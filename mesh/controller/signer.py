@@ -20,6 +20,7 @@ from typing import Any
 from certs.errors import IssueRefused
 from mesh.authority.pods import Placement
 from mesh.controller.authority import ClusterAuthority
+from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import AGENT_ACCOUNT, SIGNER
 from mesh.model.pod import Pod
@@ -36,7 +37,7 @@ _NODE_NAME = "authentication.kubernetes.io/node-name"
 
 
 class Signer:
-    """A sink for the requests' reflector. `pod(key)`: the Pod object, or None."""
+    """A sink for the requests' reflector. `get(kind, key)`: an object as it is in force."""
 
     def __init__(
         self,
@@ -44,13 +45,13 @@ class Signer:
         namespace: str,
         authority: ClusterAuthority,
         placement: Placement,
-        pod: Callable[[ObjectKey], Pod | None],
+        get: Callable[[str, ObjectKey], Object | None],
     ) -> None:
         self._client = client
         self._namespace = namespace
         self._authority = authority
         self._placement = placement
-        self._pod = pod
+        self._get = get
         self._open: dict[str, dict[str, Any]] = {}
         self._wake = asyncio.Event()
 
@@ -139,8 +140,8 @@ class Signer:
         name, uid, node = (
             next(iter(extra.get(key) or ("",))) for key in (_POD_NAME, _POD_UID, _NODE_NAME)
         )
-        pod = self._pod(ObjectKey(self._namespace, name)) if name else None
-        if pod is None or pod.metadata.uid != uid or not pod.spec.node_name:
+        pod = self._get("Pod", ObjectKey(self._namespace, name))
+        if not isinstance(pod, Pod) or pod.metadata.uid != uid or not pod.spec.node_name:
             why = f"the token is not bound to a pod that runs: {name or 'no pod'}"
             raise IssueRefused("not_on_this_node", why)
         if node and node != pod.spec.node_name:
