@@ -40,6 +40,19 @@ def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> N
             _attach(directory, name, cgroups[program.place])
 
 
+def adopt(directory: Path, proxy_cgroup: Path) -> None:
+    """What earlier Wefts left for the sockets of proxies, of any version, is for this cgroup where
+    theirs has gone. Before its processes have sockets. DatapathError, OSError: it cannot be
+    attached."""
+    for version in (pins.version(), *pins.other_versions(directory)):
+        path = pins.link_path(directory, "proxies", version)
+        if path.exists():
+            with opened(syscall.pinned(str(path))) as link:
+                gone = not syscall.cgroup_of_link(link)
+            if gone:
+                _attach(directory, "proxies", proxy_cgroup, version)
+
+
 def check_cgroup(cgroup: Path) -> None:
     """DatapathError: not a directory of cgroup v2, or the root of it."""
     if not (cgroup / "cgroup.controllers").exists():
@@ -76,14 +89,14 @@ def open_program(directory: Path, name: str, of: str | None = None) -> int:
         ) from error
 
 
-def _path(directory: Path, name: str) -> Path:
-    return pins.link_path(directory, name, pins.version() if PROGRAMS[name].stays else None)
+def _path(directory: Path, name: str, of: str | None = None) -> Path:
+    return pins.link_path(directory, name, (of or pins.version()) if PROGRAMS[name].stays else None)
 
 
-def _attach(directory: Path, name: str, cgroup: Path) -> None:
-    path = _path(directory, name)
+def _attach(directory: Path, name: str, cgroup: Path, of: str | None = None) -> None:
+    path = _path(directory, name, of)
     with (
-        opened(open_program(directory, name)) as program,
+        opened(open_program(directory, name, of)) as program,
         opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as target,
     ):
         try:

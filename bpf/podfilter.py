@@ -62,6 +62,7 @@ def add(directory: Path, records: Path, pod: Pod) -> bool:
         draft.rename(_record(records, pod.interface))
         if not is_loaded(directory):
             return False
+        _know(directory, pod)
         _attach(directory, pod)
         return True
 
@@ -106,24 +107,31 @@ def renew(directory: Path, records: Path) -> list[str]:
     problems = []
     with _locked(records):
         live = {name for _, name in socket.if_nameindex()}
-        for record in records.glob("*.json"):
-            pod = msgspec.json.decode(record.read_bytes(), type=Pod)
-            if pod.interface not in live:
-                continue
-            try:
-                with _explained(pod, "attach the filter to"):
-                    _attach(directory, pod)
-            except DatapathError as error:
-                problems.append(str(error))
+        found = (
+            msgspec.json.decode(record.read_bytes(), type=Pod) for record in records.glob("*.json")
+        )
+        pods = [pod for pod in found if pod.interface in live]
+        # A filter looks at the other end as well: all are known before any is attached.
+        for step in (_know, _attach):
+            for pod in pods:
+                try:
+                    with _explained(pod, "attach the filter to"):
+                        step(directory, pod)
+                except DatapathError as error:
+                    problems.append(str(error))
     return problems
 
 
-def _attach(directory: Path, pod: Pod) -> None:
+def _know(directory: Path, pod: Pod) -> None:
     index = socket.if_nametoindex(pod.interface)
     with _maps(directory) as maps:
         for address in pod.addresses:
             maps.interfaces.put(Address.of(address), Number(index))
         maps.namespaces.put(Number(pod.cookie), _packed(pod))
+
+
+def _attach(directory: Path, pod: Pod) -> None:
+    index = socket.if_nametoindex(pod.interface)
     for name in FILTERS:
         path = pins.link_path(directory, _link(pod.interface, name))
         with opened(open_program(directory, name)) as program:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
@@ -21,6 +22,8 @@ _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 
 BPF_ANY = 0
+# Entries read at a time; more than any bucket of a hash map has.
+_BATCH = 1 << 12
 # The verifier's log: the end is kept, which is where the reason stands (log_level 1 is enough).
 _LOG_SIZE = 1 << 20
 
@@ -142,6 +145,41 @@ def update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:
         BPF_ANY,
         0,
     )
+
+
+def entries(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a hash map, many in a call. What changes meanwhile may be missing."""
+    at, following = ctypes.create_string_buffer(4), ctypes.create_string_buffer(4)
+    keys = ctypes.create_string_buffer(key_size * _BATCH)
+    values = ctypes.create_string_buffer(value_size * _BATCH)
+    began = more = False
+    while not began or more:
+        attributes = _buffer(
+            struct.pack(
+                "=QQQQIIQQ",
+                ctypes.addressof(at) if began else 0,
+                ctypes.addressof(following),
+                ctypes.addressof(keys),
+                ctypes.addressof(values),
+                _BATCH,
+                fd,
+                0,
+                0,
+            )
+        )
+        began = more = True
+        try:
+            _call(_MAP_LOOKUP_BATCH, attributes)
+        except FileNotFoundError:  # these are the last
+            more = False
+        (count,) = struct.unpack_from("=I", attributes.raw, 32)
+        some, theirs = keys.raw, values.raw
+        for index in range(count):
+            yield (
+                some[index * key_size : (index + 1) * key_size],
+                theirs[index * value_size : (index + 1) * value_size],
+            )
+        at.raw = following.raw
 
 
 def map_info(fd: int) -> MapInfo:

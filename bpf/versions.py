@@ -14,7 +14,7 @@ from bpf import layout, pins, syscall
 from bpf.attach import opened
 from bpf.errors import DatapathError
 from bpf.layout import Config, Number
-from bpf.maps import PinnedMap
+from bpf.maps import PinnedMap, open_pinned
 
 _SOCKETS = ("workload_sockets", "proxy_sockets")
 
@@ -45,6 +45,24 @@ def stop_redirects(directory: Path, which: Iterable[str]) -> None:
             if before is not None and before.flags & layout.CONFIG_SOCKMAP:
                 flags = before.flags & ~layout.CONFIG_SOCKMAP
                 config.put(Number(0), before._replace(flags=flags))
+
+
+def take_over_flows(directory: Path) -> None:
+    """What filters of other versions know of open connections, for this one's, unless it knows it
+    already: it judges them anew, but does not take answers for openings. DatapathError, OSError."""
+    sizes = layout.FLOW_KEY.size, layout.FLOW.size
+    with opened(open_pinned(directory, "flows")) as own:
+        for version in pins.other_versions(directory):
+            try:
+                theirs = open_pinned(directory, "flows", version)
+            except DatapathError:
+                continue
+            with opened(theirs):
+                known = {key for key, _ in syscall.entries(own, *sizes)}
+                fresh = [one for one in syscall.entries(theirs, *sizes) if one[0] not in known]
+            if fresh:
+                keys, values = (b"".join(parts) for parts in zip(*fresh, strict=True))
+                syscall.update_batch(own, keys, values, len(fresh))
 
 
 def _has_sockets(path: Path) -> bool:

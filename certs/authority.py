@@ -265,7 +265,7 @@ class Authority:
     def _new_root(self, now: float) -> Signer:
         life = Life.between(now - SKEW_S, now + self._lives.root_s)
         number = f"{x509.random_serial_number():x}"[:8]
-        root = Issuer.new_root(f"Weft root {number} of {self._uri}", life, self._uri)
+        root = Issuer.new_root(f"Weft root {number}", life, self._uri)
         return Signer(root=_pem(root.certificate), root_key=root.key_pem().decode())
 
     def _complete(self, signer: Signer, now: float) -> Signer:
@@ -277,7 +277,7 @@ class Authority:
         end = min(now + self._lives.intermediate_s, certificate.not_valid_after_utc.timestamp())
         number = f"{x509.random_serial_number():x}"[:8]
         intermediate = root.new_intermediate(
-            f"Weft intermediate {number} of {self._uri}", Life.between(now - SKEW_S, end), self._uri
+            f"Weft intermediate {number}", Life.between(now - SKEW_S, end), self._uri
         )
         return msgspec.structs.replace(
             signer,

@@ -13,12 +13,13 @@ from l7proxy.dial import DialFailed
 from l7proxy.handles import Kernel
 from l7proxy.http1_client import Http1Client
 from l7proxy.http2_client import Http2Client
+from l7proxy.peers import Caller, Source, Tunnelled
 from l7proxy.pool import ConnectFailed
 from l7proxy.reach import reach
 from l7proxy.streams import ClientConnection
 from l7proxy.tls_client import ClientTLS, PeerRefused, refusal
 from l7proxy.tls_stream import TLSStream
-from l7proxy.tunnels import Tunnel
+from l7proxy.tunnel import Digger
 from mesh.model.nodeconfig import Settings
 
 
@@ -62,16 +63,25 @@ async def connect_to(
 
 
 async def connect_through(
+    digger: Digger,
+    caller: Caller,
+    source: Source,
     member: Member,
-    tunnel: Tunnel,
     tls: ClientTLS | None,
     settings: Settings,
     on_change: Callable[[ClientConnection], None],
     *,
     http2: bool,
 ) -> tuple[ClientConnection, select.poll]:
-    """The same through a tunnel, which the connection ends with. It takes no more requests when the
-    tunnel's first certificate is about to end, or when the tunnel would not be made any more."""
+    """The same through a tunnel, for `source` and nobody else. It takes no more requests when the
+    tunnel is old, or would not be made any more."""
+    way = digger.peers.way(caller, *member.target)
+    if not isinstance(way, Tunnelled) or way.source != source:
+        raise ConnectFailed(member.id, "way_changed", "it is not to be connected to so any more")
+    try:
+        tunnel = await digger.open(caller, way, *member.target, "http")
+    except DialFailed as error:
+        raise ConnectFailed(member.id, error.reason, str(error)) from None
     connection = _protocol(settings, on_change, None, tls=tls is not None, http2=http2)
     stream = tunnel.stream
     if tls is not None:

@@ -240,7 +240,7 @@ def _ranked(
     found: RouteMatchResult | None,
 ) -> Iterator[tuple[int, Candidate]]:
     view = RequestView(head)
-    patterns = list(host_patterns(head.host))
+    patterns = host_patterns(head.host)
     attached: dict[str, list[tuple[CompiledRoute, set[bytes]]]] = {}
     for route in routes.routes():
         places: dict[str, set[bytes]] = {}
@@ -270,7 +270,7 @@ def _ranked(
 
 def _winner(
     attached: Iterable[tuple[CompiledRoute, set[bytes]]],
-    patterns: list[bytes],
+    patterns: tuple[bytes, ...],
     found: RouteMatchResult,
 ) -> _Rank:
     return next(
@@ -281,7 +281,7 @@ def _winner(
     )
 
 
-def _rank(match: CompiledMatch, hosts: set[bytes], patterns: list[bytes]) -> _Rank:
+def _rank(match: CompiledMatch, hosts: set[bytes], patterns: tuple[bytes, ...]) -> _Rank:
     host = next(i for i, pattern in enumerate(patterns) if pattern in hosts)
     return (host, _PATH_RANK[match.path_type], match.order)
 
@@ -289,7 +289,7 @@ def _rank(match: CompiledMatch, hosts: set[bytes], patterns: list[bytes]) -> _Ra
 def _reason(
     matches: list[CompiledMatch],
     hosts: set[bytes],
-    patterns: list[bytes],
+    patterns: tuple[bytes, ...],
     view: RequestView,
     winner: _Rank | None,
 ) -> tuple[int, str]:

@@ -10,7 +10,7 @@ identities the proxy has verified. No I/O.
 from __future__ import annotations
 
 import ipaddress
-import os
+import random
 import re
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
@@ -46,6 +46,11 @@ def check(settings: Settings) -> None:
         raise Refused(f"trusted_hops: {settings.trusted_hops} is negative")
 
 
+def new_request_id() -> str:
+    """Unlike any other; it need not be a secret."""
+    return f"{random.getrandbits(128):032x}"
+
+
 def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
     """Set the forwarding fields of a client's request in place."""
     peer = info.peer[0]
@@ -53,7 +58,7 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
     trusted = _in_ranges(peer, ranges) if ranges else settings.trusted_hops > 0
     if trusted:
         return _continue(head, info, settings)
-    request_id = os.urandom(16).hex()
+    request_id = new_request_id()
     headers = [
         item
         for item in head.headers
@@ -114,7 +119,7 @@ def _continue(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Cl
     _append(headers, b"via", head.version + b" weft")
     request_id = _value(headers, b"x-request-id")
     if request_id is None or not _REQUEST_ID.fullmatch(request_id):
-        request_id = os.urandom(16).hex().encode()
+        request_id = new_request_id().encode()
         headers = [item for item in headers if item[0] != b"x-request-id"]
         headers.append((b"x-request-id", request_id))
     head.headers = headers

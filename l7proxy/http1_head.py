@@ -10,6 +10,7 @@ Pure functions; knows no connection beyond the head it is given.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import h11
@@ -18,7 +19,7 @@ from l7proxy.message import BodyLength, Framing, Headers, ProtocolError, Request
 from l7proxy.normalise import TOKEN, normalise_authority, normalise_target, strip_hop_by_hop
 from mesh.model.nodeconfig import Settings
 
-_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])\r\n")
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n")
 _FIELDS = re.compile(rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
 _FIELD = re.compile(rb"([^:]+):([^\r]*)\r\n")
@@ -33,6 +34,8 @@ _METHOD_START = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]")
 
 _PERSISTENCE = frozenset((b"close", b"keep-alive"))
 _SPECIAL = frozenset((b"host", b"content-length", b"transfer-encoding", b"expect"))
+# Of those what a head that everybody reads alike may have.
+_PLAIN = frozenset((b"host", b"content-length"))
 
 
 class Request(NamedTuple):
@@ -59,25 +62,31 @@ def parse_request(block: bytes, scheme: bytes, settings: Settings) -> Request:
     line = _REQUEST_LINE.match(block)
     if line is None:
         raise _diagnosis(block[: block.index(b"\r\n") + 2], "bad_request_line")
-    method, target = line[1], line[2]
-    version = line[3] + b"." + line[4]
+    method, target, version = line.group(1, 2, 3)
     if version not in (b"1.1", b"1.0"):
         raise ProtocolError(505, "bad_version", "only HTTP/1.0 and HTTP/1.1 are served here")
     if method == b"CONNECT" or method == b"TRACE":
         # This is no forward proxy, and TRACE shows a script the cookies that it must not see.
         raise ProtocolError(501, "method_not_served", f"{method.decode()} is not served")
     fields = parse_fields(block[line.end() : -2], settings.max_headers)
-    special = [field for field in fields if field[0] in _SPECIAL]
-    hosts = [value for name, value in special if name == b"host"]
+    special: dict[bytes, list[bytes]] = {}
+    headers = []
+    for field in fields:
+        if field[0] in _SPECIAL:
+            special.setdefault(field[0], []).append(field[1])
+        else:
+            headers.append(field)
+    hosts = special.get(b"host", [])
     authority, path, query = _destination(method, target, hosts, version, scheme, settings)
-    body = _request_body(special, version, settings.max_body_bytes)
-    headers, connection, upgrade, trailers_ok = strip_hop_by_hop(
-        [field for field in fields if field[0] not in _SPECIAL]
-    )
+    if len(special) == len(hosts) == 1:
+        body: BodyLength = Framing.NONE
+    else:
+        body = _request_body(special, version, settings.max_body_bytes)
+    headers, connection, upgrade, trailers_ok = strip_hop_by_hop(headers)
     plain = (
         version == b"1.1"
         and target[:1] == b"/"
-        and isinstance(body, int) + len(hosts) == len(special)
+        and special.keys() <= _PLAIN
         and connection <= _PERSISTENCE
         and upgrade is None
         and block.isascii()
@@ -87,9 +96,10 @@ def parse_request(block: bytes, scheme: bytes, settings: Settings) -> Request:
     keep_alive = b"close" not in connection
     if version == b"1.0":
         keep_alive = keep_alive and b"keep-alive" in connection
-    expects = _expects(special) and version == b"1.1" and body not in (Framing.NONE, 0)
+    bodyless = body is Framing.NONE or body == 0
+    expects = _expects(special) and version == b"1.1" and not bodyless
     # HTTP/1.0 cannot upgrade (RFC 9110 §7.8); nor is a request with a body let become a tunnel.
-    if version == b"1.0" or body not in (Framing.NONE, 0):
+    if version == b"1.0" or not bodyless:
         upgrade = None
     head = RequestHead(
         method,
@@ -135,13 +145,20 @@ def _parse_response(
     http10 = line[1] == b"0"
     status = int(line[2])
     fields = parse_fields(block[line.end() : -2], max_headers)
-    lengths, codings = _framing_fields(fields)
+    lengths: list[bytes] = []
+    codings: list[bytes] = []
+    headers = []
+    for field in fields:
+        if field[0] == b"content-length":
+            lengths.append(field[1])
+        elif field[0] == b"transfer-encoding":
+            codings.append(field[1])
+        else:
+            headers.append(field)
     if codings and http10:
         raise ProtocolError(400, "coding_in_http10", "Transfer-Encoding in HTTP/1.0")
     body = _framing(lengths, codings)
-    headers, connection, switched, _ = strip_hop_by_hop(
-        [field for field in fields if field[0] not in (b"content-length", b"transfer-encoding")]
-    )
+    headers, connection, switched, _ = strip_hop_by_hop(headers)
     if status == 101:
         if upgrade is None or switched != upgrade:
             raise ProtocolError(400, "bad_upgrade", "101 to something that was not offered")
@@ -251,17 +268,13 @@ def _destination(
     return authority, path, query
 
 
-def _framing_fields(fields: Headers) -> tuple[list[bytes], list[bytes]]:
-    lengths = [value for name, value in fields if name == b"content-length"]
-    codings = [value for name, value in fields if name == b"transfer-encoding"]
-    return lengths, codings
-
-
-def _request_body(special: Headers, version: bytes, limit: int | None) -> BodyLength:
-    lengths, codings = _framing_fields(special)
+def _request_body(
+    special: Mapping[bytes, list[bytes]], version: bytes, limit: int | None
+) -> BodyLength:
+    codings = special.get(b"transfer-encoding", [])
     if codings and version == b"1.0":
         raise ProtocolError(400, "coding_in_http10", "Transfer-Encoding in HTTP/1.0")
-    body = _framing(lengths, codings)
+    body = _framing(special.get(b"content-length", []), codings)
     if isinstance(body, int) and limit is not None and body > limit:
         raise ProtocolError(413, "body_too_large", f"the body is larger than {limit} bytes")
     return body
@@ -289,8 +302,8 @@ def _framing(lengths: list[bytes], codings: list[bytes]) -> BodyLength:
     return int(lengths[0])
 
 
-def _expects(special: Headers) -> bool:
-    expectations = [value.lower() for name, value in special if name == b"expect"]
-    if any(value != b"100-continue" for value in expectations):
+def _expects(special: Mapping[bytes, list[bytes]]) -> bool:
+    expectations = special.get(b"expect", ())
+    if any(value.lower() != b"100-continue" for value in expectations):
         raise ProtocolError(417, "bad_expectation", "only 100-continue can be expected")
     return bool(expectations)

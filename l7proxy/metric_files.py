@@ -1,8 +1,9 @@
-"""Files for metrics whose space is there before anything is written to it.
+"""The values of metrics in files, as prometheus_client's multiprocess mode has them.
 
-prometheus_client maps sparse files into memory: on a full disk the first write to a page without a
-block ends the process (SIGBUS). Here files are allocated before they are mapped. A value that gets
-no place counts in memory, where nobody sees it, and moves into the file, whole, once there is room.
+It maps sparse files into memory: on a full disk the first write to a page without a block ends the
+process (SIGBUS). Here files are allocated before they are mapped. A value that gets no place counts
+in memory, where nobody sees it, and moves into the file, whole, once there is room. And its values
+ask for the process id and take a lock whenever they change; these do not.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import struct
 import time
+from collections.abc import Sequence
+from typing import ClassVar
 
-from prometheus_client.mmap_dict import (
-    _INITIAL_MMAP_SIZE,
-    MmapedDict,
-    _pack_two_doubles,
-)
+from prometheus_client.mmap_dict import _INITIAL_MMAP_SIZE, MmapedDict, mmap_key
 
 _log = logging.getLogger("weft.metrics")
 
+_pack = struct.Struct("dd").pack
 # Between two tries to find room again, in seconds.
 _RETRY_S = 1.0
 
@@ -47,7 +48,7 @@ class AllocatedDict(MmapedDict):
             if time.monotonic() < self._retry_at or not self._placed(key):
                 return
             position = self._positions[key]
-        _pack_two_doubles(self._m, position, value, timestamp)  # type: ignore[no-untyped-call]
+        self._m[position : position + 16] = _pack(value, timestamp)
 
     def _placed(self, key: str) -> bool:
         """Make the file, and give `key` a place in it; whether there is room."""
@@ -87,3 +88,40 @@ class AllocatedDict(MmapedDict):
         if self._used + len(key.encode()) + 28 > self._capacity:
             os.posix_fallocate(self._f.fileno(), 0, 2 * self._capacity)
         super()._init_value(key)  # type: ignore[no-untyped-call]
+
+
+class FileValue:
+    """A value of a process with one thread, which never forks, in PROMETHEUS_MULTIPROC_DIR: what
+    `prometheus_client.values.ValueClass` is to be there."""
+
+    _files: ClassVar[dict[str, AllocatedDict]] = {}
+
+    def __init__(
+        self,
+        typ: str,
+        metric_name: str,
+        name: str,
+        labelnames: Sequence[str],
+        labelvalues: Sequence[str],
+        help_text: str,
+        multiprocess_mode: str = "",
+        **_: object,
+    ) -> None:
+        kind = f"gauge_{multiprocess_mode}" if typ == "gauge" else typ
+        if kind not in self._files:
+            directory = os.environ["PROMETHEUS_MULTIPROC_DIR"]
+            self._files[kind] = AllocatedDict(f"{directory}/{kind}_{os.getpid()}.db")
+        self._file = self._files[kind]
+        self._key = mmap_key(metric_name, name, list(labelnames), list(labelvalues), help_text)
+        self._value, _time = self._file.read_value(self._key)
+
+    def inc(self, amount: float) -> None:
+        self._value += amount
+        self._file.write_value(self._key, self._value, 0.0)
+
+    def set(self, value: float, timestamp: float | None = None) -> None:
+        self._value = value
+        self._file.write_value(self._key, value, timestamp or 0.0)
+
+    def get(self) -> float:
+        return self._value

@@ -11,14 +11,10 @@ import os
 
 from prometheus_client import Counter, Gauge, Histogram, values
 
-from l7proxy.metric_files import AllocatedDict
+from l7proxy.metric_files import FileValue
 
 if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    values.MmapedDict = AllocatedDict  # type: ignore[attr-defined]
-    # By default each value asks for the process id whenever it changes: several system calls a
-    # request, for processes that never fork.
-    _PID = os.getpid()
-    values.ValueClass = values.MultiProcessValue(lambda: _PID)  # type: ignore[no-untyped-call]
+    values.ValueClass = FileValue
 
 REQUESTS = Counter(
     "weft_http_requests_total",

@@ -32,7 +32,7 @@ from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.tunnel import Digger
 from l7proxy.tunnel_acceptor import TunnelAcceptor
 from l7proxy.tunnels import Tunnels
-from l7proxy.upstream import Clusters, ClusterStats, OtherNodes
+from l7proxy.upstream import Clusters, ClusterStats
 from mesh.model.nodeconfig import (
     CertificateSection,
     ClusterSection,
@@ -109,8 +109,7 @@ class Proxy:
         self._peers = Peers(self._credentials, self._state.settings)
         self._tunnels = Tunnels(self._credentials)
         self._digger = Digger(self._peers, self._tunnels)
-        other_nodes = OtherNodes(self._peers, self._digger)
-        self._clusters = Clusters(self._state.settings, self._kernel, other_nodes)
+        self._clusters = Clusters(self._state.settings, self._kernel, self._digger)
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log

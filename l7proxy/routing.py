@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from l7proxy.field_rules import Refused
 from l7proxy.message import RequestHead
@@ -51,17 +52,19 @@ __all__ = [
 _MAX_HOST = 253
 
 
-def host_patterns(host: bytes) -> Iterator[bytes]:
+@lru_cache(maxsize=1024)
+def host_patterns(host: bytes) -> tuple[bytes, ...]:
     """The patterns that match a host, from the most specific: itself, "*.<suffix>" from the longest
     suffix, "*". A wildcard stands for one or more labels, never for none."""
     host = normalise_host(host)
+    patterns = []
     if 0 < len(host) <= _MAX_HOST:
-        yield host
+        patterns.append(host)
         dot = host.find(b".", 1)
         while dot != -1:
-            yield b"*" + host[dot:]
+            patterns.append(b"*" + host[dot:])
             dot = host.find(b".", dot + 1)
-    yield b"*"
+    return (*patterns, b"*")
 
 
 def _order(match: CompiledMatch) -> Order:

@@ -12,21 +12,27 @@ import ssl
 
 from certs.errors import NotTrusted
 from l7proxy import metrics, tunnel_wire
-from l7proxy.credentials import ALPN, Peer, handshake_failure
+from l7proxy.credentials import ALPN, Credentials, Peer, handshake_failure
 from l7proxy.dial import DialFailed, dial, keep_alive
 from l7proxy.peers import Caller, NoWay, Peers, Tunnelled, keys_of, sni_of, trust_domain_of
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel_wire import Answer, Kind, Preface, WireError
 from l7proxy.tunnels import Pair, Tunnel, Tunnels
-from mesh.model.nodeconfig import MESH_TUNNEL_PORT, WorkloadSection
+from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings, WorkloadSection
 
 
 class Digger:
     """Opens the tunnels of a worker."""
 
     def __init__(self, peers: Peers, tunnels: Tunnels) -> None:
-        self._peers = peers
+        self.peers = peers
         self._tunnels = tunnels
+
+    @classmethod
+    def alone(cls, settings: Settings) -> Digger:
+        """Of a proxy that knows nobody."""
+        credentials = Credentials()
+        return cls(Peers(credentials, settings), Tunnels(credentials))
 
     async def open(
         self,
@@ -42,19 +48,19 @@ class Digger:
         DialFailed: reasons of the tunnel's own begin with "tunnel_"."""
         source, destination = way.source, way.destination
         preface = Preface(source.name, address, port, kind, source.gateway, own_port)
-        shown_until = self._peers.credentials.until(source.spiffe_id)
+        shown_until = self.peers.credentials.until(source.spiffe_id)
         stream, peer = await self._shake(way, preface)
 
         def judge() -> str | None:
-            if self._peers.source(caller) != source:
+            if self.peers.source(caller) != source:
                 return "source_changed"
-            now = self._peers.at(address)
+            now = self.peers.at(address)
             if now is None or _who(now) != _who(destination):
                 return "destination_changed"
             return None
 
         async def prove() -> Peer:
-            now = self._peers.way(caller, address, port)
+            now = self.peers.way(caller, address, port)
             if not isinstance(now, Tunnelled):
                 raise DialFailed(now.reason if isinstance(now, NoWay) else "way_changed", "")
             proof = Preface(source.name, address, port, "proof", source.gateway)
@@ -78,7 +84,7 @@ class Digger:
 
     async def _shake(self, way: Tunnelled, preface: Preface) -> tuple[TLSStream, Peer]:
         """A connection on which both have said who they are and where to. DialFailed."""
-        timeout_s = self._peers.settings.connect_timeout_s
+        timeout_s = self.peers.settings.connect_timeout_s
         try:
             return await self._hands(way, preface, timeout_s)
         except _Failed as failed:
@@ -89,10 +95,10 @@ class Digger:
     async def _hands(
         self, way: Tunnelled, preface: Preface, timeout_s: float
     ) -> tuple[TLSStream, Peer]:
-        credentials, expected = self._peers.credentials, way.destination.spiffe_id
+        credentials, expected = self.peers.credentials, way.destination.spiffe_id
         context = credentials.client(way.source.spiffe_id, trust_domain_of(expected))
         stream = TLSStream(context, server_hostname=sni_of(expected))
-        own = self._peers.own_address(way.node)
+        own = self.peers.own_address(way.node)
         try:
             sock = await dial(way.node, MESH_TUNNEL_PORT, timeout_s, source=own)
         except DialFailed as error:

@@ -15,17 +15,14 @@ from typing import NamedTuple
 
 from l7proxy.balance import Balancer, Member, PoolKey
 from l7proxy.connect import connect_through, connect_to
-from l7proxy.credentials import Credentials
-from l7proxy.dial import DialFailed
 from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
-from l7proxy.peers import Caller, Direct, NoWay, Peers, Source, Tunnelled
+from l7proxy.peers import Caller, Direct, NoWay, Tunnelled
 from l7proxy.pool import ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, TLSRefused
 from l7proxy.tunnel import Digger
-from l7proxy.tunnels import Tunnels
 from mesh.model.nodeconfig import CertificateSection, ClusterSection, Endpoint, Settings
 from mesh.model.section import SectionKey
 
@@ -128,19 +125,6 @@ class Lease:
             self._member.load -= 1
 
 
-class OtherNodes(NamedTuple):
-    """What connecting to other nodes takes."""
-
-    peers: Peers
-    digger: Digger
-
-    @classmethod
-    def alone(cls, settings: Settings) -> OtherNodes:
-        """Of a proxy that knows nobody."""
-        peers = Peers(Credentials(), settings)
-        return cls(peers, Digger(peers, Tunnels(peers.credentials)))
-
-
 class Clusters:
     """The clusters in force, by section key."""
 
@@ -148,11 +132,11 @@ class Clusters:
         self,
         settings: Settings,
         kernel: Kernel | None = None,
-        other_nodes: OtherNodes | None = None,
+        digger: Digger | None = None,
     ) -> None:
         self.settings = settings
         self._kernel = kernel or Kernel()
-        self._other_nodes = other_nodes
+        self._digger = digger
         self._clusters: dict[SectionKey, Cluster] = {}
 
     def put(self, key: SectionKey, section: ClusterSection, *, label: str | None = None) -> None:
@@ -165,7 +149,7 @@ class Clusters:
                 section,
                 lambda: self.settings,
                 kernel=self._kernel,
-                other_nodes=self._other_nodes,
+                digger=self._digger,
                 label=label or key,
             )
         else:
@@ -204,7 +188,7 @@ class Cluster:
         settings: Callable[[], Settings],
         *,
         kernel: Kernel | None = None,
-        other_nodes: OtherNodes | None = None,
+        digger: Digger | None = None,
         label: str = "",
     ) -> None:
         self.key = key
@@ -212,8 +196,8 @@ class Cluster:
         self.http2 = section.protocol == "h2c"
         self._settings = settings
         self._kernel = kernel or Kernel()
-        self._other_nodes = other_nodes or OtherNodes.alone(settings())
-        self._peers = self._other_nodes.peers
+        self._digger = digger or Digger.alone(settings())
+        self._peers = self._digger.peers
         self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
@@ -365,10 +349,12 @@ class Cluster:
         async def connect(
             on_change: Callable[[ClientConnection], None],
         ) -> tuple[ClientConnection, select.poll]:
-            if source is not None:
-                return await self._tunnel_to(member, caller, source, tls, on_change)
-            return await connect_to(
-                member, tls, self._settings(), self._kernel, on_change, http2=http2
+            if source is None:
+                return await connect_to(
+                    member, tls, self._settings(), self._kernel, on_change, http2=http2
+                )
+            return await connect_through(
+                self._digger, caller, source, member, tls, self._settings(), on_change, http2=http2
             )
 
         def on_empty() -> None:
@@ -387,26 +373,6 @@ class Cluster:
         member.pools[key] = pool
         self._pools.add(pool)
         return pool
-
-    async def _tunnel_to(
-        self,
-        member: Member,
-        caller: Caller,
-        source: Source,
-        tls: ClientTLS | None,
-        on_change: Callable[[ClientConnection], None],
-    ) -> tuple[ClientConnection, select.poll]:
-        """For `source` and nobody else, as things are now. ConnectFailed."""
-        way = self._peers.way(caller, *member.target)
-        if not isinstance(way, Tunnelled) or way.source != source:
-            raise ConnectFailed(member.id, "way_changed", "it is not to be connected to any more")
-        try:
-            tunnel = await self._other_nodes.digger.open(caller, way, *member.target, "http")
-        except DialFailed as error:
-            raise ConnectFailed(member.id, error.reason, str(error)) from None
-        return await connect_through(
-            member, tunnel, tls, self._settings(), on_change, http2=self.http2
-        )
 
     def _client_tls(self, certificate: CertificateSection | None) -> ClientTLS | None:
         """TLSBroken: TLS is asked for and cannot be had."""

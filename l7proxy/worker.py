@@ -40,6 +40,7 @@ from mesh.model.channel import (
     Unlisten,
     encode_frame,
     receive_control,
+    send_control,
 )
 from mesh.model.nodeconfig import Ack, Delta
 
@@ -162,6 +163,8 @@ class Worker:
         handles = ProxyHandles(descriptors)
         weakref.finalize(handles, _close, tuple(descriptors.values()))
         self._proxy.use(handles)
+        with contextlib.suppress(OSError):  # the supervisor is gone, or ends this worker
+            send_control(self._control, Handles(tuple(descriptors)))
         gc.collect()  # connections that have ended are in cycles, and would keep theirs
 
     async def _take_channel(self, sock: socket.socket) -> None:

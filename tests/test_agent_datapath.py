@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from bpf_world import needs_bpf, new_actor, new_cgroup, pin_directory
+from lab_world import until
 from support.running import PROJECT, running, service
 
 from bpf import layout, pins, syscall
+from bpf.attach import adopt, is_member, opened
 from bpf.layout import Config, Number
 from bpf.maps import PinnedMap
 from mesh.model.nodeconfig import MESH_HTTP_PORT
@@ -44,11 +46,11 @@ def world(tmp_path):
     manifests.mkdir()
     with (
         new_cgroup() as cgroup,
-        pin_directory(tmp_path) as pins,
+        pin_directory(tmp_path) as pin,
         new_actor(cgroup) as workload,
     ):
         arguments = (f"--manifests={manifests}", "--admin=off", "--workers=1")
-        yield manifests, workload, (*arguments, f"--steer={cgroup}", f"--pins={pins}")
+        yield manifests, workload, (*arguments, f"--steer={cgroup}", f"--pins={pin}")
 
 
 def test_workload_reaches_a_cluster_ip_and_follows_its_endpoints(tmp_path, world):
@@ -87,6 +89,29 @@ def test_kernel_goes_on_without_agent_and_the_next_agent_takes_over(tmp_path, wo
         weft.await_line("are steered")
         assert workload("connect", "10.96.0.11", 80)["name"] == "two"
         assert workload("connect", VIP, 80) == {"errno": "ENETUNREACH"}
+
+
+def test_an_orderly_end_leaves_what_is_in_force_and_nothing_else(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    steer, pin = (Path(argument.partition("=")[2]) for argument in arguments[-2:])
+    proxies = steer.with_name(f"{steer.name}.proxy")
+    with running(tmp_path / "run", *arguments) as weft:
+        weft.await_line("are steered")
+        assert is_member(proxies, weft.process.pid)
+    assert not proxies.exists()
+    assert not (tmp_path / "run" / "agent.sock").exists()
+    assert workload("connect", VIP, 80)["name"] == "one"
+
+    def attached_to() -> int:
+        with opened(syscall.pinned(str(pins.link_path(pin, "proxies", pins.version())))) as link:
+            return syscall.cgroup_of_link(link)
+
+    until(lambda: attached_to() == 0)  # the kernel takes its time
+    # The next Weft's proxies are known to what is in force before its agent is.
+    proxies.mkdir()
+    adopt(pin, proxies)
+    assert attached_to() == proxies.stat().st_ino
 
 
 def test_service_without_endpoints_refuses_at_once(tmp_path, world):
@@ -170,6 +195,22 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
         assert status["notSteered"].startswith("only as an earlier Weft left it: the map pinned")
         assert config() == before._replace(flags=0)
         assert workload("connect", VIP, 80)["name"] == "one"
+
+
+def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    with running(tmp_path / "run", *arguments) as weft:
+        status = weft.await_status(lambda status: any(one["version"] for one in status["workers"]))
+        worker = status["workers"][0]["pid"]
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            # One that never answers must not hold up the others.
+            weft.await_line("not all workers have taken the data path's descriptors")
+            assert not any("are steered" in line for line in weft.said)
+            weft.await_line("are steered")
+        finally:
+            os.kill(worker, signal.SIGCONT)
 
 
 def test_what_cannot_be_steered_is_said_and_the_gateway_goes_on(tmp_path):

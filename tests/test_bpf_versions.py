@@ -12,9 +12,9 @@ from typing import IO
 from bpf_world import ROOT, TIMEOUT_S, needs_bpf
 from redirect_world import NODE, VIP, World, await_that, received, redirect_world
 
-from bpf import pins, settings
+from bpf import maps, pins, settings
 from bpf import versions as version_files
-from bpf.layout import Target
+from bpf.layout import Flow, FlowKey, Target
 from bpf.programs import PROGRAMS, Place
 from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend
 
@@ -26,7 +26,7 @@ import os, sys
 from pathlib import Path
 from bpf import layout
 layout.PLAIN *= 2
-from bpf import loader, settings, syscall
+from bpf import loader, settings, syscall, versions
 from bpf.balancer import Balancer
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, WorkloadSection
 pin, cgroup, proxy_cgroup = map(Path, sys.argv[1:4])
@@ -51,6 +51,7 @@ def stepped(call):
 if steps:
     syscall.link, syscall.update_link = map(stepped, (syscall.link, syscall.update_link))
 loader.attach.attach(pin, cgroup, proxy_cgroup)
+versions.take_over_flows(pin)
 """
 
 
@@ -188,6 +189,28 @@ def test_redirects_are_stopped_in_the_maps_of_all_versions(tmp_path):
         assert enrolled()
         version_files.stop_redirects(world.pin, versions(world))
         assert not enrolled()
+
+    with redirect_world(tmp_path) as world:
+        world.run(scenario)
+
+
+def test_open_connections_are_known_to_the_next_version(tmp_path):
+    def scenario(world: World) -> None:
+        flows = maps.PinnedMap(world.pin, "flows", FlowKey, Flow)
+        # More than are read at a time.
+        known = {
+            FlowKey(port.to_bytes(40, "big"), 0): Flow(1, port, 0, 0) for port in range(10_000)
+        }
+        flows.put_all(known.items())
+        another_weft(world)
+        [other] = versions(world) - {pins.version()}
+        theirs = maps.PinnedMap(world.pin, "flows", FlowKey, Flow, other)
+        assert dict(theirs.items()) == known
+        # What it has come to know since stays.
+        key = next(iter(known))
+        theirs.put(key, Flow(2, 3, 0, 0))
+        another_weft(world)
+        assert dict(theirs.items()) == {**known, key: Flow(2, 3, 0, 0)}
 
     with redirect_world(tmp_path) as world:
         world.run(scenario)

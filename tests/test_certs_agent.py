@@ -277,7 +277,7 @@ async def test_the_authority_is_away(tmp_path):
         assert "the authority is away" in said
 
         world.down = False
-        await after(60)
+        await after(10)
         assert world.svid(GATEWAY)
         assert world.svids.degraded() == []
 

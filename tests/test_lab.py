@@ -16,6 +16,7 @@ from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, host_links, lab_of, needs_root, processes_with, until
 
 from mesh.lab.cgroups import cgroup_root
+from mesh.lab.state import LabDir
 from mesh.sources.directory import Manifests
 
 pytestmark = needs_root
@@ -343,7 +344,51 @@ services: [{{name: p, ports: [{{port: 80}}]}}, {{name: h, headless: true, select
         done = lab.weft("start", "p")
         assert (done.returncode, done.stderr) == (0, "default/p is ready\n")
         assert conditions() == {(True, True, False)}
-        assert lab.weft("stop", "node/a").returncode == 1
+
+
+def test_a_nodes_weft_runs_until_it_is_stopped(tmp_path: Path) -> None:
+    config = """
+nodes: [{name: a}]
+outside: [{name: client}]
+"""
+
+    def pid() -> int | None:
+        return (run_dir.holder() or {}).get("pid")
+
+    def weft() -> str:
+        return status_of(lab)["nodes"][0]["weft"]
+
+    def ready() -> bool:
+        return bool(json.loads(lab.node("a", "status", "-o", "json").stdout or "{}").get("ready"))
+
+    with lab_of(tmp_path, "px-weft", config) as lab:
+        assert lab.up().returncode == 0
+        run_dir = LabDir(lab.run_dir, lab.name).weft("a")
+        first = pid()
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        until(lambda: pid() not in (first, None))
+        until(ready)
+        assert weft() == "Running"
+        proxies = cgroup_root() / lab.name / "_system" / "a" / "proxy"
+        assert proxies.is_dir()
+        for _ in range(2):  # stopped it may be stopped again
+            done = lab.weft("stop", "node/a")
+            assert (done.returncode, done.stderr) == (0, "node/a is stopped\n")
+            assert (pid(), weft(), lab.weft("status").returncode) == (None, "Stopped", 0)
+        assert not proxies.exists()
+        assert not run_dir.api_socket.exists()
+        done = lab.weft("start", "node/a")
+        assert (done.returncode, done.stderr) == (0, "node/a is ready\n")
+        assert ready()
+        assert lab.weft("start", "node/a").returncode == 1
+        assert lab.weft("stop", "outside/client").returncode == 1
+        # Without a supervisor nobody starts it again.
+        supervisor = json.loads((run_dir.path.parent / "a.json").read_text())["pid"]
+        for process in (supervisor, pid()):
+            os.kill(process, signal.SIGKILL)
+        until(lambda: pid() is None)
+        assert (weft(), lab.weft("status").returncode) == ("Ended", 1)
 
 
 def test_pods_that_fail_are_told(tmp_path: Path) -> None:

@@ -90,8 +90,10 @@ def lab(tmp_path_factory):
     directory = tmp_path_factory.mktemp("lab")
     (directory / "serve.py").write_text(SERVE)
     with lab_of(directory, "certs", CONFIG) as lab:
-        done = lab.up()
+        done = lab.up("--wait", "90")
         assert done.returncode == 0, done.stderr
+        # On a machine with much else to do the lab does not wait that long.
+        until(lambda: all(node(lab, name)["ready"] for name in ("a", "b")))
         yield lab
 
 

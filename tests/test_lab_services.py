@@ -48,8 +48,8 @@ services:
 """
 VIPS = ("10.96.0.10", "fd00:10:96::a")
 CLIENTS = {"idle": ("10.244.0.3", "fd00:10:244::3"), "far": ("10.244.1.3", "fd00:10:244:1::3")}
-# What is not HTTP goes to pods of other nodes through the relay of the client's own node.
-NODES = {"idle": ("172.18.0.2", "fd00:172:18::2"), "far": ("172.18.0.3", "fd00:172:18::3")}
+# To pods of other nodes bytes go through the proxies of both: the far one is seen there.
+NODES = {"idle": ("172.18.0.3", "fd00:172:18::3"), "far": ("172.18.0.2", "fd00:172:18::2")}
 LOCAL = {"idle": "echo-1", "far": "echo-2"}
 
 

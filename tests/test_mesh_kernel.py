@@ -59,7 +59,7 @@ class Node:
         put = (
             service("web", VIP, producers=True)
             | mesh_route("r", rule(to("web")), client_headers=True)
-            | workload("client", NODE, "front")
+            | workload("client", NODE, "front", spiffe_id="spiffe://cluster.local/ns/front/sa/x")
             | {cluster_key("Service", "default", "web", 80): ClusterSection(endpoints)}
             | {SETTINGS_KEY: Settings(**rest)}  # type: ignore[arg-type]
         )
@@ -158,9 +158,7 @@ def test_a_workload_is_answered_by_redirect_on_both_hops(world):
                     message = await read_message(reader)
                     assert message is not None
                     assert message.body == data
-                    assert message.header("x-told") == (
-                        "URI=spiffe://cluster.local/ns/front/sa/default"
-                    )
+                    assert message.header("x-told") == ("URI=spiffe://cluster.local/ns/front/sa/x")
             # The client's end and the backend's.
             assert world.counted(Reason.ENROLLED) == before[Reason.ENROLLED] + 2
             assert world.counted(Reason.UNPAIRED) == before[Reason.UNPAIRED]

@@ -288,7 +288,7 @@ def test_a_run_directory_that_cannot_be_made(tmp_path):
 
 def test_a_dead_workers_gauges_go_and_its_counters_stay(tmp_path):
     run_dir = RunDir(tmp_path)
-    run_dir.fresh_metrics("nobody")
+    run_dir.freshen("nobody")
     for name in ("counter_7.db", "gauge_livesum_7.db", "gauge_livesum_77.db"):
         (run_dir.metrics / name).touch()
     run_dir.forget_worker(7)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
+import ssl
 
 import pytest
+from http2_peer import ServerUnderTest
 from loops import on_both_loops
 from support.http1 import raw_backend, reset, shutdown
 from support.mesh import CLIENT, ask, connected
-from support.proxy import backend, get, read_message
+from support.proxy import Message, backend, cluster, get, ok, read_message
 from support.two_nodes import WEB, spiffe, two_nodes
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo
+from upstream_backend import backend as tls_backend
 
+from certs.selfsigned import Authority
+from l7proxy.tls import load_certificate
 from mesh.model.flow import Peer
+from mesh.model.nodeconfig import CertificateSection, Settings, UpstreamTLS
 
 MIB = 1024 * 1024
 
@@ -141,3 +148,183 @@ async def test_what_the_pod_refuses_is_told_as_without_a_tunnel():
         (flow,) = await agent.records(1)
         assert (flow.verdict, flow.reason) == ("ERROR", "connect_refused")
         assert (await ask(nodes.http(web))).status == 503
+
+
+# --- what HTTP carries ----------------------------------------------------------------------------
+
+
+@on_both_loops
+async def test_large_bodies_both_ways_and_the_connection_is_kept():
+    async def answer(request: Message) -> bytes:
+        return ok(request.body[::-1])
+
+    async with two_nodes() as nodes, backend(answer) as web:
+        data = random.Random(2).randbytes(2 * MIB)
+        async with connected(nodes.http(web.port)) as (reader, writer):
+            for size in (0, 1, 16 * 1024, 16 * 1024 + 1, len(data)):
+                head = f"PUT / HTTP/1.1\r\nHost: web\r\nContent-Length: {size}\r\n\r\n"
+                writer.write(head.encode() + data[:size])
+                message = await read_message(reader)
+                assert message is not None
+                assert message.body == data[:size][::-1]
+        assert web.connections == 1
+
+
+@on_both_loops
+@pytest.mark.parametrize("end", [shutdown, reset])
+async def test_a_response_that_ends_with_its_connection(end):
+    """Whole if the pod closed it in order, and not if it was reset, on its node or between them."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nabc")
+        await writer.drain()
+        await asked.wait()
+        end(writer)
+
+    asked = asyncio.Event()
+    async with (
+        two_nodes() as nodes,
+        raw_backend(answer) as web,
+        connected(nodes.http(web)) as (reader, writer),
+    ):
+        writer.write(get("/", "web").encode())
+        message = await read_message(reader, head_only=True)
+        assert message is not None
+        assert message.header("transfer-encoding") == "chunked"
+        assert await reader.readexactly(8) == b"3\r\nabc\r\n"
+        asked.set()
+        rest = await reader.read(5)
+        assert rest == (b"0\r\n\r\n" if end is shutdown else b"")
+
+
+@on_both_loops
+async def test_http2_shares_one_tunnel_of_a_pod():
+    async with two_nodes() as nodes, ServerUnderTest(settings=Settings()) as web:
+        port = nodes.http(web.port, protocol="h2c")
+        answers = await asyncio.gather(*(ask(port) for _ in range(20)))
+        assert {message.status for message in answers} == {200}
+        assert len(web.connections) == 1
+        await nodes.grow_old()  # it makes way for another
+        assert (await ask(port)).status == 200
+        assert len(web.connections) == 2
+        for proxy in (nodes.a, nodes.b):
+            await proxy.close()
+
+
+@on_both_loops
+async def test_websockets_end_half_by_half():
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        )
+        await echo(reader, writer)
+
+    async with (
+        two_nodes() as nodes,
+        raw_backend(answer) as web,
+        connected(nodes.http(web, protocol="ws")) as (reader, writer),
+    ):
+        writer.write(get("/", "web", "Connection: Upgrade", "Upgrade: websocket").encode())
+        message = await read_message(reader, head_only=True)
+        assert message is not None
+        assert message.status == 101
+        writer.write(b"hello")
+        assert await reader.readexactly(5) == b"hello"
+        writer.write(b"last")
+        shutdown(writer)
+        assert await reader.read(-1) == b"last"
+
+
+@on_both_loops
+async def test_a_backend_that_speaks_tls_itself_does_so_inside():
+    authority = Authority.create("backends")
+    section = CertificateSection(*authority.issue(dns=["web.test"]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_certificate(context, section, "test")
+    policy = UpstreamTLS("web.test", authority.certificate_pem)
+    wrong = UpstreamTLS("other.test", authority.certificate_pem)
+    async with two_nodes() as nodes, tls_backend(context=context) as web:
+        port = nodes.http(web.endpoint.port, tls=policy)
+        for _ in range(2):
+            assert (await ask(port)).body == b"a"
+        assert web.connections == 1
+        nodes.a.apply(cluster("web", web.endpoint.port, tls=wrong))
+        assert (await ask(port)).status == 502
+
+
+@on_both_loops
+async def test_who_does_not_read_holds_the_other_back():
+    sent = 0
+    stuck = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.transport.set_write_buffer_limits(0)
+        with contextlib.suppress(TimeoutError):
+            while sent < 64 * MIB:
+                writer.write(bytes(65536))
+                sent += 65536
+                async with asyncio.timeout(0.5):  # what nobody takes never ends by itself
+                    await writer.drain()
+        stuck.set()
+        while sent < 64 * MIB:
+            await writer.drain()
+            writer.write(bytes(65536))
+            sent += 65536
+        await writer.drain()
+        shutdown(writer)
+        await reader.read()
+
+    async with (
+        two_nodes() as nodes,
+        raw_backend(answer) as web,
+        connected(nodes.relay(web), limit=65536) as (reader, _),
+    ):
+        await stuck.wait()
+        assert sent < 48 * MIB  # the kernel's buffers of three connections and a little of ours
+        total = 0
+        while data := await reader.read(MIB):
+            total += len(data)
+        assert total == 64 * MIB
+
+
+@on_both_loops
+async def test_many_at_once_with_ends_by_chance():
+    """Every byte that arrives is the next one, however the connections end."""
+
+    async def client(port: int, seed: int) -> None:
+        chance = random.Random(seed)
+        data = chance.randbytes(chance.choice((1, 1000, 300_000, 900_000)))
+        end = chance.choice(("half close", "close", "reset"))
+        async with connected(port) as (reader, writer):
+
+            async def send() -> None:
+                position = 0
+                while position < len(data):
+                    step = chance.randrange(1, 100_000)
+                    writer.write(data[position : position + step])
+                    await writer.drain()
+                    position += step
+                if end == "half close":
+                    shutdown(writer)
+
+            sending = asyncio.ensure_future(send())
+            if end == "half close":
+                assert await reader.read(-1) == data
+                await sending
+                return
+            position, enough = 0, chance.randrange(len(data))
+            while position < enough and (piece := await reader.read(65536)):
+                assert data[position : position + len(piece)] == piece
+                position += len(piece)
+            sending.cancel()
+            if end == "reset":
+                reset(writer)
+
+    async with two_nodes() as nodes, raw_backend(echo) as web:
+        port = nodes.relay(web)
+        await asyncio.gather(*(client(port, seed) for seed in range(40)))
+        while nodes.a.proxy._admission.total or nodes.b.proxy._admission.total:
+            await asyncio.sleep(0)

@@ -183,6 +183,8 @@ class Agent:
                     spawn(self._node.rollout.connect(number, pid, sock), name="config channel")
                 case Bound():
                     self._node.bound_changed(message)
+                case Handles() if self._node.datapath is not None:
+                    self._node.datapath.handles_taken()
                 case _:
                     _log.error("control message %s is not for an agent", type(message).__name__)
             for fd in fds:

@@ -38,6 +38,8 @@ _RETRY_S = 1.0
 _MAX_RETRY_S = 60.0
 # A kernel whose redirects have failed their checks this often is one that cannot do them.
 _REDIRECT_TESTS = 6
+# Workers take descriptors at once; one that does not must not hold up the others.
+_TAKE_S = 3.0
 _NOT_YET = "not all workers have their first configuration yet"
 # Between two looks at whether the sockets of other versions have closed.
 _TIDY_S = 30.0
@@ -90,6 +92,7 @@ class Datapath:
         self._lock: int | None = None
         self._synced = False
         self._maps: _Maps | None = None
+        self._taken = asyncio.Event()
         self._again = asyncio.Event()
 
     async def run(self) -> None:
@@ -132,6 +135,7 @@ class Datapath:
                 # Maps that were there before are kept as they should be in any case.
                 self._open()
             self._give_handles()
+            await self._until_taken()
         except (DatapathError, OSError) as error:
             self._break(error)
         else:
@@ -175,10 +179,25 @@ class Datapath:
 
     def _give_handles(self) -> None:
         """To the proxies: before the programs are attached, and they may be in need of them."""
+        self._taken.clear()
         handles = descriptors(self.pins)
         self._hand_over(handles)
         for fd in handles.values():
             os.close(fd)
+
+    def handles_taken(self) -> None:
+        """All proxies have the descriptors."""
+        self._taken.set()
+
+    async def _until_taken(self) -> None:
+        try:
+            await asyncio.wait_for(self._taken.wait(), _TAKE_S)
+        except TimeoutError:
+            _log.error(
+                "not all workers have taken the data path's descriptors after %g s: going on "
+                "without them",
+                _TAKE_S,
+            )
 
     @property
     def opened(self) -> bool:
@@ -256,6 +275,7 @@ class Datapath:
                 return
             versions.stop_redirects(self.pins, pins.other_versions(self.pins))
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
+            versions.take_over_flows(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
         except (DatapathError, OSError) as error:
             self._break(error)

@@ -98,8 +98,10 @@ class RunDir:
             raise RunDirError(f"cannot write {self.lock_file}: {error.strerror}") from None
         return fd
 
-    def fresh_metrics(self, user: str) -> None:
-        """An empty metrics directory that `user` (whom the workers become) may write."""
+    def freshen(self, user: str) -> None:
+        """Nothing of an earlier gateway's that is of no use any more; and an empty metrics
+        directory that `user` (whom the workers become) may write."""
+        self.api_socket.unlink(missing_ok=True)
         shutil.rmtree(self.metrics, ignore_errors=True)
         self.metrics.mkdir(mode=0o700)
         if os.geteuid() == 0:

@@ -16,8 +16,11 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from bpf.attach import adopt
+from bpf.errors import DatapathError
 from bpf.proxy import descriptors
 from l7proxy.tasks import spawn
 from mesh.agent import ports
@@ -57,6 +60,7 @@ class Supervisor:
         # Of the eBPF data path, for workers: names and descriptors. What an earlier Weft left in
         # force sends to proxies, and enrols their sockets, from the start.
         self._handles = _left_handles(args)
+        self._holders: set[int] = set()
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = _RETRY_S
         self._stop = asyncio.Event()
@@ -86,8 +90,8 @@ class Supervisor:
             env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": "."},
             directory=self._run_dir.metrics,
             started=lambda: self._worker_started(number),
-            ended=self._run_dir.forget_worker,
-            message=lambda message, fds: _discard(fds),
+            ended=lambda pid: self._worker_ended(number, pid),
+            message=lambda message, fds: self._from_worker(number, message, fds),
         )
 
     async def run(self) -> int:
@@ -96,7 +100,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self._run_dir.fresh_metrics(_WORKER_USER)
+        self._run_dir.freshen(_WORKER_USER)
         self._agent.start()
         for worker in self._workers.values():
             worker.start()
@@ -121,6 +125,23 @@ class Supervisor:
             message, fds = self._handles
             self._workers[number].send(message, tuple(fds))
         self._connect(number)
+
+    def _worker_ended(self, number: int, pid: int) -> None:
+        self._run_dir.forget_worker(pid)
+        self._holders.discard(number)
+        self._tell_held()
+
+    def _from_worker(self, number: int, message: Control, fds: list[int]) -> None:
+        _discard(fds)
+        if self._handles is not None and message == self._handles[0]:
+            self._holders.add(number)
+            self._tell_held()
+
+    def _tell_held(self) -> None:
+        """The agent, once all workers that are there have the descriptors."""
+        there = {number for number, worker in self._workers.items() if worker.pid is not None}
+        if self._handles is not None and there <= self._holders:
+            self._agent.send(self._handles[0])
 
     def _connect(self, number: int) -> None:
         """A new config channel between the agent and a worker, if both are there."""
@@ -149,10 +170,12 @@ class Supervisor:
 
     def _keep(self, message: Handles, fds: list[int]) -> None:
         before, self._handles = self._handles, (message, fds)
+        self._holders.clear()
         if before is not None:
             _discard(before[1])
         for worker in self._workers.values():
             worker.send(message, tuple(fds))
+        self._tell_held()
 
     # --- ports -----------------------------------------------------------------------------------
 
@@ -220,6 +243,7 @@ class Supervisor:
         for child in (*self._workers.values(), self._agent):
             child.kill(signal.SIGKILL)
             await child.gone.wait()
+        self._run_dir.api_socket.unlink(missing_ok=True)
         _log.info("ended")
         return 0 if drained else 1
 
@@ -270,21 +294,34 @@ def proxy_cgroup(args: argparse.Namespace) -> Path:
     return given or args.steer.with_name(f"{args.steer.name}.proxy")
 
 
-def join_cgroup(path: Path) -> None:
-    """Before any other process or socket is made: they inherit it. Where that is not possible the
-    agent, which is to attach programs to it, says why."""
+@contextlib.contextmanager
+def in_cgroup(path: Path, *, ours: bool) -> Iterator[None]:
+    """In it before any other process or socket is made: they inherit it. `ours`: gone at the end,
+    unless somebody else is in it. Where it cannot be made the agent, which is to attach programs to
+    it, says why."""
+    before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     with contextlib.suppress(OSError):
         if (path.parent / "cgroup.procs").exists():
             path.mkdir(exist_ok=True)
             (path / "cgroup.procs").write_text("0")
+    yield
+    root = path
+    while (root.parent / "cgroup.procs").exists():
+        root = root.parent
+    with contextlib.suppress(OSError):
+        (root / before / "cgroup.procs").write_text("0")
+        if ours:
+            path.rmdir()
 
 
 def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
     if args.steer is None:
         return None
+    pins = args.pins or RunDir(args.run_dir).pins
     try:
-        found = descriptors(args.pins or RunDir(args.run_dir).pins)
-    except OSError:
+        adopt(pins, proxy_cgroup(args))
+        found = descriptors(pins)
+    except (DatapathError, OSError):
         return None
     return (Handles(tuple(found)), list(found.values())) if found else None
 
@@ -293,8 +330,14 @@ def main() -> int:
     args, agent_arguments = parser().parse_known_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
     name_process("weft")
-    if args.steer is not None:
-        join_cgroup(proxy_cgroup(args))
+    if args.steer is None:
+        return _up(args, agent_arguments)
+    cgroup = proxy_cgroup(args)
+    with in_cgroup(cgroup, ours=args.proxy_cgroup is None or not cgroup.exists()):
+        return _up(args, agent_arguments)
+
+
+def _up(args: argparse.Namespace, agent_arguments: list[str]) -> int:
     run_dir = RunDir(args.run_dir)
     about = {"started": time.time(), "workers": args.workers, "agent": agent_arguments}
     try:

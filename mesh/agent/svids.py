@@ -180,7 +180,8 @@ class Svids:
         have, failures = "", 0
         while True:
             try:
-                answer = await self._client.bundle(have)
+                # After a failure without waiting for news: whether it answers is news.
+                answer = await self._client.bundle("" if failures else have)
                 bundles = _bundles(answer.bundles)
             except (NoAnswer, BadBundle) as error:
                 self._unreachable = str(error)

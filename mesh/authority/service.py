@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from certs.authority import Authority
+from certs.authority import Authority, Described
 from certs.bundle import Bundle
 from certs.errors import AuthorityError, IssueRefused
 from certs.state import Signer
@@ -226,7 +226,7 @@ class Service:
             {
                 "trustDomain": self._authority.trust_domain,
                 "version": self._authority.version,
-                "certificates": [one._asdict() for one in self._authority.describe()],
+                "certificates": [_plain(one) for one in self._authority.describe()],
                 "federated": sorted(self._federated),
                 "nodes": nodes,
                 "issued": dict(self.issued),
@@ -253,6 +253,12 @@ class Service:
         self._look_again()
         self._tend.set()
         return await self._state(request)
+
+
+def _plain(one: Described) -> dict[str, Any]:
+    plain = one._asdict()
+    plain["notBefore"], plain["notAfter"] = plain.pop("not_before"), plain.pop("not_after")
+    return plain
 
 
 @web.middleware

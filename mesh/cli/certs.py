@@ -202,7 +202,7 @@ def _show_authority(state: Mapping[str, Any]) -> None:
                 if one["until"]
                 else one["state"],
                 one["subject"],
-                say_duration(one["not_after"] - now),
+                say_duration(one["notAfter"] - now),
             ]
             for one in state["certificates"]
         ],

@@ -14,7 +14,6 @@ from mesh.cli.client import CliError, UsageError, ask
 from mesh.cli.output import dump, note, table
 
 if TYPE_CHECKING:
-    from mesh.lab.plan import Plan
     from mesh.lab.status import LabStatus
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,9 +92,12 @@ def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
         f"lab {plan.name} is up: {len(plan.nodes)} nodes, {len(plan.pods)} pods, "
         f"{len(plan.services)} services in {time.monotonic() - start:.1f} s"
     )
-    for node, why in _not_steered(plan, run_dir).items():
+    for node, why in _not_steered(status, run_dir).items():
         note(f"! node {node} is not steered: {why}")
     if not status.healthy:
+        for node, weft in status.weft.items():
+            if weft == "Ended":
+                note(f"! Weft of node {node} does not run: see 'weft lab logs node/{node}'")
         for pod in status.pods.values():
             if not pod.well:
                 note(f"! {pod.key} is not ready ({_state(pod)}): see 'weft lab logs {pod.key}'")
@@ -129,7 +131,7 @@ def status(name: str | None, output: str, run_dir: Path) -> None:
     from mesh.lab.status import status as look
 
     found = look(run_dir, name)
-    not_steered = _not_steered(found.plan, run_dir)
+    not_steered = _not_steered(found, run_dir)
     if output == "table":
         _show(found, not_steered)
     else:
@@ -145,8 +147,9 @@ def stop(pod: str, name: str | None, run_dir: Path) -> None:
     """Stop a pod as a cluster does; its endpoints are terminating, then gone.
 
     Its process gets SIGTERM and five seconds. The pod keeps its addresses for 'weft lab start'.
+    node/NAME: end the node's Weft in good order; else it is started again whenever it ends.
 
-    Exit codes: 0 stopped, 1 no such lab or pod, 2 wrong usage.
+    Exit codes: 0 stopped, 1 no such lab, pod or node, 2 wrong usage.
     """
     from mesh.lab.use import stop as end
 
@@ -158,7 +161,7 @@ def stop(pod: str, name: str | None, run_dir: Path) -> None:
 @_name_option
 @_run_dir_option
 def start(pod: str, name: str | None, run_dir: Path) -> None:
-    """Start a pod that was stopped or has ended, and wait until it is ready.
+    """Start a pod that was stopped or has ended, and wait until it is ready; node/NAME: its Weft.
 
     Exit codes: 0 it is ready, 1 it is not, it runs already or does not exist, 2 wrong usage.
     """
@@ -216,19 +219,21 @@ def _state(pod: Any) -> str:
     return f"Failed: {pod.message}" if pod.phase == "Failed" else str(pod.phase)
 
 
-def _not_steered(plan: Plan, run_dir: Path) -> dict[str, str]:
-    """The nodes whose Weft has not put its eBPF data path in force, and why."""
+def _not_steered(status: LabStatus, run_dir: Path) -> dict[str, str]:
+    """The nodes whose Weft runs and has not put its eBPF data path in force, and why."""
     from mesh.lab.state import LabDir
 
-    lab = LabDir(run_dir, plan.name)
+    lab = LabDir(run_dir, status.plan.name)
     found = {}
-    for node in plan.nodes:
+    for node, weft in status.weft.items():
+        if weft != "Running":
+            continue
         try:
-            why = ask(lab.weft(node.name).path, "/status")["notSteered"]
+            why = ask(lab.weft(node).path, "/status")["notSteered"]
         except CliError as error:
             why = error.message
         if why is not None:
-            found[node.name] = why
+            found[node] = why
     return found
 
 
@@ -241,6 +246,7 @@ def _plain(status: LabStatus, not_steered: dict[str, str]) -> dict[str, Any]:
     plain["authority"] = {"running": status.authority}
     for node in plain["nodes"]:
         node["running"] = status.supervisors[node["name"]]
+        node["weft"] = status.weft[node["name"]]
         node["notSteered"] = not_steered.get(node["name"])
     for pod in plain["pods"]:
         pod["status"] = msgspec.to_builtins(status.pods[f"{pod['namespace']}/{pod['name']}"])
@@ -254,13 +260,14 @@ def _show(status: LabStatus, not_steered: dict[str, str]) -> None:
     click.echo(f"the authority of {plan.trust_domain} {authority}")
     click.echo()
     table(
-        ["NODE", "ADDRESSES", "PODS", "RUNNING", "STEERED"],
+        ["NODE", "ADDRESSES", "PODS", "RUNNING", "WEFT", "STEERED"],
         [
             [
                 node.name,
                 ",".join(node.addresses),
                 ",".join(node.pod_ranges),
                 str(status.supervisors[node.name]),
+                status.weft[node.name],
                 str(node.name not in not_steered),
             ]
             for node in plan.nodes

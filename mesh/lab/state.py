@@ -70,9 +70,10 @@ class PodStatus(Model, frozen=True, kw_only=True):
 
 
 class NodeStatus(Model, frozen=True, kw_only=True):
-    """`pid` is the supervisor's."""
+    """`pid` is the supervisor's; `weft_stopped`: the node's Weft has ended on order."""
 
     pid: int
+    weft_stopped: bool = False
     pods: tuple[PodStatus, ...]
 
 

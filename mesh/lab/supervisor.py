@@ -1,5 +1,5 @@
-"""The supervisor of a node: starts its Weft, adds its pods to the network, runs their commands,
-says how they are.
+"""The supervisor of a node: keeps its Weft running, adds its pods to the network, runs their
+commands, says how they are.
 
 What systemd and the kubelet are in a cluster, and the node's DNS server as well. One process for
 each node, in the node's network namespace, started by `weft lab up` and ended with the lab:
@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import datetime
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from l7proxy.tasks import spawn
 from mesh.lab import cni
 from mesh.lab.cgroups import remove_tree
 from mesh.lab.dns import Names, serve
@@ -34,11 +34,14 @@ from mesh.lab.kernel import CLONE_NEWNET, create_netns, join, remove_netns
 from mesh.lab.manifests import endpoint_slices, pods, to_yaml
 from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan, PodPlan, ServicePlan
 from mesh.lab.state import LabDir, NodeStatus, PodStatus
+from mesh.lab.weft import NodeWeft
 
 IFNAME = "eth0"
-# What a pod gets to end by itself, and to become ready when it is started again.
+# What a pod gets to end by itself, and pod and Weft to become ready when they are started again.
 GRACE_S = 5.0
 START_S = 30.0
+# What Weft gets to end: more than it gives its connections.
+DRAIN_S = 40.0
 # Between two looks at the ports of a pod that is starting.
 _LOOK_S = 0.05
 # States of sockets that others can reach, in /proc/net (include/net/tcp_states.h): TCP_LISTEN, and
@@ -60,43 +63,13 @@ class Supervisor:
         self._publishing = False
         self._ordered = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._weft = NodeWeft(lab, plan, node, self._weft_changed)
 
     def start_weft(self) -> None:
         """Start the node's Weft and wait until it is ready, so that pods are known and steered
         from their first connection."""
         self._publish()
-        run_dir = self._lab.weft(self._node.name).path
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
-            open(self._lab.weft_log(self._node.name), "ab") as log,
-        ):
-            # An abstract address of the kernel's choice; it is one of the node's namespace.
-            ready.bind("")
-            ready.settimeout(START_S)
-            address = "@" + ready.getsockname()[1:].decode()
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "mesh.agent.supervisor", "--workers=1"),
-                    f"--manifests={self._lab.manifests}",
-                    f"--run-dir={run_dir}",
-                    # Gateways are reached at the node's addresses; so are the mesh's own ports.
-                    "--bind-address=::",
-                    f"--node={self._node.name}",
-                    f"--authority={self._lab.authority_socket(self._node.name)}",
-                    f"--trust-domain={self._plan.trust_domain}",
-                    *(f"--mesh-address={address}" for address in self._node.addresses),
-                    f"--steer={self._node.cgroup}",
-                    f"--proxy-cgroup={self._node.proxy_cgroup}",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "NOTIFY_SOCKET": address},
-            )
-            try:
-                ready.recv(64)
-            except TimeoutError:
-                print(f"Weft was not ready after {START_S:.0f} s", file=sys.stderr)
+        self._weft.start()
 
     def add_pods(self) -> None:
         """Everything that pods need before their processes start. Outside any event loop: pyroute2
@@ -112,6 +85,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         server = await serve(Names(self._plan, self._ready_pods), DNS_ADDRESS)
         await asyncio.start_unix_server(self._take_order, self._lab.orders(self._node.name))
+        keeping = spawn(self._weft.keep(), name="weft")
         async with self._ordered:
             for pod in self._pods.values():
                 if self._status[pod.key].phase == "Failed":
@@ -122,20 +96,44 @@ class Supervisor:
                     self._set(pod.key, phase="Failed", message=str(error))
                 await asyncio.sleep(0)  # pods that already run are looked at meanwhile
             self._publish()
-        await server.serve_forever()
+        await asyncio.gather(server.serve_forever(), keeping)
 
     async def _take_order(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One line, "stop KEY" or "start KEY"; the answer is what went wrong, or nothing."""
+        """One line, "stop KEY" or "start KEY", KEY being a pod's, or this node's for its Weft; the
+        answer is what went wrong, or nothing."""
         order, key = (await reader.readline()).decode().split()
         answer = ""
         async with self._ordered:
             try:
-                await (self._stop if order == "stop" else self._start_again)(self._pods[key])
+                if key == self._node.key:
+                    await (self._stop_weft if order == "stop" else self._start_weft_again)()
+                else:
+                    await (self._stop if order == "stop" else self._start_again)(self._pods[key])
             except (LabError, cni.CniError, OSError, subprocess.SubprocessError) as error:
                 answer = str(error)
         writer.write(answer.encode())
         writer.close()
         await writer.wait_closed()
+
+    async def _stop_weft(self) -> None:
+        self._weft.want(False)
+        await self._until(lambda: self._weft.stopped, DRAIN_S)
+        if not self._weft.stopped:
+            raise LabError(f"Weft of {self._node.key} still drains its connections")
+
+    async def _start_weft_again(self) -> None:
+        if self._weft.running:
+            raise LabError(f"Weft of {self._node.key} is running: stop it first")
+        self._weft.want(True)
+        await self._until(lambda: self._weft.ready, START_S)
+        if not self._weft.ready:
+            raise LabError(
+                f"Weft of {self._node.key} is not ready: see {self._lab.weft_log(self._node.name)}"
+            )
+
+    def _weft_changed(self) -> None:
+        self._changed.set()
+        self._publish_soon()
 
     async def _stop(self, pod: PodPlan) -> None:
         """No new connections first, then SIGTERM, then SIGKILL to all that is left, then the
@@ -253,6 +251,9 @@ class Supervisor:
     def _set(self, key: str, **changes: object) -> None:
         self._change(key, **changes)
         self._changed.set()
+        self._publish_soon()
+
+    def _publish_soon(self) -> None:
         if not self._publishing:
             self._publishing = True
             self._loop.call_soon(self._publish)
@@ -263,7 +264,9 @@ class Supervisor:
         for what, objects in (("pods", pods), ("endpoints", endpoint_slices)):
             file = self._lab.manifests / f"{what}.{self._node.name}.yaml"
             self._lab.write(file, to_yaml(objects(self._plan, self._node.name, self._status)))
-        status = NodeStatus(pid=os.getpid(), pods=tuple(self._status.values()))
+        status = NodeStatus(
+            pid=os.getpid(), weft_stopped=self._weft.stopped, pods=tuple(self._status.values())
+        )
         self._lab.write_node_status(self._node.name, status)
 
     def _ready_pods(self, service: ServicePlan) -> Iterator[Addresses]:

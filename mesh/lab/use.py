@@ -1,4 +1,5 @@
-"""Using a lab: running commands in it, finding its logs, stopping and starting its pods."""
+"""Using a lab: running commands in it, finding its logs, stopping and starting its pods
+and the Weft of its nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import NoReturn
 
 from mesh.lab.enter import enter_place, enter_pod, pod_env
 from mesh.lab.errors import LabError, NoSuchCommand, explained, require_root
-from mesh.lab.plan import NodePlan, PodPlan
+from mesh.lab.plan import NodePlan, OutsidePlan, PodPlan
 from mesh.lab.state import find_lab
 from mesh.lab.status import look
 
@@ -29,39 +30,43 @@ def log_file(run_dir: Path, name: str | None, pod: str) -> Path:
     raise LabError(f"{place.key} is no pod: only pods and nodes have logs")
 
 
-def stop(run_dir: Path, name: str | None, pod: str) -> str:
+def stop(run_dir: Path, name: str | None, where: str) -> str:
     """End a pod as a cluster does: its endpoints are terminating, it gets SIGTERM and a few
-    seconds, then its network and cgroup are removed. Its key; LabError: no such lab or pod."""
-    return _order(run_dir, name, "stop", pod)
+    seconds, then its network and cgroup are removed. Of a node, end its Weft in good order. Its
+    key; LabError: no such lab, pod or node."""
+    return _order(run_dir, name, "stop", where)
 
 
-def start(run_dir: Path, name: str | None, pod: str) -> str:
+def start(run_dir: Path, name: str | None, where: str) -> str:
     """Make a pod that was stopped or has ended again, with the addresses it had, and wait until it
-    is ready. Its key; LabError: no such lab or pod, or it runs, or does not become ready."""
-    return _order(run_dir, name, "start", pod)
+    is ready; of a node, its Weft. Its key; LabError: no such lab, pod or node, or it runs, or does
+    not become ready."""
+    return _order(run_dir, name, "start", where)
 
 
 def _order(run_dir: Path, name: str | None, order: str, where: str) -> str:
     require_root()
     lab = find_lab(run_dir, name)
     plan = lab.existing_plan()
-    pod = plan.place(where)
-    if not isinstance(pod, PodPlan):
-        raise LabError(f"{pod.key} is no pod: only pods are stopped and started")
+    place = plan.place(where)
+    if isinstance(place, OutsidePlan):
+        raise LabError(f"{place.key} is no pod: only pods and nodes are stopped and started")
+    node = place.node if isinstance(place, PodPlan) else place.name
     try:
         with socket.socket(socket.AF_UNIX) as supervisor:
             supervisor.settimeout(_ORDER_S)
-            supervisor.connect(str(lab.orders(pod.node)))
-            supervisor.sendall(f"{order} {pod.key}\n".encode())
+            supervisor.connect(str(lab.orders(node)))
+            supervisor.sendall(f"{order} {place.key}\n".encode())
             answer = b"".join(iter(lambda: supervisor.recv(4096), b"")).decode()
     except OSError as error:
         raise LabError(
-            f"the supervisor of node {pod.node} does not answer ({error}): see 'weft lab status'"
+            f"the supervisor of node {node} does not answer ({error}): see 'weft lab status'"
         ) from None
-    now = look(lab, plan).pods[pod.key]
-    if answer or not now.well:
-        raise LabError(answer or f"{pod.key} is not ready: see 'weft lab logs {pod.key}'")
-    return pod.key
+    if answer:
+        raise LabError(answer)
+    if isinstance(place, PodPlan) and not look(lab, plan).pods[place.key].well:
+        raise LabError(f"{place.key} is not ready: see 'weft lab logs {place.key}'")
+    return place.key
 
 
 def execute(run_dir: Path, name: str | None, where: str, command: tuple[str, ...]) -> NoReturn:

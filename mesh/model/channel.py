@@ -70,7 +70,8 @@ class Unlisten(msgspec.Struct, frozen=True, tag="unlisten"):
 class Handles(msgspec.Struct, frozen=True, tag="handles"):
     """Agent to supervisor, and supervisor to every worker: descriptors of what the eBPF data path
     has for proxies, in the order of `names` (bpf.proxy.descriptors). The supervisor keeps them for
-    workers to come; a later message replaces them."""
+    workers to come; a later message replaces them. The answer, without descriptors: all workers
+    have them; the worker has them."""
 
     names: tuple[str, ...]
 

@@ -33,8 +33,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +47,7 @@ from bpf.maps import counters
 from bpf.reasons import Reason
 from mesh.cli.client import CliError, ask
 from mesh.lab import lab as labs
+from mesh.lab import use
 from mesh.lab.enter import enter_place, enter_pod
 from mesh.lab.plan import NodePlan, Plan, PodPlan
 from mesh.lab.state import LabDir
@@ -156,8 +155,7 @@ def _change_weft(lab: LabDir, node: NodePlan, stack: contextlib.ExitStack) -> No
         raise BenchFailed(f"no Weft runs on node {node.name}:{_tail(lab.weft_log(node.name))}")
     pid = int(about["pid"])
     argv = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
-    os.kill(pid, signal.SIGTERM)
-    _until(lambda: run_dir.holder() is None, f"Weft on node {node.name} does not end")
+    use.stop(lab.run_dir, lab.name, node.key)
     if node.name == _PLAIN:
         pins.remove(run_dir.pins)
         return

@@ -18,7 +18,8 @@ from mesh.agent.rundir import RunDir
 from mesh.cli.client import CliError, ask
 
 PROJECT = Path(__file__).parent.parent.parent
-WAIT_S = 20
+# Generous: only a hang reaches it.
+WAIT_S = 60
 
 
 def free_port(address="127.0.0.1"):

@@ -15,10 +15,12 @@ from mesh.model.channel import (
     Channel,
     Drain,
     FrameReader,
+    Handles,
     Listen,
     Unlisten,
     encode_frame,
     receive_control,
+    send_control,
 )
 from mesh.model.nodeconfig import Ack, Delta
 
@@ -59,6 +61,8 @@ class StubWorker:
                 self.listeners[port] = socket.socket(fileno=fds[0])
             case Unlisten(port):
                 self.listeners.pop(port).close()
+            case Handles():
+                send_control(self.control, message)
             case Drain():
                 return False
         return True
