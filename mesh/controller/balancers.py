@@ -22,7 +22,7 @@ from mesh.model.gateway import Gateway, GatewayStatus, GatewayStatusAddress
 from mesh.model.meta import ObjectKey
 from mesh.model.references import GROUP
 from mesh.sources.kubernetes import KubernetesSource
-from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, ServerError
+from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, ServerError, object_path
 
 _log = logging.getLogger("weft.controller")
 
@@ -130,8 +130,7 @@ def service_name(gateway: str) -> str:
 
 
 def _path(version: str, plural: str, namespace: str, name: str) -> str:
-    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-    return f"{root}/namespaces/{namespace}/{plural}/{name}"
+    return object_path(version, plural, {"namespace": namespace, "name": name})
 
 
 def _objects(gateway: Gateway, nodes: tuple[str, ...]) -> list[tuple[str, Json]]:

@@ -18,7 +18,14 @@ from mesh.controller.render import render
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written
-from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
+from mesh.sources.kubernetes_client import (
+    APPLY,
+    MANAGER,
+    Backoff,
+    Client,
+    ServerError,
+    object_path,
+)
 
 _log = logging.getLogger("weft.controller")
 
@@ -37,10 +44,8 @@ class Place(NamedTuple):
 
 def place(kind: str, key: ObjectKey, version: str) -> Place:
     group, info = _INFO[kind]
-    root = f"/apis/{group}/{version}" if group else f"/api/{version}"
-    namespace = f"/namespaces/{key.namespace}" if info.namespaced else ""
     api_version = f"{group}/{version}" if group else version
-    return Place(api_version, f"{root}{namespace}/{info.plural}/{key.name}")
+    return Place(api_version, object_path(api_version, info.plural, key._asdict()))
 
 
 class Writer:

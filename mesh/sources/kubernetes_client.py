@@ -187,6 +187,14 @@ class Client:
         raise _refusal(response, data)
 
 
+def object_path(api_version: str, plural: str, metadata: Mapping[str, Any]) -> str:
+    """Where an object is on a server. `metadata`: name, and namespace or none."""
+    root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+    namespace = metadata.get("namespace")
+    where = f"/namespaces/{namespace}" if namespace else ""
+    return f"{root}{where}/{plural}/{metadata['name']}"
+
+
 def _in_cluster() -> bool:
     return "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ
 
