@@ -328,6 +328,53 @@ async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
     assert found["message"].startswith("Gateway/gw: ResolvedRefs is False: ")
 
 
+async def test_a_leader_that_is_killed_in_the_middle_of_writing(world):
+    """It hands nothing back; the next one waits until the Lease is stale, by its own clock, and
+    finishes what is unfinished. The clock in the Lease is an hour off."""
+    for obj in (gateway_class(), gateway(), *(route(f"r{n}") for n in range(150))):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    first, task = world.start("one")
+    first.election._lease_s, first.election._renew_s = 1.0, 0.7
+    first.election._retry_s = 0.1
+    await world.until(lambda: sum(1 for n in range(150) if _written(world, n)) > 20)
+    first.election.leading = False
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not all(_written(world, n) for n in range(150))
+    lease = world.server.get("coordination.k8s.io/leases", "weft-controller", NAMESPACE)
+    assert lease["spec"]["holderIdentity"] == "one"
+    world.server.change(lease, {"spec": {"renewTime": "2099-01-01T00:00:00.000000Z"}})
+    second, _ = world.start("two")
+    second.election._retry_s = 0.1
+    await world.until(lambda: all(_written(world, n) for n in range(150)))
+    assert all(len(world.status("httproutes", f"r{n}")["parents"]) == 1 for n in range(150))
+
+
+def _written(world, number):
+    return bool(world.status("httproutes", f"r{number}"))
+
+
+async def test_two_at_once_and_one_writes(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    first, _ = world.start("one")
+    await world.until(lambda: world.conditions("httproutes", "r"))
+    second, _ = world.start("two")
+    await world.until(lambda: second.writer.wanted and not second._held)
+    world.server.change(route("r"), {"spec": {"hostnames": ["a.example"]}})
+
+    def caught_up():
+        (parent,) = world.status("httproutes", "r")["parents"]
+        return parent["conditions"][0]["observedGeneration"] == 2
+
+    await world.until(caught_up)
+    assert first.election.leading
+    assert not second.election.leading
+    assert second.writer.writes == 0
+
+
 async def test_refused_writes_are_tried_again(world):
     world.server.faults.about = "/status"
     world.server.faults.refuse = 0.6
