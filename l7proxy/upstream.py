@@ -269,7 +269,7 @@ class Cluster:
         if member is None:
             raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
-        way = self._peers.way(caller, *member.target)
+        way = self._peers.way(caller, *member.target, pod=bool(member.endpoint.name))
         if not isinstance(way, NoWay):
             pool = self._pool(member, caller, way, certificate)
             if (stream := pool.take(caller.client)) is not None:
@@ -298,7 +298,10 @@ class Cluster:
                 member.load += 1
                 try:
                     way = await self._peers.settled_way(
-                        caller, *member.target, settings.connect_timeout_s
+                        caller,
+                        *member.target,
+                        settings.connect_timeout_s,
+                        pod=bool(member.endpoint.name),
                     )
                     if isinstance(way, NoWay):
                         raise ConnectFailed(member.id, way.reason, way.why)

@@ -195,7 +195,9 @@ def pod_world(parent: Path) -> Iterator[PodWorld]:
             _link(world)
         for name, (v4, v6) in {name: tuple(one.values()) for name, one in PODS.items()}.items():
             config = cni.CniConfig(
-                addresses=(v4, v6), node_addresses=(NODE[4], NODE[6]), pins=str(pin)
+                addresses=(v4, v6),
+                node_addresses=(NODE[4], NODE[6]),
+                datapath=cni.CniDatapath(pins=pin, records=parent / "pods"),
             )
             with world.inside("node"):
                 cni.add(name, str(names[name]), "eth0", config)
