@@ -94,6 +94,8 @@ class ClusterAuthority:
         self._authority = Authority(directory, self._trust_domain, self._lives, time.time())
         while True:
             self._wake.clear()
+            # What follows is signed under only once it is kept.
+            self.ready.clear()
             everywhere = self._authority.version if self._tag and self._have_it(self._tag) else 0
             due = self._authority.tick(time.time(), everywhere)
             await self._save(file)
@@ -111,7 +113,7 @@ class ClusterAuthority:
         return f"/api/v1/namespaces/{self._namespace}/secrets"
 
     async def _load(self, file: Path) -> None:
-        self._version, self._written = "", b""
+        self._version, self._written, self._tag = "", b"", ""
         try:
             found = await self._client.request("GET", f"{self._secrets}/{SECRET}")
         except ServerError as error:
