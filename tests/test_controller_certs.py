@@ -151,6 +151,9 @@ async def test_the_next_controller_has_the_same_root(world):
     assert before.chain_pem
     assert bundle.trust_domain == DOMAIN
     secret = world.server.get("/secrets", "weft-authority", NAMESPACE)
+    name = f"weft.dev:workload:{DOMAIN}"
+    mounted = world.server.get("certificates.k8s.io/clustertrustbundles", name, "")
+    assert mounted["spec"]["trustBundle"] == bundle.bundles[DOMAIN]
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     world.start("two", trust_domain=DOMAIN)
@@ -158,6 +161,13 @@ async def test_the_next_controller_has_the_same_root(world):
     assert after.chain_pem
     assert (await a.bundle("")).bundles == bundle.bundles
     assert world.server.get("/secrets", "weft-authority", NAMESPACE) == secret
+
+
+async def test_a_cluster_without_trust_bundles_for_pods(world):
+    world.server.registry.remove("certificates.k8s.io", "clustertrustbundles")
+    world.start(trust_domain=DOMAIN)
+    (answer,) = await (await world.agent("a")).sign([request("web")])
+    assert answer.chain_pem
 
 
 async def test_without_a_controller_there_is_no_answer_and_no_bundle(world, monkeypatch):

@@ -10,7 +10,17 @@ import pytest
 import yaml
 from apiserver.server import ApiServer
 from click.testing import CliRunner
-from kube_world import CRDS, GROUP, following, gateway, needs_crds, quick, route
+from kube_world import (
+    CRDS,
+    GROUP,
+    KUBECTL,
+    following,
+    gateway,
+    needs_crds,
+    needs_kubectl,
+    quick,
+    route,
+)
 
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
@@ -18,7 +28,6 @@ from mesh.install import manifests
 from mesh.install.cluster import path_of
 from tests.support.running import PROJECT, running
 from tests.test_controller import World
-from tests.test_kubernetes_end_to_end import _kubectl
 
 NAMESPACE = manifests.NAMESPACE
 
@@ -129,9 +138,9 @@ def test_deploy_is_what_install_applies():
     assert filled == sorted((one for one in printed if one["kind"] != "Namespace"), key=path_of)
 
 
-@pytest.mark.skipif(_kubectl() is None, reason="no kubectl")
+@needs_kubectl
 def test_the_kustomization_is_whole():
-    command = [_kubectl(), "kustomize", str(PROJECT / "deploy/manifests")]
+    command = [KUBECTL, "kustomize", str(PROJECT / "deploy/manifests")]
     built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = sorted(yaml.safe_load_all(built), key=path_of)
     assert found == sorted(manifests.objects(), key=path_of)

@@ -3,7 +3,6 @@ traffic, and back to its status; with the real kubectl where there is one."""
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from apiserver.server import ApiServer
-from kube_world import CRDS, GROUP, needs_crds
+from kube_world import CRDS, GROUP, KUBECTL, needs_crds, needs_kubectl
 
 from tests.support.running import PROJECT, free_port, gateway, route, running, service
 from tests.test_agent_end_to_end import WAIT_S, Client, backend, busy
@@ -116,19 +115,13 @@ async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
                     await client.more()
 
 
-def _kubectl():
-    """Debian's cloud SDK has several under names of their own."""
-    found = sorted(Path("/usr/lib/google-cloud-sdk/bin").glob("kubectl.1.*"))
-    return str(found[-1]) if found else shutil.which("kubectl")
-
-
-@pytest.mark.skipif(_kubectl() is None, reason="no kubectl")
+@needs_kubectl
 async def test_kubectl_gets_applies_and_deletes(server, tmp_path):
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
 
     async def kubectl(*arguments, text="", fails=False):
         process = await asyncio.create_subprocess_exec(
-            *(_kubectl(), f"--kubeconfig={kubeconfig}", f"--cache-dir={tmp_path}/cache"),
+            *(KUBECTL, f"--kubeconfig={kubeconfig}", f"--cache-dir={tmp_path}/cache"),
             *arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

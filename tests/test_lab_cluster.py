@@ -3,19 +3,17 @@
 import asyncio
 import subprocess
 
-import pytest
 from apiserver.server import ApiServer
-from kube_world import CRDS, GROUP, needs_crds
+from kube_world import CRDS, GROUP, KUBECTL, needs_crds, needs_kubectl
 from lab_world import lab_of, needs_root
 
 from tests.test_controller import World
-from tests.test_kubernetes_end_to_end import _kubectl
 from tests.test_lab_gateway import _ASK, _GATEWAY, _ROUTE, CONFIG
 
 pytestmark = [
     needs_root,
     needs_crds,
-    pytest.mark.skipif(_kubectl() is None, reason="no kubectl"),
+    needs_kubectl,
 ]
 
 
@@ -53,7 +51,7 @@ async def test_routes_applied_with_kubectl_take_effect_and_statuses_come_back(tm
 
 async def _apply(world, manifest):
     process = await asyncio.create_subprocess_exec(
-        *(_kubectl(), f"--kubeconfig={world.kubeconfig}", "apply", "-f", "-"),
+        *(KUBECTL, f"--kubeconfig={world.kubeconfig}", "apply", "-f", "-"),
         f"--cache-dir={world.kubeconfig.parent}/cache",
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

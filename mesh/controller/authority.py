@@ -25,7 +25,7 @@ from certs.authority import Authority, Issued, Lives
 from certs.errors import AuthorityError
 from certs.spiffe import SpiffeId
 from certs.wire import BundleAnswer
-from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME
+from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME, SIGNER
 from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
 
 _log = logging.getLogger("weft.controller")
@@ -164,8 +164,30 @@ class ClusterAuthority:
         path = f"/api/v1/namespaces/{self._namespace}/configmaps/{BUNDLE_NAME}"
         query = {"fieldManager": MANAGER, "force": "true"}
         await self._client.request("PATCH", path, query, body, content_type=APPLY)
+        await self._publish_for_pods(own.trust_domain, own.to_pem())
         self._tag = tag
         _log.info("trust bundle of %s: %d roots", own.trust_domain, own.to_pem().count("BEGIN"))
+
+    async def _publish_for_pods(self, trust_domain: str, pem: str) -> None:
+        """As a ClusterTrustBundle, which pods can mount, where the cluster has them."""
+        # Bundles of a signer begin with its name, a colon in place of the slash.
+        name = f"{SIGNER.replace('/', ':')}:{trust_domain}"
+        for version in ("v1", "v1beta1", "v1alpha1"):
+            body = {
+                "apiVersion": f"certificates.k8s.io/{version}",
+                "kind": "ClusterTrustBundle",
+                "metadata": {"name": name},
+                "spec": {"signerName": SIGNER, "trustBundle": pem},
+            }
+            path = f"/apis/certificates.k8s.io/{version}/clustertrustbundles/{name}"
+            query = {"fieldManager": MANAGER, "force": "true"}
+            try:
+                await self._client.request("PATCH", path, query, body, content_type=APPLY)
+            except ServerError as error:
+                if error.status == 404:
+                    continue
+                raise
+            return
 
 
 def _read(file: Path) -> bytes:

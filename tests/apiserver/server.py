@@ -169,6 +169,10 @@ class ApiServer:
             right = {"approval": "approve", "status": "sign"}[target.subresource]
             signer = self.objects.get(target)["spec"]["signerName"]
             self.auth.check(user, right, Target(SIGNERS, "v1", None, signer, ""))
+        if target.resource.kind == "ClusterTrustBundle" and verb in ("create", "update", "patch"):
+            # ClusterTrustBundles: admission asks whether this user may attest for the signer.
+            signer = ":".join(target.name.split(":")[:-1]).replace(":", "/")
+            self.auth.check(user, "attest", Target(SIGNERS, "v1", None, signer, ""))
         if verb == "get":
             return _shown(request, target, self.objects.get(target))
         if verb == "deletecollection":
