@@ -96,7 +96,9 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
 
 
 def _report(server):
-    lease = server.get("coordination.k8s.io/leases", f"weft-node.{socket.gethostname().lower()}", NAMESPACE)
+    lease = server.get(
+        "coordination.k8s.io/leases", f"weft-node.{socket.gethostname().lower()}", NAMESPACE
+    )
     return decode_report(lease["metadata"]["annotations"][ANNOTATION])
 
 
