@@ -44,11 +44,20 @@ def program_path(directory: Path, name: str, of: str | None = None) -> Path:
 
 
 def other_versions(directory: Path) -> list[str]:
-    """Versions of Weft that left maps: sockets may still be in them, programs still be attached."""
+    """Versions of Weft that left maps: sockets may still be in them, programs still be attached.
+    The newest first."""
     try:
-        return [path.name for path in (directory / "maps").iterdir() if path.name != version()]
+        found = [path for path in (directory / "maps").iterdir() if path.name != version()]
+        found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     except FileNotFoundError:
         return []
+    return [path.name for path in found]
+
+
+def is_attached(directory: Path, of: str) -> bool:
+    """Whether programs of a version that stay with it are."""
+    links = directory / "links" / of
+    return links.is_dir() and any(links.iterdir())
 
 
 def remove_version(directory: Path, of: str) -> None:

@@ -41,9 +41,16 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     cookie: int
 
 
-def is_loaded(directory: Path) -> bool:
-    """Whether the loader of this version has pinned the filter in this pin directory."""
-    return all(pins.program_path(directory, name).exists() for name in FILTERS)
+def loaded(directory: Path) -> str | None:
+    """The version whose filter is to be used: this one; until that is in force, the newest other
+    that is; None: there is none."""
+    found = [
+        version
+        for version in (pins.version(), *pins.other_versions(directory))
+        if all(pins.program_path(directory, name, version).exists() for name in FILTERS)
+    ]
+    in_force = [version for version in found if pins.is_attached(directory, version)]
+    return next(iter(in_force or found), None)
 
 
 def netns_cookie() -> int:
@@ -60,17 +67,18 @@ def add(directory: Path, records: Path, pod: Pod) -> bool:
         draft = records / f"{pod.interface}~"
         draft.write_bytes(msgspec.json.encode(pod))
         draft.rename(_record(records, pod.interface))
-        if not is_loaded(directory):
+        version = loaded(directory)
+        if version is None:
             return False
-        _know(directory, pod)
-        _attach(directory, pod)
+        _know(directory, pod, version)
+        _attach(directory, pod, version)
         return True
 
 
 def check(directory: Path, pod: Pod) -> str | None:
     """What is not as it is once the filter is attached, None: nothing. DatapathError: that cannot
     be told."""
-    with _maps(directory) as maps, _explained(pod, "look at the filter of"):
+    with _maps(directory, loaded(directory)) as maps, _explained(pod, "look at the filter of"):
         index = socket.if_nametoindex(pod.interface)
         for name in FILTERS:
             if _attached(directory, pod, name) != index:
@@ -95,8 +103,8 @@ def remove(directory: Path, records: Path, interface: str) -> None:
         except FileNotFoundError:
             return
         with _explained(pod, "remove the filter of"):
-            if is_loaded(directory):
-                with _maps(directory) as maps:
+            for version in (pins.version(), *pins.other_versions(directory)):
+                with contextlib.suppress(DatapathError), _maps(directory, version) as maps:
                     _forget(maps, pod)
             record.unlink()
 
@@ -116,25 +124,25 @@ def renew(directory: Path, records: Path) -> list[str]:
             for pod in pods:
                 try:
                     with _explained(pod, "attach the filter to"):
-                        step(directory, pod)
+                        step(directory, pod, pins.version())
                 except DatapathError as error:
                     problems.append(str(error))
     return problems
 
 
-def _know(directory: Path, pod: Pod) -> None:
+def _know(directory: Path, pod: Pod, of: str) -> None:
     index = socket.if_nametoindex(pod.interface)
-    with _maps(directory) as maps:
+    with _maps(directory, of) as maps:
         for address in pod.addresses:
             maps.interfaces.put(Address.of(address), Number(index))
         maps.namespaces.put(Number(pod.cookie), _packed(pod))
 
 
-def _attach(directory: Path, pod: Pod) -> None:
+def _attach(directory: Path, pod: Pod, of: str) -> None:
     index = socket.if_nametoindex(pod.interface)
     for name in FILTERS:
         path = pins.link_path(directory, _link(pod.interface, name))
-        with opened(open_program(directory, name)) as program:
+        with opened(open_program(directory, name, of)) as program:
             if path.exists():
                 with opened(syscall.pinned(str(path))) as link:
                     if syscall.tcx_link(link).interface == index:
@@ -168,17 +176,17 @@ def _locked(records: Path) -> Iterator[None]:
 
 
 class _Maps:
-    def __init__(self, directory: Path, stack: contextlib.ExitStack) -> None:
-        self.interfaces = PinnedMap(directory, "interfaces", Address, Number)
+    def __init__(self, directory: Path, of: str | None, stack: contextlib.ExitStack) -> None:
+        self.interfaces = PinnedMap(directory, "interfaces", Address, Number, of)
         stack.callback(self.interfaces.close)
-        self.namespaces = PinnedMap(directory, "namespaces", Number, Addresses)
+        self.namespaces = PinnedMap(directory, "namespaces", Number, Addresses, of)
         stack.callback(self.namespaces.close)
 
 
 @contextlib.contextmanager
-def _maps(directory: Path) -> Iterator[_Maps]:
+def _maps(directory: Path, of: str | None) -> Iterator[_Maps]:
     with contextlib.ExitStack() as stack:
-        yield _Maps(directory, stack)
+        yield _Maps(directory, of, stack)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,6 @@ class Attempts:
         self._record = record
         self._caller = caller
         self._certificate = certificate
-        self._loop = asyncio.get_running_loop()
 
     async def run(
         self, head: RequestHead, rule: CompiledRule, backend: CompiledBackend, prefer: str | None
@@ -102,7 +101,7 @@ class Attempts:
         self._record.endpoint = ""
         self._record.way = None
         timeout = rule.backend_timeout_s
-        limit = self._loop.time() + timeout if timeout is not None else None
+        limit = asyncio.get_running_loop().time() + timeout if timeout is not None else None
         attempt: Attempt | None = None
         try:
             async with until(limit):

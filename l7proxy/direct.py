@@ -30,16 +30,16 @@ class Direct:
         self._known: dict[SectionKey, tuple[RouteMatchResult, float]] = {}
         self._sweep: asyncio.TimerHandle | None = None
 
-    def to(self, destination: Destination, *, http2: bool) -> RouteMatchResult:
-        """The match of a request to it, which goes nowhere else. HTTP/2 clients get HTTP/2 with
-        prior knowledge there, as they had it without us."""
+    def to(self, destination: Destination, pod: str, *, http2: bool) -> RouteMatchResult:
+        """The match of a request to it, at the address of a pod of this name, which goes nowhere
+        else. HTTP/2 clients get HTTP/2 with prior knowledge there, as they had it without us."""
         key = f"direct/{'h2c' if http2 else 'http'}/{destination.address}|{destination.port}"
         known = self._known.pop(key, None)
         if known is not None:
             match = known[0]
         else:
             match = straight_to(key, LABEL)
-            endpoint = Endpoint(destination.address, destination.port)
+            endpoint = Endpoint(destination.address, destination.port, pod)
             section = ClusterSection((endpoint,), "h2c" if http2 else "http")
             self._clusters.put(key, section, label=LABEL)
             if len(self._known) >= _MOST:

@@ -83,7 +83,6 @@ class _Exchange:
         self._entry = entry
         self._stream = stream
         self._info = info
-        self._loop = asyncio.get_running_loop()
         self._body = RequestBody(stream)
         self._responded = False
         client = entry.arrive(stream.head, info, shared.settings)

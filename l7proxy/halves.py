@@ -16,7 +16,7 @@ def end_half(transport: asyncio.Transport) -> None:
         transport.half_close()
         return
     own = transport.get_extra_info("socket")
-    # Not by write_eof, which makes uvloop free a handle twice. uvloop's socket objects cannot be
-    # shut down; a duplicate of the descriptor can.
+    # Not by the transport's own way: uvloop frees a handle twice then. uvloop's socket objects
+    # cannot be shut down; a duplicate of the descriptor can.
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(own.fileno())) as duplicate:
         duplicate.shutdown(socket.SHUT_WR)

@@ -29,31 +29,31 @@ _CHUNK_LINE_BEGUN = re.compile(rb"(?:[0-9A-Fa-f]{1,15}(?:;[\t -~\x80-\xff]*)?)?\
 
 
 class ReceiveBuffer:
-    """Bytes received and not yet taken."""
+    """Bytes received and not yet taken; `left` is how many."""
 
-    __slots__ = ("data", "position", "searched")
+    __slots__ = ("data", "left", "position", "searched")
 
     def __init__(self) -> None:
         self.data = b""
+        self.left = 0
         self.position = 0
         self.searched = 0  # up to here the wanted line end is known not to be
 
-    def __len__(self) -> int:
-        return len(self.data) - self.position
-
     def put(self, data: bytes) -> None:
-        if self.position == len(self.data):
+        if not self.left:
             self.data = data
             self.searched = 0
         else:
             self.data = self.data[self.position :] + data
             self.searched = max(0, self.searched - self.position)
+        self.left += len(data)
         self.position = 0
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes, of which there must be as many."""
         end = self.position + count
         taken = self.data if count == len(self.data) else self.data[self.position : end]
+        self.left -= count
         self.position = end
         self.searched = end
         return taken
@@ -87,7 +87,7 @@ class LengthReader:
     def next(self, buffer: ReceiveBuffer) -> Data | EndOfMessage | None:
         if not self.left:
             return EndOfMessage()
-        count = min(self.left, len(buffer))
+        count = min(self.left, buffer.left)
         if not count:
             return None
         self.left -= count
@@ -100,7 +100,7 @@ class CloseReader:
     __slots__ = ()
 
     def next(self, buffer: ReceiveBuffer) -> Data | EndOfMessage | None:
-        return Data(buffer.take(len(buffer))) if len(buffer) else None
+        return Data(buffer.take(buffer.left)) if buffer.left else None
 
 
 class ChunkedReader:
@@ -124,7 +124,7 @@ class ChunkedReader:
 
     def _size(self, buffer: ReceiveBuffer) -> Data | EndOfMessage | None:
         length = buffer.find(b"\r\n")
-        if length < 0 and len(buffer) <= _MAX_CHUNK_LINE:
+        if length < 0 and buffer.left <= _MAX_CHUNK_LINE:
             if _CHUNK_LINE_BEGUN.fullmatch(buffer.peek()) is None:
                 raise self._broken()
             return None
@@ -141,7 +141,7 @@ class ChunkedReader:
         return self._step(buffer)
 
     def _data(self, buffer: ReceiveBuffer) -> Data | EndOfMessage | None:
-        count = min(self._left, len(buffer))
+        count = min(self._left, buffer.left)
         if not count:
             return None
         self._left -= count
@@ -164,7 +164,7 @@ class ChunkedReader:
             buffer.take(2)
             return EndOfMessage()
         length = buffer.find(b"\r\n\r\n")
-        if max(length, len(buffer) if length < 0 else 0) > self._settings.max_head_bytes:
+        if max(length, buffer.left if length < 0 else 0) > self._settings.max_head_bytes:
             raise ProtocolError(
                 431 if self._status == 400 else self._status,
                 "trailers_too_large",

@@ -78,7 +78,7 @@ class Http1Client(Link):
             return
         self.answered = True
         self.codec.receive(data)
-        self.hold_input(len(self.codec.buffer))
+        self.hold_input(self.codec.buffer.left)
         self.wake()
 
     def eof_received(self) -> bool | None:
@@ -102,7 +102,7 @@ class Http1Client(Link):
         if not reusable:
             self._closing = True
             self.abort()
-        elif self.closed or not self.codec.keep_alive or len(self.codec.buffer):
+        elif self.closed or not self.codec.keep_alive or self.codec.buffer.left:
             self._closing = True
             self.reset_on_close(False)
             self.close_now()
@@ -194,7 +194,7 @@ class _Stream:
                 event = None if connection.broken else codec.receive_eof()
                 if event is None:
                     break
-            connection.hold_input(len(codec.buffer))
+            connection.hold_input(codec.buffer.left)
             if event is not None:
                 return event
             await connection.more_input()

@@ -74,7 +74,7 @@ class ServerCodec:
     @property
     def between_requests(self) -> bool:
         """No byte of a next request has come."""
-        return self._head is None and not len(self.buffer)
+        return self._head is None and not self.buffer.left
 
     @property
     def ends_by_close(self) -> bool:
@@ -85,8 +85,8 @@ class ServerCodec:
     def cut_short(self) -> bool:
         """Whether, if nothing more came, the request is known not to be whole."""
         if isinstance(self._reader, LengthReader):
-            return self._reader.left > len(self.buffer)
-        return isinstance(self._reader, ChunkedReader) and not len(self.buffer)
+            return self._reader.left > self.buffer.left
+        return isinstance(self._reader, ChunkedReader) and not self.buffer.left
 
     def next_event(self) -> ServerEvent | None:
         """The next event, or None if more bytes, or `next_request`, are needed first."""
@@ -105,17 +105,17 @@ class ServerCodec:
         # RFC 9112 §2.2: one empty line before a request line, as old clients send after a body.
         if (
             not self._empty_line_skipped
-            and len(buffer) >= 2
+            and buffer.left >= 2
             and buffer.data.startswith(b"\r\n", buffer.position)
         ):
             self._empty_line_skipped = True
             buffer.take(2)
-        if not len(buffer):
+        if not buffer.left:
             return None
         searched = buffer.searched
         length = buffer.find(b"\r\n\r\n")
         limit = self._settings.max_head_bytes
-        if length > limit or (length < 0 and len(buffer) > limit):
+        if length > limit or (length < 0 and buffer.left > limit):
             if b"\r\n" in buffer.data[buffer.position : buffer.position + limit]:
                 raise ProtocolError(431, "head_too_large", f"a head larger than {limit} bytes")
             raise ProtocolError(414, "target_too_long", f"a request line over {limit} bytes")
@@ -294,7 +294,7 @@ class ClientCodec:
     def _next_head(self, request: RequestHead) -> ResponseHead | None:
         length = self.buffer.find(b"\r\n\r\n")
         limit = self._settings.max_head_bytes
-        if length > limit or (length < 0 and len(self.buffer) > limit):
+        if length > limit or (length < 0 and self.buffer.left > limit):
             raise ProtocolError(502, "head_too_large", f"a response head over {limit} bytes")
         if length < 0:
             begin = self.buffer.data[self.buffer.position : self.buffer.position + 7]

@@ -171,7 +171,8 @@ class Link(asyncio.Protocol):
 
     def hold_input(self, buffered: int) -> None:
         """Stop receiving while more than enough is buffered, and go on when it is not."""
-        self.hold(buffered > READ_AHEAD)
+        if (buffered > READ_AHEAD) is not self._read_paused:
+            self.hold(not self._read_paused)
 
     def hold(self, paused: bool) -> None:
         """Stop receiving, or go on."""

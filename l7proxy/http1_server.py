@@ -79,7 +79,7 @@ class Http1Server(Link):
                 self.wake()
             return
         self.codec.receive(data)
-        self.hold_input(len(self.codec.buffer))
+        self.hold_input(self.codec.buffer.left)
         self.wake()
 
     def eof_received(self) -> bool | None:
@@ -173,7 +173,7 @@ class Http1Server(Link):
             if not waiting and not self._head_started:
                 self._head_started = True
                 self.timer.set(self.settings.head_timeout_s)
-            self.hold_input(len(self.codec.buffer))
+            self.hold_input(self.codec.buffer.left)
             await self.more_input()
 
     async def _serve(self, head: RequestHead) -> bool:
@@ -287,7 +287,7 @@ class _Stream:
                 raise
             if isinstance(event, Data):
                 self._continue_due = False
-                connection.hold_input(len(codec.buffer))
+                connection.hold_input(codec.buffer.left)
                 return event.data
             if isinstance(event, EndOfMessage):
                 self.trailers = event.trailers
@@ -302,7 +302,7 @@ class _Stream:
 
     async def _wait(self) -> None:
         connection = self._connection
-        connection.hold_input(len(connection.codec.buffer))
+        connection.hold_input(connection.codec.buffer.left)
         if not self.tunnel:
             connection.timer.set(connection.settings.body_timeout_s)
         try:

@@ -91,10 +91,11 @@ class Mesh:
             raise Reply(421, "unknown_origin", "no workload was steered here")
         service = self._by_destination.get(steered.asked)
         if service is None:
-            if self._peers.at(steered.asked.address) is None:
+            pod = self._peers.at(steered.asked.address)
+            if pod is None:
                 # A Service once: connections from here are not steered, nothing would judge them.
                 raise Reply(503, "no_service", "no Service or pod has this address any more")
-            match = self._direct.to(steered.asked, http2=head.version == b"2")
+            match = self._direct.to(steered.asked, pod.name, http2=head.version == b"2")
             return Selection("", match, steered.asked)
         client = self._peers.at(info.peer[0])
         listener = service.listener

@@ -26,7 +26,7 @@ from mesh.model.nodeconfig import MtlsMode, NodeSection, Settings, WorkloadSecti
 from mesh.model.section import SectionKey, node_key, workload_key
 
 # What this node may be about to be told.
-_PASSING = frozenset(("svid_missing", "bundle_missing", "node_unknown"))
+_PASSING = frozenset(("svid_missing", "bundle_missing", "node_unknown", "workload_unknown"))
 
 
 class Caller(NamedTuple):
@@ -163,10 +163,14 @@ class Peers:
 
     # --- ways -------------------------------------------------------------------------------------
 
-    def way(self, caller: Caller, address: str, port: int) -> Way:
-        """How `caller` is connected to address and port."""
+    def way(self, caller: Caller, address: str, port: int, *, pod: bool = False) -> Way:
+        """How `caller` is connected to address and port. `pod`: somebody says that a pod is there,
+        so that it is not plain because the pod is not known (yet, or any more)."""
         destination = self.at(address)
         if destination is None:
+            # Pods in their host's network are no workloads.
+            if pod and self.has_authority and address not in self._node_at:
+                return NoWay("workload_unknown", f"{address} is a pod's that is not known here")
             return Direct()
         if destination.local or not destination.node:
             own = self._identity(caller)
@@ -174,17 +178,19 @@ class Peers:
             return Direct(destination, "local" if known else "none", own)
         return self._to_other_node(caller, destination, port)
 
-    async def settled_way(self, caller: Caller, address: str, port: int, patience_s: float) -> Way:
+    async def settled_way(
+        self, caller: Caller, address: str, port: int, patience_s: float, *, pod: bool
+    ) -> Way:
         """`way`; what this node may be about to be told is waited for. That there is none is
         counted."""
-        way = self.way(caller, address, port)
+        way = self.way(caller, address, port, pod=pod)
         if not isinstance(way, NoWay):
             return way
         try:
             async with asyncio.timeout(patience_s):
                 while isinstance(way, NoWay) and way.reason in _PASSING:
                     await self.change()
-                    way = self.way(caller, address, port)
+                    way = self.way(caller, address, port, pod=pod)
         except TimeoutError:
             pass
         if isinstance(way, NoWay):

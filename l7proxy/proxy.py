@@ -107,8 +107,8 @@ class Proxy:
         self._kernel = Kernel()
         self._credentials = Credentials()
         self._peers = Peers(self._credentials, self._state.settings)
-        self._tunnels = Tunnels(self._credentials)
-        self._digger = Digger(self._peers, self._tunnels)
+        self.tunnels = Tunnels(self._credentials)
+        self._digger = Digger(self._peers, self.tunnels)
         self._clusters = Clusters(self._state.settings, self._kernel, self._digger)
         self._admission = Admission()
         self._admission.idle.set()
@@ -159,7 +159,7 @@ class Proxy:
         for bind in stale_tls:
             self._reload_tls(bind)
         self._peers.told()
-        self._tunnels.changed((*delta.put, *gone))
+        self.tunnels.changed((*delta.put, *gone))
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -277,7 +277,7 @@ class Proxy:
                 flows=self._exchanges.flows,
                 kernel=self._kernel,
                 peers=self._peers,
-                tunnels=self._tunnels,
+                tunnels=self.tunnels,
             )
         if kind == "relay":
             return RelayAcceptor(

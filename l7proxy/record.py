@@ -104,6 +104,7 @@ class Record:
         if not log.wanted:
             return
         way = self.way
+        own, other = identities(way)
         agent = next((value for name, value in self.head.headers if name == b"user-agent"), b"")
         log.write(
             AccessLogEntry(
@@ -125,8 +126,8 @@ class Record:
                 backend=self.backend,
                 endpoint=self.endpoint,
                 encryption=way.encryption if way is not None else "none",
-                client_identity=identities(way)[0],
-                endpoint_identity=identities(way)[1],
+                client_identity=own,
+                endpoint_identity=other,
                 attempts=self.attempts,
                 user_agent=cut(agent, MAX_NAME),
                 reason=self.reason,

@@ -75,7 +75,8 @@ class RelayAcceptor(Acceptor):
         """To the backend; None: it may not be connected to. DialFailed."""
         timeout_s = client.settings.connect_timeout_s
         caller = Caller(client.address[0])
-        way = await self._peers.settled_way(caller, *backend, timeout_s)
+        # The kernel sends nobody here but for pods of other nodes.
+        way = await self._peers.settled_way(caller, *backend, timeout_s, pod=True)
         if isinstance(way, NoWay):
             relay.failed("DROPPED", way.reason)
             return None

@@ -28,6 +28,7 @@ from l7proxy.tunnel_wire import Answer, Preface, WireError
 from l7proxy.tunnels import Pair, Tunnel, Tunnels
 from mesh.model.flow import Peer
 from mesh.model.nodeconfig import Settings, WorkloadSection
+from mesh.model.section import node_key
 
 # What this node may be about to be told: the sender's node may have heard of a pod first.
 _PASSING = frozenset(("node_unknown", "pod_unknown", "pod_node", "target_unknown"))
@@ -59,12 +60,17 @@ class TunnelAcceptor(Acceptor):
         self.flows = flows
         self._kernel = kernel
         self._peers = peers
-        self._tunnels = tunnels
+        self.tunnels = tunnels
 
     async def begin(self, sock: socket.socket, client: Client) -> None:
         local = plain(sock.getsockname())
         stream = TLSStream(self._peers.credentials.server(), server_side=True)
         incoming = _Incoming(self, stream, client, local)
+        if self._peers.at(client.address[0]) is not None:
+            # No proxy's, so it need not cost a handshake.
+            sock.close()
+            incoming.refuse("pod_address")
+            return
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: stream, sock)
             await incoming.run()
@@ -111,10 +117,6 @@ class TunnelAcceptor(Acceptor):
         keep_alive(backend.sock)
         return backend.sock
 
-    def prove(self, pair: Pair, peer: VerifiedPeer) -> None:
-        """Both ends of what is open between them have proved who they are once more."""
-        self._tunnels.proven(pair, peer, self._peers.credentials.until(pair.destination))
-
     def watch(
         self,
         incoming: _Incoming,
@@ -125,6 +127,9 @@ class TunnelAcceptor(Acceptor):
         destination: WorkloadSection,
     ) -> None:
         """Cut it off when it would not be let in any more."""
+
+        node = self._peers.node_at(address)
+        assert node is not None  # it was let in
 
         def still() -> str | None:
             try:
@@ -140,11 +145,11 @@ class TunnelAcceptor(Acceptor):
             own,
             peer,
             self._peers.credentials.until(own),
-            keys_of(source, destination),
+            (*keys_of(source, destination), node_key(node.name)),
             still,
         )
         tunnel.cut = incoming.revoke
-        self._tunnels.add(tunnel)
+        self.tunnels.add(tunnel)
 
     def cut_off(self) -> None:
         for connection in tuple(self.open):
@@ -179,7 +184,7 @@ class _Incoming(Relay):
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
             if preface.kind == "proof":
-                port.prove(Pair(source, own, client.address[0]), peer)
+                port.tunnels.prove(Pair(source, own, client.address[0]), peer)
                 self.answer_proof()
                 return
             self._client = port.count_for(source, client)

@@ -22,6 +22,7 @@ from l7proxy.dial import DialFailed
 from l7proxy.peers import Source
 from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
+from mesh.model.channel import Proof
 from mesh.model.section import SectionKey, bundle_key, svid_key
 
 Direction: TypeAlias = Literal["out", "in"]
@@ -102,6 +103,8 @@ class Tunnels:
         self._credentials = credentials
         self._by_key: dict[SectionKey | Pair, set[Tunnel]] = {}
         self._proving: set[Pair] = set()
+        # Proofs come to one of the node's workers; this tells the others.
+        self.announce: Callable[[Proof], None] = lambda _: None
 
     def add(self, tunnel: Tunnel) -> None:
         """Until its stream is lost."""
@@ -160,6 +163,33 @@ class Tunnels:
         for tunnel in self._by_key.get(pair, ()):
             tunnel.peer = peer
             tunnel.shown_until = shown_until
+
+    def prove(self, pair: Pair, peer: Peer) -> None:
+        """The end that made tunnels of this pair has proved to this worker who it is."""
+        self.proven(pair, peer, self._credentials.until(pair.destination))
+        source = pair.source
+        self.announce(
+            Proof(
+                source.name,
+                source.gateway,
+                source.spiffe_id,
+                pair.destination,
+                pair.node,
+                peer.chain,
+            )
+        )
+
+    def hear(self, proof: Proof) -> None:
+        """Another worker was shown it."""
+        source = Source(proof.source, proof.source_id, proof.gateway)
+        pair = Pair(source, proof.destination_id, proof.node)
+        if pair in self._by_key:
+            try:
+                peer = self._credentials.judge(proof.chain)
+            except NotTrusted:
+                return  # roots have changed on the way
+            if peer.spiffe_id == proof.source_id:
+                self.proven(pair, peer, self._credentials.until(pair.destination))
 
     def _wake_at_end(self, tunnel: Tunnel) -> None:
         tunnel.call_later(max(0.0, tunnel.until - time.time()), self._ended, tunnel)

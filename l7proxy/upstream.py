@@ -198,6 +198,8 @@ class Cluster:
         self._kernel = kernel or Kernel()
         self._digger = digger or Digger.alone(settings())
         self._peers = self._digger.peers
+        # Asking for it costs a system call (Python before 3.12).
+        self._loop = asyncio.get_running_loop()
         self._pending = Shares(section.max_pending)
         self._balancer = Balancer()
         self._pools: set[Pool] = set()
@@ -244,7 +246,7 @@ class Cluster:
         )
 
     def count_failure(self, member: Member) -> None:
-        self._balancer.failed(member, asyncio.get_running_loop().time(), self._settings())
+        self._balancer.failed(member, self._loop.time(), self._settings())
 
     # --- leases -----------------------------------------------------------------------------------
 
@@ -264,12 +266,12 @@ class Cluster:
         last one).
         """
         settings = self._settings()
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         member = self._balancer.pick(now, settings, avoid=avoid, prefer=prefer)
         if member is None:
             raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
-        way = self._peers.way(caller, *member.target)
+        way = self._peers.way(caller, *member.target, pod=bool(member.endpoint.name))
         if not isinstance(way, NoWay):
             pool = self._pool(member, caller, way, certificate)
             if (stream := pool.take(caller.client)) is not None:
@@ -286,7 +288,7 @@ class Cluster:
         prefer: str | None,
     ) -> Lease:
         settings = self._settings()
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
         tried: set[str] = set()
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
@@ -298,7 +300,10 @@ class Cluster:
                 member.load += 1
                 try:
                     way = await self._peers.settled_way(
-                        caller, *member.target, settings.connect_timeout_s
+                        caller,
+                        *member.target,
+                        settings.connect_timeout_s,
+                        pod=bool(member.endpoint.name),
                     )
                     if isinstance(way, NoWay):
                         raise ConnectFailed(member.id, way.reason, way.why)

@@ -37,6 +37,7 @@ from mesh.model.channel import (
     FrameReader,
     Handles,
     Listen,
+    Proof,
     Unlisten,
     encode_frame,
     receive_control,
@@ -77,6 +78,7 @@ class ConfigChannel(asyncio.Protocol):
             transport.close()
         else:
             self._flows.connect(self._transport)
+            self._proxy.tunnels.announce = self._announce
 
     def connection_lost(self, exc: Exception | None) -> None:
         assert self._transport is not None
@@ -87,7 +89,9 @@ class ConfigChannel(asyncio.Protocol):
         assert transport is not None
         try:
             for message in self._reader.receive(data):
-                if isinstance(message, Delta):
+                if isinstance(message, Proof):
+                    self._proxy.tunnels.hear(message)
+                elif isinstance(message, Delta):
                     refused = self._proxy.apply(message)
                     metrics.CONFIG_VERSION.set(message.version)
                     metrics.CONFIG_REFUSED.set(len(refused))
@@ -96,6 +100,11 @@ class ConfigChannel(asyncio.Protocol):
             # The agent then sees the channel end, and the supervisor makes a new one.
             _log.error("config channel closed: %s", error)
             transport.abort()
+
+    def _announce(self, proof: Proof) -> None:
+        """Tell the node's other workers. Without an agent nobody can; the next proof will."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode_frame(proof))
 
     def close(self) -> None:
         """Take no more deltas from it, be it connected yet or not."""

@@ -14,7 +14,7 @@ from mesh.agent.flow_peers import Peers
 from mesh.agent.flows import FlowStore
 from mesh.agent.node import Node
 from mesh.agent.rollout import Rollout
-from mesh.model.channel import Bound, FrameReader, PortAddress, encode_frame
+from mesh.model.channel import Bound, FrameReader, PortAddress, Proof, encode_frame
 from mesh.model.decode import decode, key_of
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Ack, ClusterSection, LoadBalancerEntry, SvidSection
@@ -369,3 +369,12 @@ async def test_a_status_goes_with_its_object():
         end.ack(delta.version)
         await settle(lambda: running.condition("HTTPRoute", "r", "Accepted") is None)
         assert node.object_counts()["HTTPRoute"] == 0
+
+
+async def test_what_peers_prove_to_one_worker_is_told_to_the_others():
+    proof = Proof("shop/web", False, "spiffe://x/ns/shop/sa/web", "spiffe://x/y", "::1", (b"c",))
+    async with made(3) as (_, _, ends):
+        ends[1].sock.send(encode_frame(proof))
+        assert await ends[0].receive() == proof
+        assert await ends[2].receive() == proof
+        assert ends[1].received_nothing()

@@ -57,7 +57,11 @@ def producer(module, tmp_path):
     """With an empty ring buffer, reached by a pin."""
     template = module.map_fd("records")
     program = syscall.load_program(
-        "emit", SCHED_CLS, 0, module.instructions("emit", {template: template}), "GPL"
+        "emit",
+        SCHED_CLS,
+        0,
+        module.program("emit", {template: "events"}).instructions({"events": template}),
+        "GPL",
     )
     with pin_directory(tmp_path) as directory:
         pins.prepare(directory)

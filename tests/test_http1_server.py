@@ -486,11 +486,11 @@ def test_an_upload_waits_for_its_reader(run: Run) -> None:
             writer.write(b"Content-Length: %d\r\n\r\n" % total)
             sending = asyncio.ensure_future(_send(writer, total))
             connection = server.connections[0]
-            while len(connection.codec.buffer) <= READ_AHEAD:
+            while connection.codec.buffer.left <= READ_AHEAD:
                 await asyncio.sleep(0)
             for _ in range(50):
                 await asyncio.sleep(0.001)
-                assert len(connection.codec.buffer) <= READ_AHEAD + 256 * 1024
+                assert connection.codec.buffer.left <= READ_AHEAD + 256 * 1024
             go_on.set()
             assert bodies(await reader.read()) == [b"%d" % total]
             await sending

@@ -9,16 +9,17 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-from bpf_world import loader, needs_bpf, pin_directory
+from bpf_world import loader, needs_bpf, new_cgroup, pin_directory
 from lab_world import needs_root
 from pyroute2 import IPRoute
 
-from bpf import pins, podfilter, syscall
+from bpf import attach, pins, podfilter, syscall
 from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap, counters
 from bpf.reasons import Reason
@@ -220,6 +221,15 @@ def test_check_finds_that_the_pod_is_not_guarded(pod: str, config: cni.CniConfig
     assert amiss() == f"the filter pod_egress is not attached to {host}"
 
 
+def attached(path: Path) -> int:
+    """The id of the program of a pinned link."""
+    link = syscall.pinned(str(path))
+    try:
+        return syscall.tcx_link(link).program
+    finally:
+        os.close(link)
+
+
 @needs_bpf
 def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniConfig) -> None:
     if config.datapath is None:
@@ -227,17 +237,10 @@ def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniC
     cni.add(ID, pod, "eth0", config)
     path = pins.link_path(config.datapath.pins, f"{cni.host_interface(ID, 'eth0')}_pod_egress")
 
-    def program() -> int:
-        link = syscall.pinned(str(path))
-        try:
-            return syscall.tcx_link(link).program
-        finally:
-            os.close(link)
-
-    before = program()
+    before = attached(path)
     assert loader("--pin", config.datapath.pins).returncode == 0
     assert podfilter.renew(config.datapath.pins, config.datapath.records) == []
-    assert program() != before
+    assert attached(path) != before
     cni.check(ID, pod, "eth0", config)
 
 
@@ -271,6 +274,39 @@ def test_a_pod_that_was_there_before_the_filter_gets_it(pod: str, tmp_path: Path
         assert list((tmp_path / "pods").iterdir()) == []
         load()
         assert filter_state(config) == (set(), set(), {}, {})
+
+
+@needs_bpf
+def test_the_filter_of_another_version_serves_until_ours_is_there(pod: str, tmp_path: Path) -> None:
+    load_other = (
+        "import sys; from pathlib import Path; from bpf import layout; layout.PLAIN *= 2\n"
+        "from bpf import attach, loader; loader.load(Path(sys.argv[1]))\n"
+        "attach.attach(*map(Path, sys.argv[1:]))"
+    )
+    with pin_directory(tmp_path) as directory, new_cgroup() as cgroup:
+        subprocess.run([sys.executable, "-c", load_other, directory, cgroup], check=True)
+        config = cni.CniConfig(
+            addresses=ADDRESSES,
+            node_addresses=("10.8.0.1", "fd08::1"),
+            datapath=cni.CniDatapath(pins=directory, records=tmp_path / "pods"),
+        )
+        # Ours is loaded, but its maps are not filled yet.
+        assert loader("--pin", directory).returncode == 0
+        cni.add(ID, pod, "eth0", config)
+        cni.check(ID, pod, "eth0", config)
+        pinned = pins.link_path(directory, f"{cni.host_interface(ID, 'eth0')}_pod_egress")
+        before = attached(pinned)
+        [other] = pins.other_versions(directory)
+        theirs = PinnedMap(directory, "interfaces", Address, Number, other)
+        assert len(dict(theirs.items())) == 2
+        attach.attach(directory, cgroup)
+        assert podfilter.renew(directory, tmp_path / "pods") == []
+        cni.check(ID, pod, "eth0", config)
+        assert attached(pinned) != before
+        cni.delete(ID, "eth0", config)
+        assert filter_state(config) == (set(), set(), {}, {})
+        assert dict(theirs.items()) == {}
+        theirs.close()
 
 
 @pytest.mark.parametrize("family", [0, 1])

@@ -15,7 +15,7 @@ from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
 pytestmark = [needs_root, needs_bpf]
 
 MARKER = "in-plain-sight"
-ECHO, STRICT = "10.244.1.3", "10.244.1.4"
+ECHO, STRICT, ALONE = "10.244.1.3", "10.244.1.4", "10.244.1.5"
 # HTTP: the path is the answer. TCP: an echo.
 _WEB = """
 import http.server
@@ -90,6 +90,8 @@ pods:
     annotations: {{weft.dev/mtls: STRICT}}
     command: [python3, -c, {json.dumps(_ECHO)}]
     ports: [{{name: tcp-echo, port: 9000}}]
+  # No Service leads to it.
+  - {{name: alone, node: b, command: [python3, -c, {json.dumps(_ECHO)}]}}
   - {{name: client, node: a, serviceAccount: client}}
   - {{name: plain, node: a, labels: {{app: plain, weft.dev/mesh: disabled}}}}
 services:
@@ -146,6 +148,7 @@ def test_nothing_is_readable_on_the_link_between_nodes(lab: Lab) -> None:
         done = lab.run("client", "curl", "-sS", "-m", "10", f"http://web/{MARKER}")
         assert (done.stdout, done.stderr) == (f"/{MARKER}", "")
         assert say(lab, "client", "echo") == f"same {len(MARKER)}"
+        assert say(lab, "client", ALONE) == f"same {len(MARKER)}"
         assert say(lab, "client", "echo", 8192 * MARKER) == f"same {8192 * len(MARKER)}"
     tls = [packet for packet in packets if b"\x3a\xa0" in packet[34:58]]  # port 15008
     assert len(tls) > 20

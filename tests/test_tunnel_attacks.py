@@ -170,11 +170,17 @@ async def test_prefaces_that_the_peer_has_no_right_to(who, preface, reason, told
 async def test_a_stolen_svid_is_of_no_use_where_its_node_is_not():
     async with two_nodes(FAST) as nodes, backend() as web, agent_of(nodes.b) as agent:
         context = peer_context(nodes.authority, svid(nodes.authority))
-        for source, reason in ((nodes.addresses["c"], "pod_node"), (CLIENT, "node_unknown")):
+        stranger = nodes.addresses["a"].removesuffix("2") + "9"
+        for source, reason in ((nodes.addresses["c"], "pod_node"), (stranger, "node_unknown")):
             async with dialled(nodes, context, source=source) as (reader, writer):
                 writer.write(tunnel_wire.encode(Preface("shop/client", WEB, web.port)))
                 assert (await words(reader))[0] == reason
-        assert [flow.reason for flow in await agent.records(2)] == ["pod_node", "node_unknown"]
+        with pytest.raises(OSError):
+            async with dialled(nodes, context, source=CLIENT):
+                pass
+        assert [flow.reason for flow in await agent.records(3)] == [
+            "pod_node", "node_unknown", "pod_address"
+        ]  # fmt: skip
         assert web.connections == 0
 
 
@@ -416,6 +422,7 @@ async def test_nothing_is_plain_because_something_is_missing():
             (f"svid/{CLIENT_ID}", "svid_missing"),
             ("bundle/cluster.local", "bundle_missing"),
             ("node/b", "node_unknown"),
+            ("workload/shop/web", "workload_unknown"),
         ):
             nodes.a.apply({}, (missing,))
             await refused(reason)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 from loops import on_both_loops
 from support.http1 import raw_backend
-from support.mesh import CLIENT, ask, connected, mesh_route, service
+from support.mesh import CLIENT, MeshProxy, ask, connected, mesh_route, service
 from support.proxy import backend, fetch, get, http_port, ok, read_message, route, rule, to
 from support.two_nodes import (
     GATEWAY,
@@ -26,6 +28,8 @@ from test_mesh_flows import agent_of
 from test_mesh_relay import echo
 
 from l7proxy import metrics
+from mesh.model.channel import Proof
+from mesh.model.nodeconfig import MESH_TUNNEL_PORT
 from mesh.model.section import svid_key, workload_key
 
 OTHER = "127.0.1.2"
@@ -331,3 +335,36 @@ async def test_everything_is_rotated_under_load_and_no_request_fails():
                 assert await reader.read(1) == b"z"
             done.set()
         assert web.connections > 64
+
+
+async def test_a_proof_that_another_worker_was_shown_counts():
+    """Workers of a node take turns at its port; the agent passes on what one of them was shown."""
+    async with two_nodes() as nodes:
+        second = MeshProxy()
+        second.apply(dict(nodes.b.config.sections))
+        second.proxy.use(second.origins)
+        bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
+        nodes.b.proxy.unlisten(bind)
+        second.proxy.listen(bind, socket.create_server(bind))
+        try:
+            async with echoing(nodes) as (reader, writer):
+                second.proxy.unlisten(bind)
+                nodes.b.proxy.listen(bind, socket.create_server(bind))
+                told: list[Proof] = []
+                nodes.b.proxy.tunnels.announce = told.append
+                new = Authority()
+                for proxy in (nodes.a, nodes.b, second):
+                    proxy.apply(nodes.authority.bundle(new))
+                nodes.authority = new
+                nodes.hold("a", "client")
+                await nodes.grow_old()
+                (proof,) = told
+                second.proxy.tunnels.hear(msgspec.structs.replace(proof, chain=()))
+                second.proxy.tunnels.hear(msgspec.structs.replace(proof, source="shop/x"))
+                second.proxy.tunnels.hear(proof)
+                second.apply(new.bundle())  # with the old root goes what the tunnel was made with
+                writer.write(b"b")
+                assert await reader.read(1) == b"b"
+        finally:
+            await second.close()
+            second._log.close()

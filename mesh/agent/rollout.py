@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from mesh.model.channel import FrameReader, encode_frame
+from mesh.model.channel import FrameReader, Proof, encode_frame
 from mesh.model.flow import Flows
 from mesh.model.nodeconfig import PROXY_SECTIONS, Ack, NodeConfig, Section, for_destination
 from mesh.model.section import SectionKey
@@ -61,6 +61,8 @@ class _Link(asyncio.Protocol):
                         self._rollout.link_acked(self, message)
                     case Flows():
                         self._rollout.flows(message)
+                    case Proof():
+                        self._rollout.pass_on(self, message)
                     case _:
                         raise ValueError(f"{type(message).__name__} is not for an agent")
         except ValueError as error:  # msgspec's errors are ValueErrors
@@ -70,6 +72,10 @@ class _Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._rollout.link_lost(self)
+
+    def pass_on(self, frame: bytes) -> None:
+        if self._transport is not None and not self.lagging:
+            self._transport.write(frame)
 
     def send(self, frame: bytes, version: int, now: float) -> None:
         if self._transport is not None:
@@ -166,6 +172,13 @@ class Rollout:
         if link.acked == link.sent and link.sent != self.config.version:
             self._send_whole(link)
         self._changed()
+
+    def pass_on(self, link: _Link, proof: Proof) -> None:
+        """What one worker was told concerns tunnels of the others."""
+        frame = encode_frame(proof)
+        for other in self._links.values():
+            if other is not link:
+                other.pass_on(frame)
 
     def link_lost(self, link: _Link) -> None:
         if self._links.get(link.id) is link:

@@ -295,10 +295,10 @@ def proxy_cgroup(args: argparse.Namespace) -> Path:
 
 
 @contextlib.contextmanager
-def in_cgroup(path: Path) -> Iterator[None]:
-    """In it before any other process or socket is made: they inherit it. Gone at the end, unless
-    somebody else is in it. Where it cannot be made the agent, which is to attach programs to it,
-    says why."""
+def in_cgroup(path: Path, *, ours: bool) -> Iterator[None]:
+    """In it before any other process or socket is made: they inherit it. `ours`: gone at the end,
+    unless somebody else is in it. Where it cannot be made the agent, which is to attach programs to
+    it, says why."""
     before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     with contextlib.suppress(OSError):
         if (path.parent / "cgroup.procs").exists():
@@ -310,7 +310,8 @@ def in_cgroup(path: Path) -> Iterator[None]:
         root = root.parent
     with contextlib.suppress(OSError):
         (root / before / "cgroup.procs").write_text("0")
-        path.rmdir()
+        if ours:
+            path.rmdir()
 
 
 def _left_handles(args: argparse.Namespace) -> tuple[Handles, list[int]] | None:
@@ -329,7 +330,10 @@ def main() -> int:
     args, agent_arguments = parser().parse_known_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weft: %(message)s")
     name_process("weft")
-    with contextlib.nullcontext() if args.steer is None else in_cgroup(proxy_cgroup(args)):
+    if args.steer is None:
+        return _up(args, agent_arguments)
+    cgroup = proxy_cgroup(args)
+    with in_cgroup(cgroup, ours=args.proxy_cgroup is None or not cgroup.exists()):
         return _up(args, agent_arguments)
 
 

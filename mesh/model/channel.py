@@ -82,14 +82,29 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     deadline_s: float
 
 
+class Proof(msgspec.Struct, frozen=True, tag="proof"):
+    """Worker to agent, and agent to the node's other workers: the two ends of tunnels have proved
+    to the first who they are once more (l7proxy.tunnels). `source` ("<ns>/<name>" of a pod, or of a
+    Gateway) is `source_id`, with this certificate chain (leaf first, DER), through the proxy at
+    `node` (an address); `destination_id` is what it has tunnels to here."""
+
+    source: str
+    gateway: bool
+    source_id: str
+    destination_id: str
+    node: str
+    chain: tuple[bytes, ...]
+
+
+Frame: TypeAlias = Delta | Ack | Flows | Proof
 Control: TypeAlias = Want | Bound | Worker | Channel | Listen | Unlisten | Handles | Drain
 
 _encoder = msgspec.msgpack.Encoder()
 _control = msgspec.msgpack.Decoder(Control)
-_frame = msgspec.msgpack.Decoder(Delta | Ack | Flows)
+_frame = msgspec.msgpack.Decoder(Frame)
 
 
-def encode_frame(message: Delta | Ack | Flows) -> bytes:
+def encode_frame(message: Frame) -> bytes:
     body = _encoder.encode(message)
     return len(body).to_bytes(4, "big") + body
 
@@ -100,7 +115,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def receive(self, data: bytes) -> Iterator[Delta | Ack | Flows]:
+    def receive(self, data: bytes) -> Iterator[Frame]:
         """Take bytes; yield the messages that are complete. ValueError: not this protocol."""
         self._buffer += data
         while len(self._buffer) >= 4:

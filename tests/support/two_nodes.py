@@ -155,7 +155,7 @@ class TwoNodes:
 
     async def grow_old(self) -> None:
         """All tunnels of node a are as old as makes them change, and have."""
-        tunnels = self.a.proxy._tunnels
+        tunnels = self.a.proxy.tunnels
         for tunnel in {one for found in tunnels._by_key.values() for one in found}:
             tunnels._old(tunnel, tunnel.until)
             while tunnels._proving:
