@@ -10,26 +10,26 @@
 #include "report.h"
 #include "verifier.h"
 
-/* How many of a frontend's backends are tried until policy lets one be reached. */
+/* How many backends of a frontend are tried until policy lets one be reached. */
 #define ALTERNATIVES 8
 
 enum calls { CONNECT, SENDMSG };
 
-/* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed; null:
- * nowhere. */
-static __always_inline const struct target *listening(u64 netns, const struct target *asked, int http)
+/* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed: 1, and
+ * `peer`; 0: nowhere. */
+static __always_inline int listening(u64 netns, const struct target *asked, int http,
+				     struct target *peer)
 {
 	u32 zero = 0;
 	struct config *at = config.lookup(&zero);
-	const struct target *target;
 
 	if (!at || is_apart(netns, asked))
 		return 0;
 	if (is_ipv4(asked))
-		target = http ? &at->http4 : &at->relay4;
+		*peer = http ? at->http4 : at->relay4;
 	else
-		target = http ? &at->http6 : &at->relay6;
-	return target->port ? target : 0;
+		*peer = http ? at->http6 : at->relay6;
+	return peer->port != 0;
 }
 
 /* Who a socket belongs to: its pod's address of the family that it speaks, and what is in force for
@@ -45,15 +45,11 @@ static __always_inline void read_client(struct bpf_sock_addr *ctx, u64 netns,
 					const struct target *asked, struct client *client)
 {
 	struct addresses *own = namespaces.lookup(&netns);
-	struct target to = *asked;
 
-	/* What is found out of it need not be remembered. */
-	for (int i = 0; i < 4; i++)
-		to.address[i] = forgotten(to.address[i], ctx->protocol);
 	if (!own || (asked->protocol != IPPROTO_TCP && asked->protocol != IPPROTO_UDP) ||
-	    is_loopback(&to) || is_unspecified(&to))
+	    is_loopback(asked) || is_unspecified(asked))
 		return;
-	client->from = is_ipv4(&to) ? own->v4 : own->v6;
+	client->from = is_ipv4(asked) ? own->v4 : own->v6;
 	client->pod = pods.lookup(&client->from);
 	client->identity = forgotten(identity_of(client->from.words), ctx->protocol);
 	for (int i = 0; i < 4; i++)
@@ -84,27 +80,21 @@ static __always_inline u32 socket_refusal(const struct client *client, const str
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }
 
-/* From the backend that was chosen on, the first one that policy lets be reached: 0, the reason and
- * the relay that it is reached by, if any; or negative errno. */
-static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
+/* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
+ * no frontend there is only one): whether by the relay, or negative errno. */
+static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
 				     const struct client *client, const struct frontend *frontend,
-				     const struct target *asked, struct backend *backend,
-				     const struct target **relay, u32 *reason, u32 *rule)
+				     struct backend *backend, u32 *reason, u32 *rule)
 {
-	const struct target *at = asked->protocol == IPPROTO_TCP ? listening(netns, asked, 0) : 0;
 	int result, relayed;
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 1; i <= ALTERNATIVES; i++) {
-		relayed = at && backend->flags & BACKEND_REMOTE;
-		if (!socket_refusal(client, &backend->target, relayed, rule)) {
-			*reason = REASON_BALANCED;
-			if (relayed) {
-				*reason = REASON_TO_RELAY;
-				*relay = at;
-			}
-			return 0;
-		}
+		relayed = relay && backend->flags & BACKEND_REMOTE;
+		if (!socket_refusal(client, &backend->target, relayed, rule))
+			return relayed;
+		if (!frontend)
+			break;
 		result = table_backend(frontend, cookie + i, backend, reason);
 		if (result < 0)
 			return result;
@@ -113,54 +103,49 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, u64 
 	return REFUSE(POLICY_DENIED);
 }
 
-/* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
- * errno. Before a proxy has ever listened, everything goes straight to backends. What goes to the
- * proxy is judged there. */
-static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
-				   const struct client *client,
+/* The peer for a socket, and the reason it is that one: 0 or negative errno. Before a proxy has ever
+ * listened, everything goes straight to backends. What goes to the proxy is judged there. */
+static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u64 cookie, u64 netns,
 				   const struct frontend *frontend, struct origin *origin,
 				   struct target *peer, u32 *reason, u32 *rule)
 {
-	const struct target *proxy = 0;
+	const struct target *asked = &origin->asked;
+	int http = 0, relay = 0, result = 0;
 	struct backend backend = {};
-	int result = 0;
+	struct client client = {};
 
-	if (origin->asked.protocol == IPPROTO_TCP && frontend->flags & FRONTEND_HTTP)
-		proxy = listening(netns, &origin->asked, 1);
-	if (!proxy) {
-		result = choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
-		if (result >= 0)
-			result = permitted(ctx, cookie, netns, client, frontend, &origin->asked,
-					   &backend, &proxy, reason, rule);
+	if (frontend) {
+		origin->flags = frontend->flags;
+		if (asked->protocol == IPPROTO_TCP && frontend->flags & FRONTEND_HTTP)
+			http = listening(netns, asked, 1, peer);
+		/* The proxy may know of a route to other backends than these. */
+		if (!http || frontend->affinity_s)
+			result = choose(ctx, cookie, frontend, asked, &backend, reason);
 	} else {
-		/* It may know of a route to other backends than these. */
-		if (frontend->affinity_s)
-			choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
-		*reason = REASON_TO_PROXY;
+		backend.target = *asked;
+		if (call == CONNECT && is_far(asked))
+			backend.flags = BACKEND_REMOTE;
+	}
+	if (!http && result >= 0) {
+		if (asked->protocol == IPPROTO_TCP)
+			relay = listening(netns, asked, 0, peer);
+		read_client(ctx, netns, asked, &client);
+		result = permitted(ctx, cookie, relay, &client, frontend, &backend, reason, rule);
+		if (!result)
+			*peer = backend.target;
 	}
 	origin->backend = backend.target;
-	origin->flags = frontend->flags;
-	*peer = proxy ? *proxy : backend.target;
-	return result;
+	if (http)
+		*reason = REASON_TO_PROXY;
+	else if (result > 0)
+		*reason = REASON_TO_RELAY;
+	else if (!result)
+		*reason = frontend ? REASON_BALANCED : REASON_PASSED;
+	return http || result >= 0 ? 0 : result;
 }
 
-/* The same of a pod of another node that was asked for at a port of no frontend. 0: it goes
- * straight. */
-static __always_inline int far_peer(u64 netns, struct origin *origin, struct target *peer,
-				    u32 *reason)
-{
-	const struct target *relay = is_far(&origin->asked) ? listening(netns, &origin->asked, 0) : 0;
-
-	if (!relay)
-		return 0;
-	origin->backend = origin->asked;
-	*peer = *relay;
-	*reason = REASON_TO_RELAY;
-	return 1;
-}
-
-/* 1: `peer` is filled in and the origin kept; 0: `asked` is no frontend; negative errno: refused.
- * A connection to what is no frontend ends what was kept for it, a datagram does not: sendmsg4 also
+/* 1: `peer` is filled in and the origin kept; 0: `asked` is where it goes; negative errno: refused.
+ * A connection that goes where it asked ends what was kept for it, a datagram does not: sendmsg4 also
  * sees those that a connected IPv6 socket with an IPv4 peer sends, with the backend as their
  * destination. */
 static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
@@ -168,34 +153,20 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 {
 	u64 cookie = bpf_get_socket_cookie(ctx), netns = bpf_get_netns_cookie(ctx);
 	struct origin origin = {.asked = *asked};
-	struct client client = {};
-	struct target key = *asked;
-	struct frontend *frontend = frontends.lookup(&key);
-	u32 reason = REASON_PASSED, rule = 0, refused;
-	int result = 0, relayed;
+	struct frontend *frontend = frontends.lookup(&origin.asked);
+	u32 reason = 0, rule = 0;
+	int result;
 
-	read_client(ctx, netns, asked, &client);
-	if (frontend) {
-		result = peer_of(ctx, cookie, netns, &client, frontend, &origin, peer, &reason,
-				 &rule);
-	} else {
-		relayed = call == CONNECT && far_peer(netns, &origin, peer, &reason);
-		refused = socket_refusal(&client, asked, relayed, &rule);
-		if (refused) {
-			report(netns, asked, asked, refused, rule);
-			return refuse(refused, ERRNO_POLICY_DENIED);
+	result = peer_of(ctx, call, cookie, netns, frontend, &origin, peer, &reason, &rule);
+	if (!result && reason == REASON_PASSED) {
+		count(REASON_PASSED);
+		if (call == CONNECT) {
+			forget(cookie, asked);
+			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
+			if (asked->protocol == IPPROTO_TCP)
+				report(netns, asked, asked, reason, 0);
 		}
-		if (!relayed) {
-			count(REASON_PASSED);
-			if (call == CONNECT) {
-				forget(cookie, asked);
-				/* Resolvers connect datagram sockets to ask for a route, and send
-				 * nothing. */
-				if (asked->protocol == IPPROTO_TCP)
-					report(netns, asked, asked, reason, 0);
-			}
-			return 0;
-		}
+		return 0;
 	}
 	if (!result)
 		result = remember(cookie, peer, &origin, &reason);
