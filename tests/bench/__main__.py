@@ -1,6 +1,7 @@
-"""`make bench`: prints tables, writes build/bench.json (peers), build/bench-routes.json (routes).
+"""`make bench`: prints tables; writes build/bench.json (hops beside peers, on one node and, with
+mutual TLS, between two) and build/bench-routes.json (routes).
 
-Both take five minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
+All take seven minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
 faster. Exit codes: 0 measured, 1 it could not be measured, 2 wrong usage.
 """
 
@@ -8,17 +9,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from acceptance.gateway import GatewayFailed
 
-from bench import routes, table
-from bench.peers import CONNECTIONS, compare
+from bench import mtls, routes, table
+from bench.peers import CONNECTIONS, Row, compare
 from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
 from bench.wrk import LoadFailed
 from mesh.lab.errors import LabError
@@ -31,9 +34,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("peers", "routes", "all"), default="all")
-    peers = parser.add_argument_group("peers")
-    peers.add_argument("--only", action="append", choices=HOPS, help="this hop; repeatable")
+    parser.add_argument(
+        "what", nargs="?", choices=("peers", "mtls", "routes", "all"), default="all"
+    )
+    peers = parser.add_argument_group("peers and mtls")
+    peers.add_argument(
+        "--only", action="append", choices=HOPS, help="this hop of peers; repeatable"
+    )
     peers.add_argument("--seconds", type=float, default=3.0, help="of each run (default 3)")
     peers.add_argument("--rounds", type=int, default=3, help="the median is reported (default 3)")
     peers.add_argument("--lab", default="bench", help="name of the lab (default bench)")
@@ -44,10 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def run_peers(args: argparse.Namespace, scratch: Path) -> None:
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    if missing:
-        raise BenchFailed(f"not installed: {', '.join(missing)}: run scripts/setup.sh bench")
+def run_peers(args: argparse.Namespace, scratch: Path) -> list[Row]:
     # In the order of HOPS, each once.
     hops = [hop for hop in HOPS if hop in (args.only or HOPS)]
     runs = args.rounds * len(hops) * len(SCENARIOS) * len(CONNECTIONS)
@@ -62,7 +66,21 @@ def run_peers(args: argparse.Namespace, scratch: Path) -> None:
         progress=lambda line: print(line, flush=True),
     )
     table.show(rows)
-    write("bench.json", [row.published() for row in rows])
+    return rows
+
+
+def run_mtls(args: argparse.Namespace, scratch: Path) -> list[Row]:
+    print(f"mutual TLS between nodes: {', '.join(mtls.HOPS)}", flush=True)
+    rows = mtls.compare(
+        args.rounds,
+        args.seconds,
+        scratch,
+        DEFAULT_RUN_DIR,
+        args.lab,
+        progress=lambda line: print(line, flush=True),
+    )
+    table.show(rows)
+    return rows
 
 
 def run_routes(args: argparse.Namespace, scratch: Path) -> None:
@@ -77,15 +95,33 @@ def write(name: str, content: object) -> None:
     print(f"written to build/{name}\n", flush=True)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="weft-bench-") as directory:
+        yield Path(directory)
+
+
 def main() -> int:
     args = parse(sys.argv[1:])
     # As after Ctrl-C: the lab is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        print(f"bench: not installed: {', '.join(missing)}: run scripts/setup.sh bench")
+        return 1
+    rows: list[Row] = []
     try:
-        for what, run in (("peers", run_peers), ("routes", run_routes)):
-            if args.what in (what, "all"):
-                with tempfile.TemporaryDirectory(prefix="weft-bench-") as scratch:
-                    run(args, Path(scratch))
+        if args.what in ("peers", "all"):
+            with scratch() as directory:
+                rows += run_peers(args, directory)
+        if args.what in ("mtls", "all"):
+            with scratch() as directory:
+                rows += run_mtls(args, directory)
+        if rows:
+            write("bench.json", [row.published() for row in rows])
+        if args.what in ("routes", "all"):
+            with scratch() as directory:
+                run_routes(args, directory)
     except (BenchFailed, LoadFailed, LabError, GatewayFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
