@@ -1,7 +1,8 @@
-"""`make bench`: prints tables, writes build/bench.json (peers), build/bench-routes.json (routes),
-build/bench-cluster.json (routes through an API server). What policies cost is only printed.
+"""`make bench`: prints tables; writes build/bench.json (hops beside peers, on one node and, with
+mutual TLS, between two), build/bench-routes.json (routes) and build/bench-cluster.json (routes
+through an API server). What policies cost is only printed.
 
-All take ten minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
+All take twelve minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
 faster. Exit codes: 0 measured, 1 it could not be measured, 2 wrong usage.
 """
 
@@ -9,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from acceptance.gateway import GatewayFailed
 
-from bench import cluster, policies, routes, table
-from bench.peers import CONNECTIONS, compare
+from bench import cluster, mtls, policies, routes, table
+from bench.peers import CONNECTIONS, Row, compare
 from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
 from bench.wrk import LoadFailed
 from mesh.lab.errors import LabError
@@ -33,10 +36,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", choices=("peers", "routes", "cluster", "policies", "all"), default="all"
+        "what",
+        nargs="?",
+        choices=("peers", "mtls", "routes", "cluster", "policies", "all"),
+        default="all",
     )
-    peers = parser.add_argument_group("peers")
-    peers.add_argument("--only", action="append", choices=HOPS, help="this hop; repeatable")
+    peers = parser.add_argument_group("peers and mtls")
+    peers.add_argument(
+        "--only", action="append", choices=HOPS, help="this hop of peers; repeatable"
+    )
     peers.add_argument("--seconds", type=float, default=3.0, help="of each run (default 3)")
     peers.add_argument("--rounds", type=int, default=3, help="the median is reported (default 3)")
     peers.add_argument("--lab", default="bench", help="name of the lab (default bench)")
@@ -47,10 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def run_peers(args: argparse.Namespace, scratch: Path) -> None:
-    missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    if missing:
-        raise BenchFailed(f"not installed: {', '.join(missing)}: run scripts/setup.sh bench")
+def run_peers(args: argparse.Namespace, scratch: Path) -> list[Row]:
     # In the order of HOPS, each once.
     hops = [hop for hop in HOPS if hop in (args.only or HOPS)]
     runs = args.rounds * len(hops) * len(SCENARIOS) * len(CONNECTIONS)
@@ -65,7 +70,21 @@ def run_peers(args: argparse.Namespace, scratch: Path) -> None:
         progress=lambda line: print(line, flush=True),
     )
     table.show(rows)
-    write("bench.json", [row.published() for row in rows])
+    return rows
+
+
+def run_mtls(args: argparse.Namespace, scratch: Path) -> list[Row]:
+    print(f"mutual TLS between nodes: {', '.join(mtls.HOPS)}", flush=True)
+    rows = mtls.compare(
+        args.rounds,
+        args.seconds,
+        scratch,
+        DEFAULT_RUN_DIR,
+        args.lab,
+        progress=lambda line: print(line, flush=True),
+    )
+    table.show(rows)
+    return rows
 
 
 def run_cluster(args: argparse.Namespace, scratch: Path) -> None:
@@ -86,21 +105,36 @@ def write(name: str, content: object) -> None:
     print(f"written to build/{name}\n", flush=True)
 
 
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="weft-bench-") as directory:
+        yield Path(directory)
+
+
 def main() -> int:
     args = parse(sys.argv[1:])
     # As after Ctrl-C: the lab is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        print(f"bench: not installed: {', '.join(missing)}: run scripts/setup.sh bench")
+        return 1
+    rows: list[Row] = []
     try:
-        measures = (
-            ("peers", run_peers),
-            ("routes", run_routes),
-            ("cluster", run_cluster),
-            ("policies", lambda *_: policies.run()),
-        )
-        for what, run in measures:
+        if args.what in ("peers", "all"):
+            with scratch() as directory:
+                rows += run_peers(args, directory)
+        if args.what in ("mtls", "all"):
+            with scratch() as directory:
+                rows += run_mtls(args, directory)
+        if rows:
+            write("bench.json", [row.published() for row in rows])
+        for what, run in (("routes", run_routes), ("cluster", run_cluster)):
             if args.what in (what, "all"):
-                with tempfile.TemporaryDirectory(prefix="weft-bench-") as scratch:
-                    run(args, Path(scratch))
+                with scratch() as directory:
+                    run(args, directory)
+        if args.what in ("policies", "all"):
+            policies.run()
     except (BenchFailed, LoadFailed, LabError, GatewayFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+Object: TypeAlias = dict[str, Any]
 
 # One client's connections, several times over: no hop closes an upstream connection of its pool.
 POOL = 128
@@ -112,12 +114,61 @@ backend server
     return Command(file, config, ("haproxy", "-db", "-q", "-f", str(file)))
 
 
+_ENVOY_TYPES = "type.googleapis.com/envoy.extensions"
+
+
 def envoy(directory: Path, listen: str, backend: str) -> Command:
-    """The binary itself: the package's wrapper would stay in between as a process."""
-    file = directory / "envoy.json"
-    types = "type.googleapis.com/envoy.extensions"
+    return envoy_command(
+        directory / "envoy.json",
+        [(listen, http_filter("backend"), None)],
+        {"backend": (backend, None)},
+    )
+
+
+def envoy_command(
+    file: Path,
+    listeners: Iterable[tuple[str, Object, Object | None]],
+    clusters: Mapping[str, tuple[str, Object | None]],
+) -> Command:
+    """The binary itself: the package's wrapper would stay in between as a process. `listeners`:
+    address and port, the filter that says what becomes of connections, their TLS; `clusters`:
+    address and port, TLS toward them, by name."""
+    config = {
+        "static_resources": {
+            "listeners": [
+                {
+                    "name": listen,
+                    "address": _socket_address(listen),
+                    "filter_chains": [{"filters": [one], **_transport(tls)}],
+                }
+                for listen, one, tls in listeners
+            ],
+            "clusters": [
+                {
+                    "name": name,
+                    "type": "STATIC",
+                    "connect_timeout": "5s",
+                    "load_assignment": {
+                        "cluster_name": name,
+                        "endpoints": [
+                            {"lb_endpoints": [{"endpoint": {"address": _socket_address(at)}}]}
+                        ],
+                    },
+                    **_transport(tls),
+                }
+                for name, (at, tls) in clusters.items()
+            ],
+        }
+    }
+    binary = Path(sysconfig.get_paths()["purelib"], "envoy", "_bin", "envoy")
+    options = ("--disable-hot-restart", "--concurrency", "1", "--log-level", "error")
+    return Command(file, json.dumps(config, indent=1), (str(binary), "-c", str(file), *options))
+
+
+def http_filter(cluster: str) -> Object:
+    """HTTP/1.1 requests, unchanged."""
     manager = {
-        "@type": f"{types}.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "@type": f"{_ENVOY_TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "client",
         "codec_type": "HTTP1",
         "generate_request_id": False,
@@ -128,7 +179,7 @@ def envoy(directory: Path, listen: str, backend: str) -> Command:
                 {
                     "name": "all",
                     "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "backend"}}],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": cluster}}],
                 }
             ]
         },
@@ -136,46 +187,56 @@ def envoy(directory: Path, listen: str, backend: str) -> Command:
             {
                 "name": "envoy.filters.http.router",
                 "typed_config": {
-                    "@type": f"{types}.filters.http.router.v3.Router",
+                    "@type": f"{_ENVOY_TYPES}.filters.http.router.v3.Router",
                     "suppress_envoy_headers": True,
                 },
             }
         ],
     }
-    manager_filter = {
-        "name": "envoy.filters.network.http_connection_manager",
-        "typed_config": manager,
-    }
-    config = {
-        "static_resources": {
-            "listeners": [
-                {
-                    "name": "client",
-                    "address": _socket_address(listen),
-                    "filter_chains": [{"filters": [manager_filter]}],
-                }
-            ],
-            "clusters": [
-                {
-                    "name": "backend",
-                    "type": "STATIC",
-                    "connect_timeout": "5s",
-                    "load_assignment": {
-                        "cluster_name": "backend",
-                        "endpoints": [
-                            {"lb_endpoints": [{"endpoint": {"address": _socket_address(backend)}}]}
-                        ],
-                    },
-                }
-            ],
-        }
-    }
-    binary = Path(sysconfig.get_paths()["purelib"], "envoy", "_bin", "envoy")
-    options = ("--disable-hot-restart", "--concurrency", "1", "--log-level", "error")
-    return Command(file, json.dumps(config, indent=1), (str(binary), "-c", str(file), *options))
+    return {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
 
 
-def _socket_address(text: str) -> dict[str, object]:
+def tcp_filter(cluster: str) -> Object:
+    """Bytes as they are."""
+    proxy = {
+        "@type": f"{_ENVOY_TYPES}.filters.network.tcp_proxy.v3.TcpProxy",
+        "stat_prefix": "client",
+        "cluster": cluster,
+    }
+    return {"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}
+
+
+def envoy_tls(chain: Path, key: Path, roots: Path, peer: str, *, server: bool) -> Object:
+    """TLS 1.3 with certificates of both sides; the client sends the name of its peer and verifies
+    it, the server the client's."""
+    common = {
+        "tls_params": {
+            "tls_minimum_protocol_version": "TLSv1_3",
+            "tls_maximum_protocol_version": "TLSv1_3",
+        },
+        "tls_certificates": [
+            {"certificate_chain": {"filename": str(chain)}, "private_key": {"filename": str(key)}}
+        ],
+        "validation_context": {
+            "trusted_ca": {"filename": str(roots)},
+            "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": peer}}],
+        },
+    }
+    side = "Downstream" if server else "Upstream"
+    return {
+        "@type": f"{_ENVOY_TYPES}.transport_sockets.tls.v3.{side}TlsContext",
+        "common_tls_context": common,
+        **({"require_client_certificate": True} if server else {"sni": peer}),
+    }
+
+
+def _transport(tls: Object | None) -> Object:
+    if tls is None:
+        return {}
+    return {"transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls}}
+
+
+def _socket_address(text: str) -> Object:
     address, _, port = text.rpartition(":")
     return {"socket_address": {"address": address, "port_value": int(port)}}
 

@@ -46,6 +46,14 @@ class Row(NamedTuple):
         }
 
 
+class Work(NamedTuple):
+    """What clients do of a scenario: request `path` with these headers."""
+
+    scenario: str
+    path: str
+    headers: tuple[str, ...] = ()
+
+
 def compare(
     hops: Sequence[str],
     rounds: int,
@@ -59,32 +67,50 @@ def compare(
     """Rows in the order of scenarios, connections, hops. `directory` is empty and for files,
     `run_dir` and `name` are the lab's. BenchFailed, LoadFailed, LabError: there is nothing to
     measure, or requests fail."""
-    combinations = [(scenario, count) for scenario in SCENARIOS for count in connections]
-    rows: dict[tuple[str, int, str], list[Row]] = {
-        (*combination, hop): [] for combination in combinations for hop in hops
-    }
     with world(hops, directory, run_dir, name) as made:
-        for hop in made:
-            measure(hop, "small", max(connections), _WARM_S, directory)
-        for number in range(rounds):
-            progress(f"round {number + 1} of {rounds}")
-            first = number % len(made)
-            for scenario, count in combinations:
-                for hop in (*made[first:], *made[:first]):
-                    row = measure(hop, scenario, count, seconds, directory)
-                    rows[scenario, count, hop.name].append(row)
+        works = [(Work(scenario, scenario), made) for scenario in SCENARIOS]
+        return alternate(works, rounds, seconds, directory, connections, progress)
+
+
+def alternate(
+    works: Sequence[tuple[Work, Sequence[Hop]]],
+    rounds: int,
+    seconds: float,
+    directory: Path,
+    connections: Sequence[int] = CONNECTIONS,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Each work on its hops. LoadFailed."""
+    rows: dict[tuple[str, int, str], list[Row]] = {
+        (work.scenario, count, hop.name): []
+        for work, hops in works
+        for count in connections
+        for hop in hops
+    }
+    work, hops = works[0]
+    for hop in hops:
+        measure(hop, work, max(connections), _WARM_S, directory)
+    for number in range(rounds):
+        progress(f"round {number + 1} of {rounds}")
+        for work, hops in works:
+            first = number % len(hops)
+            for count in connections:
+                for hop in (*hops[first:], *hops[:first]):
+                    row = measure(hop, work, count, seconds, directory)
+                    rows[work.scenario, count, hop.name].append(row)
     return [median(several) for several in rows.values()]
 
 
-def measure(hop: Hop, scenario: str, connections: int, seconds: float, directory: Path) -> Row:
+def measure(hop: Hop, work: Work, connections: int, seconds: float, directory: Path) -> Row:
     """One run."""
     hop_before, backend_before = usage(hop.roots), usage((hop.backend_pid,))
-    done = load(f"{hop.url}/{scenario}", connections, seconds, directory, hop.enter)
+    url = f"{hop.url}/{work.path}"
+    done = load(url, connections, seconds, directory, hop.enter, *work.headers)
     hop_after, backend_after = usage(hop.roots), usage((hop.backend_pid,))
     hop_cpu_s = hop_after.cpu_s - hop_before.cpu_s
     all_cpu_s = hop_cpu_s + backend_after.cpu_s - backend_before.cpu_s + done.cpu_s
     return Row(
-        scenario,
+        work.scenario,
         hop.name,
         connections,
         rps=done.requests / done.seconds,

@@ -54,6 +54,7 @@ from mesh.lab.state import LabDir
 from mesh.lab.status import look
 
 WEFT = {"weft-kernel": "kernel", "weft-proxy": "proxy"}
+WEFT_NODES = {node: node for node in WEFT.values()}
 HOPS = ("direct", *WEFT, *PEERS)
 # Bytes of the response's body.
 SCENARIOS = {"small": 300, "1MiB": 2**20}
@@ -63,7 +64,7 @@ _PLAIN = "plain"
 _PORT = 8080
 _FIRST_PEER_PORT = 10000
 # For anything to start or end.
-_WITHIN_S = 30.0
+WITHIN_S = 30.0
 _LOOK_S = 0.05
 
 
@@ -86,19 +87,19 @@ class Hop(NamedTuple):
 def world(hops: Sequence[str], directory: Path, run_dir: Path, name: str) -> Iterator[list[Hop]]:
     """These hops, each of which answers. `directory` is for files, `run_dir` and `name` are the
     lab's. BenchFailed, LabError: it cannot be made."""
-    _write_files(directory / "files")
+    write_files(directory / "files")
     file = directory / "lab.yaml"
     file.write_text(yaml.safe_dump(_lab(hops, directory)))
-    labs.up(file, run_dir, name, _WITHIN_S)
+    labs.up(file, run_dir, name, WITHIN_S)
     try:
         lab = LabDir(run_dir, name)
         plan = lab.existing_plan()
         with contextlib.ExitStack() as stack:
             for node in plan.nodes:
-                _change_weft(lab, node, stack)
+                change_weft(lab, node, stack, WEFT_NODES.get(node.name))
             made = [_hop(hop, directory, lab, plan, stack) for hop in hops]
             for hop in made:
-                _wait_for(hop, directory / "files")
+                wait_for(hop, directory / "files")
                 if hop.name in WEFT:
                     _check_path(hop.name, lab.weft(_node_of(hop.name)).pins)
             yield made
@@ -110,7 +111,7 @@ def _node_of(hop: str) -> str:
     return WEFT.get(hop, _PLAIN)
 
 
-def _write_files(directory: Path) -> None:
+def write_files(directory: Path) -> None:
     directory.mkdir()
     for name, size in SCENARIOS.items():
         (directory / name).write_bytes((b"0123456789abcdef" * (size // 16 + 1))[:size])
@@ -146,22 +147,24 @@ def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
     }
 
 
-def _change_weft(lab: LabDir, node: NodePlan, stack: contextlib.ExitStack) -> None:
-    """The lab starts Weft on every node in the same way: end it, and start it as this node is to
-    have it, if at all."""
+def change_weft(
+    lab: LabDir, node: NodePlan, stack: contextlib.ExitStack, datapath: str | None
+) -> None:
+    """The lab starts Weft on every node in the same way: end it, and start it with this data path,
+    or not at all."""
     run_dir = lab.weft(node.name)
     about = run_dir.holder()
     if not about:
-        raise BenchFailed(f"no Weft runs on node {node.name}:{_tail(lab.weft_log(node.name))}")
+        raise BenchFailed(f"no Weft runs on node {node.name}:{tail(lab.weft_log(node.name))}")
     pid = int(about["pid"])
     argv = Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
     use.stop(lab.run_dir, lab.name, node.key)
-    if node.name == _PLAIN:
+    if datapath is None:
         pins.remove(run_dir.pins)
         return
     # The others keep what is pinned: the filters on the pods' veths belong to a mesh.
-    options = ("--access-log=off", f"--datapath={node.name}")
-    _start((*argv, *options), node, lab.weft_log(node.name), stack)
+    options = ("--access-log=off", f"--datapath={datapath}")
+    start((*argv, *options), node, lab.weft_log(node.name), stack)
 
     def ready() -> bool:
         try:
@@ -169,17 +172,13 @@ def _change_weft(lab: LabDir, node: NodePlan, stack: contextlib.ExitStack) -> No
         except CliError:
             return False
 
-    _until(ready, f"Weft is not ready on node {node.name}", lab.weft_log(node.name))
+    until(ready, f"Weft is not ready on node {node.name}", lab.weft_log(node.name))
 
 
 def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.ExitStack) -> Hop:
     node = plan.node(_node_of(name))
-    client, backend = plan.place(f"client-{node.name}"), plan.place(f"backend-{node.name}")
-    assert isinstance(client, PodPlan)
-    assert isinstance(backend, PodPlan)
-    backend_pid = look(lab, plan).pods[backend.key].pid
-    if backend_pid is None:
-        raise BenchFailed(f"{backend.key} does not run:{_tail(lab.log(backend))}")
+    client, backend = pod_of(plan, f"client-{node.name}"), pod_of(plan, f"backend-{node.name}")
+    backend_pid = pid_of(lab, plan, backend)
     at = f"{backend.addresses[0]}:{_PORT}"
     roots: tuple[int, ...] = ()
     log = lab.log(backend)
@@ -193,7 +192,7 @@ def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.
         log = directory / f"{name}.log"
         command = PEERS[name](directory, listen, at)
         command.file.write_text(command.config)
-        roots = (_start(command.argv, node, log, stack),)
+        roots = (start(command.argv, node, log, stack),)
         at = listen
 
     def enter() -> None:
@@ -202,7 +201,21 @@ def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.
     return Hop(name, f"http://{at}", backend_pid, roots, enter, log)
 
 
-def _start(argv: Sequence[str], node: NodePlan, log: Path, stack: contextlib.ExitStack) -> int:
+def pod_of(plan: Plan, name: str) -> PodPlan:
+    pod = plan.place(name)
+    assert isinstance(pod, PodPlan)
+    return pod
+
+
+def pid_of(lab: LabDir, plan: Plan, pod: PodPlan) -> int:
+    """BenchFailed: it does not run."""
+    pid = look(lab, plan).pods[pod.key].pid
+    if pid is None:
+        raise BenchFailed(f"{pod.key} does not run:{tail(lab.log(pod))}")
+    return pid
+
+
+def start(argv: Sequence[str], node: NodePlan, log: Path, stack: contextlib.ExitStack) -> int:
     """A process of the node; its id. It ends with the lab, however this program ends."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
@@ -217,7 +230,7 @@ def _start(argv: Sequence[str], node: NodePlan, log: Path, stack: contextlib.Exi
     return process.pid
 
 
-def _wait_for(hop: Hop, files: Path) -> None:
+def wait_for(hop: Hop, files: Path) -> None:
     """Until the client gets every file through it, unchanged. BenchFailed: that does not come."""
 
     def right(name: str) -> bool:
@@ -227,7 +240,7 @@ def _wait_for(hop: Hop, files: Path) -> None:
 
     for name in SCENARIOS:
         failure = f"{hop.name}: {hop.url}/{name} is not answered"
-        _until(functools.partial(right, name), failure, hop.log)
+        until(functools.partial(right, name), failure, hop.log)
 
 
 def _check_path(hop: str, pin_directory: Path) -> None:
@@ -241,16 +254,16 @@ def _check_path(hop: str, pin_directory: Path) -> None:
         raise BenchFailed(f"{hop}: the proxy sends to the client {how}")
 
 
-def _until(condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
+def until(condition: Callable[[], bool], otherwise: str, log: Path | None = None) -> None:
     """Wait for what comes with another process's work. BenchFailed: it does not; with the end of
     that process's log."""
-    deadline = time.monotonic() + _WITHIN_S
+    deadline = time.monotonic() + WITHIN_S
     while not condition():
         if time.monotonic() > deadline:
-            raise BenchFailed(otherwise + (f" after {_WITHIN_S:.0f} s:{_tail(log)}" if log else ""))
+            raise BenchFailed(otherwise + (f" after {WITHIN_S:.0f} s:{tail(log)}" if log else ""))
         time.sleep(_LOOK_S)
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
     """Its last lines."""
     return "\n" + "\n".join(log.read_text(errors="replace").splitlines()[-20:])

@@ -45,13 +45,19 @@ class Load(NamedTuple):
 
 
 def load(
-    url: str, connections: int, seconds: float, directory: Path, enter: Callable[[], None]
+    url: str,
+    connections: int,
+    seconds: float,
+    directory: Path,
+    enter: Callable[[], None],
+    *headers: str,
 ) -> Load:
     """Request `url` over so many connections for so long, each as fast as it is answered. `enter`
     is called in the new process. LoadFailed: not every request was answered well."""
     script = directory / "done.lua"
     script.write_text(_SCRIPT)
-    argv = ["wrk", "-t1", f"-c{connections}", "-d", _LIMIT, "--latency", "-s", str(script), url]
+    argv = ["wrk", "-t1", f"-c{connections}", "-d", _LIMIT, "--latency", "-s", str(script)]
+    argv += [word for header in headers for word in ("-H", header)] + [url]
     before = _children_cpu_s()
     process = subprocess.Popen(
         argv,
