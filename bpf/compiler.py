@@ -1,4 +1,4 @@
-"""From the C in bpf/programs to instructions and maps, with bcc. Only the loader imports this.
+"""From the C in bpf/programs to instructions and maps, with bcc. Only bpf.objects imports this.
 
 bcc and the clang in it take 120 MB: a process that imports this module should be short-lived.
 Shim headers in bpf/include stand in for a kernel source tree, over those of linux-libc-dev.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import re
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+
+import msgspec
 
 from bpf import btf, layout, reasons
 from bpf.errors import DatapathError
@@ -17,6 +20,8 @@ from bpf.errors import DatapathError
 _HERE = Path(__file__).parent
 _PROGRAMS = _HERE / "programs"
 _UAPI = Path("/usr/include")
+# Where headers come from; bcc looks for include/ below the first, in place of a kernel source tree.
+HEADERS = (_HERE / "include", _UAPI / "linux")
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.MULTILINE)
 _INSTRUCTION_SIZE = 8
 # An instruction that loads a map's address: BPF_LD | BPF_DW | BPF_IMM from BPF_PSEUDO_MAP_FD.
@@ -86,14 +91,29 @@ class Module:
             raise KeyError(name)
         return fd
 
-    def instructions(self, function: str, maps: dict[int, int]) -> bytes:
-        """A function's code, with the descriptors of templates replaced as `maps` says."""
+    def program(self, function: str, maps: dict[int, str]) -> Program:
+        """A function; `maps`: names by descriptors of templates."""
         code = bytearray(self._bpf.dump_func(function.encode()))
+        found = {}
         at = 0
         while at < len(code):
             wide = code[at] == _LD_IMM64
             if wide and code[at + 1] >> 4 == _FROM_MAP_FD:
-                template = int.from_bytes(code[at + 4 : at + 8], "little")
-                code[at + 4 : at + 8] = maps[template].to_bytes(4, "little")
+                found[at] = maps[int.from_bytes(code[at + 4 : at + 8], "little")]
+                code[at + 4 : at + 8] = bytes(4)
             at += 2 * _INSTRUCTION_SIZE if wide else _INSTRUCTION_SIZE
+        return Program(bytes(code), found)
+
+
+class Program(msgspec.Struct, frozen=True):
+    """Instructions; `maps`: the names of the maps whose addresses they load, by byte offset."""
+
+    code: bytes
+    maps: dict[int, str]
+
+    def instructions(self, descriptors: Mapping[str, int]) -> bytes:
+        """With these maps."""
+        code = bytearray(self.code)
+        for at, name in self.maps.items():
+            code[at + 4 : at + 8] = descriptors[name].to_bytes(4, "little")
         return bytes(code)

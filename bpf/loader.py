@@ -17,8 +17,7 @@ from pathlib import Path
 
 from bpf import attach, pins, syscall
 from bpf.errors import DatapathError
-from bpf.maps import MAPS
-from bpf.programs import LICENCE, PROGRAMS, SOURCE
+from bpf.programs import LICENCE, PROGRAMS
 
 _LOG_LINES = 20
 
@@ -26,23 +25,33 @@ _LOG_LINES = 20
 def load(directory: Path) -> None:
     """Pin maps and programs in `directory`. DatapathError: says what was in the way; what worked
     before still does."""
-    from bpf.compiler import Module  # brings clang: only where it is used
+    from bpf.objects import objects  # brings clang if need be: only where it is used
 
-    module = Module(SOURCE)
-    templates = {name: module.map_fd(name) for name in MAPS}
-    adopted = {name: _adopt(directory, name, fd) for name, fd in templates.items()}
-    used = {fd: adopted[name] or fd for name, fd in templates.items()}
+    made = objects()
+    adopted = {name: _adopt(directory, name, info) for name, info in made.maps.items()}
+    maps = {name: adopted[name] or _create(name, info) for name, info in made.maps.items()}
     # All programs are accepted before anything is pinned.
-    programs = {name: _program(name, module.instructions(name, used)) for name in PROGRAMS}
+    programs = {
+        name: _program(name, program.instructions(maps)) for name, program in made.programs.items()
+    }
     pins.prepare(directory)
-    for name, fd in templates.items():
+    for name, fd in maps.items():
         if adopted[name] is None:
             _pin(syscall.pin, fd, pins.map_path(directory, name))
     for name, fd in programs.items():
         _pin(pins.replace, fd, pins.program_path(directory, name))
 
 
-def _adopt(directory: Path, name: str, template: int) -> int | None:
+def _create(name: str, info: syscall.MapInfo) -> int:
+    try:
+        return syscall.create_map(name, info)
+    except OSError as error:
+        raise DatapathError(
+            f"cannot make the map {name}: {error.strerror}: it takes root (CAP_BPF), and memory"
+        ) from error
+
+
+def _adopt(directory: Path, name: str, info: syscall.MapInfo) -> int | None:
     path = pins.map_path(directory, name)
     try:
         adopted = syscall.pinned(str(path))
@@ -53,7 +62,7 @@ def _adopt(directory: Path, name: str, template: int) -> int | None:
             f"cannot adopt the map pinned at {path}: {error.strerror}: it takes root (CAP_BPF), "
             "and a directory that is in no bpffs must be empty"
         ) from error
-    if syscall.map_info(adopted) != syscall.map_info(template):
+    if syscall.map_info(adopted) != info:
         raise DatapathError(
             f"the map pinned at {path} is not what its version says: end what uses it, then remove "
             f"it: python -m bpf.loader --remove --pin {directory}"

@@ -17,9 +17,11 @@ _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64l
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
 _PROG_RUN = 10
+_MAP_CREATE, _BTF_LOAD = 0, 18
 _INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
+_SK_STORAGE = 24  # enum bpf_map_type
 
 BPF_ANY = 0
 # Entries read at a time; more than any bucket of a hash map has.
@@ -187,6 +189,46 @@ def map_info(fd: int) -> MapInfo:
     _bpf(_INFO_BY_FD, "=IIQ", fd, len(info), ctypes.addressof(info))
     kind, _, key_size, value_size, max_entries, flags = struct.unpack_from("=6I", info)
     return MapInfo(kind, key_size, value_size, max_entries, flags)
+
+
+def create_map(name: str, info: MapInfo) -> int:
+    """A descriptor."""
+    types = 0, 0, 0
+    if info.type == _SK_STORAGE:
+        types = _bytes_type(info.value_size)
+    try:
+        return _bpf(
+            _MAP_CREATE,
+            "=IIIIIII16sIIII",
+            info.type,
+            info.key_size,
+            info.value_size,
+            info.max_entries,
+            info.flags,
+            0,
+            0,
+            name.encode()[:15],
+            0,
+            *types,
+        )
+    finally:
+        if types[0]:
+            os.close(types[0])
+
+
+def _bytes_type(size: int) -> tuple[int, int, int]:
+    """Types of keys and values, without which the kernel makes no map that belongs to sockets: a
+    descriptor of BTF, and in it the numbers of a 32-bit integer and an array of so many bytes
+    (Documentation/bpf/btf.rst)."""
+    integer, array = 1 << 24, 3 << 24
+    types = struct.pack("=III I", 1, integer, 4, 32)  # 1: int
+    types += struct.pack("=III I", 1, integer, 1, 8)  # 2: char
+    types += struct.pack("=III III", 0, array, 0, 2, 1, size)  # 3: char[size]
+    strings = b"\0t\0"
+    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings))
+    blob = _buffer(header + types + strings)
+    fd = _bpf(_BTF_LOAD, "=QQIIII", ctypes.addressof(blob), 0, len(blob), 0, 0, 0)
+    return fd, 1, 3
 
 
 # --- programs, links, pins ------------------------------------------------------------------------

@@ -43,7 +43,8 @@ class Program:
 
         self.module = Module(Path(__file__).with_name("bpf_choose.c"))
         self.maps = {name: self.module.map_fd(name) for name in MAPS}
-        code = self.module.instructions("choose_for_packet", {fd: fd for fd in self.maps.values()})
+        names = {fd: name for name, fd in self.maps.items()}
+        code = self.module.program("choose_for_packet", names).instructions(self.maps)
         self.fd = syscall.load_program("choose", SCHED_CLS, 0, code, "GPL")
 
     def put(self, name: str, key: bytes, value: bytes) -> None:

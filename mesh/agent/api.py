@@ -46,6 +46,9 @@ class Api:
         self._run_dir = run_dir
         self._admin = admin
         self._origin = origin
+        self._cluster = None
+        if options.manifests is None:
+            self._cluster = str(options.kubeconfig or "of this pod, or of $KUBECONFIG")
         self._started = time.time()
         app = web.Application()
         app.router.add_get("/objects", self._objects)
@@ -108,9 +111,8 @@ class Api:
         return _json(
             {
                 "agent": {"pid": os.getpid(), "started": self._started},
-                "manifests": str(
-                    self._options.manifests or self._options.kubeconfig or "in cluster"
-                ),
+                "manifests": str(self._options.manifests) if self._options.manifests else None,
+                "cluster": self._cluster,
                 "runDir": str(self._run_dir.path),
                 "admin": f"{_host(address[0])}:{address[1]}"
                 if address and not self._admin.error

@@ -24,6 +24,8 @@ from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
+# Instead of a socket: the authority is the cluster's, asked by CertificateSigningRequests.
+CLUSTER = "cluster"
 DEFAULT_NAMESPACE = "weft-system"
 DEFAULT_ADMIN = "127.0.0.1:15090"
 DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
@@ -51,7 +53,7 @@ class AgentOptions(NamedTuple):
     """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
     or the pod's service account) leads to, and `namespace` is Weft's own there. `admin` None: no
     admin port; `steer` None: no eBPF; `flow_buffer`: flow records held; `authority`: its socket for
-    this node, None: there is none."""
+    this node, or CLUSTER; None: there is none."""
 
     manifests: Path | None
     kubeconfig: Path | None

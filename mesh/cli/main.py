@@ -148,9 +148,9 @@ def cli() -> None:
 @click.option(
     "--authority",
     metavar="SOCKET",
-    type=click.Path(path_type=Path),
-    help="Where 'weft authority' answers this node; workloads get identities then, and connect to"
-    " those of other nodes by mutual TLS.",
+    help="Where 'weft authority' answers this node, or 'cluster': asked by"
+    " CertificateSigningRequests. Workloads get identities then, and connect to those of other"
+    " nodes by mutual TLS.",
 )
 @click.option(
     "--trust-domain",
