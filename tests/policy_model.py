@@ -66,26 +66,18 @@ class World:
         if not isinstance(subject, Pod):
             return True
         isolated = allowed = False
-        specs = []
-        for policy in self.policies:
-            if policy["metadata"].get("annotations", {}).get("weft.dev/policy-audit") == "true":
-                continue
-            if policy["kind"] == "NetworkPolicy":
-                if not self._np_selects(policy, direction, subject):
-                    continue
-                isolated = True
-                here = isinstance(other, Outside) and other.entity == "host"
-                target = other if direction == "egress" else subject
-                allowed |= here or any(
-                    self._np_rule(policy, direction, rule, other, target, protocol, port)
-                    for rule in policy["spec"].get(direction) or ()
-                )
-            else:
-                specs += [
-                    (policy, spec)
-                    for spec in [policy.get("spec"), *(policy.get("specs") or ())]
-                    if spec and self._cilium_subject(policy, spec, subject)
-                ]
+        policies = [
+            policy
+            for policy in self.policies
+            if policy["metadata"].get("annotations", {}).get("weft.dev/policy-audit") != "true"
+        ]
+        specs = [
+            (policy, spec)
+            for policy in policies
+            if policy["kind"] != "NetworkPolicy"
+            for spec in [policy.get("spec"), *(policy.get("specs") or ())]
+            if spec and self._cilium_subject(policy, spec, subject)
+        ]
         side = "from" if direction == "ingress" else "to"
         requires = [
             (policy, selector)
@@ -93,6 +85,18 @@ class World:
             for rule in spec.get(direction) or ()
             for selector in rule.get(f"{side}Requires") or ()
         ]
+        for policy in policies:
+            if policy["kind"] != "NetworkPolicy":
+                continue
+            if not self._np_selects(policy, direction, subject):
+                continue
+            isolated = True
+            here = isinstance(other, Outside) and other.entity == "host"
+            target = other if direction == "egress" else subject
+            allowed |= here or any(
+                self._np_rule(policy, direction, rule, other, target, protocol, port, requires)
+                for rule in policy["spec"].get(direction) or ()
+            )
         denied = False
         for policy, spec in specs:
             rules, denies = spec.get(direction) or (), spec.get(f"{direction}Deny") or ()
@@ -129,9 +133,15 @@ class World:
         target: Party,
         protocol: str,
         port: int,
+        requires: Any,
     ) -> bool:
+        """What Cilium's policies require of peers that are selected by labels, they require of
+        those that a NetworkPolicy selects, too: otherwise they "must be met" by nobody."""
         peers = rule.get("from" if direction == "ingress" else "to")
         if peers and not any(self._np_peer(policy, peer, other) for peer in peers):
+            return False
+        met = all(self._cilium_peer(where, one, other) for where, one in requires)
+        if peers and isinstance(other, Pod) and not met:
             return False
         ports = rule.get("ports")
         return not ports or any(_np_port(one, target, protocol, port) for one in ports)

@@ -3,7 +3,7 @@ the documentation does (tests/policy_model.py), for every pair, protocol and por
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from policy_cases import OUTSIDE, PODS, WHAT, manifests, model, policies
 from policy_model import Manifest, Outside
 
@@ -33,6 +33,28 @@ def in_force(world: World) -> Policies:
     return found
 
 
+# What is required of peers by their labels is not required of addresses beside them.
+MIXED = [
+    {
+        "kind": "NetworkPolicy",
+        "metadata": {"namespace": "b", "name": "p0"},
+        "spec": {
+            "podSelector": {},
+            "egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}, {"namespaceSelector": {}}]}],
+        },
+    },
+    {
+        "kind": "CiliumClusterwideNetworkPolicy",
+        "metadata": {"name": "p1"},
+        "spec": {
+            "endpointSelector": {},
+            "egress": [{"toRequires": [{"matchLabels": {"app": "x"}}], "toEntities": ["none"]}],
+        },
+    },
+]
+
+
+@example(MIXED)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(policies())
 def test_every_decision_is_the_models(found: list[Manifest]) -> None:

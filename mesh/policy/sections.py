@@ -41,12 +41,12 @@ class NamedPort(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """`names`: ports that a pod has yet to say the numbers of; `by_labels`: its peers are selected
-    by labels, so that `requires` counts for them."""
+    """`names`: ports that a pod has yet to say the numbers of; `labelled`: those of its peers that
+    are selected by labels, for whom `requires` counts."""
 
     rule: PolicyRule
     names: tuple[PortSpec, ...]
-    by_labels: bool
+    labelled: Identities
 
 
 class Resolved(NamedTuple):
@@ -133,7 +133,8 @@ def _rules(
     whom = resolve(view, rule.peers)
     numbered = tuple(PortRange(*port[:3]) for port in rule.ports if not port.name)
     names = tuple(port for port in rule.ports if port.name)
-    by_labels = rule.peers is not None and bool(rule.peers.selectors)
+    selectors = rule.peers.selectors if rule.peers is not None else ()
+    labelled = frozenset[int]().union(*(view.get("selected", one) or () for one in selectors))
     base = PolicyRule(
         source=f"{policy} {rule.place}",
         peers=whom,
@@ -144,11 +145,11 @@ def _rules(
         audit=audit,
     )
     if not rule.ports or numbered or (names and not egress):
-        yield _Rule(base, () if egress else names, by_labels)
+        yield _Rule(base, () if egress else names, labelled)
     if egress and names:
         for ports, those in _by_named_ports(view, whom, names).items():
             narrowed = msgspec.structs.replace(base, peers=frozenset(those), ports=ports)
-            yield _Rule(narrowed, (), by_labels)
+            yield _Rule(narrowed, (), labelled)
 
 
 def _by_named_ports(
@@ -232,9 +233,9 @@ def _own(one: _Rule, names: frozenset[NamedPort], requires: list[Identities]) ->
         if not ports:
             return None
         rule = msgspec.structs.replace(rule, ports=ports)
-    if one.by_labels and requires and not rule.deny and rule.peers is not None:
-        peers = rule.peers.intersection(*requires)
-        rule = msgspec.structs.replace(rule, peers=peers)
+    if one.labelled and requires and not rule.deny and rule.peers is not None:
+        lacking = one.labelled - one.labelled.intersection(*requires)
+        rule = msgspec.structs.replace(rule, peers=rule.peers - lacking)
     return rule
 
 
