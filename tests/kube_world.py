@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ WAIT_S = 20
 GROUP = "gateway.networking.k8s.io"
 CONTROLLER = "weft.dev/gateway-controller"
 
+KUBECTL = shutil.which("kubectl") or ""
+
+needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="no kubectl")
 needs_crds = pytest.mark.skipif(not CRDS.exists(), reason="no ../shared/gateway-api/crds")
 
 

@@ -304,7 +304,7 @@ async def test_cases_are_run_in_a_lab_that_leaves_nothing() -> None:
     # The same requests without the route: what they expect must not come true by itself.
     without = dataclasses.replace(ports, name="without", manifests=(), objects=())
     claims_more = dataclasses.replace(ports, name="more", features=("Mesh", "MeshOfTomorrow"))
-    args = argparse.Namespace(wait=1.0, verbose=False)
+    args = argparse.Namespace(wait=1.0, verbose=False, source="directory")
     # pytest's own directories have names too long for sockets.
     with tempfile.TemporaryDirectory(prefix="weft-test-") as scratch:
         found = await run_mesh.run(

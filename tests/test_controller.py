@@ -251,6 +251,130 @@ async def test_the_next_controller_takes_over_at_once(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
+    named = gateway("named", port=8080)
+    named["spec"]["addresses"] = [{"value": "192.0.2.9"}]
+    labelled = gateway()
+    labelled["spec"]["infrastructure"] = {"labels": {"team": "shop"}, "annotations": {"a": "b"}}
+    for obj in (gateway_class(), labelled, named):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "", "192.0.2.9:8080": ""}, addresses=("10.0.0.1", "fd00::1"))
+    world.start(load_balancer=True)
+
+    def service():
+        return world.server.get("/services", "weft-gw")
+
+    await world.until(service)
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    made = service()
+    assert made["spec"]["type"] == "LoadBalancer"
+    assert [port["port"] for port in made["spec"]["ports"]] == [80]
+    assert made["metadata"]["labels"]["team"] == "shop"
+    assert made["metadata"]["annotations"] == {"a": "b"}
+    await world.until(lambda: world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv6"))
+    slice_ = world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv4")
+    assert [one["addresses"] for one in slice_["endpoints"]] == [["10.0.0.1"]]
+    # The cluster gives it an address.
+    status = {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}}}
+    world.server.change(made, status, "status")
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert world.status("gateways", "gw")["addresses"] == [
+        {"type": "IPAddress", "value": "203.0.113.7"}
+    ]
+    # A node more.
+    world.report("b", ports={"0.0.0.0:80": "", "192.0.2.9:8080": ""}, addresses=("10.0.0.2",))
+
+    def endpoints():
+        found = world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv4")
+        return [one["addresses"][0] for one in found["endpoints"]]
+
+    await world.until(lambda: endpoints() == ["10.0.0.1", "10.0.0.2"])
+    # Deleted by somebody, it is made again; with its Gateway it goes.
+    world.server.delete(made)
+    await world.until(service)
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    assert world.server.get("/services", "weft-named") is None
+    world.server.delete(gateway())
+    assert service() is None
+
+
+async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "address in use"})
+    world.start()
+
+    def events(name):
+        store = world.server.store
+        return {
+            (one["type"], one["reason"]): one
+            for _, one in store.list("/events", "default", store.revision)
+            if one["involvedObject"]["name"] == name
+        }
+
+    found = await world.until(lambda: events("gw")["Warning", "PortUnavailable"])
+    assert "node a: address in use" in found["message"]
+    assert (
+        found["involvedObject"]["uid"]
+        == world.server.get(f"{GROUP}/gateways", "gw")["metadata"]["uid"]
+    )
+    world.report(ports={"0.0.0.0:80": ""})
+    await world.until(lambda: events("gw")["Normal", "Programmed"])
+    world.report(ports={"0.0.0.0:80": "address in use"})
+    await world.until(lambda: events("gw")["Warning", "PortUnavailable"]["count"] == 2)
+    backend = {"backendRefs": [{"name": "nothing", "port": 80}]}
+    world.server.change(route("r"), {"spec": {"rules": [backend]}})
+    found = await world.until(lambda: events("r")["Warning", "BackendNotFound"])
+    assert found["message"].startswith("Gateway/gw: ResolvedRefs is False: ")
+
+
+async def test_a_leader_that_is_killed_in_the_middle_of_writing(world):
+    """It hands nothing back; the next one waits until the Lease is stale, by its own clock, and
+    finishes what is unfinished. The clock in the Lease is an hour off."""
+    for obj in (gateway_class(), gateway(), *(route(f"r{n}") for n in range(150))):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    first, task = world.start("one")
+    first.election._lease_s, first.election._renew_s = 1.0, 0.7
+    first.election._retry_s = 0.1
+    await world.until(lambda: sum(1 for n in range(150) if _written(world, n)) > 20)
+    first.election.leading = False
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not all(_written(world, n) for n in range(150))
+    lease = world.server.get("coordination.k8s.io/leases", "weft-controller", NAMESPACE)
+    assert lease["spec"]["holderIdentity"] == "one"
+    world.server.change(lease, {"spec": {"renewTime": "2099-01-01T00:00:00.000000Z"}})
+    second, _ = world.start("two")
+    second.election._retry_s = 0.1
+    await world.until(lambda: all(_written(world, n) for n in range(150)))
+    assert all(len(world.status("httproutes", f"r{n}")["parents"]) == 1 for n in range(150))
+
+
+def _written(world, number):
+    return bool(world.status("httproutes", f"r{number}"))
+
+
+async def test_two_at_once_and_one_writes(world):
+    for obj in (gateway_class(), gateway(), route("r")):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    first, _ = world.start("one")
+    await world.until(lambda: world.conditions("httproutes", "r"))
+    second, _ = world.start("two")
+    await world.until(lambda: second.writer.wanted and not second._held)
+    world.server.change(route("r"), {"spec": {"hostnames": ["a.example"]}})
+
+    def caught_up():
+        (parent,) = world.status("httproutes", "r")["parents"]
+        return parent["conditions"][0]["observedGeneration"] == 2
+
+    await world.until(caught_up)
+    assert first.election.leading
+    assert not second.election.leading
+    assert second.writer.writes == 0
+
+
 async def test_refused_writes_are_tried_again(world):
     world.server.faults.about = "/status"
     world.server.faults.refuse = 0.6

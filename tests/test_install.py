@@ -10,7 +10,17 @@ import pytest
 import yaml
 from apiserver.server import ApiServer
 from click.testing import CliRunner
-from kube_world import CRDS, GROUP, following, gateway, needs_crds, quick, route
+from kube_world import (
+    CRDS,
+    GROUP,
+    KUBECTL,
+    following,
+    gateway,
+    needs_crds,
+    needs_kubectl,
+    quick,
+    route,
+)
 
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
@@ -18,7 +28,6 @@ from mesh.install import manifests
 from mesh.install.cluster import path_of
 from tests.support.running import PROJECT, running
 from tests.test_controller import World
-from tests.test_kubernetes_end_to_end import _kubectl
 
 NAMESPACE = manifests.NAMESPACE
 
@@ -129,9 +138,9 @@ def test_deploy_is_what_install_applies():
     assert filled == sorted((one for one in printed if one["kind"] != "Namespace"), key=path_of)
 
 
-@pytest.mark.skipif(_kubectl() is None, reason="no kubectl")
+@needs_kubectl
 def test_the_kustomization_is_whole():
-    command = [_kubectl(), "kustomize", str(PROJECT / "deploy/manifests")]
+    command = [KUBECTL, "kustomize", str(PROJECT / "deploy/manifests")]
     built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = sorted(yaml.safe_load_all(built), key=path_of)
     assert found == sorted(manifests.objects(), key=path_of)
@@ -146,7 +155,18 @@ async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
     for obj in (gateway(), route("r")):
         server.create(obj)
     agent, controller = "agent-token", "controller-token"
-    server.auth.service_account(agent, NAMESPACE, "weft-agent")
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "weft-agent-a", "namespace": NAMESPACE},
+        "spec": {"nodeName": "a", "serviceAccountName": "weft-agent"},
+    }
+    uid = server.create(pod)["metadata"]["uid"]
+    bound = {
+        "authentication.kubernetes.io/pod-name": ["weft-agent-a"],
+        "authentication.kubernetes.io/pod-uid": [uid],
+    }
+    server.auth.service_account(agent, NAMESPACE, "weft-agent", extra=bound)
     server.auth.service_account(controller, NAMESPACE, "weft-controller")
     server.auth.token("admin", "admin", groups=["system:masters"])
     server.auth.rbac = True
@@ -154,12 +174,21 @@ async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
     of_controller = server.kubeconfig(tmp_path / "controller", token=controller)
     world = World(server, tmp_path)
     options = (f"--kubeconfig={of_agent}", "--workers=1", "--admin=off", "--node=a")
+    options += ("--authority=cluster",)
+    about = ControllerOptions(of_controller, NAMESPACE, "one", trust_domain="cluster.local")
     with running(tmp_path / "run", *options) as process:
-        await asyncio.to_thread(process.await_status, lambda status: status["ready"])
-        about = ControllerOptions(of_controller, NAMESPACE, "one")
         task = asyncio.get_running_loop().create_task(Controller(about, backoff=quick).run())
         try:
+            await asyncio.to_thread(process.await_status, lambda status: status["ready"])
             await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
+            request = "certificates.k8s.io/certificatesigningrequests"
+            await world.until(
+                lambda: [
+                    one
+                    for _, one in server.store.list(request, None, server.store.revision)
+                    if one["status"]["certificate"]
+                ]
+            )
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -3,16 +3,18 @@ traffic, and back to its status; with the real kubectl where there is one."""
 
 import asyncio
 import json
-import shutil
+import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from apiserver.server import ApiServer
-from kube_world import CRDS, GROUP, needs_crds
+from kube_world import CRDS, GROUP, KUBECTL, needs_crds, needs_kubectl
 
+from mesh.model.nodereport import ANNOTATION, decode_report
 from tests.support.running import PROJECT, free_port, gateway, route, running, service
 from tests.test_agent_end_to_end import WAIT_S, Client, backend, busy
 
@@ -87,6 +89,17 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
                     await until(server, "httproutes", name, lambda c: c.get("Accepted") == "True")
                     assert await client.ask(f"/new{number}") == 500
                 client.close()
+            assert _report(server).ready
+            await asyncio.to_thread(weft.stop)
+            # A node that has ended in good order is waited for by nobody.
+            assert not _report(server).ready
+
+
+def _report(server):
+    lease = server.get(
+        "coordination.k8s.io/leases", f"weft-node.{socket.gethostname().lower()}", NAMESPACE
+    )
+    return decode_report(lease["metadata"]["annotations"][ANNOTATION])
 
 
 async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
@@ -116,26 +129,22 @@ async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
                     await client.more()
 
 
-def _kubectl():
-    """Debian's cloud SDK has several under names of their own."""
-    found = sorted(Path("/usr/lib/google-cloud-sdk/bin").glob("kubectl.1.*"))
-    return str(found[-1]) if found else shutil.which("kubectl")
-
-
-@pytest.mark.skipif(_kubectl() is None, reason="no kubectl")
+@needs_kubectl
 async def test_kubectl_gets_applies_and_deletes(server, tmp_path):
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
 
     async def kubectl(*arguments, text="", fails=False):
         process = await asyncio.create_subprocess_exec(
-            *(_kubectl(), f"--kubeconfig={kubeconfig}", f"--cache-dir={tmp_path}/cache"),
+            *(KUBECTL, f"--kubeconfig={kubeconfig}", f"--cache-dir={tmp_path}/cache"),
             *arguments,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         async with asyncio.timeout(WAIT_S):
-            said, _ = await process.communicate(text.encode())
+            # Older ones take several documents in YAML only.
+            documents = [json.loads(one) for one in text.split("\n---\n")] if text else []
+            said, _ = await process.communicate(yaml.safe_dump_all(documents).encode())
         assert bool(process.returncode) == fails, said.decode()
         return said.decode()
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 from bpf_world import needs_bpf
+from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, pod_world
-from policy_cases import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
 
 from bpf import events, layout, maps, settings
 from bpf.balancer import Balancer

@@ -9,8 +9,8 @@ from ipaddress import ip_address
 
 import pytest
 from bpf_world import needs_bpf
+from pod_policies import KNOWN, VERSIONS, allow, only, policy
 from pod_world import OUT, B, PodWorld, arrived, checksum, pod_world
-from policy_cases import KNOWN, VERSIONS, allow, only, policy
 
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import PortRange

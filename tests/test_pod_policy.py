@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from bpf_world import needs_bpf
+from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, arrived, checksum, pod_world
-from policy_cases import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
 
 from bpf.enforcement import Enforcement
 from bpf.layout import Policy, PolicyKey

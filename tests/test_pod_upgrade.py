@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from bpf_world import ROOT, TIMEOUT_S, needs_bpf
+from pod_policies import KNOWN, only, policy
 from pod_world import OUT, B, pod_world
-from policy_cases import KNOWN, only, policy
 
 pytestmark = needs_bpf
 
@@ -21,7 +21,7 @@ from bpf import layout
 layout.PLAIN *= 2
 from bpf import loader, podfilter, versions
 from bpf.enforcement import Enforcement
-from policy_cases import KNOWN, only, policy
+from pod_policies import KNOWN, only, policy
 records, pin = map(Path, sys.argv[-2:])
 if sys.argv[1] == "--pin":
     del sys.argv[2]

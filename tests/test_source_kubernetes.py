@@ -163,6 +163,15 @@ async def test_refusals_are_outlasted(server, tmp_path):
     assert server.faults.refused > 10
 
 
+async def test_a_slow_server_is_waited_for(server, tmp_path):
+    server.faults.delay_s = 0.2
+    server.create(config_map("a"))
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        server.change(config_map("a"), {"data": {"ca.crt": "2"}})
+        await source.until(lambda: source.values() == {"a": "2"})
+        assert source.problems == ()
+
+
 async def test_a_server_that_is_away_takes_nothing_away(server, tmp_path):
     server.create(config_map("a"))
     async with following(server, tmp_path, kinds=ONLY) as source:

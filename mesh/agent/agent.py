@@ -16,19 +16,19 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
-from mesh.agent.authority import SocketClient
+from mesh.agent.authority import AuthorityClient, SocketClient
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.node import Node
-from mesh.agent.options import AgentOptions, OptionError, parse
+from mesh.agent.options import CLUSTER, AgentOptions, OptionError, parse
 from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
 from mesh.agent.svid_file import SvidFile
@@ -45,6 +45,9 @@ from mesh.model.channel import (
 from mesh.model.meta import ObjectKey
 from mesh.sources.directory import DirectorySource
 from mesh.sources.update import SourceUpdate
+
+if TYPE_CHECKING:
+    from mesh.sources.kubernetes_client import Client
 
 _log = logging.getLogger("weft.agent")
 _PR_SET_PDEATHSIG = 1
@@ -65,7 +68,8 @@ class Agent:
         peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
         flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
-        self._authority = SocketClient(options.authority) if options.authority else None
+        self._source, client = _source(options)
+        self._authority = _authority(options, client)
         datapath = self._datapath(options)
         self._node = Node(
             plane=ControlPlane(options.plane),
@@ -77,7 +81,7 @@ class Agent:
             kernel=KernelFlows(datapath.pins, flows, datapath.rule) if datapath else None,
             svids=self._svids(options, run_dir),
         )
-        self._source, self._reporter = _source(options, self._node)
+        self._reporter = _reporter(options, client, self._node, self._authority)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
@@ -198,31 +202,63 @@ class Source(Protocol):
     async def close(self) -> None: ...
 
 
+class Authority(AuthorityClient, Protocol):
+    async def close(self) -> None: ...
+
+
 class Background(Protocol):
     """Work that goes on beside, until it is cancelled."""
 
     async def run(self) -> None: ...
 
 
-def _source(options: AgentOptions, node: Node) -> tuple[Source, Background | None]:
-    """Where objects come from, and who tells there what became of them."""
+def _source(options: AgentOptions) -> tuple[Source, Client | None]:
+    """Where objects come from, and the connection to the cluster, if it is one."""
     if options.manifests is not None:
         return DirectorySource(options.manifests), None
-    # 12 MB that nobody needs who has no cluster.
-    from mesh.agent.cluster import Reporter
+    # 12 MB that nobody needs who has no cluster; so also below.
     from mesh.sources.kubernetes import KubernetesSource
 
     source = KubernetesSource(options.kubeconfig)
+    return source, source.client
+
+
+def _authority(options: AgentOptions, client: Client | None) -> Authority | None:
+    """Who signs for this node: behind a socket, or the cluster's."""
+    if options.authority is None:
+        return None
+    if str(options.authority) != CLUSTER:
+        return SocketClient(options.authority)
+    if client is None:
+        raise OptionError(f"--authority {CLUSTER} needs objects that come from a cluster")
+    from mesh.agent.authority_cluster import ClusterAuthority
+
+    return ClusterAuthority(client, _name(options), options.namespace)
+
+
+def _reporter(
+    options: AgentOptions, client: Client | None, node: Node, authority: Authority | None
+) -> Background | None:
+    """Who tells the cluster what is in force here."""
+    if client is None:
+        return None
+    from mesh.agent.cluster import Reporter
+
     reporter = Reporter(
         node,
-        source.client,
-        name=options.plane.node or socket.gethostname().lower(),
+        client,
+        name=_name(options),
         namespace=options.namespace,
         addresses=options.plane.advertise,
         mesh_addresses=options.plane.mesh_addresses,
+        bundle=lambda: getattr(authority, "have", ""),
     )
     node.settled = reporter.changed
-    return source, reporter
+    return reporter
+
+
+def _name(options: AgentOptions) -> str:
+    return options.plane.node or socket.gethostname().lower()
 
 
 def _ready() -> None:

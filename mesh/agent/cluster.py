@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from mesh.agent.node import Node
@@ -31,11 +31,14 @@ LEASE_S = 40
 _RENEW_S = 10.0
 # Reports do not follow each other faster than this.
 _PAUSE_S = 0.1
+# The agent's end is not to take long.
+_LAST_S = 1.0
 _MANAGER = "weft-agent"
 
 
 class Reporter:
-    """`name`: this node's; `addresses`: where clients reach Gateways that name no address."""
+    """`name`: this node's; `addresses`: where clients reach Gateways that name no address;
+    `bundle()`: the tag of the trust bundle that is in force."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Reporter:
         namespace: str,
         addresses: tuple[str, ...],
         mesh_addresses: Sequence[str],
+        bundle: Callable[[], str],
     ) -> None:
         self._node = node
         self._client = client
@@ -56,6 +60,7 @@ class Reporter:
         self._namespace = namespace
         self._addresses = addresses
         self._mesh = {one: "::1" if ":" in one else "127.0.0.1" for one in mesh_addresses}
+        self._bundle = bundle
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
@@ -63,6 +68,15 @@ class Reporter:
         self._changed.set()
 
     async def run(self) -> None:
+        """Until cancelled; then the node serves no more, and nobody is to wait for it."""
+        try:
+            await self._keep_up()
+        finally:
+            with contextlib.suppress(ServerError, TimeoutError):
+                async with asyncio.timeout(_LAST_S):
+                    await self._write(leaving=True)
+
+    async def _keep_up(self) -> None:
         backoff, failing = Backoff(), ""
         while True:
             try:
@@ -79,7 +93,7 @@ class Reporter:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _RENEW_S)
 
-    async def _write(self) -> None:
+    async def _write(self, *, leaving: bool = False) -> None:
         self._changed.clear()
         body = {
             "apiVersion": "coordination.k8s.io/v1",
@@ -88,7 +102,7 @@ class Reporter:
                 "name": f"{LEASE_PREFIX}{self._name}",
                 "namespace": self._namespace,
                 "labels": LABELS,
-                "annotations": {ANNOTATION: encode_report(self._report())},
+                "annotations": {ANNOTATION: encode_report(self._report(leaving))},
             },
             "spec": {
                 "holderIdentity": self._name,
@@ -99,7 +113,7 @@ class Reporter:
         query = {"fieldManager": _MANAGER, "force": "true"}
         await self._client.request("PATCH", self._path, query, body, content_type=APPLY)
 
-    def _report(self) -> NodeReport:
+    def _report(self, leaving: bool) -> NodeReport:
         node = self._node
         refused = sorted(node.refusals.items())
         bound = node.bound
@@ -108,12 +122,13 @@ class Reporter:
         ports.update({self._port(one): why[:MAX_TEXT] for one, why in failed})
         return NodeReport(
             node=self._name,
-            ready=node.ready_once and not node.not_ready(),
+            ready=node.ready_once and not node.not_ready() and not leaving,
             versions=dict(node.in_force),
             ports=ports,
             refused={key: why[:MAX_TEXT] for key, why in refused[:MAX_REFUSALS]},
             unnamed=max(0, len(refused) - MAX_REFUSALS),
             addresses=self._addresses,
+            bundle=self._bundle(),
         )
 
     def _port(self, port: PortAddress) -> str:

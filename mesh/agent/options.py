@@ -24,6 +24,8 @@ from mesh.agent.rundir import RunDir, default_run_dir
 from mesh.model.nodeconfig import Settings
 from mesh.sources.manifest import UnreadableError, read_documents
 
+# Instead of a socket: the authority is the cluster's, asked by CertificateSigningRequests.
+CLUSTER = "cluster"
 DEFAULT_NAMESPACE = "weft-system"
 DEFAULT_ADMIN = "127.0.0.1:15090"
 DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
@@ -51,7 +53,7 @@ class AgentOptions(NamedTuple):
     """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
     or the pod's service account) leads to, and `namespace` is Weft's own there. `admin` None: no
     admin port; `steer` None: no eBPF; `flow_buffer`: flow records held; `authority`: its socket for
-    this node, None: there is none."""
+    this node, or CLUSTER; None: there is none."""
 
     manifests: Path | None
     kubeconfig: Path | None
@@ -90,6 +92,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     parser.add_argument("--authority", type=Path)
+    parser.add_argument("--policy-audit", choices=("on", "off"), default="off")
     parser.add_argument("--trust-domain", default="cluster.local")
     args = parser.parse_args(arguments)
     return AgentOptions(
@@ -162,6 +165,7 @@ def plane_options(args: argparse.Namespace) -> Options:
         mesh_addresses=mesh_addresses(args),
         authority=getattr(args, "authority", None) is not None,
         trust_domain=_trust_domain(getattr(args, "trust_domain", "cluster.local")),
+        policy_audit=getattr(args, "policy_audit", "off") == "on",
     )
 
 

@@ -34,6 +34,19 @@ import click
     help="Address that Gateways show in their status that name none; may be repeated.  [default:"
     " the nodes']",
 )
+@click.option(
+    "--trust-domain",
+    metavar="NAME",
+    default="",
+    help="Sign certificates for workloads of this trust domain (weft up --authority cluster);"
+    " the authority's state is in Secret weft-authority.  [default: sign none]",
+)
+@click.option(
+    "--load-balancer",
+    is_flag=True,
+    help="Gateways that name no address get a Service of type LoadBalancer in front of the nodes,"
+    " and show its address.",
+)
 @click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
 def controller(
     kubeconfig: Path | None,
@@ -42,6 +55,8 @@ def controller(
     bind_address: str,
     advertise: tuple[str, ...],
     mesh: bool,
+    trust_domain: str,
+    load_balancer: bool,
 ) -> None:
     """Write the statuses of a cluster's Gateway API objects.
 
@@ -56,6 +71,7 @@ def controller(
     import socket
     import sys
 
+    from certs.spiffe import BadSpiffeId, check_trust_domain
     from mesh.agent.options import OptionError, check_address, check_pool
     from mesh.cli.client import CliError, UsageError
     from mesh.controller.controller import ControllerOptions, serve
@@ -70,8 +86,10 @@ def controller(
             bind_address=check_address("--bind-address", bind_address),
             advertise=tuple(check_address("--advertise", text) for text in advertise),
             mesh=mesh,
+            load_balancer=load_balancer,
+            trust_domain=check_trust_domain(trust_domain) if trust_domain else "",
         )
-    except OptionError as error:
+    except (OptionError, BadSpiffeId) as error:
         raise UsageError(str(error)) from None
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="controller: %(message)s")
     try:

@@ -70,8 +70,16 @@ def lab() -> None:
     show_default=True,
     help="Seconds to wait for pods to become ready.",
 )
+@click.option(
+    "--kubeconfig",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Put the lab's objects on this API server and let the nodes read from there; they stay"
+    " when the lab goes.",
+)
 @_run_dir_option
-def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
+def up(
+    file: Path | None, name: str | None, wait: float, kubeconfig: Path | None, run_dir: Path
+) -> None:
     """Make the lab that FILE describes, and leave it running.
 
     Without FILE it is examples/lab/lab.yaml: two nodes and a small shop. The format is described in
@@ -86,7 +94,7 @@ def up(file: Path | None, name: str | None, wait: float, run_dir: Path) -> None:
             raise UsageError("say which FILE describes the lab: no example is installed")
         file = _EXAMPLE
     start = time.monotonic()
-    status = make(file, run_dir, name, wait)
+    status = make(file, run_dir, name, wait, kubeconfig)
     plan = status.plan
     note(
         f"lab {plan.name} is up: {len(plan.nodes)} nodes, {len(plan.pods)} pods, "

@@ -27,7 +27,10 @@ def run(run_dir: Path, output: str) -> None:
 def _show(status: dict[str, Any]) -> None:
     version = status["config"]["version"]
     click.echo(f"ready:      {'yes' if status['ready'] else 'no'}")
-    click.echo(f"manifests:  {status['manifests']}")
+    if status["cluster"] is None:
+        click.echo(f"manifests:  {status['manifests']}")
+    else:
+        click.echo(f"cluster:    {status['cluster']}")
     click.echo(f"admin:      {_admin(status['admin'])}")
     click.echo(f"agent:      pid {status['agent']['pid']}, configuration {version}")
     if status["steered"] is not None:

@@ -20,7 +20,10 @@ import msgspec
 from gateway.control import KINDS as INPUTS
 from gateway.control import ControlPlane, Options
 from gateway.keys import ROUTE_KINDS, PortKey
+from mesh.controller.balancers import Balancers
+from mesh.controller.certificates import Certificates
 from mesh.controller.election import Election
+from mesh.controller.events import Recorder
 from mesh.controller.nodes import Nodes
 from mesh.controller.writer import Ident, Writer
 from mesh.model.gateway import GatewayStatus, GatewayStatusAddress
@@ -45,7 +48,9 @@ _MESH_ADDRESSES = ("127.0.0.1", "::1")
 
 class ControllerOptions(NamedTuple):
     """`kubeconfig` None: the environment's, or the pod's service account. `identity`: this
-    controller's, unlike any other's. `mesh`: nodes run with --steer."""
+    controller's, unlike any other's. `mesh`: nodes run with --steer. `trust_domain`: whose
+    identities are signed, "" none's. `load_balancer`: Gateways that name no address get a Service
+    of that type, not the nodes' addresses."""
 
     kubeconfig: Path | None
     namespace: str
@@ -54,6 +59,8 @@ class ControllerOptions(NamedTuple):
     bind_address: str = "0.0.0.0"
     advertise: tuple[str, ...] = ()
     mesh: bool = False
+    trust_domain: str = ""
+    load_balancer: bool = False
 
 
 class _Held(NamedTuple):
@@ -81,14 +88,35 @@ class Controller:
         self._source = KubernetesSource(
             options.kubeconfig,
             kinds=frozenset((*INPUTS, *ROUTE_KINDS)),
-            seen=lambda kind, key: self.writer.look_again({(kind, key): None}),
+            seen=self._seen,
             backoff=backoff,
         )
         client = self._source.client
         self.writer = Writer(
-            client, self._name, self._source.written, self._source.version, backoff
+            client,
+            self._name,
+            self._source.written,
+            self._source.version,
+            Recorder(client, options.identity),
+            backoff,
+        )
+        self.balancers = (
+            Balancers(self._source, lambda key: ("Gateway", key) in self._on_nodes)
+            if options.load_balancer
+            else None
         )
         self.election = Election(client, options.namespace, options.identity, self._led)
+        self.certificates = (
+            Certificates(
+                self._source,
+                options.namespace,
+                options.trust_domain,
+                self.nodes.have_bundle,
+                backoff,
+            )
+            if options.trust_domain
+            else None
+        )
         self._leases = Reflector(
             client,
             f"/apis/coordination.k8s.io/v1/namespaces/{options.namespace}/leases",
@@ -103,6 +131,7 @@ class Controller:
         self._held: list[_Held] = []
         self._on_nodes: dict[Ident, GatewayStatus] = {}
         self._addresses: tuple[str, ...] = ()
+        self._addresses_changed = False
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -119,6 +148,10 @@ class Controller:
             group.create_task(self.writer.run(), name="writer")
             group.create_task(self.election.run(), name="election")
             group.create_task(self._work(), name="controller")
+            if self.balancers is not None:
+                group.create_task(self.balancers.run(), name="load balancers")
+            if self.certificates is not None:
+                group.create_task(self.certificates.run(), name="certificates")
 
     async def _follow(self) -> None:
         async with contextlib.aclosing(self._source.updates()) as updates:
@@ -131,10 +164,24 @@ class Controller:
         if update.changes:
             self._needed = update.newest
         self._synced = self._synced or update.complete
+        if self.certificates is not None:
+            self.certificates.changed(update)
         self._wake.set()
+
+    def _seen(self, kind: str, key: ObjectKey) -> None:
+        """An object is another than before, if only in its status."""
+        self.writer.look_again({(kind, key): None})
+        if kind == "Service" and self.balancers is not None:
+            self._addresses_changed = True
+            self._wake.set()
 
     def _led(self, leading: bool) -> None:
         self.writer.enabled = leading
+        if self.balancers is not None:
+            self.balancers.enabled = leading
+            self.balancers.look_again([key for _, key in self._on_nodes])
+        if self.certificates is not None:
+            self.certificates.led(leading)
         if leading:
             self._wake.set()
             self.writer.look_again(self.writer.wanted)
@@ -146,6 +193,8 @@ class Controller:
             if self._synced:
                 self._derive()
                 self._release()
+                if self.certificates is not None:
+                    self.certificates.authority.look_again()
 
     def _derive(self) -> None:
         answer = self.nodes.answer()
@@ -167,16 +216,19 @@ class Controller:
         while self._held and self.nodes.have(self._held[0].needed):
             true.update(self._held.pop(0).statuses)
         addresses = self.nodes.addresses()
-        if addresses != self._addresses:
-            self._addresses = addresses
+        if addresses != self._addresses or self._addresses_changed:
+            self._addresses, self._addresses_changed = addresses, False
             true = {**self._on_nodes, **true}
+        if self.balancers is not None:
+            self.balancers.nodes_changed(addresses)
+            self.balancers.look_again([key for kind, key in true if kind == "Gateway"])
         for ident, status in true.items():
             self._on_nodes.pop(ident, None)
             if isinstance(status, GatewayStatus) and any(
                 one.value == _NODES for one in status.addresses
             ):
                 self._on_nodes[ident] = status
-                true[ident] = self._placed(status)
+                true[ident] = self._placed(ident[1], status)
             elif isinstance(status, RouteStatus):
                 true[ident] = self._answered(ident, status)
         if true:
@@ -191,14 +243,15 @@ class Controller:
         def ours(ref: ParentReference) -> bool:
             if ref.kind == "Service":
                 return self._mesh
-            return self._source.has(
-                ref.kind, ObjectKey(ref.namespace or ident[1].namespace, ref.name)
-            )
+            key = ObjectKey(ref.namespace or ident[1].namespace, ref.name)
+            return self._source.get(ref.kind, key) is not None
 
         parents = tuple(one for one in status.parents if ours(one.parent_ref))
         return msgspec.structs.replace(status, parents=parents)
 
-    def _placed(self, status: GatewayStatus) -> GatewayStatus:
+    def _placed(self, key: ObjectKey, status: GatewayStatus) -> GatewayStatus:
+        if self.balancers is not None:
+            return self.balancers.placed(key, status)
         addresses = tuple(
             GatewayStatusAddress(type="IPAddress", value=address)
             for address in self._addresses[:_MAX_ADDRESSES]

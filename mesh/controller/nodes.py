@@ -98,6 +98,10 @@ class Nodes:
             for kind, version in needed.items()
         )
 
+    def have_bundle(self, tag: str) -> bool:
+        """Whether every node that lives has this trust bundle in force."""
+        return all(seen.report.bundle == tag for seen in self._seen.values())
+
     def addresses(self) -> tuple[str, ...]:
         """Where clients reach Gateways that name no address: the nodes'."""
         return tuple(dict.fromkeys(address for one in self.ready() for address in one.addresses))

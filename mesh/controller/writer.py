@@ -13,11 +13,19 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from mesh.controller.events import Recorder, news
 from mesh.controller.render import render
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written
-from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
+from mesh.sources.kubernetes_client import (
+    APPLY,
+    MANAGER,
+    Backoff,
+    Client,
+    ServerError,
+    object_path,
+)
 
 _log = logging.getLogger("weft.controller")
 
@@ -36,10 +44,8 @@ class Place(NamedTuple):
 
 def place(kind: str, key: ObjectKey, version: str) -> Place:
     group, info = _INFO[kind]
-    root = f"/apis/{group}/{version}" if group else f"/api/{version}"
-    namespace = f"/namespaces/{key.namespace}" if info.namespaced else ""
     api_version = f"{group}/{version}" if group else version
-    return Place(api_version, f"{root}{namespace}/{info.plural}/{key.name}")
+    return Place(api_version, object_path(api_version, info.plural, key._asdict()))
 
 
 class Writer:
@@ -52,6 +58,7 @@ class Writer:
         controller: str,
         written: Callable[[str, ObjectKey], Written | None],
         version: Callable[[str], str],
+        recorder: Recorder,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.enabled = False
@@ -61,6 +68,7 @@ class Writer:
         self._controller = controller
         self._written = written
         self._version = version
+        self._recorder = recorder
         self._backoff = backoff
         # What this process wrote and has not seen come back yet.
         self._own: dict[Ident, Written] = {}
@@ -168,7 +176,30 @@ class Writer:
                 raise
             self.writes += 1
             self._keep(ident, answer)
+            await self._tell(ident, where, actual, answer)
             return
+
+    async def _tell(
+        self, ident: Ident, where: Place, before: Written, answer: dict[str, Any]
+    ) -> None:
+        """What is new in our part of the status, as Events."""
+        told = news(self._ours(before.status), self._ours(answer.get("status") or {}))
+        if told:
+            reference = {
+                "apiVersion": where.api_version,
+                "kind": ident[0],
+                "uid": before.uid,
+                "resourceVersion": answer["metadata"]["resourceVersion"],
+            }
+            await self._recorder.record(reference, ident[1], told)
+
+    def _ours(self, status: dict[str, Any]) -> dict[str, Any]:
+        shared = {
+            name: [one for one in status[name] if one.get("controllerName") == self._controller]
+            for name in ("parents", "ancestors")
+            if status.get(name)
+        }
+        return {**status, **shared}
 
     async def _read(self, ident: Ident, where: Place, uid: str) -> bool:
         """Read the object itself; whether it is still the same."""

@@ -9,10 +9,9 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mesh.sources.kubernetes_client import APPLY, Client, ServerError
+from mesh.sources.kubernetes_client import APPLY, Client, ServerError, object_path
 
 _MANAGER = "weft-install"
-_CLUSTER_SCOPED = frozenset(("Namespace", "ClusterRole", "ClusterRoleBinding", "GatewayClass"))
 _PLURALS = {"GatewayClass": "gatewayclasses"}
 _POLL_S = 0.5
 
@@ -23,11 +22,8 @@ class InstallError(Exception):
 
 def path_of(obj: dict[str, Any]) -> str:
     """Where an object is on the server."""
-    version, kind, metadata = obj["apiVersion"], obj["kind"], obj["metadata"]
-    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-    plural = _PLURALS.get(kind, f"{kind.lower()}s")
-    namespace = "" if kind in _CLUSTER_SCOPED else f"/namespaces/{metadata['namespace']}"
-    return f"{root}{namespace}/{plural}/{metadata['name']}"
+    plural = _PLURALS.get(obj["kind"], f"{obj['kind'].lower()}s")
+    return object_path(obj["apiVersion"], plural, obj["metadata"])
 
 
 async def install(

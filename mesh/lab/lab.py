@@ -26,16 +26,19 @@ from mesh.lab.status import LabStatus, look
 _LOOK_S = 0.05
 
 
-def up(file: Path, run_dir: Path, name: str | None, wait_s: float) -> LabStatus:
+def up(
+    file: Path, run_dir: Path, name: str | None, wait_s: float, kubeconfig: Path | None = None
+) -> LabStatus:
     """Make the lab that `file` describes, and wait until each pod is ready or has ended, at most
-    `wait_s` seconds. What an `up` that was killed left is removed first.
+    `wait_s` seconds. What an `up` that was killed left is removed first. With `kubeconfig` its
+    objects are on the API server that it leads to.
 
     LabError: it cannot be made (and nothing is left of it), or is there already.
     """
     require_root()
     config = read_config(file)
     lab = LabDir(run_dir, name or config.name)
-    plan = make_plan(config, lab.name, file.parent, cgroup_root())
+    plan = make_plan(config, lab.name, file.parent, cgroup_root(), kubeconfig)
     with lab.locked():
         old = lab.plan()
         if old is not None and all(look(lab, old).supervisors.values()) and lab.up_mark.exists():
@@ -92,6 +95,8 @@ def _build(lab: LabDir, plan: Plan) -> None:
         Path(client.cgroup).mkdir(parents=True)
     _start_authority(lab, plan)
     network.build(plan)
+    if plan.kubeconfig:
+        _start_cluster(lab, plan)
     starting = [_start_supervisor(lab, node) for node in plan.nodes]
     for process in starting:
         process.wait()
@@ -117,6 +122,22 @@ def _start_authority(lab: LabDir, plan: Plan) -> None:
             stderr=log,
             start_new_session=True,
             preexec_fn=lambda: join_cgroup(plan.authority_cgroup),
+        )
+
+
+def _start_cluster(lab: LabDir, plan: Plan) -> None:
+    """The process that connects the lab with an API server, on its own."""
+    Path(plan.cluster_cgroup).mkdir(parents=True)
+    module = (sys.executable, "-P", "-m", "mesh.lab.cluster")
+    with open(lab.cluster_log, "ab") as log:
+        subprocess.run(
+            ["/bin/sh", "-c", '"$@" &', "sh", *module, str(lab.run_dir), lab.name],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=lambda: join_cgroup(plan.cluster_cgroup),
         )
 
 
@@ -146,6 +167,8 @@ def _wait(lab: LabDir, plan: Plan, wait_s: float) -> None:
             return
         if not members(plan.authority_cgroup):
             raise LabError(f"the authority ended:\n{lab.authority_log.read_text().strip()}")
+        if plan.kubeconfig and not members(plan.cluster_cgroup):
+            raise LabError(f"mesh.lab.cluster ended:\n{lab.cluster_log.read_text().strip()}")
         for node in plan.nodes:
             if not members(node.system_cgroup):
                 log = lab.node_log(node.name).read_text().strip()

@@ -30,6 +30,7 @@ CLUSTER_DOMAIN = "cluster.local"
 # Below the lab's cgroup: names that no node can have.
 SYSTEM = "_system"
 AUTHORITY = "_authority"
+CLUSTER = "_cluster"
 OUTSIDE = "_outside"
 
 # An IPv4 and an IPv6 address, without prefix length.
@@ -124,7 +125,8 @@ class FabricPlan(Model, frozen=True, kw_only=True):
 
 class Plan(Model, frozen=True, kw_only=True):
     """`directory` is where pods' commands start; `cgroup` the root of all cgroups of the lab;
-    `manifests` are files and directories with further objects."""
+    `manifests` are files and directories with further objects; `kubeconfig`: of the API server that
+    the lab's objects are on, "" where the nodes read files."""
 
     name: str
     directory: str
@@ -137,10 +139,15 @@ class Plan(Model, frozen=True, kw_only=True):
     manifests: tuple[str, ...]
     trust_domain: str
     svid_life: str
+    kubeconfig: str = ""
 
     @property
     def authority_cgroup(self) -> str:
         return f"{self.cgroup}/{SYSTEM}/{AUTHORITY}"
+
+    @property
+    def cluster_cgroup(self) -> str:
+        return f"{self.cgroup}/{SYSTEM}/{CLUSTER}"
 
     def node(self, name: str) -> NodePlan:
         return next(node for node in self.nodes if node.name == name)
@@ -166,7 +173,13 @@ def netns_prefix(lab: str) -> str:
     return f"weft.{lab}."
 
 
-def make_plan(config: LabConfig, name: str, directory: Path, cgroup_root: Path) -> Plan:
+def make_plan(
+    config: LabConfig,
+    name: str,
+    directory: Path,
+    cgroup_root: Path,
+    kubeconfig: Path | None = None,
+) -> Plan:
     """`name` stands above that of the configuration. LabError: a node would get too many pods."""
     cgroup = cgroup_root / name
     nodes = _nodes(config, name, cgroup)
@@ -207,6 +220,7 @@ def make_plan(config: LabConfig, name: str, directory: Path, cgroup_root: Path) 
         manifests=tuple(os.path.abspath(directory / path) for path in config.manifests),
         trust_domain=config.trust_domain,
         svid_life=config.svid_life,
+        kubeconfig=os.path.abspath(kubeconfig) if kubeconfig is not None else "",
     )
 
 

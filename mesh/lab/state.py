@@ -11,6 +11,9 @@
                      the run directory of the node's Weft, eBPF pins included, and what it says
     authority/, authority.log
                      the directory of the lab's authority, nodes' sockets included, and what it says
+    kubeconfig, cluster.log
+                     the nodes' way to the API server, if the lab's objects are on one, and what
+                     mesh.lab.cluster and the controller say
     logs/, etc/      output of the pods, and the files that they see in /etc
 
 Knows these files and nothing of the kernel.
@@ -94,6 +97,8 @@ class LabDir:
         self.logs = self.path / "logs"
         self.authority = self.path / "authority"
         self.authority_log = self.path / "authority.log"
+        self.kubeconfig = self.path / "kubeconfig"
+        self.cluster_log = self.path / "cluster.log"
         self.up_mark = self.path / "up"
         self._plan = self.path / "plan.json"
 

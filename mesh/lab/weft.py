@@ -74,7 +74,9 @@ class NodeWeft:
     def _command(self) -> list[str]:
         return [
             *(sys.executable, "-P", "-m", "mesh.agent.supervisor", "--workers=1"),
-            f"--manifests={self._lab.manifests}",
+            f"--kubeconfig={self._lab.kubeconfig}"
+            if self._plan.kubeconfig
+            else f"--manifests={self._lab.manifests}",
             f"--run-dir={self._lab.weft(self._node.name).path}",
             # Gateways are reached at the node's addresses; so are the mesh's own ports.
             "--bind-address=::",

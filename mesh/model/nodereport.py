@@ -10,6 +10,12 @@ import msgspec
 
 LEASE_PREFIX = "weft-node."
 ANNOTATION = "weft.dev/report"
+# The signer of CertificateSigningRequests, and the ConfigMap with the trust bundle
+# (certs.wire.BundleAnswer as JSON, and each trust domain's roots in PEM beside it).
+SIGNER = "weft.dev/workload"
+BUNDLE_NAME = "weft-trust-bundle"
+BUNDLE_KEY = "bundle.json"
+AGENT_ACCOUNT = "weft-agent"
 LABELS = {"weft.dev/component": "agent"}
 # An object's annotations may have 256 KiB (Kubernetes, "Annotations"): texts beyond this are cut,
 # and refusals beyond this many are only counted.
@@ -21,7 +27,8 @@ class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """`versions`: by kind, the resourceVersion up to which objects are in force in all workers and
     the kernel. `ports`: ADDRESS:PORT to "" (bound) or why not; the node's own mesh addresses stand
     as 127.0.0.1 and ::1. `refused`: section keys and why; `unnamed`: refusals that did not fit.
-    `addresses`: where clients reach Gateways that name no address. `ready`: the node serves."""
+    `addresses`: where clients reach Gateways that name no address. `ready`: the node serves;
+    `bundle`: tag of the trust bundle that it has in force."""
 
     node: str
     ready: bool = False
@@ -30,6 +37,7 @@ class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
     refused: dict[str, str] = {}
     unnamed: int = 0
     addresses: tuple[str, ...] = ()
+    bundle: str = ""
 
 
 _encoder = msgspec.json.Encoder()

@@ -92,7 +92,8 @@ class _Kind:
         if now is not None and now.metadata.uid != uid:
             # Another one has its name already.
             return
-        self.written.pop(key, None)
+        if self.written.pop(key, None) is not None and self._source.seen is not None:
+            self._source.seen(self.info.kind, key)
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
         if self.current.pop(key, None) is not None:
@@ -181,8 +182,8 @@ class _OtherSecrets:
 
 class KubernetesSource:
     """`updates()` yields first the whole content, then every change. `kinds`: which ones, all if
-    None. `seen`, where there is one, is called with kind and key of every object that is new or has
-    changed in any way, and `written` then tells what status it has on the server."""
+    None. `seen`, where there is one, is called with kind and key of every object that is new, gone
+    or has changed in any way, and `written` then tells what status it has on the server."""
 
     def __init__(
         self,
@@ -214,9 +215,9 @@ class KubernetesSource:
         self._kinds[kind].current[key]
         return PLACE, 0
 
-    def has(self, kind: str, key: ObjectKey) -> bool:
-        """Whether an object is in force."""
-        return key in self._kinds[kind].current
+    def get(self, kind: str, key: ObjectKey) -> Object | None:
+        """An object as it is in force."""
+        return self._kinds[kind].current.get(key)
 
     def written(self, kind: str, key: ObjectKey) -> Written | None:
         """What is on the server of an object, with `seen`; None: it is gone."""

@@ -182,8 +182,17 @@ class Client:
             return
         if response.status == 401:
             # The token may have been renewed: where it comes from is asked again.
-            await self.open()
+            with contextlib.suppress(SourceError):
+                await self.open()
         raise _refusal(response, data)
+
+
+def object_path(api_version: str, plural: str, metadata: Mapping[str, Any]) -> str:
+    """Where an object is on a server. `metadata`: name, and namespace or none."""
+    root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+    namespace = metadata.get("namespace")
+    where = f"/namespaces/{namespace}" if namespace else ""
+    return f"{root}{where}/{plural}/{metadata['name']}"
 
 
 def _in_cluster() -> bool:

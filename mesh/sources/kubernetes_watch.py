@@ -18,6 +18,7 @@ from mesh.sources.kubernetes_client import Backoff, Client, ServerError
 
 PAGE = 500
 _WATCH_S = (300, 600)
+_STOOD_S = 5.0
 # What a list and a watch answer with ("Metadata-only fetches").
 _WHOLE = ("application/json", "application/json")
 _METADATA = (
@@ -140,7 +141,8 @@ class Reflector:
         return key
 
     async def _watch(self) -> bool:
-        """Until the server ends the stream. Whether anything came, a bookmark at least."""
+        """Until the server ends the stream. Whether it did any good: something came, or it stood
+        for a while; streams that end at once are not to follow each other at once."""
         query = {
             **self._query,
             "watch": "true",
@@ -151,12 +153,13 @@ class Reflector:
         came = False
         async with self._client.stream(self._path, query, accept=self._watch_as) as lines:
             self._sink.failing(None)
+            began = asyncio.get_running_loop().time()
             async for line in lines:
                 if not came:
                     came = True
                     self._backoff.reset()
                 self._event(line)
-        return came
+        return came or asyncio.get_running_loop().time() - began > _STOOD_S
 
     def _event(self, line: bytes) -> None:
         try:

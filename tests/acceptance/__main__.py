@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--source",
         choices=("directory", "kubernetes"),
         default="directory",
-        help="where objects go: files, or an API server (gateway cases only)",
+        help="where objects go: files, or an API server",
     )
     parser.add_argument("--keep", action="store_true", help="keep manifests and logs afterwards")
     return parser.parse_args(arguments)
@@ -60,9 +60,7 @@ async def run(args: argparse.Namespace, scratch: Path) -> list[Outcome]:
     outcomes = []
     if gateway := [case for case in cases if not case.mesh]:
         outcomes += await run_gateway.run(gateway, args, scratch)
-    # A lab's nodes read files.
-    mesh = [case for case in cases if case.mesh and args.source == "directory"]
-    if mesh:
+    if mesh := [case for case in cases if case.mesh]:
         outcomes += await run_mesh.run(mesh, args, scratch)
     return outcomes
 

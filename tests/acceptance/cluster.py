@@ -19,7 +19,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.dynamic import DynamicClient
 
 from acceptance.cases import SHARED
-from acceptance.gateway import POLL_S, GatewayFailed, GatewayProcess
+from acceptance.gateway import POLL_S, Agent, GatewayFailed, GatewayProcess
 from acceptance.manifests import Ident, Json, Manifests
 
 NAMESPACE = "weft-system"
@@ -38,6 +38,8 @@ async def api_server(scratch: Path) -> AsyncIterator[Path]:
         yield Path(given)
         return
     file = scratch / "kubeconfig"
+    # Of a server before this one.
+    file.unlink(missing_ok=True)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "apiserver", f"--kubeconfig={file}"),
         f"--crds={SHARED / 'crds/experimental'}",
@@ -128,9 +130,28 @@ class ClusterManifests(Manifests):
         self._there[file] = dict(now)
 
 
+class ClusterAgent(Agent):
+    """An agent of a cluster: objects have the status that the API server has, and count once the
+    agent has seen them."""
+
+    def __init__(self, run_dir: Path, api: Api) -> None:
+        super().__init__(run_dir)
+        self._api = api
+
+    def objects(self, kind: str, namespace: str = "", name: str = "") -> list[Json]:
+        return _written(super().objects(kind, namespace, name), self._api, kind, namespace, name)
+
+
+def _written(seen: list[Json], api: Api, kind: str, namespace: str, name: str) -> list[Json]:
+    def key(obj: Json) -> tuple[str, str]:
+        return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
+
+    written = {key(obj): obj for obj in api.read(kind, namespace, name)}
+    return [written.get(key(obj), obj) for obj in seen]
+
+
 class ClusterGateway(GatewayProcess):
-    """`weft up` on a cluster, and the controller beside it. Objects have the status that the API
-    server has, and count once the agent has seen them."""
+    """`weft up` on a cluster, and the controller beside it."""
 
     def __init__(self, api: Api, kubeconfig: Path, run_dir: Path, pool: str, *options: str) -> None:
         super().__init__(None, run_dir, f"--kubeconfig={kubeconfig}", pool, *options)
@@ -145,12 +166,7 @@ class ClusterGateway(GatewayProcess):
         return self._controller.pid
 
     def objects(self, kind: str, namespace: str = "", name: str = "") -> list[Json]:
-        def key(obj: Json) -> tuple[str, str]:
-            return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
-
-        seen = {key(obj): obj for obj in super().objects(kind, namespace, name)}
-        written = {key(obj): obj for obj in self._api.read(kind, namespace, name)}
-        return [written.get(one, obj) for one, obj in sorted(seen.items())]
+        return _written(super().objects(kind, namespace, name), self._api, kind, namespace, name)
 
     async def start(self, within_s: float = 20.0) -> None:
         await super().start(within_s)

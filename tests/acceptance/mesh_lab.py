@@ -18,6 +18,7 @@ import yaml
 from echo import pod as echo_pod
 
 from acceptance.cases import SHARED, load_objects
+from acceptance.cluster import Api, ClusterAgent
 from acceptance.gateway import CLASS_NAME, Agent
 from acceptance.inside import socket_of
 from acceptance.manifests import Json, Manifests
@@ -65,11 +66,17 @@ class MeshPod(NamedTuple):
 class MeshLab:
     """The lab while it is up."""
 
-    def __init__(self, scratch: Path, name: str) -> None:
+    def __init__(self, scratch: Path, name: str, kubeconfig: Path | None = None) -> None:
+        """`kubeconfig`: of the API server that the lab's objects are to be on."""
         self._scratch = scratch
+        self._options = [f"--kubeconfig={kubeconfig}"] if kubeconfig is not None else []
         self._dir = LabDir(scratch / "lab", name)
         self._sockets = scratch / "pods"
-        self.agents = {node: Agent(self._dir.weft(node).path) for node in NODES}
+        run_dirs = {node: self._dir.weft(node).path for node in NODES}
+        self.agents: dict[str, Agent] = {node: Agent(path) for node, path in run_dirs.items()}
+        if kubeconfig is not None:
+            api = Api(kubeconfig)
+            self.agents = {node: ClusterAgent(path, api) for node, path in run_dirs.items()}
         self.manifests = Manifests(self._dir.manifests)
         self.pods: tuple[MeshPod, ...] = ()
         self._authority = Authority.create("mesh")
@@ -85,7 +92,7 @@ class MeshLab:
         objects = load_objects(SHARED / "conformance/mesh/manifests.yaml", {})
         file = self._scratch / "lab.yaml"
         file.write_text(yaml.safe_dump(lab_config(objects, self._scratch, self._sockets)))
-        await self._weft("up", str(file))
+        await self._weft("up", "--wait=90", *self._options, str(file))
         self.pods = tuple(map(self._pod, self._dir.existing_plan().pods))
         self.manifests.put("class", [_gateway_class()])
 

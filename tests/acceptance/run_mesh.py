@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from acceptance.cases import Case
+from acceptance.cluster import api_server
 from acceptance.gateway import Agent
 from acceptance.manifests import Json
 from acceptance.mesh_lab import LabFailed, MeshLab, why_not
@@ -33,7 +34,13 @@ async def run(cases: list[Case], args: argparse.Namespace, scratch: Path) -> lis
     if why := why_not():
         print(f"acceptance: the mesh cases are skipped: {why}", flush=True)
         return [without_running(case, SKIPPED, why) for case in cases]
-    lab = MeshLab(scratch, f"accept-{os.getpid()}")
+    if args.source == "kubernetes":
+        async with api_server(scratch) as kubeconfig:
+            return await _run(cases, args, MeshLab(scratch, f"accept-{os.getpid()}", kubeconfig))
+    return await _run(cases, args, MeshLab(scratch, f"accept-{os.getpid()}"))
+
+
+async def _run(cases: list[Case], args: argparse.Namespace, lab: MeshLab) -> list[Outcome]:
     try:
         await lab.start()
         agents = list(lab.agents.values())

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from apiserver.errors import ApiError
-from apiserver.objects import Target
 from apiserver.store import Raw, Store
+from apiserver.target import Target
 
 ANONYMOUS: dict[str, Any] = {
     "username": "system:anonymous",

@@ -9,12 +9,12 @@ import random
 import string
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import msgspec
 
 from apiserver import apply, schema
+from apiserver.consequences import Consequences
 from apiserver.errors import (
     MODIFIED,
     ApiError,
@@ -24,8 +24,9 @@ from apiserver.errors import (
     invalid,
     not_found,
 )
-from apiserver.resources import Registry, Resource, of_crd
-from apiserver.store import Event, Key, Raw, Store
+from apiserver.resources import Registry
+from apiserver.store import Key, Raw, Store
+from apiserver.target import Target, now
 
 # "Request size": etcd's limit of 1.5 MiB, and the server's of 3 MiB for a request.
 MAX_OBJECT = 3 * 1024 * 1024 // 2
@@ -38,24 +39,6 @@ class Who(NamedTuple):
     user: dict[str, Any]
 
 
-class Target(NamedTuple):
-    """What a request is about. `name` "" for a collection, `namespace` None for all of them."""
-
-    resource: Resource
-    version: str
-    namespace: str | None
-    name: str
-    subresource: str
-
-    @property
-    def key(self) -> Key:
-        return Key(self.resource.id, self.namespace or "", self.name)
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 class Objects:
     """The objects of a cluster, written by its rules."""
 
@@ -63,8 +46,7 @@ class Objects:
         self.store = store
         self.registry = registry
         self._next_ip = 0
-        self._owners: set[str] = set()
-        store.written = self._written
+        store.written = Consequences(store, registry, self.delete).written
 
     # --- reading -----------------------------------------------------------------------------
 
@@ -379,75 +361,12 @@ class Objects:
             return self.store.put(target.key, {**live, "metadata": {**metadata, **marks}}), False
         return self.store.delete(target.key), True
 
-    # --- what follows from a write ---------------------------------------------------------------
-
-    def _written(self, event: Event) -> None:
-        key = event.key
-        if key.resource == "apiextensions.k8s.io/customresourcedefinitions":
-            self._crd_written(event)
-        if event.new is None:
-            if key.resource == "/namespaces":
-                self._drop(lambda other, obj: other.namespace == key.name)
-            # "Garbage collection": what is owned goes with its last owner.
-            uid = event.last["metadata"]["uid"]
-            if uid in self._owners:
-                self._drop(lambda other, obj: _owners(obj) == {uid})
-        else:
-            self._owners |= _owners(event.new)
-
-    def _crd_written(self, event: Event) -> None:
-        if event.new is None:
-            spec = event.last["spec"]
-            self.registry.remove(spec["group"], spec["names"]["plural"])
-            ident = f"{spec['group']}/{spec['names']['plural']}"
-            for key, _ in list(self.store.list(ident, None, self.store.revision)):
-                self.store.delete(key)
-            return
-        self.registry.add(of_crd(event.new))
-        if not event.new.get("status"):
-            # crds: the server says so once it serves the kind.
-            conditions = [
-                {
-                    "type": kind,
-                    "status": "True",
-                    "reason": reason,
-                    "message": "",
-                    "lastTransitionTime": now(),
-                }
-                for kind, reason in (
-                    ("NamesAccepted", "NoConflicts"),
-                    ("Established", "InitialNamesAccepted"),
-                )
-            ]
-            spec = event.new["spec"]
-            status = {
-                "conditions": conditions,
-                "acceptedNames": spec["names"],
-                "storedVersions": [one["name"] for one in spec["versions"] if one["storage"]],
-            }
-            self.store.put(event.key, {**event.new, "status": status})
-
-    def _drop(self, chosen: Callable[[Key, Raw], bool]) -> None:
-        found = [
-            (resource, key, obj)
-            for resource in self.registry.all()
-            for key, obj in self.store.list(resource.id, None, self.store.revision)
-            if chosen(key, obj)
-        ]
-        for resource, key, _ in found:
-            if self.store.get(key) is not None:
-                self.delete(Target(resource, resource.versions[0], key.namespace, key.name, ""), {})
-
 
 _WITH_SPEC = frozenset(("Service", "Pod", "CertificateSigningRequest"))
 _FIXED = (
     *("name", "namespace", "uid", "creationTimestamp", "resourceVersion", "generation"),
     *("deletionTimestamp", "deletionGracePeriodSeconds", "generateName"),
 )
-
-
-def _owners(obj: Raw) -> set[str]:
-    return {one["uid"] for one in obj["metadata"].get("ownerReferences") or ()}
 
 
 def _spec_of(obj: Raw) -> Raw:

@@ -81,6 +81,13 @@ BUILT_IN = (
         subresources=("status", "approval"),
         short=("csr",),
     ),
+    Resource(
+        group="certificates.k8s.io",
+        kind="ClusterTrustBundle",
+        plural="clustertrustbundles",
+        namespaced=False,
+        versions=("v1beta1",),
+    ),
     Resource(group=_RBAC, kind="ClusterRole", plural="clusterroles", namespaced=False),
     Resource(
         group=_RBAC, kind="ClusterRoleBinding", plural="clusterrolebindings", namespaced=False
@@ -105,6 +112,10 @@ BUILT_IN = (
         create_only=True,
     ),
 )
+
+
+# Not served: what authorization is asked about.
+SIGNERS = Resource(group="certificates.k8s.io", kind="", plural="signers", namespaced=False)
 
 
 def of_crd(crd: dict[str, Any]) -> Resource:

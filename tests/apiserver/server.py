@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import ssl
 from collections.abc import Mapping
 from functools import cache
@@ -15,18 +14,18 @@ import trustme
 import yaml
 from aiohttp import web
 
-from apiserver import discovery
+from apiserver import discovery, lists
 from apiserver.auth import Auth
-from apiserver.errors import ApiError, bad_request, expired
+from apiserver.errors import ApiError, bad_request
 from apiserver.faults import Faults
-from apiserver.objects import MAX_OBJECT, Objects, Target, Who
+from apiserver.lists import reshaped, selected, versioned
+from apiserver.objects import MAX_OBJECT, Objects, Who
 from apiserver.patch import json_patch, merge_patch, strategic_patch
-from apiserver.resources import Registry
-from apiserver.selectors import predicate
-from apiserver.store import Compacted, Key, Raw, Store
+from apiserver.resources import SIGNERS, Registry
+from apiserver.store import Key, Raw, Store
+from apiserver.target import Target
 from apiserver.watch import serve_watch
 
-_PARTIAL = "as=PartialObjectMetadata"
 _BOOKMARK_S = 60.0
 _encoder = msgspec.json.Encoder()
 
@@ -164,6 +163,15 @@ class ApiServer:
         if verb is None:
             raise ApiError(405, "MethodNotAllowed", "the server does not allow this method")
         self.auth.check(user, verb, target)
+        if target.resource.kind == "CertificateSigningRequest" and target.subresource:
+            # csr, "Authorization": admission asks for rights on the signer's name as well.
+            right = {"approval": "approve", "status": "sign"}[target.subresource]
+            signer = self.objects.get(target)["spec"]["signerName"]
+            self.auth.check(user, right, Target(SIGNERS, "v1", None, signer, ""))
+        if target.resource.kind == "ClusterTrustBundle" and verb in ("create", "update", "patch"):
+            # ClusterTrustBundles: admission asks whether this user may attest for the signer.
+            signer = ":".join(target.name.split(":")[:-1]).replace(":", "/")
+            self.auth.check(user, "attest", Target(SIGNERS, "v1", None, signer, ""))
         if verb == "get":
             return _shown(request, target, self.objects.get(target))
         if verb == "deletecollection":
@@ -171,7 +179,7 @@ class ApiServer:
         if verb == "delete":
             options = await _body(request) if request.can_read_body else {}
             obj, gone = self.objects.delete(target, options)
-            return _json(_success(target, obj) if gone else _versioned(target, obj))
+            return _json(_success(target, obj) if gone else versioned(target, obj))
         manager = request.query.get("fieldManager") or _manager(request)
         who, dry_run = Who(manager, user), request.query.get("dryRun") == "All"
         if verb == "create":
@@ -224,7 +232,7 @@ class ApiServer:
         return _shown(request, target, self.objects.patch(target, change, who, dry_run=dry_run))
 
     def _delete_many(self, request: web.Request, target: Target) -> web.Response:
-        chosen = _selected(request, target)
+        chosen = selected(request, target)
         found = list(self.store.list(target.resource.id, target.namespace, self.store.revision))
         for key, obj in found:
             if chosen(obj):
@@ -310,59 +318,12 @@ class ApiServer:
         self.auth.check(dict(user), "watch" if watching else "list", about)
         if watching:
             return await serve_watch(
-                self, request, target, _selected(request, target), _reshape(request)
+                self, request, target, selected(request, target), reshaped(request)
             )
         return self._list(request, target)
 
     def _list(self, request: web.Request, target: Target) -> web.Response:
-        """api-concepts, "Retrieving large results sets in chunks" and "Resource versions"."""
-        query, store = request.query, self.store
-        limit = int(query.get("limit") or 0)
-        after: Key | None = None
-        revision = store.revision
-        asked = query.get("resourceVersion", "")
-        if token := query.get("continue"):
-            if asked and asked != "0":
-                raise bad_request("specifying resource version is not allowed when using continue")
-            revision, *last = json.loads(base64.urlsafe_b64decode(token))
-            after = Key(target.resource.id, *last)
-        elif asked and asked != "0":
-            if int(asked) > store.revision:
-                text = f"Too large resource version: {asked}, current: {store.revision}"
-                details = {
-                    "retryAfterSeconds": 1,
-                    "causes": [{"reason": "ResourceVersionTooLarge", "message": text}],
-                }
-                raise ApiError(504, "Timeout", text, details=details)
-            if query.get("resourceVersionMatch") == "Exact":
-                revision = int(asked)
-        elif asked == "0":
-            # "Any": served from the cache, which pays no heed to limits.
-            limit = 0
-        chosen = _selected(request, target)
-        try:
-            found = [
-                (key, obj)
-                for key, obj in store.list(target.resource.id, target.namespace, revision)
-                if (after is None or key > after) and chosen(obj)
-            ]
-        except Compacted:
-            text = "The provided continue parameter is too old to display a consistent list result."
-            raise expired(text) from None
-        metadata: Raw = {"resourceVersion": str(revision)}
-        if limit and len(found) > limit:
-            metadata["remainingItemCount"] = len(found) - limit
-            found = found[:limit]
-            last_key = found[-1][0]
-            token = json.dumps([revision, last_key.namespace, last_key.name]).encode()
-            metadata["continue"] = base64.urlsafe_b64encode(token).decode()
-        reshape = _reshape(request)
-        resource = target.resource
-        items = [reshape(_versioned(target, obj)) for _, obj in found]
-        kind, version = f"{resource.kind}List", resource.api_version(target.version)
-        if _PARTIAL in request.headers.get("Accept", ""):
-            kind, version = "PartialObjectMetadataList", "meta.k8s.io/v1"
-        return _json({"kind": kind, "apiVersion": version, "metadata": metadata, "items": items})
+        return lists.answer(self.store, request, target)
 
 
 @cache
@@ -375,32 +336,8 @@ def _crds(directory: Path) -> tuple[Raw, ...]:
     )
 
 
-def _selected(request: web.Request, target: Target) -> Any:
-    query = request.query
-    return predicate(
-        target.resource, query.get("labelSelector", ""), query.get("fieldSelector", "")
-    )
-
-
-def _reshape(request: web.Request) -> Any:
-    """api-concepts, "Metadata-only fetches", by the Accept header; a client that would rather have
-    a Table gets the objects, which it must be able to do with."""
-    if _PARTIAL not in request.headers.get("Accept", ""):
-        return lambda obj: obj
-    return lambda obj: {
-        "kind": "PartialObjectMetadata",
-        "apiVersion": "meta.k8s.io/v1",
-        "metadata": obj["metadata"],
-    }
-
-
-def _versioned(target: Target, obj: Raw) -> Raw:
-    """In the version asked for (crds, "Versions": conversion None changes apiVersion only)."""
-    return {**obj, "apiVersion": target.resource.api_version(target.version)}
-
-
 def _shown(request: web.Request, target: Target, obj: Raw, *, status: int = 200) -> web.Response:
-    return _json(_reshape(request)(_versioned(target, obj)), status=status)
+    return _json(reshaped(request)(versioned(target, obj)), status=status)
 
 
 def _success(target: Target, obj: Raw) -> Raw:

@@ -10,8 +10,8 @@ import msgspec
 from aiohttp import web
 
 from apiserver.errors import expired
-from apiserver.objects import Target
 from apiserver.store import Compacted, Event, Raw
+from apiserver.target import Target
 
 if TYPE_CHECKING:
     from apiserver.server import ApiServer

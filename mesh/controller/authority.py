@@ -1,0 +1,199 @@
+"""The cluster's authority: kept in a Secret, published in a ConfigMap, in the hands of the one
+controller that leads.
+
+What is done is written to the Secret before anybody sees it: a bundle is published and a
+certificate signed only once the state they belong to is on the server. Knows where things are kept;
+what they are is known in `certs.authority`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from certs.authority import Authority, Issued, Lives
+from certs.errors import AuthorityError
+from certs.spiffe import SpiffeId
+from certs.wire import BundleAnswer
+from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME, SIGNER
+from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
+
+_log = logging.getLogger("weft.controller")
+
+SECRET = "weft-authority"
+_STATE = "authority.json"
+_MAX_WAIT_S = 60.0
+
+
+class ClusterAuthority:
+    """`run` while this controller leads, and until then `ready` is not set. `have_it(tag)`: whether
+    every node has that bundle in force."""
+
+    def __init__(
+        self,
+        client: Client,
+        namespace: str,
+        trust_domain: str,
+        have_it: Callable[[str], bool],
+        lives: Lives | None = None,
+    ) -> None:
+        self.ready = asyncio.Event()
+        self._client = client
+        self._namespace = namespace
+        self._trust_domain = trust_domain
+        self._have_it = have_it
+        self._lives = lives or Lives()
+        self._authority: Authority | None = None
+        self._version = ""
+        self._written = b""
+        self._tag = ""
+        self._wake = asyncio.Event()
+
+    def look_again(self) -> None:
+        """Nodes may have taken the bundle."""
+        self._wake.set()
+
+    def sign(self, request_pem: str, allowed: frozenset[SpiffeId]) -> Issued:
+        """IssueRefused: why not. Only while `ready`."""
+        assert self._authority is not None
+        return self._authority.sign(request_pem, allowed, time.time())
+
+    async def run(self) -> None:
+        """Until cancelled, when somebody else leads."""
+        backoff = Backoff()
+        while True:
+            # The key is in memory only: wherever /tmp is on disk, mount memory there.
+            with tempfile.TemporaryDirectory(prefix="weft-authority-") as directory:
+                try:
+                    await self._serve(Path(directory), backoff)
+                except (ServerError, AuthorityError) as error:
+                    _log.error("the authority does not work: %s", error)
+                except Exception:
+                    # Nodes go on with what they have; the next attempt reads everything anew.
+                    _log.exception("a defect in the authority")
+                finally:
+                    self.ready.clear()
+                    if self._authority is not None:
+                        self._authority.close()
+                        self._authority = None
+            await backoff.wait()
+
+    async def _serve(self, directory: Path, backoff: Backoff) -> None:
+        file = directory / _STATE
+        await self._load(file)
+        self._authority = Authority(directory, self._trust_domain, self._lives, time.time())
+        while True:
+            self._wake.clear()
+            # What follows is signed under only once it is kept.
+            self.ready.clear()
+            everywhere = self._authority.version if self._tag and self._have_it(self._tag) else 0
+            due = self._authority.tick(time.time(), everywhere)
+            await self._save(file)
+            await self._publish()
+            self.ready.set()
+            backoff.reset()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(max(0.05, due - time.time()), _MAX_WAIT_S)):
+                    await self._wake.wait()
+
+    # --- where it is kept ------------------------------------------------------------------------
+
+    @property
+    def _secrets(self) -> str:
+        return f"/api/v1/namespaces/{self._namespace}/secrets"
+
+    async def _load(self, file: Path) -> None:
+        self._version, self._written, self._tag = "", b"", ""
+        try:
+            found = await self._client.request("GET", f"{self._secrets}/{SECRET}")
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            return
+        self._version = found["metadata"]["resourceVersion"]
+        self._written = base64.b64decode((found.get("data") or {}).get(_STATE, ""))
+        _write(file, self._written)
+
+    async def _save(self, file: Path) -> None:
+        """ServerError 409: another controller has written; it has to be read again."""
+        state = _read(file)
+        if state == self._written:
+            return
+        metadata: dict[str, Any] = {"name": SECRET, "namespace": self._namespace}
+        body = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": metadata,
+            "type": "weft.dev/authority",
+            "data": {_STATE: base64.b64encode(state).decode()},
+        }
+        if self._version:
+            metadata["resourceVersion"] = self._version
+            answer = await self._client.request("PUT", f"{self._secrets}/{SECRET}", {}, body)
+        else:
+            answer = await self._client.request("POST", self._secrets, {}, body)
+        self._version, self._written = answer["metadata"]["resourceVersion"], state
+
+    async def _publish(self) -> None:
+        assert self._authority is not None
+        own = self._authority.bundle()
+        bundles = {own.trust_domain: own.to_pem()}
+        tag = hashlib.sha256(msgspec.json.encode(bundles)).hexdigest()[:16]
+        if tag == self._tag:
+            return
+        answer = BundleAnswer(tag, own.trust_domain, bundles)
+        body = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": BUNDLE_NAME, "namespace": self._namespace},
+            "data": {
+                BUNDLE_KEY: msgspec.json.encode(answer).decode(),
+                **{f"{name}.pem": pem for name, pem in bundles.items()},
+            },
+        }
+        path = f"/api/v1/namespaces/{self._namespace}/configmaps/{BUNDLE_NAME}"
+        query = {"fieldManager": MANAGER, "force": "true"}
+        await self._client.request("PATCH", path, query, body, content_type=APPLY)
+        await self._publish_for_pods(own.trust_domain, own.to_pem())
+        self._tag = tag
+        _log.info("trust bundle of %s: %d roots", own.trust_domain, own.to_pem().count("BEGIN"))
+
+    async def _publish_for_pods(self, trust_domain: str, pem: str) -> None:
+        """As a ClusterTrustBundle, which pods can mount, where the cluster has them."""
+        # Bundles of a signer begin with its name, a colon in place of the slash.
+        name = f"{SIGNER.replace('/', ':')}:{trust_domain}"
+        for version in ("v1", "v1beta1", "v1alpha1"):
+            body = {
+                "apiVersion": f"certificates.k8s.io/{version}",
+                "kind": "ClusterTrustBundle",
+                "metadata": {"name": name},
+                "spec": {"signerName": SIGNER, "trustBundle": pem},
+            }
+            path = f"/apis/certificates.k8s.io/{version}/clustertrustbundles/{name}"
+            query = {"fieldManager": MANAGER, "force": "true"}
+            try:
+                await self._client.request("PATCH", path, query, body, content_type=APPLY)
+            except ServerError as error:
+                if error.status == 404:
+                    continue
+                raise
+            return
+
+
+def _read(file: Path) -> bytes:
+    return file.read_bytes()
+
+
+def _write(file: Path, data: bytes) -> None:
+    file.touch(0o600)
+    file.write_bytes(data)

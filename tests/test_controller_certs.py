@@ -1,0 +1,196 @@
+"""Certificates in a cluster: the agent's requests, the signer's answers, and who gets none."""
+
+import asyncio
+import base64
+import time
+
+import pytest
+from apiserver.objects import Who
+from apiserver.server import ApiServer
+from cryptography import x509
+from kube_world import WAIT_S
+
+from certs.spiffe import gateway, workload
+from certs.svid import new_request
+from mesh.agent.authority import NoAnswer
+from mesh.agent.authority_cluster import ClusterAuthority
+from mesh.sources.kubernetes_client import Client
+from tests.test_controller import NAMESPACE, World
+
+DOMAIN = "cluster.local"
+CSR = "certificates.k8s.io/certificatesigningrequests"
+
+
+def pod(name, node, account="default", namespace="shop"):
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {"nodeName": node, "serviceAccountName": account, "containers": [{"name": "c"}]},
+    }
+
+
+@pytest.fixture
+async def world(tmp_path):
+    async with ApiServer(bookmark_s=0.1) as server:
+        for name in (NAMESPACE, "shop"):
+            server.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        server.create(pod("web-1", "a", "web"))
+        server.create(pod("cart-1", "b", "cart"))
+        server.auth.token("admin", "admin", groups=["system:masters"])
+        found = World(server, tmp_path)
+        found.clients = []
+        for node in ("a", "b"):
+            agent = server.create(pod(f"weft-agent-{node}", node, "weft-agent", NAMESPACE))
+            found.token(node, agent)
+        yield found
+        for task in found.tasks:
+            task.cancel()
+        await asyncio.gather(*found.tasks, return_exceptions=True)
+        for client in found.clients:
+            await client.close()
+
+
+def token(self, name, pod, account="weft-agent", **other):
+    """A token of a service account, bound to a pod."""
+    extra = {
+        "authentication.kubernetes.io/pod-name": [pod["metadata"]["name"]],
+        "authentication.kubernetes.io/pod-uid": [pod["metadata"]["uid"]],
+        "authentication.kubernetes.io/node-name": [pod["spec"]["nodeName"]],
+    }
+    self.server.auth.service_account(name, NAMESPACE, account, extra=extra | other)
+
+
+async def agent(self, name):
+    """An agent's way to the authority, with a token of this name."""
+    file = self.kubeconfig.with_name(f"kubeconfig-{name}")
+    client = Client(self.server.kubeconfig(file, token=name))
+    await client.open()
+    self.clients.append(client)
+    return ClusterAuthority(client, name, NAMESPACE)
+
+
+World.token, World.agent = token, agent
+
+
+def request(account, namespace="shop"):
+    return new_request(workload(DOMAIN, namespace, account))[1]
+
+
+def identity(chain_pem):
+    leaf = x509.load_pem_x509_certificate(chain_pem.encode())
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return uri
+
+
+async def test_identities_of_pods_on_the_node_that_asks_and_no_others(world):
+    world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    answers = await a.sign([request("web"), new_request(gateway(DOMAIN))[1], request("cart")])
+    assert identity(answers[0].chain_pem) == f"spiffe://{DOMAIN}/ns/shop/sa/web"
+    assert identity(answers[1].chain_pem) == str(gateway(DOMAIN))
+    assert (answers[2].chain_pem, answers[2].refused) == ("", "not_on_this_node")
+    # Where the pod goes, its identity goes.
+    world.server.delete(pod("web-1", "a"))
+    world.server.create(pod("web-1", "b", "web"))
+    b = await world.agent("b")
+    async with asyncio.timeout(WAIT_S):
+        while not (await b.sign([request("web")]))[0].chain_pem:
+            pass
+    (answer,) = await a.sign([request("web")])
+    assert answer.refused == "not_on_this_node"
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        {"account": "another"},
+        {"authentication.kubernetes.io/pod-uid": ["of a pod before"]},
+        {"authentication.kubernetes.io/pod-name": []},
+        {"authentication.kubernetes.io/node-name": ["b"]},
+    ],
+)
+async def test_nobody_else_gets_anything(world, who):
+    obj = world.server.get("/pods", "weft-agent-a", NAMESPACE)
+    world.token("other", obj, **who)
+    world.start(trust_domain=DOMAIN)
+    (answer,) = await (await world.agent("other")).sign([request("web")])
+    assert (answer.chain_pem, answer.refused) == ("", "not_on_this_node")
+
+
+async def test_requests_that_are_none(world):
+    world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    answers = await a.sign(["no PEM", request("web").replace("\n", "\nAAAA\n", 3)])
+    assert [answer.refused for answer in answers] == ["malformed", "malformed"]
+    # Other signers' requests are not looked at.
+    other = {
+        "apiVersion": "certificates.k8s.io/v1",
+        "kind": "CertificateSigningRequest",
+        "metadata": {"name": "other"},
+        "spec": {
+            "request": base64.b64encode(request("web").encode()).decode(),
+            "signerName": "example.com/other",
+            "usages": ["client auth"],
+        },
+    }
+    user = world.server.auth.user("Bearer a")
+    target = world.server.target(other)
+    world.server.objects.create(target, other, Who("test", user))
+    (answer,) = await a.sign([request("web")])
+    assert answer.chain_pem
+    assert not world.server.get(CSR, "other", "").get("status")
+
+
+async def test_the_next_controller_has_the_same_root(world):
+    _, first = world.start("one", trust_domain=DOMAIN)
+    a = await world.agent("a")
+    (before,) = await a.sign([request("web")])
+    bundle = await a.bundle("")
+    assert before.chain_pem
+    assert bundle.trust_domain == DOMAIN
+    secret = world.server.get("/secrets", "weft-authority", NAMESPACE)
+    name = f"weft.dev:workload:{DOMAIN}"
+    mounted = world.server.get("certificates.k8s.io/clustertrustbundles", name, "")
+    assert mounted["spec"]["trustBundle"] == bundle.bundles[DOMAIN]
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    world.start("two", trust_domain=DOMAIN)
+    (after,) = await a.sign([request("web")])
+    assert after.chain_pem
+    assert (await a.bundle("")).bundles == bundle.bundles
+    assert world.server.get("/secrets", "weft-authority", NAMESPACE) == secret
+
+
+async def test_a_cluster_without_trust_bundles_for_pods(world):
+    world.server.registry.remove("certificates.k8s.io", "clustertrustbundles")
+    world.start(trust_domain=DOMAIN)
+    (answer,) = await (await world.agent("a")).sign([request("web")])
+    assert answer.chain_pem
+
+
+async def test_without_a_controller_there_is_no_answer_and_no_bundle(world, monkeypatch):
+    monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.05)
+    a = await world.agent("a")
+    with pytest.raises(NoAnswer, match="no controller has signed"):
+        await a.sign([request("web")])
+    with pytest.raises(NoAnswer, match="no trust bundle yet"):
+        await a.bundle("")
+
+
+async def test_a_new_bundle_is_told_to_who_waits(world):
+    controller, _ = world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    await a.sign([request("web")])
+    have = await a.bundle("")
+    waiting = asyncio.ensure_future(a.bundle(have.tag))
+    await asyncio.sleep(0)
+    authority = controller.certificates.authority
+    authority._authority.rotate_root(time.time())
+    authority.look_again()
+    async with asyncio.timeout(WAIT_S):
+        found = await waiting
+    assert found.tag != have.tag
+    assert found.bundles[DOMAIN].count("BEGIN CERTIFICATE") == 2
+    assert a.have == have.tag
