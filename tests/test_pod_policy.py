@@ -18,6 +18,7 @@ from pod_world import NODE, OUT, A, B, PodWorld, arrived, checksum, pod_world
 from bpf.enforcement import Enforcement
 from bpf.layout import Policy, PolicyKey
 from bpf.maps import PinnedMap
+from bpf.reasons import Reason
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
@@ -316,6 +317,18 @@ def test_no_packet_passes_between_two_policies(world: PodWorld) -> None:
             done.set()
         sending.result()
         assert not arrived(server)
+
+
+def test_a_flood_of_refusals_is_counted_and_not_all_told(world: PodWorld) -> None:
+    world.enforce({**KNOWN, **policy(ingress=only())})
+    with world.udp("b", B[4]) as server, world.udp("out", OUT[4]) as out:
+        before, to = world.counters(), server.getsockname()
+        for _ in range(20_000):
+            out.sendto(b"again", to)
+        after = world.counters()
+        counted = {one: after[one] - before[one] for one in after}
+        assert counted[Reason.POLICY_DENIED] > 19_000
+        assert counted[Reason.UNTOLD] > 10_000
 
 
 def test_what_an_earlier_agent_left_is_in_force_until_it_is_known_better(world: PodWorld) -> None:
