@@ -46,6 +46,9 @@ _PASSED = {
     Reason.ANSWERED,
     Reason.TO_PROXY,
     Reason.TO_RELAY,
+    # Nobody reads of them here, and there is a bound.
+    Reason.EVENTS_LOST,
+    Reason.UNTOLD,
 }
 _NODAD = 0x02
 _ROUTER = {

@@ -3,15 +3,22 @@ connections when that changes."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, arrived, checksum, pod_world
 
+from bpf.enforcement import Enforcement
+from bpf.layout import Policy, PolicyKey
+from bpf.maps import PinnedMap
+from bpf.reasons import Reason
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
@@ -282,6 +289,81 @@ def test_a_policy_that_is_too_large_refuses_everything_to_its_pod_alone(world: P
     world.enforce({**KNOWN, **policy(ingress=only(allow(A_ONLY)))})
     with world.listen("b", B[4]) as server:
         assert world.attempt("a", server) == ANSWERED
+
+
+def test_no_packet_passes_between_two_policies(world: PodWorld) -> None:
+    """Both let a reach b, and nobody elsewhere; each is a set of rules of its own."""
+    one = policy(ingress=only(allow(A_ONLY), allow(WORLD, deny=True)))
+    other = policy(ingress=only(allow(A_ONLY, PortRange("UDP"))))
+    with (
+        world.udp("b", B[4]) as server,
+        world.udp("a", A[4]) as a,
+        world.udp("out", OUT[4]) as out,
+        ThreadPoolExecutor() as pool,
+    ):
+        world.enforce({**KNOWN, **one})
+        to, done = server.getsockname(), threading.Event()
+
+        def keep_sending() -> None:
+            while not done.is_set():
+                out.sendto(b"from elsewhere", to)
+
+        sending = pool.submit(keep_sending)
+        try:
+            for number in range(200):
+                assert world.enforcement.apply((one, other)[number % 2]) == {}
+                world.pass_on(a, server, b"from a %d" % number)
+        finally:
+            done.set()
+        sending.result()
+        assert not arrived(server)
+
+
+def test_a_flood_of_refusals_is_counted_and_not_all_told(world: PodWorld) -> None:
+    world.enforce({**KNOWN, **policy(ingress=only())})
+    with world.udp("b", B[4]) as server, world.udp("out", OUT[4]) as out:
+        before, to = world.counters(), server.getsockname()
+        for _ in range(20_000):
+            out.sendto(b"again", to)
+        after = world.counters()
+        counted = {one: after[one] - before[one] for one in after}
+        assert counted[Reason.POLICY_DENIED] > 19_000
+        assert counted[Reason.UNTOLD] > 10_000
+
+
+def test_what_an_earlier_agent_left_is_in_force_until_it_is_known_better(world: PodWorld) -> None:
+    world.enforce({**KNOWN, **policy(ingress=only(allow(A_ONLY)))})
+    later = Enforcement(world.pin, "n1")
+    with contextlib.closing(later), world.listen("b", B[4]) as server:
+        assert world.attempt("a", server) == ANSWERED
+        assert world.attempt("out", server) == DENIED
+        assert later.replace({**KNOWN, **policy(ingress=only(allow(WORLD)))}) == {}
+        assert world.attempt("a", server) == DENIED
+        assert world.attempt("out", server) == ANSWERED
+        # Without policies nothing of them stays.
+        later.replace(KNOWN)
+        later.apply({})
+        policies = PinnedMap(world.pin, "policies", PolicyKey, Policy)
+        with contextlib.closing(policies):
+            assert list(policies.items()) == []
+    # What the first one knows is out of date.
+    world.enforce(KNOWN)
+    world.enforcement.apply({})
+
+
+def test_pods_with_the_same_rules_share_them(world: PodWorld) -> None:
+    ingress = only(allow(A_ONLY, tcp(80)))
+    policies = PinnedMap(world.pin, "policies", PolicyKey, Policy)
+    with contextlib.closing(policies):
+        world.enforce({**KNOWN, **policy("a", ingress), **policy("b", ingress)})
+        world.enforcement.apply({})
+        assert len({key.set for key, _ in policies.items()}) == 1
+        world.enforcement.apply({}, ["policy/shop/a"])
+        world.enforcement.apply({})
+        assert len({key.set for key, _ in policies.items()}) == 1
+        world.enforcement.apply({}, ["policy/shop/b"])
+        world.enforcement.apply({})
+        assert list(policies.items()) == []
 
 
 # --- what has no ports ---------------------------------------------------------------------------
