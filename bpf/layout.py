@@ -337,6 +337,11 @@ POLICY_KEY = Layout(
 POLICY = Layout("policy", "=", {"flags": "I", "rule": "I"})
 FLOW_KEY = Layout("flow_key", "=", {"tuple": "40s", "direction": "I"})
 FLOW = Layout("flow", "=", {"seen_ns": "Q", "generation": "Q", "flags": "I", "refused": "I"})
+FRAGMENT = Layout(
+    "fragment",
+    "=",
+    {"source": "16s", "destination": "16s", "id": "I", "direction": "I"},
+)
 TOLD = Layout("told", "=", {"second": "Q", "events": "Q"})
 ADDRESSES = Layout("addresses", "=", {"v4": "16s", "v6": "16s"})
 EVENT = Layout(
@@ -412,6 +417,10 @@ FLOWS = 1 << 17
 # How long a silent flow is remembered, in seconds: one of TCP while it lives (as kube-proxy has
 # nf_conntrack do), all others.
 FLOW_TCP_S, FLOW_S = 86_400, 120
+# Fragmented packets on their way; how long the rest of one may take (Linux puts none together that
+# is older), in seconds.
+FRAGMENTS = 1 << 12
+FRAGMENT_S = 30
 # Refusals of packets that are told of in one second, on each CPU.
 TOLD_MAX = 500
 # Of 4 KiB; a power of two.
@@ -469,6 +478,8 @@ _CONSTANTS = (
     "FLOWS",
     "FLOW_TCP_S",
     "FLOW_S",
+    "FRAGMENTS",
+    "FRAGMENT_S",
     "TOLD_MAX",
     "EVENT_PAGES",
 )

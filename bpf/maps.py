@@ -105,6 +105,7 @@ MAPS = {
     "policies": Spec(layout.POLICY_KEY, layout.POLICY, layout.POLICIES),
     "generation": Spec(layout.U32, layout.U64, 1),
     "flows": Spec(layout.FLOW_KEY, layout.FLOW, layout.FLOWS),
+    "fragments": Spec(layout.FRAGMENT, layout.U64, layout.FRAGMENTS),
     "told": Spec(layout.U32, layout.TOLD, 1),
     "events": Spec(None, None, layout.EVENT_PAGES * 4096),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),

@@ -17,13 +17,13 @@ from typing import NamedTuple, TypeAlias
 from bpf import layout
 from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Target
 from bpf.maps import PinnedMap
-from bpf.rules import entries
+from bpf.rules import DEFAULT, entries
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
 # Of one pod, so that one huge policy does not take the room of all others.
-MAX_ENTRIES = 1 << 14
+MAX_ENTRIES = layout.POLICIES // 4
 
 _Rules: TypeAlias = tuple[Direction, Direction]
 PodSection: TypeAlias = WorkloadSection | PolicySection
@@ -54,6 +54,13 @@ class _Policy(NamedTuple):
     flags: int
 
 
+class _Set(NamedTuple):
+    """What was written of a set of rules, and the numbers that its rules have by their sources."""
+
+    keys: list[PolicyKey]
+    rules: dict[str, int]
+
+
 class Pods:
     """The pods of one pin directory. One process at a time may have it."""
 
@@ -66,15 +73,16 @@ class Pods:
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
         self._sets: dict[_Rules, int] = {}
-        self._keys: dict[int, list[PolicyKey]] = {}
+        self._written: dict[int, _Set] = {}
         self._uses: Counter[int] = Counter()
         self._left: list[int] = []
         for key, _ in self._policies.items():
-            self._keys.setdefault(key.set, []).append(key)
+            self._written.setdefault(key.set, _Set([], {})).keys.append(key)
         # Of an earlier process, which stay until it is known what is wanted.
-        self._adopted = list(self._keys)
-        self._numbers = count(max(self._keys, default=_NO_RULES) + 1)
-        self._sources: dict[str, int] = {}
+        self._adopted = list(self._written)
+        self._numbers = count(max(self._written, default=_NO_RULES) + 1)
+        self._rule_numbers = count(1)
+        self._sources: dict[int, str] = {}
 
     def close(self) -> None:
         """Lets go of the maps; the kernel goes on with what is in them."""
@@ -83,7 +91,7 @@ class Pods:
 
     def source(self, rule: int) -> str:
         """Where a rule that the kernel named comes from (PolicyRule.source); "": not of ours."""
-        return next((source for source, number in self._sources.items() if number == rule), "")
+        return self._sources.get(rule, "")
 
     def replace(self, sections: Mapping[SectionKey, PodSection]) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
@@ -170,7 +178,7 @@ class Pods:
         number = self._sets.get(rules)
         if number is None:
             number = next(self._numbers)
-            self._keys[number] = []
+            self._written[number] = _Set([], {})
             try:
                 self._write(number, section)
             except (_Refused, OSError):
@@ -181,20 +189,22 @@ class Pods:
         return number
 
     def _write(self, number: int, section: PolicySection) -> None:
-        keys = self._keys[number]
+        keys, rules = self._written[number]
+        values: list[Policy] = []
         egress = entries(section.egress, layout.EGRESS)
         for entry in chain(egress, entries(section.ingress, layout.INGRESS)):
             if len(keys) == MAX_ENTRIES:
                 raise _Refused(f"its rules come to more than {MAX_ENTRIES} entries of the kernel's")
-            direction = section.ingress if entry.direction else section.egress
-            source = direction.rules[entry.rule].source
-            rule = self._sources.setdefault(source, len(self._sources) + 1)
+            source = _source(section.ingress if entry.direction else section.egress, entry.rule)
+            if source not in rules:
+                rules[source] = next(self._rule_numbers)
+                self._sources[rules[source]] = source
             port = entry.port.to_bytes(2, "big")
-            key = PolicyKey(
-                entry.bits, number, entry.identity, entry.direction, entry.protocol, port
+            keys.append(
+                PolicyKey(entry.bits, number, entry.identity, entry.direction, entry.protocol, port)
             )
-            keys.append(key)
-            self._policies.put(key, Policy(entry.flags, rule))
+            values.append(Policy(entry.flags, rules[source]))
+        self._policies.put_all(zip(keys, values, strict=True))
 
     def _leave(self, policy: _Policy) -> None:
         """A pod less that uses a set."""
@@ -208,10 +218,15 @@ class Pods:
         for number in self._left:
             if not self._uses[number]:
                 del self._uses[number]
-                for key in self._keys.pop(number, ()):
+                keys, rules = self._written.pop(number, _Set([], {}))
+                for key in keys:
                     self._policies.remove(key)
+                for rule in rules.values():
+                    del self._sources[rule]
         self._left.clear()
-        self._sets = {rules: number for rules, number in self._sets.items() if number in self._keys}
+        self._sets = {
+            rules: number for rules, number in self._sets.items() if number in self._written
+        }
 
     # --- modes and policies together --------------------------------------------------------------
 
@@ -229,6 +244,12 @@ class Pods:
                 self._in_force[address] = pod
             elif self._in_force.pop(address, None) is not None:
                 self._pods.remove(address)
+
+
+def _source(direction: Direction, rule: int) -> str:
+    if rule == DEFAULT:
+        return ", ".join(direction.selected_by)
+    return direction.rules[rule].source
 
 
 def _flags(direction: Direction) -> int:

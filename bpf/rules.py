@@ -33,9 +33,13 @@ _WITH_PORTS = ("TCP", "UDP", "SCTP")
 _ANYBODY = 0
 
 
+# Where no rule says anything, and that is what refuses.
+DEFAULT = -1
+
+
 class Entry(NamedTuple):
-    """A key without its set, and its value: `flags` (POLICY_…) as the rule at place `rule` has said
-    first. `port` is of as many bits as `bits` leave."""
+    """A key without its set, and its value: `flags` (POLICY_…), and the place of the rule to name,
+    or DEFAULT. `port` is of as many bits as `bits` leave."""
 
     bits: int
     identity: int
@@ -71,6 +75,8 @@ def entries(direction: Direction, number: int) -> Iterator[Entry]:
         if says[place]:
             for identity in (_ANYBODY,) if rule.peers is None else rule.peers:
                 by_identity.setdefault(identity, []).append(place)
+    if direction.default_deny:
+        by_identity.setdefault(_ANYBODY, [])
     # Identities that the same rules name are many, and have the same ports.
     known: dict[tuple[int, ...], list[_At]] = {}
     for identity, places in by_identity.items():
@@ -79,6 +85,10 @@ def entries(direction: Direction, number: int) -> Iterator[Entry]:
             known[which] = list(_ports({at: (direction.rules[at], says[at]) for at in which}))
         for bits, protocol, port, said in known[which]:
             yield Entry(bits, identity, number, protocol, port, said.flags, said.rule)
+    if direction.default_deny and not any(
+        one.bits == _ANY_PROTOCOL for one in known[tuple(by_identity[_ANYBODY])]
+    ):
+        yield Entry(_ANY_PROTOCOL, _ANYBODY, number, 0, 0, 0, DEFAULT)
 
 
 def prefixes(first: int, last: int) -> Iterator[tuple[int, int]]:

@@ -50,6 +50,8 @@ FACTS = {
     "deferred": "a backend with TCP_DEFER_ACCEPT is noticed before anything is sent to it",
     "miss": "a redirect that misses fails, and never goes by TCP",
     "filter": "a program can be attached to an interface, both ways",
+    "refusals": "a refused connection is answered at once, and the longest prefix decides which is",
+    "own_stack": "a packet of the node's own is told from one that came in by an interface",
     "events": "the programs' events can be read",
     "detach": "a program without pin is detached",
 }

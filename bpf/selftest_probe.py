@@ -172,9 +172,10 @@ def main() -> int:
 
     def redirected() -> dict[str, str]:
         # Brings what the checks before do without.
-        from bpf.selftest_redirect import checks
+        from bpf import selftest_filter, selftest_redirect
 
-        return {name: _tried(check) for name, check in checks(cgroup, proxy_cgroup, pin).items()}
+        checks = selftest_redirect.checks(cgroup, proxy_cgroup, pin) | selftest_filter.checks(pin)
+        return {name: _tried(check) for name, check in checks.items()}
 
     commands: dict[str, Callable[[], dict[str, int] | dict[str, str]]] = {
         "serve": serve,

@@ -52,6 +52,8 @@ from mesh.model.section import (
     service_key,
     workload_key,
 )
+from mesh.policy import tables as policy
+from mesh.policy.report import Row, rows
 
 KINDS = (
     "Namespace",
@@ -74,7 +76,8 @@ class Options(msgspec.Struct, frozen=True):
     listen on `bind_address` and say `advertise` in status.addresses. `mesh_addresses`: where the
     proxy takes what workloads ask Services for, at most one of each family; empty: there is no
     mesh. `node`: this node's name, as in Pods' spec.nodeName. `authority`: there is one, so that
-    workloads have identities of `trust_domain` and connect to other nodes by mutual TLS."""
+    workloads have identities of `trust_domain` and connect to other nodes by mutual TLS.
+    `policy_audit`: what policies refuse is only told."""
 
     controller_name: str = "weft.dev/gateway-controller"
     addresses: tuple[str, ...] = ()
@@ -85,6 +88,7 @@ class Options(msgspec.Struct, frozen=True):
     mesh_addresses: tuple[str, ...] = ()
     authority: bool = False
     trust_domain: str = "cluster.local"
+    policy_audit: bool = False
 
     @property
     def mesh(self) -> Mesh:
@@ -114,7 +118,7 @@ class ControlPlane:
         options.mesh.check()
         self._options = options
         self._derivation = Derivation(
-            (*KINDS, "Route", "refusals", "binds"), _rules(options), _indexes(options)
+            (*KINDS, "Route", "Policy", "refusals", "binds"), _rules(options), _indexes(options)
         )
         self._started = False
 
@@ -136,6 +140,7 @@ class ControlPlane:
             for kind in ROUTE_KINDS
             for key, route in changes.get(kind, {}).items()
         }
+        inputs["Policy"] = dict(policy.inputs(changes))
         inputs["refusals"], inputs["binds"] = refusals, binds
         changed = self._derivation.apply(inputs)
         put: dict[SectionKey, Section] = {}
@@ -157,23 +162,31 @@ class ControlPlane:
         return Outcome(
             put,
             gone,
-            _by_object(changed, _STATUSES, "route_status"),
-            _by_object(changed, _PROBLEMS, "route_problems"),
+            _by_object(changed, _STATUSES, ("route_status", "network_policy_status")),
+            _by_object(changed, _PROBLEMS, ("route_problems", "network_policy_problems")),
             self._options.mesh.ports.union(self._derivation.tables["ports"]),  # type: ignore[arg-type]
             dict(self._derivation.failures),
         )
 
+    def policies(self) -> tuple[Row, ...]:
+        """Whom the policies select, and which are refused."""
+        return tuple(rows(self._derivation.tables, self._derivation.indexes))
+
 
 def _by_object(
-    changed: Mapping[str, Mapping[Any, Change]], tables: Mapping[str, str], of_routes: str
+    changed: Mapping[str, Mapping[Any, Change]],
+    tables: Mapping[str, str],
+    of_kinds: tuple[str, ...],
 ) -> dict[tuple[str, ObjectKey], Any]:
-    """The changed entries of `tables` (their objects' kinds) and of the table `of_routes`."""
+    """The changed entries of `tables` (of objects of one kind) and of those in `of_kinds`, whose
+    keys name the kind."""
     result: dict[tuple[str, ObjectKey], Any] = {}
     for table, kind in tables.items():
         for key, change in changed.get(table, {}).items():
             result[kind, key] = change.new
-    for key, change in changed.get(of_routes, {}).items():
-        result[key.kind, ObjectKey(key.namespace, key.name)] = change.new
+    for table in of_kinds:
+        for key, change in changed.get(table, {}).items():
+            result[key.kind, ObjectKey(key.namespace, key.name)] = change.new
     return result
 
 
@@ -189,6 +202,7 @@ _SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "service_sections": lambda key: service_key(*key),
     "workloads": lambda key: workload_key(*key),
     "nodes": lambda key: node_key(key.name),
+    **policy.SECTIONS,
 }
 _STATUSES = {
     "class_status": "GatewayClass",
@@ -228,6 +242,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("set_numbers", "label_sets", workloads.numbers),
         Rule("identities", "label_sets", workloads.identities),
         Rule("workloads", "pods", workloads.workloads(mesh)),
+        *policy.rules(mesh.node, mesh.on, options.policy_audit),
         # Addresses and ports.
         Rule("service_claims", "Service", cluster_ips.claims),
         Rule("service_owners", "claimed_by", cluster_ips.owners),
@@ -256,7 +271,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("routes", "attached", outcomes.routes),
         Rule("sections", "routes", outcomes.sections),
         Rule("mesh_listeners", "routes_of_listener", lambda view, listener: True),
-        Rule("services", "http_ports", services.services),
+        Rule("services", "http_ports", services.services(mesh)),
         Rule("service_sections", "services", services.section),
         Rule("clusters", "cluster_users", backends.cluster(mesh)),
         Rule("service_gateways", "used_from", lambda view, pair: True),
@@ -303,6 +318,7 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("routes_of_listener", "routes", outcomes.mesh_listeners),
         Index("listeners_of_service", "mesh_listeners", services.listener_port),
         Index("slices_that_say", "slice_ports", pod_ports.said_in_slice),
+        Index("slices_that_say", "judged", pod_ports.said_by_policy),
         Index("said_at", "said", pod_ports.said_at),
         Index("grpc_listeners", "candidates", mixed.grpc_listeners),
         Index("http_at", "candidates", mixed.http_at),
@@ -312,5 +328,6 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("cluster_users", "routes", outcomes.route_clusters),
         Index("cluster_users", "services", services.own_clusters),
         Index("used_from", "routes", outcomes.service_gateways),
+        *policy.INDEXES,
         Index("gateways_of_service", "service_gateways", lambda pair, _: (pair[0],)),
     )

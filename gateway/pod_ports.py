@@ -3,13 +3,14 @@
 Where several lead to one port of a pod, those that declare nothing do not count; it is HTTP if all
 others say so, and HTTP/1 if all others say that: in doubt a connection is passed on as it is, and a
 proxy never reads as HTTP what may be something else. A port that a BackendTLSPolicy is about speaks
-TLS, whatever is inside.
+TLS, whatever is inside. A port about whose requests a policy has rules is HTTP, unless a Service
+says otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gateway.addresses import canonical
 from gateway.backend_tls import in_force
@@ -23,11 +24,12 @@ from mesh.model.meta import ObjectKey
 
 
 class Said(NamedTuple):
-    """Some Service says what is spoken at a pod's address and port."""
+    """Some Service says what is spoken at a pod's address and port; "judged": a policy has rules
+    about requests there."""
 
     address: str
     port: int
-    speaks: Speaks
+    speaks: Speaks | Literal["judged"]
 
 
 def slice_ports(mesh: Mesh) -> Callable[[View, ObjectKey], frozenset[Said] | None]:
@@ -53,6 +55,12 @@ def slice_ports(mesh: Mesh) -> Callable[[View, ObjectKey], frozenset[Said] | Non
     return compute
 
 
+def said_by_policy(key: object, places: frozenset[PortKey]) -> Iterator[Said]:
+    """What policies say (for an index)."""
+    for address, port in places:
+        yield Said(address, port, "judged")
+
+
 def said_in_slice(key: ObjectKey, said: frozenset[Said]) -> frozenset[Said]:
     """What a slice says (for an index)."""
     return said
@@ -65,7 +73,8 @@ def said_at(said: Said, _: object) -> Iterator[PortKey]:
 
 def spoken(view: View, place: PortKey) -> Speaks:
     """What is spoken at a pod's address and port; "http2": one HTTP or another."""
-    declared = {one.speaks for one in view.bucket("said_at", place)} - {""}
+    said = {one.speaks for one in view.bucket("said_at", place)}
+    declared: set[Speaks] = said - {"", "judged"}
     if len(declared) < 2:
-        return next(iter(declared), "")
+        return next(iter(declared), "http2" if "judged" in said else "")
     return "other" if "other" in declared else "http2"

@@ -28,6 +28,7 @@ from mesh.model.core import Namespace, ServicePort
 from mesh.model.derive import View
 from mesh.model.meta import ObjectKey
 from mesh.model.pod import Pod
+from mesh.policy import audit
 
 Problems: TypeAlias = tuple[str, ...]
 
@@ -38,7 +39,7 @@ _NAMED = 3
 def of_namespace(mesh: Mesh) -> Callable[[View, ObjectKey], Problems | None]:
     def compute(view: View, key: ObjectKey) -> Problems | None:
         namespace: Namespace = view.get("Namespace", key)
-        wrong = (*misused(namespace), *misused_mtls(namespace))
+        wrong = (*misused(namespace), *misused_mtls(namespace), *audit.misused(namespace))
         if not workloads.of_namespace(view, key.name).meshed:
             why = f"they are not in the mesh (label {MESH}), unless they say that they are"
             wrong += _idle(namespace, MTLS, f"pods of this namespace: {why}")

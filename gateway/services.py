@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from gateway.backends import endpoints
 from gateway.cluster_ips import ClusterIPs
 from gateway.conditions import Problem
 from gateway.declared import Speaks, speaks
@@ -117,25 +118,40 @@ def listener_port(listener: MeshListener, _: object) -> Iterator[ServicePortKey]
     yield listener.port
 
 
-def services(view: View, key: ServicePortKey) -> MeshService | None:
-    """None: the port declares nothing, and no route is attached to it."""
-    found: Doors = view.get("service_doors", key.service)
-    door = next(one for one in found.doors if one.number == key.port)
-    attached: list[MeshListener] = sorted(
-        view.bucket("listeners_of_service", key), key=lambda one: one.consumer or ""
+def services(mesh: Mesh) -> Callable[[View, ServicePortKey], MeshService | None]:
+    """None: the port declares nothing, no route is attached to it, no policy asks of requests."""
+
+    def compute(view: View, key: ServicePortKey) -> MeshService | None:
+        found: Doors = view.get("service_doors", key.service)
+        door = next(one for one in found.doors if one.number == key.port)
+        attached: list[MeshListener] = sorted(
+            view.bucket("listeners_of_service", key), key=lambda one: one.consumer or ""
+        )
+        if not door.http and not attached and not _judged(view, mesh, key):
+            return None
+        section = ServiceSection(
+            namespace=key.namespace,
+            name=key.name,
+            port=key.port,
+            addresses=door.addresses,
+            cluster=door.cluster.section,
+            producers=any(one.consumer is None for one in attached),
+            consumers=tuple(one.consumer for one in attached if one.consumer is not None),
+        )
+        return MeshService(section, door.cluster)
+
+    return compute
+
+
+def _judged(view: View, mesh: Mesh, key: ServicePortKey) -> bool:
+    """Whether policies have rules about the requests to one of its endpoints."""
+    service: Service = view.get("Service", key.service)
+    ports = (port for port in service.spec.ports if (port.port, port.protocol) == (key.port, "TCP"))
+    return any(
+        view.bucket("judged_at", (one.address, one.port))
+        for port in ports
+        for one in endpoints(view, mesh, key.service, port)
     )
-    if not door.http and not attached:
-        return None
-    section = ServiceSection(
-        namespace=key.namespace,
-        name=key.name,
-        port=key.port,
-        addresses=door.addresses,
-        cluster=door.cluster.section,
-        producers=any(one.consumer is None for one in attached),
-        consumers=tuple(one.consumer for one in attached if one.consumer is not None),
-    )
-    return MeshService(section, door.cluster)
 
 
 def own_clusters(key: ServicePortKey, service: MeshService) -> Iterator[ClusterRef]:

@@ -14,13 +14,15 @@ from l7proxy import forwarding, metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
+from l7proxy.guard import DENIED, POLICY_DENIED, Guard
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.peers import Caller, Direct, Tunnelled, caller_identity
+from l7proxy.pool import DENIED_THERE
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
 from l7proxy.streams import ServerStream
-from l7proxy.upstream import Clusters, UpstreamError
+from l7proxy.upstream import Clusters, NotAllowed, UpstreamError
 from mesh.model.nodeconfig import CertificateSection
 from mesh.model.routeconfig import Retry
 from mesh.model.section import SectionKey
@@ -32,7 +34,8 @@ _MAX_DOUBLINGS = 16
 
 
 class Attempts:
-    """On behalf of `caller`; `certificate` is what TLS backends are shown."""
+    """On behalf of `caller`; `certificate` is what TLS backends are shown; `guard` judges the
+    request."""
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class Attempts:
         record: Record,
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
@@ -49,6 +53,7 @@ class Attempts:
         self._record = record
         self._caller = caller
         self._certificate = certificate
+        self._guard = guard
 
     async def run(
         self, head: RequestHead, rule: CompiledRule, backend: CompiledBackend, prefer: str | None
@@ -110,13 +115,22 @@ class Attempts:
                     client_certificate=self._certificate,
                     avoid=avoid,
                     prefer=prefer,
+                    allows=self._guard.allowing(head),
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint
                 self._record.way = lease.way
                 attempt = Attempt(lease, self._stream, self._body, limit)
-                response = await attempt.response(self._told(head, lease.way))
+                forwarded = self._guard.forward(lease.endpoint, self._told(head, lease.way))
+                if forwarded is None:
+                    attempt.abandon("policy refuses it")
+                    return _refused()
+                response = await attempt.response(forwarded)
+        except NotAllowed:
+            return _refused()
         except UpstreamError as error:
+            if error.reason == DENIED_THERE:
+                return _refused()
             metrics.UPSTREAM_FAILURES.labels(backend.label, error.reason).inc()
             # Nothing has been sent.
             return Failure(error.status, error.reason, str(error), retryable=True)
@@ -137,7 +151,8 @@ class Attempts:
 
     def _told(self, head: RequestHead, way: Direct | Tunnelled) -> RequestHead:
         """The head for this endpoint: it may ask to be told who the client is."""
-        if way.destination is None or not way.destination.client_headers:
+        asks = way.destination is not None and way.destination.client_headers
+        if not asks or self._record.encryption is not None:  # the client's node has told it
             return head
         head = dataclasses.replace(head)
         # Behind a Gateway the address stands there already.
@@ -151,3 +166,8 @@ class Attempts:
             doubled = retry.backoff_ms / 1000 * 2 ** min(retries, _MAX_DOUBLINGS)
             wait = max(retry.backoff_ms / 1000, min(doubled, _BACKOFF_CAP_S))
             await asyncio.sleep(wait * (1 + random.random() / 4))
+
+
+def _refused() -> Failure:
+    metrics.POLICY.labels("request", "denied").inc()
+    return Failure(403, POLICY_DENIED, DENIED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 from l7proxy.peers import Source
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from l7proxy.pool import Pool
 
 PoolKey: TypeAlias = CertificateSection | tuple[Source, CertificateSection | None] | None
+
+# Whether policy lets a request go to an endpoint.
+Allows: TypeAlias = Callable[[Endpoint], bool]
 
 # Up to so many endpoints the least loaded is searched among all, beyond that between two random
 # ones ("the power of two choices").
@@ -164,3 +167,37 @@ class Balancer:
     def _sort_out(self) -> None:
         self.ejected = [one for one in self.members.values() if one.ejected]
         self._healthy = [one for one in self.members.values() if not one.ejected]
+
+
+class Choice:
+    """The members for one request, one after the other; `refused`: policy refused one of them."""
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        settings: Settings,
+        avoid: Collection[str],
+        prefer: str | None,
+        allows: Allows | None,
+    ) -> None:
+        self.tried: set[str] = set()
+        self.refused = False
+        self._balancer = balancer
+        self._settings = settings
+        self._avoid = avoid
+        self._prefer = prefer
+        self._allows = allows
+
+    def next(self, now: float) -> Member | None:
+        while True:
+            member = self._balancer.pick(
+                now,
+                self._settings,
+                avoid=self._avoid,
+                tried=self.tried,
+                prefer=self._prefer,
+            )
+            if member is None or self._allows is None or self._allows(member.endpoint):
+                return member
+            self.refused = True
+            self.tried.add(member.id)

@@ -15,6 +15,7 @@ from l7proxy.message import RequestHead
 from l7proxy.peers import Caller
 from l7proxy.routing import PortIndex, RouteIndex, RouteMatchResult
 from l7proxy.streams import ConnectionInfo
+from mesh.model.flow import Encryption
 from mesh.model.nodeconfig import PortSection, Settings
 from mesh.model.section import SectionKey
 
@@ -50,6 +51,10 @@ class Entry(Protocol):
     def client_certificate(self) -> SectionKey | None:
         """What TLS backends are shown."""
 
+    @property
+    def encryption(self) -> Encryption | None:
+        """How requests have come, where the way to the endpoint does not say it."""
+
     def caller(self, client: str) -> Caller:
         """On whose behalf backends are connected to, for a client's request (its address)."""
 
@@ -64,6 +69,8 @@ class Entry(Protocol):
 
 class GatewayPort:
     """A configured port of a Gateway; replaced in place when its section changes."""
+
+    encryption: Encryption | None = None
 
     def __init__(self, section: PortSection) -> None:
         self.section = section

@@ -22,8 +22,10 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
+from l7proxy.guard import DENIED, POLICY_DENIED, Guard
 from l7proxy.message import ProtocolError, ResponseHead
 from l7proxy.mirror import Mirrors
+from l7proxy.policies import Policies
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
 from l7proxy.routing import (
@@ -55,6 +57,7 @@ class Exchanges:
         settings: Settings,
         log: AccessLog,
         flows: FlowLog,
+        policies: Policies,
     ) -> None:
         self.version = 0
         self.routes = routes
@@ -63,6 +66,7 @@ class Exchanges:
         self.certificates: Mapping[SectionKey, CertificateSection] = {}
         self.log = log
         self.flows = flows
+        self.policies = policies
         self.mirrors = Mirrors(clusters)
 
     async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
@@ -87,6 +91,7 @@ class _Exchange:
         self._responded = False
         client = entry.arrive(stream.head, info, shared.settings)
         self.record = Record(stream.head, client, entry.gateway)
+        self.record.encryption = entry.encryption
 
     async def run(self) -> None:
         try:
@@ -141,6 +146,8 @@ class _Exchange:
     # --- routing --------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        # With the rule comes what is told to backends.
+        self._sent = dataclasses.replace(self._stream.head)
         selected = self._entry.select(self._stream.head, self._info, self._shared.routes)
         match = selected.match
         self.record.selected(selected)
@@ -178,13 +185,19 @@ class _Exchange:
         self.record.backend = backend.label
         certificate = self._client_certificate()
         caller = self._entry.caller(self.record.client)
+        if caller.gateway and caller.client:
+            caller = caller._replace(told=self._shared.policies.told_as(caller.client))
+        self._guard = guard = Guard(self._shared.policies, caller, self._sent, self.record)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
-                self._shared.mirrors.send(mirror.cluster, copy, self._body, caller, certificate)
+                self._shared.mirrors.send(
+                    mirror.cluster, copy, self._body, caller, certificate, guard.quiet()
+                )
         attempts = Attempts(
-            self._shared.clusters, self._stream, self._body, self.record, caller, certificate
+            self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
         )
+        self._forwarded = head
         attempt, response = await attempts.run(head, rule, backend, prefer)
         await self._relay(attempt, response, rule, backend)
 
@@ -280,6 +293,9 @@ class _Exchange:
                 upstream.abort(str(error))  # the other direction learns of it, and tells
 
         sending = self._body.pump(up(), name="tunnel")
+        watch = self._guard.watch(
+            attempt.lease.endpoint, self._forwarded, lambda: upstream.abort(DENIED)
+        )
         try:
             while chunk := await upstream.read():
                 await _to_client(stream.write(chunk))
@@ -288,8 +304,13 @@ class _Exchange:
             async with asyncio.timeout(self._shared.settings.idle_timeout_s):
                 await sending
         except (StreamReset, TimeoutError) as error:
-            self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
+            if watch.refused:
+                self.record.broke_off(POLICY_DENIED, DENIED, "DROPPED")
+            else:
+                self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
             stream.abort("the tunnel broke")
+        finally:
+            watch.end()
 
 
 async def _to_client(sending: Awaitable[None]) -> None:

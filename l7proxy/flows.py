@@ -93,7 +93,8 @@ class FlowLog:
                 ),
                 gateway=record.gateway if info.steered is None else "",
                 route=record.route,
-                encryption=way.encryption if way is not None else "none",
+                policy=record.policy,
+                encryption=record.encryption or (way.encryption if way is not None else "none"),
             )
         )
 
@@ -106,6 +107,7 @@ class FlowLog:
         bytes_in: int,
         bytes_out: int,
         encryption: Encryption,
+        policy: str = "",
     ) -> None:
         """A relayed connection that has ended."""
         if not self.wanted:
@@ -120,6 +122,7 @@ class FlowLog:
                 reason=reason,
                 bytes_in=bytes_in,
                 bytes_out=bytes_out,
+                policy=policy,
                 encryption=encryption,
             )
         )

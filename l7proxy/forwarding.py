@@ -76,14 +76,15 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
 
 def pass_on(head: RequestHead, info: ConnectionInfo) -> ClientAddress:
     """A request between workloads goes on as it was sent; only the reserved field is taken out."""
-    headers = head.headers
-    request_id = b""
-    for name, value in headers:
-        if name == _RESERVED:
-            head.headers = [item for item in headers if item[0] != _RESERVED]
-        elif name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            request_id = value
-    return ClientAddress(info.peer[0], request_id.decode(), False)
+    if any(name == _RESERVED for name, _ in head.headers):
+        head.headers = [item for item in head.headers if item[0] != _RESERVED]
+    return ClientAddress(info.peer[0], request_id(head), False)
+
+
+def request_id(head: RequestHead) -> str:
+    """What the request says that it is called; "" nothing."""
+    said = _value(head.headers, b"x-request-id")
+    return said.decode() if said is not None and _REQUEST_ID.fullmatch(said) else ""
 
 
 def tell_client(head: RequestHead, address: str | None, identity: str) -> None:

@@ -43,6 +43,10 @@ class HttpAcceptor(Acceptor):
         self.handler = handler
         self.context = context
 
+    def protocol(self, client: Client) -> asyncio.Protocol:
+        """For a connection that somebody else has accepted."""
+        return _Undecided(self, client)
+
     async def begin(self, sock: socket.socket, client: Client) -> None:
         connection = _Undecided(self, client)
         context, settings = self.context, client.settings

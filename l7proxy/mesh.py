@@ -21,7 +21,7 @@ from l7proxy.peers import Caller, Peers
 from l7proxy.route_compile import straight_to
 from l7proxy.routing import RouteIndex
 from l7proxy.streams import ConnectionInfo
-from l7proxy.upstream import Clusters
+from mesh.model.flow import Encryption
 from mesh.model.nodeconfig import Endpoint, ServiceSection, Settings
 from mesh.model.section import SectionKey, service_listener
 
@@ -52,12 +52,13 @@ class Mesh:
 
     gateway = GATEWAY
     client_certificate: SectionKey | None = None
+    encryption: Encryption | None = None
 
-    def __init__(self, clusters: Clusters, peers: Peers) -> None:
+    def __init__(self, direct: Direct, peers: Peers) -> None:
         self._services: dict[SectionKey, _Service] = {}
         self._by_destination: dict[Destination, _Service] = {}
         self._peers = peers
-        self._direct = Direct(clusters)
+        self._direct = direct
 
     # --- configuration --------------------------------------------------------------------------
 

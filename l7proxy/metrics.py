@@ -118,3 +118,8 @@ TUNNEL_FAILURES = Counter(
     "Connections with other nodes that were not made, or cut off, by reason",
     ("reason",),
 )
+POLICY = Counter(
+    "weft_policy_refusals_total",
+    "Requests and connections that policy refused, and (audited) those that it would have",
+    ("what", "verdict"),
+)

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 
 from l7proxy import metrics
+from l7proxy.guard import Guard
 from l7proxy.message import Framing, ProtocolError, RequestHead
 from l7proxy.peers import Caller
 from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
-from l7proxy.upstream import Clusters, UpstreamError
+from l7proxy.upstream import Clusters, NotAllowed, UpstreamError
 from mesh.model.nodeconfig import CertificateSection
 from mesh.model.section import SectionKey
 
@@ -33,8 +34,10 @@ class Mirrors:
         body: RequestBody,
         caller: Caller,
         client_certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard,
     ) -> None:
-        """Mirror a request whose body has not been read yet; `head` is the mirror's own copy."""
+        """Mirror a request whose body has not been read yet; `head` is the mirror's own copy. It
+        goes only where `guard` lets it."""
         if self._running >= _MAX_RUNNING:
             metrics.MIRRORED.labels(cluster, "overflow").inc()
             return
@@ -42,9 +45,8 @@ class Mirrors:
         head.upgrade = None
         feed = body.feed() if head.body is not Framing.NONE else None
         self._running += 1
-        spawn(
-            self._run(cluster, head, feed, caller, client_certificate), name=f"mirror to {cluster}"
-        )
+        run = self._run(cluster, head, feed, caller, client_certificate, guard)
+        spawn(run, name=f"mirror to {cluster}")
 
     async def _run(
         self,
@@ -53,11 +55,12 @@ class Mirrors:
         feed: MirrorFeed | None,
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard,
     ) -> None:
         outcome = "failed"
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                outcome = await self._exchange(key, head, feed, caller, certificate)
+                outcome = await self._exchange(key, head, feed, caller, certificate, guard)
         except (StreamReset, ProtocolError, UpstreamError, TimeoutError):
             pass
         finally:
@@ -71,13 +74,21 @@ class Mirrors:
         feed: MirrorFeed | None,
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
+        guard: Guard,
     ) -> str:
         cluster = self._clusters.get(key)
         if cluster is None:
             return "no_endpoints"
-        lease = await cluster.acquire(caller, client_certificate=certificate)
+        allows = guard.allowing(head)
         try:
-            await lease.stream.request(head)
+            lease = await cluster.acquire(caller, client_certificate=certificate, allows=allows)
+        except NotAllowed:
+            return "denied"
+        try:
+            forwarded = guard.forward(lease.endpoint, head)
+            if forwarded is None:
+                return "denied"
+            await lease.stream.request(forwarded)
             if feed is not None and not await _send_body(lease.stream, feed):
                 return "cut_off"
             while (await lease.stream.response()).status < 200:

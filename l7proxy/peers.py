@@ -31,18 +31,24 @@ _PASSING = frozenset(("svid_missing", "bundle_missing", "node_unknown", "workloa
 
 class Caller(NamedTuple):
     """On whose behalf the proxy connects. `client`: an address, among whose holders connections are
-    shared; a workload's, unless `gateway` ("<ns>/<name>") has let it in and connects as itself."""
+    shared; a workload's, unless `gateway` ("<ns>/<name>") has let it in and connects as itself.
+    `told`: who asks the Gateway, as far as other nodes' policies can tell (Policies.told_as).
+    `proven`: it is another node's, and a tunnel has proved who it is."""
 
     client: str = ""
     gateway: str = ""
+    told: str = ""
+    proven: bool = False
 
 
 class Source(NamedTuple):
-    """A caller as other nodes see it. `name` is "<ns>/<name>" of a pod or Gateway."""
+    """A caller as other nodes see it. `name` is "<ns>/<name>" of a pod or Gateway; `told` as in
+    Caller."""
 
     name: str
     spiffe_id: str
     gateway: bool = False
+    told: str = ""
 
 
 class Direct(NamedTuple):
@@ -85,6 +91,7 @@ class Peers:
         self._nodes: dict[SectionKey, NodeSection] = {}
         self._node_at: dict[str, NodeSection] = {}
         self._own: tuple[str, ...] = ()
+        self.node = ""  # this one's name, once one of its pods is known
         self._changed: asyncio.Future[None] | None = None
 
     # --- configuration ----------------------------------------------------------------------------
@@ -99,6 +106,8 @@ class Peers:
                 raise Refused(f"spiffe_id: {error}") from None
         self.remove_workload(key)
         self._workloads[key] = section
+        if section.local:
+            self.node = section.node
         for address in addresses:
             self._by_address[address] = section
 
@@ -235,7 +244,7 @@ class Peers:
         """Who a caller is to other nodes; None: nobody can vouch for it."""
         if caller.gateway:
             spiffe_id = self.settings.gateway_spiffe_id
-            return Source(caller.gateway, spiffe_id, True) if spiffe_id else None
+            return Source(caller.gateway, spiffe_id, True, caller.told) if spiffe_id else None
         workload = self.at(caller.client)
         if workload is None or not workload.local or not workload.spiffe_id:
             return None
@@ -245,7 +254,7 @@ class Peers:
         if caller.gateway:
             return self.settings.gateway_spiffe_id
         workload = self.at(caller.client)
-        return workload.spiffe_id if workload is not None else ""
+        return workload.spiffe_id if workload is not None and workload.local else ""
 
 
 def caller_identity(way: Direct | Tunnelled) -> str:

@@ -43,6 +43,10 @@ class ConnectFailed(UpstreamError):
         self.status = 502 if reason.startswith("tls_") else 503
 
 
+# The reason where a pod of another node is not to be reached by this client.
+DENIED_THERE = "tunnel_refused_policy_denied"
+
+
 class Retired(Exception):
     """The pool takes no requests any more: its endpoint has left or TLS has changed."""
 

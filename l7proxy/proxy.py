@@ -19,6 +19,7 @@ from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.credentials import Credentials
 from l7proxy.dial import bound_unread, keep_alive
+from l7proxy.direct import Direct
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
@@ -26,6 +27,7 @@ from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
 from l7proxy.peers import Peers
+from l7proxy.policies import Policies
 from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
 from l7proxy.tls_server import ServerTLS, TLSRefused
@@ -47,6 +49,7 @@ from mesh.model.nodeconfig import (
     TrustBundleSection,
     WorkloadSection,
 )
+from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SectionKey
 
@@ -113,8 +116,12 @@ class Proxy:
         self._admission = Admission()
         self._admission.idle.set()
         self._access_log = log
-        self._exchanges = Exchanges(self._routes, self._clusters, self._state.settings, log, flows)
-        self._mesh = Mesh(self._clusters, self._peers)
+        self._policies = Policies(self._peers)
+        self._exchanges = Exchanges(
+            self._routes, self._clusters, self._state.settings, log, flows, self._policies
+        )
+        self._direct = Direct(self._clusters)
+        self._mesh = Mesh(self._direct, self._peers)
         self._reported: dict[str, ClusterStats] = {}
         self._draining = False
 
@@ -141,6 +148,8 @@ class Proxy:
                 stale_tls |= self._put(key, section)
             except (Refused, TLSRefused) as error:
                 state.refused[key] = str(error)
+                if isinstance(section, PolicySection):
+                    state.keys[key] = section  # it refuses everything, until it goes
             except Exception as error:  # of this section; the others must not wait for its mending
                 _log.exception("section %s cannot be put in force", key)
                 state.refused[key] = f"a fault of the proxy's, its log has it: {error!r}"
@@ -158,6 +167,7 @@ class Proxy:
             del state.refused[key]
         for bind in stale_tls:
             self._reload_tls(bind)
+        self._policies.told()
         self._peers.told()
         self.tunnels.changed((*delta.put, *gone))
         self._exchanges.version = delta.version
@@ -185,6 +195,8 @@ class Proxy:
                 self._peers.put_workload(key, section)
             case NodeSection():
                 self._peers.put_node(key, section)
+            case CidrSection() | PolicySection():
+                self._policies.put(key, section)
             case SvidSection():
                 self._credentials.put_svid(section)
             case TrustBundleSection():
@@ -215,6 +227,8 @@ class Proxy:
                 self._peers.remove_workload(key)
             case NodeSection():
                 self._peers.remove_node(key)
+            case CidrSection() | PolicySection():
+                self._policies.remove(key)
             case SvidSection(spiffe_id=spiffe_id):
                 self._credentials.remove_svid(spiffe_id)
             case TrustBundleSection(trust_domain=trust_domain):
@@ -278,6 +292,8 @@ class Proxy:
                 kernel=self._kernel,
                 peers=self._peers,
                 tunnels=self.tunnels,
+                exchanges=self._exchanges,
+                direct=self._direct,
             )
         if kind == "relay":
             return RelayAcceptor(
@@ -287,6 +303,7 @@ class Proxy:
                 flows=self._exchanges.flows,
                 peers=self._peers,
                 digger=self._digger,
+                policies=self._policies,
             )
         return HttpAcceptor(
             handler=functools.partial(self._exchanges.serve, self._mesh),

@@ -13,7 +13,7 @@ from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
 from l7proxy.peers import Direct, Tunnelled, identities
 from l7proxy.route_compile import NO_ROUTE
-from mesh.model.flow import Verdict
+from mesh.model.flow import Encryption, Verdict
 from mesh.model.nodeconfig import Endpoint
 
 # Series live as long as the process, also when their route has gone. Further ones are counted
@@ -39,8 +39,9 @@ class Record:
 
     __slots__ = (
         "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
-        "elapsed", "endpoint", "gateway", "head", "host", "listener", "path", "reason",
-        "request_id", "route", "rule", "service", "started", "status", "verdict", "way",
+        "elapsed", "encryption", "endpoint", "gateway", "head", "host", "listener", "path",
+        "policy", "reason", "request_id", "route", "rule", "service", "started", "status",
+        "verdict", "way",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, client: ClientAddress, gateway: str) -> None:
@@ -67,6 +68,8 @@ class Record:
         self.bytes_out = 0
         self.reason = ""
         self.detail = ""
+        self.policy = ""
+        self.encryption: Encryption | None = None
 
     def selected(self, selected: Selection) -> None:
         self.listener = selected.listener
@@ -83,8 +86,8 @@ class Record:
         self.reason, self.detail = reason, detail
         metrics.LOCAL_REPLIES.labels(reason).inc()
 
-    def broke_off(self, reason: str, detail: str) -> None:
-        self.verdict = "ERROR"
+    def broke_off(self, reason: str, detail: str, verdict: Verdict = "ERROR") -> None:
+        self.verdict = verdict
         self.reason, self.detail = reason, detail
 
     def close(self, log: AccessLog) -> None:

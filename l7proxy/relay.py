@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from l7proxy import metrics
 from l7proxy.acceptor import Acceptor, Admission, Client
 from l7proxy.dial import DialFailed, dial, keep_alive, reset_on_close
 from l7proxy.flows import FlowLog
+from l7proxy.guard import POLICY_AUDIT, POLICY_DENIED, Watch
 from l7proxy.handles import Destination, Steered
 from l7proxy.http1_link import Link
 from l7proxy.peers import Caller, Direct, NoWay, Peers, Tunnelled, identities
+from l7proxy.policies import Policies
+from l7proxy.pool import DENIED_THERE
 from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel import Digger
@@ -39,9 +43,11 @@ class RelayAcceptor(Acceptor):
         flows: FlowLog,
         peers: Peers,
         digger: Digger,
+        policies: Policies,
     ) -> None:
         super().__init__(settings=settings, admission=admission, identify=identify)
         self.flows = flows
+        self.policies = policies
         self._peers = peers
         self._digger = digger
 
@@ -61,9 +67,10 @@ class RelayAcceptor(Acceptor):
                 _abandon(upstream)
                 return
             self.open.add(relay)
+            relay.watch(self.policies, Caller(client.address[0]), *backend)
             await relay.join(sock, upstream)
         except DialFailed as error:
-            relay.failed("ERROR", error.reason)
+            relay.failed("DROPPED" if error.reason == DENIED_THERE else "ERROR", error.reason)
         finally:
             if not relay.joined:
                 sock.close()
@@ -75,6 +82,8 @@ class RelayAcceptor(Acceptor):
         """To the backend; None: it may not be connected to. DialFailed."""
         timeout_s = client.settings.connect_timeout_s
         caller = Caller(client.address[0])
+        if not relay.abides(self.policies, caller, *backend):
+            return None
         # The kernel sends nobody here but for pods of other nodes.
         way = await self._peers.settled_way(caller, *backend, timeout_s, pod=True)
         if isinstance(way, NoWay):
@@ -106,11 +115,15 @@ def _abandon(upstream: socket.socket | TLSStream) -> None:
 
 
 class Relay:
-    """Two connections, joined. Failures count once, the first of them."""
+    """Two connections, joined. Failures count once, the first of them. `policy` is what let it
+    pass or did not, or (audited) would not have."""
 
     def __init__(self) -> None:
         self.verdict: Verdict = "FORWARDED"
         self.reason = ""
+        self.policy = ""
+        self._audited = False
+        self._watch: Watch | None = None
         self._halves = 2  # directions whose end has not been passed on
         self._ended = False
         self.joined = False
@@ -138,6 +151,24 @@ class Relay:
         self.running = True
         for side in (self.client, self.backend):
             side.pass_early_on()
+
+    def abides(self, policies: Policies, caller: Caller, address: str, port: int) -> bool:
+        """Whether policy lets bytes pass that nobody judges further; else it has failed."""
+        found = policies.connection(policies.asker(caller), address, port)
+        self.policy = found.audit or found.source
+        if not found.allowed or found.http:
+            metrics.POLICY.labels("connection", "denied").inc()
+            self.failed("DROPPED", POLICY_DENIED)
+            return False
+        if found.audit and not self._audited:
+            self._audited = True
+            metrics.POLICY.labels("connection", "audited").inc()
+        return True
+
+    def watch(self, policies: Policies, caller: Caller, address: str, port: int) -> None:
+        """Policies may change while it is open: then it ends."""
+        abides = partial(self.abides, policies, caller, address, port)
+        self._watch = Watch(policies, abides, partial(self.cut_off, POLICY_DENIED))
 
     def failed(self, verdict: Verdict, reason: str) -> None:
         if not self.reason:
@@ -174,6 +205,10 @@ class Relay:
         if self._ended:
             return
         self._ended = True
+        if self._watch is not None:
+            self._watch.end()
+        if self._audited and not self.reason:
+            self.reason = POLICY_AUDIT
         self.ended()
 
     def ended(self) -> None:
@@ -206,6 +241,7 @@ class _Steered(Relay):
             self.client.received,
             self.backend.received,
             self.way.encryption if self.way is not None else "none",
+            self.policy,
         )
 
 

@@ -133,6 +133,11 @@ class Regex:
                 f"{_REGEX_INSTRUCTIONS} is the most"
             )
 
+    @property
+    def size(self) -> int:
+        """In RE2's instructions."""
+        return int(self._compiled.programsize)
+
     def matches(self, text: bytes) -> bool:
         return self._compiled.fullmatch(text) is not None
 

@@ -47,7 +47,7 @@ class Digger:
         """A tunnel whose stream has no protocol yet. `own_port`: as in `Preface.port_of_source`.
         DialFailed: reasons of the tunnel's own begin with "tunnel_"."""
         source, destination = way.source, way.destination
-        preface = Preface(source.name, address, port, kind, source.gateway, own_port)
+        preface = Preface(source.name, address, port, kind, source.gateway, own_port, source.told)
         shown_until = self.peers.credentials.until(source.spiffe_id)
         stream, peer = await self._shake(way, preface)
 
@@ -63,7 +63,7 @@ class Digger:
             now = self.peers.way(caller, address, port)
             if not isinstance(now, Tunnelled):
                 raise DialFailed(now.reason if isinstance(now, NoWay) else "way_changed", "")
-            proof = Preface(source.name, address, port, "proof", source.gateway)
+            proof = Preface(source.name, address, port, "proof", source.gateway, told=source.told)
             stream, peer = await self._shake(now, proof)
             stream.close()
             return peer

@@ -15,12 +15,17 @@ from collections.abc import Callable
 from certs.errors import NotTrusted
 from l7proxy import metrics, tunnel_wire
 from l7proxy.acceptor import Acceptor, Admission, Client, plain
+from l7proxy.arrival import Arrival, ArrivalPort
 from l7proxy.credentials import ALPN, handshake_failure
 from l7proxy.credentials import Peer as VerifiedPeer
 from l7proxy.dial import DialFailed, keep_alive, reset_on_close
+from l7proxy.direct import Direct
+from l7proxy.exchange import Exchanges
+from l7proxy.field_rules import Refused
 from l7proxy.flows import FlowLog
-from l7proxy.handles import Kernel
-from l7proxy.peers import Peers, Source, keys_of
+from l7proxy.guard import POLICY_DENIED
+from l7proxy.handles import Destination, Kernel, Steered
+from l7proxy.peers import Caller, Peers, Source, keys_of
 from l7proxy.reach import reach
 from l7proxy.relay import Relay
 from l7proxy.tls_stream import TLSStream
@@ -55,9 +60,14 @@ class TunnelAcceptor(Acceptor):
         kernel: Kernel,
         peers: Peers,
         tunnels: Tunnels,
+        exchanges: Exchanges,
+        direct: Direct,
     ) -> None:
         super().__init__(settings=settings, admission=admission)
         self.flows = flows
+        self.policies = exchanges.policies
+        self._exchanges = exchanges
+        self._direct = direct
         self._kernel = kernel
         self._peers = peers
         self.tunnels = tunnels
@@ -107,6 +117,15 @@ class TunnelAcceptor(Acceptor):
         if refused is not None:
             raise Refusal(refused, f"{source.name} has too many connections")
         return client._replace(address=(source.name, 0))
+
+    def serve(self, incoming: _Incoming, caller: Caller, client: Client, pod: str) -> ArrivalPort:
+        """Judge its requests one by one."""
+        destination = Destination(incoming.preface.address, incoming.preface.port)
+        arrival = Arrival(caller, pod, destination, self._direct)
+        port = ArrivalPort(self._exchanges, arrival, self._admission, incoming.end)
+        client = client._replace(steered=Steered(destination))
+        port.take(incoming.stream, client)
+        return port
 
     async def connect(self, incoming: _Incoming, preface: Preface) -> socket.socket:
         """To the pod. DialFailed."""
@@ -173,6 +192,7 @@ class _Incoming(Relay):
         self._from = Peer(*client.address)
         self._to = Peer(*local)
         self._verified = False
+        self._serving: ArrivalPort | None = None
 
     async def run(self) -> None:
         port, stream, client = self._port, self.stream, self._client
@@ -189,6 +209,13 @@ class _Incoming(Relay):
                 return
             self._client = port.count_for(source, client)
             self._tell(peer, source, destination)
+            caller = self._caller(source)
+            if self._is_for_requests(caller):
+                stream.write(tunnel_wire.encode(Answer()))
+                port.open.add(self)
+                port.watch(self, client.address[0], peer, own, source, destination)
+                self._serving = port.serve(self, caller, self._client, destination.name)
+                return
             backend = await port.connect(self, preface)
         except TimeoutError:
             self.refuse("preface_timeout" if self._verified else "handshake_timeout")
@@ -211,7 +238,39 @@ class _Incoming(Relay):
             stream.write(tunnel_wire.encode(Answer()))
             port.open.add(self)
             port.watch(self, client.address[0], peer, own, source, destination)
+            self.watch(port.policies, caller, preface.address, preface.port)
             await self.join(stream, backend)
+
+    def _caller(self, source: Source) -> Caller:
+        if source.gateway:
+            return Caller(gateway=source.name, told=source.told, proven=True)
+        pod = self._port._peers.pod(source.name)
+        assert pod is not None  # it was judged
+        return Caller(pod.addresses[0], proven=True)
+
+    def _is_for_requests(self, caller: Caller) -> bool:
+        """Policy lets the connection pass, but has its requests judged. Refusal: it does not."""
+        policies, preface = self._port.policies, self.preface
+        try:
+            asker = policies.asker(caller)
+        except Refused as error:
+            raise Refusal("preface", f"told: {error}") from None
+        verdict = policies.connection(asker, preface.address, preface.port)
+        # In audit mode only what is known to be requests is read as such.
+        if verdict.http or (verdict.audit_http and preface.kind == "http"):
+            return True
+        if not self.abides(policies, caller, preface.address, preface.port):
+            raise Refusal(POLICY_DENIED, f"{preface.address} port {preface.port}: access denied")
+        return False
+
+    def cut_off(self, reason: str) -> None:
+        super().cut_off(reason)
+        if self._serving is not None:
+            self.stream.abort()
+
+    def drain(self) -> None:
+        if self._serving is not None:
+            self._serving.drain()
 
     def refuse(self, reason: str, why: str = "") -> None:
         """It does not become a tunnel."""
@@ -250,6 +309,8 @@ class _Incoming(Relay):
 
     def ended(self) -> None:
         self._port.left(self, self._client)
+        if self._serving is not None:  # its requests have told
+            return
         self._port.flows.connection(
             self._from,
             self._to,
@@ -258,6 +319,7 @@ class _Incoming(Relay):
             self.client.received,
             self.backend.received,
             "mtls" if self._verified else "none",
+            self.policy,
         )
 
 
@@ -286,4 +348,4 @@ def judge(
         raise Refusal("target_unknown", f"{preface.address} is no pod's of this node")
     if destination.spiffe_id != own:
         raise Refusal("target_identity", f"{preface.address} is not {own}'s")
-    return Source(name, spiffe_id, preface.gateway), destination
+    return Source(name, spiffe_id, preface.gateway, preface.told), destination

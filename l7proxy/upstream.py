@@ -13,12 +13,12 @@ import select
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from l7proxy.balance import Balancer, Member, PoolKey
+from l7proxy.balance import Allows, Balancer, Choice, Member, PoolKey
 from l7proxy.connect import connect_through, connect_to
 from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
 from l7proxy.peers import Caller, Direct, NoWay, Tunnelled
-from l7proxy.pool import ConnectFailed, Pool, Retired
+from l7proxy.pool import DENIED_THERE, ConnectFailed, Pool, Retired
 from l7proxy.pool import UpstreamError as UpstreamError
 from l7proxy.streams import ClientConnection, ClientStream
 from l7proxy.tls_client import ClientTLS, TLSRefused
@@ -47,6 +47,15 @@ class Overflow(UpstreamError):
             f"too many requests already wait for a connection: {limit} at most, and of one client "
             "no more than there is room for beside them",
         )
+
+
+class NotAllowed(UpstreamError):
+    """There are endpoints, and policy lets the request go to none of them."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__("policy_denied", "access denied")
 
 
 class TLSBroken(UpstreamError):
@@ -257,18 +266,21 @@ class Cluster:
         client_certificate: tuple[SectionKey, CertificateSection] | None = None,
         avoid: Collection[str] = (),
         prefer: str | None = None,
+        allows: Allows | None = None,
     ) -> Lease:
         """A stream to an endpoint, on behalf of `caller`. `avoid`: ids of endpoints to use only if
-        there are no others; `prefer`: the id of the one to use if it is there and healthy.
+        there are no others; `prefer`: the id of the one to use if it is there and healthy;
+        `allows`: those to which it says no are not used.
 
         Connecting that fails goes on at another endpoint until all were tried. How long to wait is
-        the caller's to bound, by cancelling. NoEndpoints, Overflow, TLSBroken, ConnectFailed (the
-        last one).
+        the caller's to bound, by cancelling. NoEndpoints, NotAllowed, Overflow, TLSBroken,
+        ConnectFailed (the last one).
         """
-        settings = self._settings()
-        now = self._loop.time()
-        member = self._balancer.pick(now, settings, avoid=avoid, prefer=prefer)
+        choice = Choice(self._balancer, self._settings(), avoid, prefer, allows)
+        member = choice.next(self._loop.time())
         if member is None:
+            if choice.refused:
+                raise NotAllowed
             raise NoEndpoints(f"{self.key} has no ready endpoints")
         certificate = client_certificate[1] if client_certificate is not None else None
         way = self._peers.way(caller, *member.target, pod=bool(member.endpoint.name))
@@ -277,20 +289,18 @@ class Cluster:
             if (stream := pool.take(caller.client)) is not None:
                 member.load += 1
                 return Lease(self, member, pool, stream, way, reused=True)
-        return await self._acquire_slowly(member, caller, certificate, avoid, prefer)
+        return await self._acquire_slowly(member, caller, certificate, choice)
 
     async def _acquire_slowly(
         self,
         member: Member | None,
         caller: Caller,
         certificate: CertificateSection | None,
-        avoid: Collection[str],
-        prefer: str | None,
+        choice: Choice,
     ) -> Lease:
         settings = self._settings()
         loop = self._loop
         patience = loop.time() + _CONNECT_TIMEOUTS * settings.connect_timeout_s
-        tried: set[str] = set()
         failure: UpstreamError = NoEndpoints(f"{self.key} has no endpoints any more")
         if not self._pending.may_take(caller.client):
             raise Overflow(self._pending.limit)
@@ -313,7 +323,7 @@ class Cluster:
                 except ConnectFailed as error:
                     member.load -= 1
                     failure = error
-                    tried.add(member.id)
+                    choice.tried.add(member.id)
                     if loop.time() >= patience:
                         break
                 except Retired:
@@ -321,9 +331,7 @@ class Cluster:
                 except BaseException:
                     member.load -= 1
                     raise
-                member = self._balancer.pick(
-                    loop.time(), settings, avoid=avoid, tried=tried, prefer=prefer
-                )
+                member = choice.next(loop.time())
         finally:
             self._pending.give(caller.client)
         raise failure
@@ -362,6 +370,10 @@ class Cluster:
                 self._digger, caller, source, member, tls, self._settings(), on_change, http2=http2
             )
 
+        def on_failure(error: ConnectFailed) -> None:
+            if error.reason != DENIED_THERE:  # of the client, not of the endpoint
+                self.count_failure(member)
+
         def on_empty() -> None:
             self._pools.discard(pool)
             if member.pools.get(key) is pool:
@@ -372,7 +384,7 @@ class Cluster:
             endpoint=member.id,
             limit=self._section.max_connections_per_endpoint,
             shared=http2,
-            on_failure=lambda _: self.count_failure(member),
+            on_failure=on_failure,
             on_empty=on_empty,
         )
         member.pools[key] = pool

@@ -41,7 +41,12 @@ def objects(text: str, generation: int | None = 1) -> Objects:
 def _default(raw: dict[str, Any], generation: int | None) -> None:
     """Short manifests: the API version follows from the kind, and everything has a generation."""
     kind = raw["kind"]
-    versions = {"EndpointSlice": "discovery.k8s.io/v1"}
+    versions = {
+        "EndpointSlice": "discovery.k8s.io/v1",
+        "NetworkPolicy": "networking.k8s.io/v1",
+        "CiliumNetworkPolicy": "cilium.io/v2",
+        "CiliumClusterwideNetworkPolicy": "cilium.io/v2",
+    }
     core = ("Namespace", "Service", "Secret", "ConfigMap", "Pod", "Node")
     gateway_api = "gateway.networking.k8s.io/v1"
     raw.setdefault("apiVersion", "v1" if kind in core else versions.get(kind, gateway_api))

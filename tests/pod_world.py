@@ -21,7 +21,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf_world import loader, pin_directory
+from bpf_world import loader, new_cgroup, pin_directory
 from pyroute2 import IPRoute
 
 from bpf import maps
@@ -38,6 +38,15 @@ A = {4: "10.9.0.2", 6: "fd09::2"}
 B = {4: "10.9.0.3", 6: "fd09::3"}
 PODS = {"a": A, "b": B}
 TIMEOUT_S = 5
+_PASSED = {
+    Reason.FILTER_FROM_POD,
+    Reason.FILTER_TO_POD,
+    Reason.PASSED,
+    Reason.BALANCED,
+    Reason.ANSWERED,
+    Reason.TO_PROXY,
+    Reason.TO_RELAY,
+}
 _NODAD = 0x02
 _ROUTER = {
     "net.ipv6.conf.all.accept_dad": 0,
@@ -64,8 +73,9 @@ class Outcome(NamedTuple):
 class PodWorld:
     """Namespaces "node", "out", "a" and "b"; `enforce` what is to be in force."""
 
-    def __init__(self, pin: Path, names: Mapping[str, Path]) -> None:
+    def __init__(self, pin: Path, names: Mapping[str, Path], cgroup: Path | None) -> None:
         self.pin = pin
+        self.cgroup = cgroup
         self.names = names
         self.enforcement = Enforcement(pin, "n1")
 
@@ -75,9 +85,23 @@ class PodWorld:
     def inside(self, where: str) -> contextlib.AbstractContextManager[None]:
         return inside(self.names[where])
 
+    @contextlib.contextmanager
+    def steered(self) -> Iterator[None]:
+        """Sockets that are made in here are workloads'."""
+        assert self.cgroup is not None
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line for line in lines if line.startswith("0::/"))
+        home = self.cgroup.parent / own.removeprefix("0::/")
+        (self.cgroup / "cgroup.procs").write_text("0")
+        try:
+            yield
+        finally:
+            (home / "cgroup.procs").write_text("0")
+
     def socket(self, where: str, address: str, kind: int = socket.SOCK_STREAM) -> socket.socket:
-        """Of the address's family, not bound yet."""
-        with self.inside(where):
+        """Of the address's family, not bound yet; a workload's where those are steered."""
+        workload = self.cgroup is not None and where in PODS
+        with self.inside(where), self.steered() if workload else contextlib.nullcontext():
             made = socket.socket(family_of(address), kind)
         made.settimeout(TIMEOUT_S)
         return made
@@ -95,7 +119,9 @@ class PodWorld:
 
     def connect(self, where: str, server: socket.socket, source: str = "") -> socket.socket:
         """A new connection to a server, from an address of its own. OSError."""
-        address, port = server.getsockname()[:2]
+        return self.connect_to(where, *server.getsockname()[:2], source)
+
+    def connect_to(self, where: str, address: str, port: int, source: str = "") -> socket.socket:
         made = self.socket(where, address)
         try:
             made.bind((source, 0))
@@ -137,10 +163,9 @@ class PodWorld:
 
     def counted(self, before: Mapping[Reason, int]) -> dict[str, int]:
         after = maps.counters(self.pin)
-        passed = {Reason.FILTER_FROM_POD, Reason.FILTER_TO_POD}
         return {
             one.name: after[one] - before[one]
-            for one in set(Reason) - passed
+            for one in set(Reason) - _PASSED
             if after[one] > before[one]
         }
 
@@ -176,11 +201,14 @@ def _add(netlink: IPRoute, index: int, address: str, length: int) -> None:
 
 
 @contextlib.contextmanager
-def pod_world(parent: Path) -> Iterator[PodWorld]:
+def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
+    """`steer`: the programs for sockets are attached too."""
     with contextlib.ExitStack() as stack:
         pin = stack.enter_context(pin_directory(parent))
-        done = loader("--pin", pin)
+        cgroup = stack.enter_context(new_cgroup()) if steer else None
+        done = loader("--pin", pin, *(("--cgroup", cgroup) if cgroup is not None else ()))
         assert done.returncode == 0, done.stderr
+        datapath = cni.CniDatapath(pins=pin, records=parent / "pods")
         names = {
             name: Path(f"/run/netns/weft-test-{os.getpid()}-{name}")
             for name in ("node", "out", *PODS)
@@ -188,16 +216,14 @@ def pod_world(parent: Path) -> Iterator[PodWorld]:
         for path in names.values():
             create_netns(path)
             stack.callback(remove_netns, path)
-        world = PodWorld(pin, names)
+        world = PodWorld(pin, names, cgroup)
         stack.callback(world.enforcement.close)
         with world.inside("node"):
             write_sysctls(_ROUTER)
             _link(world)
         for name, (v4, v6) in {name: tuple(one.values()) for name, one in PODS.items()}.items():
             config = cni.CniConfig(
-                addresses=(v4, v6),
-                node_addresses=(NODE[4], NODE[6]),
-                datapath=cni.CniDatapath(pins=pin, records=parent / "pods"),
+                addresses=(v4, v6), node_addresses=(NODE[4], NODE[6]), datapath=datapath
             )
             with world.inside("node"):
                 cni.add(name, str(names[name]), "eth0", config)

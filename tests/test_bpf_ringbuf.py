@@ -207,10 +207,10 @@ def test_events():
         for address, port in (("10.244.0.5", 0), ("10.96.0.10", 80), ("10.244.1.6", 8080))
     )
     packed = (layout.TARGET.pack(one) for one in (source, asked, peer))
-    record = layout.EVENT.format.pack(17, 4711, *packed, Reason.BALANCED)
-    assert events.decode(record) == SocketEvent(17, 4711, source, asked, peer, Reason.BALANCED)
+    record = layout.EVENT.format.pack(17, 4711, *packed, Reason.BALANCED, 3)
+    assert events.decode(record) == SocketEvent(17, 4711, source, asked, peer, Reason.BALANCED, 3)
     assert asked.protocol == socket.IPPROTO_TCP
-    with pytest.raises(ValueError, match="79 bytes"):
+    with pytest.raises(ValueError, match="87 bytes"):
         events.decode(record[:-1])
     with pytest.raises(ValueError, match="reason 2147483647"):
-        events.decode(record[:-4] + b"\xff\xff\xff\x7f")
+        events.decode(record[:76] + b"\xff\xff\xff\x7f" + record[80:])

@@ -194,6 +194,68 @@ spec:
   parentRefs: [{group: '', kind: Service, name: rival}]
   rules: [{backendRefs: [{name: rival, port: 80}]}]
 """,
+    """
+kind: Pod
+metadata: {name: judged, labels: {app: a, tier: web}}
+spec:
+  nodeName: n1
+  containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]
+status: {podIP: 10.0.0.9}
+""",
+    """
+kind: Pod
+metadata: {name: asker, namespace: apps, labels: {app: c}}
+spec:
+  nodeName: n1
+  serviceAccountName: asker
+  containers: [{name: c, ports: [{name: http, containerPort: 8081}]}]
+status: {podIP: 10.0.0.10}
+""",
+    """
+kind: EndpointSlice
+metadata: {name: kubernetes, labels: {kubernetes.io/service-name: kubernetes}}
+addressType: IPv4
+ports: [{name: https, port: 6443}]
+endpoints: [{addresses: [192.0.2.2]}, {addresses: [192.0.2.9]}]
+""",
+    """
+kind: NetworkPolicy
+metadata: {name: np, annotations: {weft.dev/policy-audit: maybe}}
+spec:
+  podSelector: {matchLabels: {app: a}}
+  policyTypes: [Ingress, Egress]
+  ingress:
+  - from:
+    - namespaceSelector: {matchLabels: {team: a}}
+    - ipBlock: {cidr: 192.0.2.0/24, except: [192.0.2.0/28]}
+    ports: [{port: http}]
+  egress:
+  - to: [{podSelector: {}}]
+    ports: [{port: http}, {port: 53, protocol: UDP}]
+""",
+    """
+kind: CiliumNetworkPolicy
+metadata: {name: cnp, namespace: apps}
+spec:
+  endpointSelector: {matchExpressions: [{key: app, operator: In, values: [c, d]}]}
+  egress:
+  - toServices: [{k8sService: {serviceName: rival, namespace: default}}]
+  - toServices: [{k8sServiceSelector: {selector: {matchLabels: {app: x}}}}]
+  - toEntities: [kube-apiserver, remote-node]
+  - toCIDR: [192.0.2.8/29]
+  - toEndpoints: [{matchLabels: {"k8s:io.kubernetes.pod.namespace": default, tier: web}}]
+    toPorts: [{ports: [{port: "8080", protocol: TCP}], rules: {http: [{path: /a}]}}]
+""",
+    """
+kind: CiliumClusterwideNetworkPolicy
+metadata: {name: ccnp}
+specs:
+- endpointSelector: {}
+  ingressDeny: [{fromEntities: [world]}]
+  ingress: [{fromEndpoints: [{}], fromRequires: [{matchLabels: {app: c}}]}]
+- endpointSelector: {matchLabels: {app: b}}
+  egress: [{toFQDNs: [{matchName: a.example}]}]
+""",
 )
 PARTS = [(kind, key, obj) for kind, found in objects(SCENE).items() for key, obj in found.items()]
 OPTIONS = Options(
@@ -207,6 +269,7 @@ ANSWERS: list[tuple[str, Any]] = [
     ("binds", {("127.9.0.2", 443): ""}),
     ("binds", {("127.9.0.1", 15001): "in use"}),
     ("refusals", {"route/HTTPRoute/default/route": "no"}),
+    ("refusals", {"policy/default/judged": "no"}),
     ("refusals", {"cluster/Service/default/backend/80": "no"}),
 ]
 

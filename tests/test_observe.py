@@ -70,6 +70,11 @@ def known(flow):
             "unknown -> [2001:db8::1]:8080 (world) tcp-connection DROPPED NO_BACKENDS",
         ),
         (
+            connection(reason="POLICY_AUDIT", policy="NetworkPolicy a/b ingress[0]"),
+            "shop/web-1 -> shop/cart-1:8080 tcp-connection FORWARDED POLICY_AUDIT by NetworkPolicy"
+            " a/b ingress[0]",
+        ),
+        (
             connection(source="::1", to="10.0.0.1", protocol="UDP", port=0),
             "::1 (host) -> 10.0.0.1 (world) udp-datagram FORWARDED",
         ),

@@ -9,66 +9,23 @@ from collections.abc import Iterator
 
 import pytest
 from bpf_world import needs_bpf
-from pod_world import (
-    LINK,
-    NODE,
-    OUT,
-    A,
-    B,
-    PodWorld,
-    arrived,
-    checksum,
-    pod_world,
-)
+from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
+from pod_world import NODE, OUT, A, B, PodWorld, arrived, checksum, pod_world
 
 from mesh.model.identity import FIRST_CIDR, Reserved
-from mesh.model.nodeconfig import NodeSection, WorkloadSection
-from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
+from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
 
 pytestmark = needs_bpf
 
-VERSIONS = (4, 6)
-ID = {"a": 300, "b": 301}
-ADDRESSES = {"a": tuple(A.values()), "b": tuple(B.values())}
 DENIED = ("ECONNREFUSED", {"POLICY_DENIED": 1, "RESET": 1})
 ANSWERED = ("answered", {})
-WORLD = frozenset({Reserved.WORLD})
-NOTHING = Direction()
-A_ONLY = frozenset({ID["a"]})
-KNOWN = {
-    **{
-        f"workload/shop/{name}": WorkloadSection(
-            "shop", name, ADDRESSES[name], node="n1", local=True, identity=ID[name]
-        )
-        for name in ID
-    },
-    "node/n1": NodeSection("n1", (*NODE.values(), *LINK.values())),
-}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PodWorld]:
     with pod_world(tmp_path_factory.mktemp("policy")) as world:
         yield world
-
-
-def allow(peers: frozenset[int] | None = None, *ports: PortRange, **more: bool) -> PolicyRule:
-    return PolicyRule("NetworkPolicy shop/x ingress[0]", peers, ports, **more)
-
-
-def policy(
-    name: str = "b", ingress: Direction = NOTHING, egress: Direction = NOTHING
-) -> dict[str, object]:
-    made = PolicySection("shop", name, ID[name], ADDRESSES[name], ingress, egress)
-    return {f"policy/shop/{name}": made}
-
-
-def only(*rules: PolicyRule) -> Direction:
-    return Direction(default_deny=True, rules=rules)
-
-
-def tcp(port: int, last: int = 0) -> PortRange:
-    return PortRange("TCP", port, last or port)
 
 
 # Of what may reach b, who does: the other pod, somebody elsewhere.
@@ -309,12 +266,12 @@ def test_a_connection_that_has_no_flow_is_judged_by_its_packets(world: PodWorld)
 
 
 def test_a_policy_that_is_too_large_refuses_everything_to_its_pod_alone(world: PodWorld) -> None:
-    huge = frozenset(range(1000, 1000 + 20_000))
+    huge = frozenset(range(1000, 1000 + 70_000))
     sections = {**KNOWN, **policy(ingress=Direction(rules=(allow(huge),)))}
     refused = world.enforcement.replace(sections)
     assert refused == {
         "policy/shop/b": "everything is refused to it and from it: its rules come to more than "
-        "16384 entries of the kernel's"
+        "65536 entries of the kernel's"
     }
     with world.listen("b", B[4]) as server:
         assert world.attempt("a", server) == DENIED

@@ -7,9 +7,11 @@
 
 #define MAPPED_PREFIX __builtin_bswap32(0xffff)
 
+/* Comparisons are of all words at once: the verifier would go on with what it has learnt of each, once
+ * for every way there is to differ. */
 static __always_inline int is_ipv4(const struct target *target)
 {
-	return !target->address[0] && !target->address[1] && target->address[2] == MAPPED_PREFIX;
+	return !(target->address[0] | target->address[1] | (target->address[2] ^ MAPPED_PREFIX));
 }
 
 static __always_inline int is_loopback(const struct target *target)
@@ -17,21 +19,28 @@ static __always_inline int is_loopback(const struct target *target)
 	if (is_ipv4(target))
 		return (target->address[3] & __builtin_bswap32(0xff000000)) ==
 		       __builtin_bswap32(0x7f000000);
-	return !target->address[0] && !target->address[1] && !target->address[2] &&
-	       target->address[3] == __builtin_bswap32(1);
+	return !(target->address[0] | target->address[1] | target->address[2] |
+		 (target->address[3] ^ __builtin_bswap32(1)));
+}
+
+/* Linux takes it for the own loopback address where it is a destination. */
+static __always_inline int is_unspecified(const struct target *target)
+{
+	return !(target->address[0] | target->address[1] | target->address[3]) &&
+	       (!target->address[2] || target->address[2] == MAPPED_PREFIX);
 }
 
 static __always_inline int same_address(const struct target *end, const struct address *address)
 {
-	return end->address[0] == address->words[0] && end->address[1] == address->words[1] &&
-	       end->address[2] == address->words[2] && end->address[3] == address->words[3];
+	return !((end->address[0] ^ address->words[0]) | (end->address[1] ^ address->words[1]) |
+		 (end->address[2] ^ address->words[2]) | (end->address[3] ^ address->words[3]));
 }
 
 static __always_inline int same_target(const struct target *one, const struct target *other)
 {
-	return one->address[0] == other->address[0] && one->address[1] == other->address[1] &&
-	       one->address[2] == other->address[2] && one->address[3] == other->address[3] &&
-	       one->port == other->port && one->protocol == other->protocol;
+	return !((one->address[0] ^ other->address[0]) | (one->address[1] ^ other->address[1]) |
+		 (one->address[2] ^ other->address[2]) | (one->address[3] ^ other->address[3]) |
+		 (one->port ^ other->port) | (one->protocol ^ other->protocol));
 }
 
 /* An address as a key of a trie. */

@@ -65,4 +65,34 @@ static __always_inline void note(struct flow *flow, const struct packet *packet,
 		flow->seen_ns = now;
 }
 
+/* The fragments of a packet by the key they share. */
+static __always_inline void fragment_of(const struct packet *packet, u32 direction,
+					struct fragment *key)
+{
+	__builtin_memcpy(&key->source, packet->tuple.opener.address, sizeof(key->source));
+	__builtin_memcpy(&key->destination, packet->tuple.peer.address, sizeof(key->destination));
+	key->id = packet->id;
+	key->direction = direction;
+}
+
+/* The first fragment has passed, and so may the others, which have no ports. */
+static __always_inline void note_first(const struct packet *packet, u32 direction)
+{
+	struct fragment key = {};
+	u64 now = bpf_ktime_get_ns();
+
+	fragment_of(packet, direction, &key);
+	fragments.update(&key, &now);
+}
+
+static __always_inline int follows(const struct packet *packet, u32 direction)
+{
+	struct fragment key = {};
+	u64 *since;
+
+	fragment_of(packet, direction, &key);
+	since = fragments.lookup(&key);
+	return since && bpf_ktime_get_ns() - *since < FRAGMENT_S * SECOND_NS;
+}
+
 #endif

@@ -20,11 +20,6 @@ enum { MLD_REPORT = 131, MLD_DONE = 132, MLD2_REPORT = 143 };
 /* Hop-by-Hop Options of the least length, as all MLD messages have them. */
 #define HOP_BY_HOP_SIZE 8
 
-static __always_inline int is_unspecified(const struct target *end)
-{
-	return !end->address[0] && !end->address[1] && !end->address[2] && !end->address[3];
-}
-
 static __always_inline int is_link_local(const struct target *end)
 {
 	return (end->address[0] & __builtin_bswap32(0xffc00000)) == __builtin_bswap32(0xfe800000);
@@ -130,10 +125,9 @@ static __always_inline u32 refusal(const struct flow_key *flow, u16 port, u32 fl
 	return reason;
 }
 
-/* Why a packet does not pass a pod's interface; 0: it does. `from`: FLOW_FROM_…, of a packet to the
- * pod. */
-static __always_inline u32 judge(struct __sk_buff *skb, const struct packet *packet, u32 direction,
-				 u32 from)
+/* Why a packet is refused as part of its flow; 0: it is not. */
+static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet *packet,
+				      u32 direction, u32 from)
 {
 	struct flow_key key = {};
 	struct flow fresh = {}, *flow;
@@ -188,6 +182,21 @@ static __always_inline u32 judge(struct __sk_buff *skb, const struct packet *pac
 		/* A full map forgets what was silent for longest. */
 		flows.update(&key, &fresh);
 	}
+	return reason;
+}
+
+/* Why a packet does not pass a pod's interface; 0: it does. `from`: FLOW_FROM_…, of a packet to the
+ * pod. */
+static __always_inline u32 judge(struct __sk_buff *skb, const struct packet *packet, u32 direction,
+				 u32 from)
+{
+	u32 reason;
+
+	if (packet->flags & PACKET_LATER && follows(packet, direction))
+		return 0;
+	reason = judge_flow(skb, packet, direction, from);
+	if (packet->flags & PACKET_FRAGMENT && !(packet->flags & PACKET_UNREADABLE) && !reason)
+		note_first(packet, direction);
 	return reason;
 }
 

@@ -8,9 +8,8 @@ static __always_inline int remember(u64 cookie, const struct target *peer,
 				    const struct origin *origin, u32 *reason)
 {
 	struct origin_key key = {.cookie = cookie, .peer = *peer};
-	struct origin value = *origin;
 
-	return origins.update(&key, &value) ? REFUSE(NO_ORIGIN) : 0;
+	return origins.update(&key, (struct origin *)origin) ? REFUSE(NO_ORIGIN) : 0;
 }
 
 /* A socket can be connected anew, to an address that was once its backend. */

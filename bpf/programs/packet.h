@@ -7,6 +7,7 @@
 #include <linux/ipv6.h>
 #include <linux/tcp.h>
 #include "address.h"
+#include "verifier.h"
 
 /* Extension headers of IPv6 before the one that has ports. */
 #define EXTENSIONS 4
@@ -29,11 +30,15 @@ enum {
 	PACKET_ERROR = 8,
 	/* Headers between IP's fixed one and the next. */
 	PACKET_OPTIONS = 16,
+	PACKET_FRAGMENT = 32,
+	/* One that is not the first. */
+	PACKET_LATER = 64,
 };
 
 struct packet {
 	struct tuple tuple; /* the sender as opener; ports of ICMP echoes as in struct flow_key */
 	u32 at;		    /* where the header after those of IP begins */
+	u32 id;		    /* of a fragment */
 	u16 port;	    /* what rules name: the destination's, or the type of ICMP */
 	u8 tcp;		    /* TCP's flags */
 	u8 flags;	    /* PACKET_… */
@@ -56,7 +61,7 @@ static __always_inline void *head(struct __sk_buff *skb, u32 size)
 /* IPv6 has no packets with IPv4-mapped addresses: those here are IPv4's. */
 static __always_inline int read_ipv6(struct __sk_buff *skb, struct packet *packet)
 {
-	u8 next, extension[8];
+	u8 next, extension[8] __attribute__((aligned(4)));
 	struct ipv6hdr *ip;
 
 	ip = head(skb, ETH_HLEN + sizeof(*ip));
@@ -81,10 +86,15 @@ static __always_inline int read_ipv6(struct __sk_buff *skb, struct packet *packe
 			break;
 		}
 		if (next == IPPROTO_FRAGMENT) {
-			/* An offset: only the first one has the next header. */
-			if (extension[2] || extension[3] & 0xf8)
-				packet->flags |= PACKET_UNREADABLE;
+			packet->flags |= PACKET_FRAGMENT;
+			packet->id = *(u32 *)(extension + 4);
 			packet->at += 8;
+			/* An offset: only the first one has the next header. */
+			if (extension[2] || extension[3] & 0xf8) {
+				packet->flags |= PACKET_LATER | PACKET_UNREADABLE;
+				next = extension[0];
+				break;
+			}
 		} else {
 			packet->at += (extension[1] + 1) * 8;
 		}
@@ -110,7 +120,13 @@ static __always_inline int read_ipv4(struct __sk_buff *skb, struct packet *packe
 	packet->at = ETH_HLEN + ip->ihl * 4;
 	if (ip->ihl != 5)
 		packet->flags |= PACKET_OPTIONS;
-	if (ip->ihl < 5 || ip->frag_off & __builtin_bswap16(0x1fff))
+	if (ip->frag_off & __builtin_bswap16(0x3fff)) {
+		packet->flags |= PACKET_FRAGMENT;
+		packet->id = ip->id;
+	}
+	if (ip->frag_off & __builtin_bswap16(0x1fff))
+		packet->flags |= PACKET_LATER | PACKET_UNREADABLE;
+	if (ip->ihl < 5)
 		packet->flags |= PACKET_UNREADABLE;
 	return 1;
 }
@@ -197,9 +213,16 @@ static __always_inline int read_packet(struct __sk_buff *skb, struct packet *pac
 		read = read_ipv4(skb, packet);
 	else if (skb->protocol == __builtin_bswap16(ETH_P_IPV6))
 		read = read_ipv6(skb, packet);
-	if (read)
-		read_ports(skb, packet);
-	return read;
+	if (!read)
+		return 0;
+	read_ports(skb, packet);
+	for (int i = 0; i < 3; i++) {
+		packet->tuple.opener.address[i] = forgotten(packet->tuple.opener.address[i], skb->len);
+		packet->tuple.peer.address[i] = forgotten(packet->tuple.peer.address[i], skb->len);
+	}
+	packet->flags = forgotten(packet->flags, skb->len);
+	packet->tcp = forgotten(packet->tcp, skb->len);
+	return 1;
 }
 
 /* Of the packet that an error of ICMP is about, which its receiver has sent: the tuple that the

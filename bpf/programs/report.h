@@ -6,41 +6,53 @@
 #include "count.h"
 
 /* A full buffer loses events, counted; it never holds up traffic. */
-static __always_inline void emit(struct event *event)
+static __always_inline struct event *new_event(const struct target *asked, const struct target *peer,
+					       u32 reason, u32 rule)
 {
-	event->time_ns = bpf_ktime_get_ns();
-	if (events.ringbuf_output(event, sizeof(*event), 0))
+	struct event *event = events.ringbuf_reserve(sizeof(*event));
+
+	if (!event) {
 		count(REASON_EVENTS_LOST);
+		return 0;
+	}
+	event->time_ns = bpf_ktime_get_ns();
+	event->netns = 0;
+	event->source = (struct target){};
+	event->asked = *asked;
+	event->peer = *peer;
+	event->reason = reason;
+	event->rule = rule;
+	event->zero = 0;
+	return event;
 }
 
 /* A socket of a namespace named a peer; its own port is not known yet. */
 static __always_inline void report(u64 netns, const struct target *asked,
 				   const struct target *peer, u32 reason, u32 rule)
 {
-	struct event event = {
-		.netns = netns, .asked = *asked, .peer = *peer, .reason = reason, .rule = rule};
 	struct addresses *own = namespaces.lookup(&netns);
+	struct event *event;
 
 	if (is_loopback(asked))
 		return;
+	event = new_event(asked, peer, reason, rule);
+	if (!event)
+		return;
+	event->netns = netns;
 	if (own) {
 		const struct address *source = is_ipv4(asked) ? &own->v4 : &own->v6;
 
-		__builtin_memcpy(event.source.address, source->words, sizeof(source->words));
-		event.source.protocol = asked->protocol;
+		__builtin_memcpy(event->source.address, source->words, sizeof(source->words));
+		event->source.protocol = asked->protocol;
 	}
-	emit(&event);
+	events.ringbuf_submit(event, 0);
 }
 
 /* Of a packet, unless there were too many in this second. */
 static __always_inline void report_packet(const struct tuple *tuple, u32 reason, u32 rule)
 {
-	struct event event = {.source = tuple->opener,
-			      .asked = tuple->peer,
-			      .peer = tuple->peer,
-			      .reason = reason,
-			      .rule = rule};
 	u64 second = bpf_ktime_get_ns() / SECOND_NS;
+	struct event *event;
 	struct told *last;
 	u32 zero = 0;
 
@@ -55,7 +67,11 @@ static __always_inline void report_packet(const struct tuple *tuple, u32 reason,
 		count(REASON_UNTOLD);
 		return;
 	}
-	emit(&event);
+	event = new_event(&tuple->peer, &tuple->peer, reason, rule);
+	if (event) {
+		event->source = tuple->opener;
+		events.ringbuf_submit(event, 0);
+	}
 }
 
 #endif

@@ -3,16 +3,9 @@
 #define WEFT_SOCKET_H
 
 #include "address.h"
+#include "verifier.h"
 
 #define AF_INET 2
-
-/* The verifier wants to see the offset in each access to the context; clang would join those of two
- * branches into one through a pointer. */
-static __always_inline u32 kept_apart(u32 word)
-{
-	asm volatile("" : "+r"(word));
-	return word;
-}
 
 static __always_inline void local_end(struct bpf_sock_ops *ctx, struct target *end)
 {

@@ -6,77 +6,146 @@
 #include "choose.h"
 #include "membership.h"
 #include "origin.h"
+#include "policy.h"
 #include "report.h"
+#include "verifier.h"
+
+/* How many backends of a frontend are tried until policy lets one be reached. */
+#define ALTERNATIVES 8
 
 enum calls { CONNECT, SENDMSG };
 
-/* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed; null:
- * nowhere. */
-static __always_inline const struct target *listening(u64 netns, const struct target *asked, int http)
+/* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed: 1, and
+ * `peer`; 0: nowhere. */
+static __always_inline int listening(u64 netns, const struct target *asked, int http,
+				     struct target *peer)
 {
 	u32 zero = 0;
 	struct config *at = config.lookup(&zero);
-	const struct target *target;
 
 	if (!at || is_apart(netns, asked))
 		return 0;
 	if (is_ipv4(asked))
-		target = http ? &at->http4 : &at->relay4;
+		*peer = http ? at->http4 : at->relay4;
 	else
-		target = http ? &at->http6 : &at->relay6;
-	return target->port ? target : 0;
+		*peer = http ? at->http6 : at->relay6;
+	return peer->port != 0;
 }
 
-/* The peer for a socket that asked for a frontend: 0 and the reason it is that one, or negative
- * errno. Before a proxy has ever listened, everything goes straight to backends. */
-static __always_inline int peer_of(struct bpf_sock_addr *ctx, u64 cookie, u64 netns,
-				   const struct frontend *frontend, struct origin *origin,
-				   struct target *peer, u32 *reason)
-{
-	int tcp = origin->asked.protocol == IPPROTO_TCP;
-	const struct target *proxy = 0;
-	struct backend backend = {};
-	int result;
+/* Who a socket belongs to: its pod's address of the family that it speaks, and what is in force for
+ * the pod; null: nothing. */
+struct client {
+	struct address from;
+	struct pod *pod;
+	u32 identity;
+};
 
-	if (tcp && frontend->flags & FRONTEND_HTTP)
-		proxy = listening(netns, &origin->asked, 1);
-	if (proxy && !frontend->affinity_s) {
-		*reason = REASON_TO_PROXY;
-	} else {
-		result = choose(ctx, cookie, frontend, &origin->asked, &backend, reason);
-		/* The proxy may know of a route to other backends. */
-		if (result < 0 && !proxy)
+/* Stays empty where policy has no say in where it goes. */
+static __always_inline void read_client(struct bpf_sock_addr *ctx, u64 netns,
+					const struct target *asked, struct client *client)
+{
+	struct addresses *own = namespaces.lookup(&netns);
+
+	if (!own || (asked->protocol != IPPROTO_TCP && asked->protocol != IPPROTO_UDP) ||
+	    is_loopback(asked) || is_unspecified(asked))
+		return;
+	client->from = is_ipv4(asked) ? own->v4 : own->v6;
+	client->pod = pods.lookup(&client->from);
+	client->identity = forgotten(identity_of(client->from.words), ctx->protocol);
+	for (int i = 0; i < 4; i++)
+		client->from.words[i] = forgotten(client->from.words[i], ctx->protocol);
+}
+
+/* Why policy refuses that a client reaches a target: the client's own rules, and those of the target
+ * if it is a pod of this node; 0: it does not. `relayed`: by the proxies of two nodes, and the other
+ * one judges for its pod. What is in audit mode the filter tells of. */
+static __always_inline u32 socket_refusal(const struct client *client, const struct target *to,
+					  int relayed, u32 *rule)
+{
+	struct pod *pod = client->pod;
+	u32 reason = 0;
+
+	if (!client->identity || same_address(to, &client->from))
+		return 0;
+	if (pod)
+		reason = policy_refusal(pod, EGRESS, identity_of(to->address), to->protocol,
+					to->port, relayed || is_local_pod(to), rule);
+	if (reason != REASON_POLICY_DENIED) {
+		pod = relayed ? 0 : pod_at(to->address);
+		reason = 0;
+		if (pod)
+			reason = policy_refusal(pod, INGRESS, client->identity, to->protocol,
+						to->port, 1, rule);
+	}
+	return reason == REASON_POLICY_DENIED ? reason : 0;
+}
+
+/* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
+ * no frontend there is only one): whether by the relay, or negative errno. */
+static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
+				     const struct client *client, const struct frontend *frontend,
+				     struct backend *backend, u32 *reason, u32 *rule)
+{
+	int result, relayed;
+
+#pragma clang loop unroll(disable)
+	for (u32 i = 1; i <= ALTERNATIVES; i++) {
+		relayed = relay && backend->flags & BACKEND_REMOTE;
+		if (!socket_refusal(client, &backend->target, relayed, rule))
+			return relayed;
+		if (!frontend)
+			break;
+		result = table_backend(frontend, cookie + i, backend, reason);
+		if (result < 0)
 			return result;
-		*reason = proxy ? REASON_TO_PROXY : REASON_BALANCED;
-		if (!proxy && tcp && backend.flags & BACKEND_REMOTE) {
-			proxy = listening(netns, &origin->asked, 0);
-			if (proxy)
-				*reason = REASON_TO_RELAY;
-		}
+		*rule = forgotten(*rule, ctx->protocol);
+	}
+	return REFUSE(POLICY_DENIED);
+}
+
+/* The peer for a socket, and the reason it is that one: 0 or negative errno. Before a proxy has ever
+ * listened, everything goes straight to backends. What goes to the proxy is judged there. */
+static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u64 cookie, u64 netns,
+				   const struct frontend *frontend, struct origin *origin,
+				   struct target *peer, u32 *reason, u32 *rule)
+{
+	const struct target *asked = &origin->asked;
+	int http = 0, relay = 0, result = 0;
+	struct backend backend = {};
+	struct client client = {};
+
+	if (frontend) {
+		origin->flags = frontend->flags;
+		if (asked->protocol == IPPROTO_TCP && frontend->flags & FRONTEND_HTTP)
+			http = listening(netns, asked, 1, peer);
+		/* The proxy may know of a route to other backends than these. */
+		if (!http || frontend->affinity_s)
+			result = choose(ctx, cookie, frontend, asked, &backend, reason);
+	} else {
+		backend.target = *asked;
+		if (call == CONNECT && is_far(asked))
+			backend.flags = BACKEND_REMOTE;
+	}
+	if (!http && result >= 0) {
+		if (asked->protocol == IPPROTO_TCP)
+			relay = listening(netns, asked, 0, peer);
+		read_client(ctx, netns, asked, &client);
+		result = permitted(ctx, cookie, relay, &client, frontend, &backend, reason, rule);
+		if (!result)
+			*peer = backend.target;
 	}
 	origin->backend = backend.target;
-	origin->flags = frontend->flags;
-	*peer = proxy ? *proxy : backend.target;
-	return 0;
+	if (http)
+		*reason = REASON_TO_PROXY;
+	else if (result > 0)
+		*reason = REASON_TO_RELAY;
+	else if (!result)
+		*reason = frontend ? REASON_BALANCED : REASON_PASSED;
+	return http || result >= 0 ? 0 : result;
 }
 
-/* The same of a pod of another node that was asked for at a port of no frontend. 0: it goes
- * straight. */
-static __always_inline int far_peer(u64 netns, struct origin *origin, struct target *peer,
-				    u32 *reason)
-{
-	const struct target *relay = is_far(&origin->asked) ? listening(netns, &origin->asked, 0) : 0;
-
-	if (!relay)
-		return 0;
-	origin->backend = origin->asked;
-	*peer = *relay;
-	*reason = REASON_TO_RELAY;
-	return 1;
-}
-
-/* 1: `peer` is filled in and the origin kept; 0: `asked` is no frontend; negative errno: refused.
- * A connection to what is no frontend ends what was kept for it, a datagram does not: sendmsg4 also
+/* 1: `peer` is filled in and the origin kept; 0: `asked` is where it goes; negative errno: refused.
+ * A connection that goes where it asked ends what was kept for it, a datagram does not: sendmsg4 also
  * sees those that a connected IPv6 socket with an IPv4 peer sends, with the backend as their
  * destination. */
 static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
@@ -84,12 +153,12 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 {
 	u64 cookie = bpf_get_socket_cookie(ctx), netns = bpf_get_netns_cookie(ctx);
 	struct origin origin = {.asked = *asked};
-	struct target key = *asked;
-	struct frontend *frontend = frontends.lookup(&key);
-	u32 reason = REASON_PASSED;
-	int result = 0;
+	struct frontend *frontend = frontends.lookup(&origin.asked);
+	u32 reason = 0, rule = 0;
+	int result;
 
-	if (!frontend && !(call == CONNECT && far_peer(netns, &origin, peer, &reason))) {
+	result = peer_of(ctx, call, cookie, netns, frontend, &origin, peer, &reason, &rule);
+	if (!result && reason == REASON_PASSED) {
 		count(REASON_PASSED);
 		if (call == CONNECT) {
 			forget(cookie, asked);
@@ -99,12 +168,10 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 		}
 		return 0;
 	}
-	if (frontend)
-		result = peer_of(ctx, cookie, netns, frontend, &origin, peer, &reason);
 	if (!result)
 		result = remember(cookie, peer, &origin, &reason);
 	if (result < 0) {
-		report(netns, asked, &origin.backend, reason, 0);
+		report(netns, asked, &origin.backend, reason, rule);
 		return result;
 	}
 	count(reason);

@@ -148,6 +148,14 @@ struct flow {
 	u32 refused;	/* the reason; 0: it is allowed */
 };
 
+/* A packet that comes in fragments, where they are judged. */
+struct fragment {
+	struct address source;
+	struct address destination;
+	u32 id;
+	u32 direction;
+};
+
 /* How much was told in one second. */
 struct told {
 	u64 second;

@@ -70,14 +70,15 @@ class Agent:
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._source, client = _source(options)
         self._authority = _authority(options, client)
+        datapath = self._datapath(options)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
             want=self._want,
             ready=_ready,
-            datapath=self._datapath(options),
+            datapath=datapath,
             flows=flows,
-            kernel=KernelFlows(options.steer.pins, flows) if options.steer is not None else None,
+            kernel=KernelFlows(datapath.pins, flows, datapath.rule) if datapath else None,
             svids=self._svids(options, run_dir),
         )
         self._reporter = _reporter(options, client, self._node, self._authority)

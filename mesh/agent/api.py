@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import msgspec
 from aiohttp import web
 
-from mesh.agent import flow_stream, metrics, svid_status
+from mesh.agent import flow_stream, metrics, policies, svid_status
 from mesh.agent.admin import Admin
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_filter import FilterError
@@ -27,6 +27,7 @@ from mesh.agent.unmet import warnings
 from mesh.model.decode import Object, encode
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import CertificateSection, Section, SvidSection
+from mesh.policy.explain import QuestionError
 from mesh.sources.documents import Problem
 
 _SHUTDOWN_S = 1.0
@@ -55,6 +56,8 @@ class Api:
         app.router.add_get("/problems", self._problems)
         app.router.add_get("/explain", self._explain)
         app.router.add_get("/certs", self._certs)
+        app.router.add_get("/policies", self._policies)
+        app.router.add_get("/policy/explain", self._policy_explain)
         app.router.add_get("/config", self._config)
         app.router.add_get("/metrics-json", self._metrics)
         app.router.add_get("/flows", self._flows)
@@ -180,6 +183,31 @@ class Api:
         if svids is None:
             return _json({"authority": False, "identities": [], "bundles": []})
         return _json(svid_status.details(svids))
+
+    async def _policies(self, _request: web.Request) -> web.Response:
+        items = [
+            {
+                **msgspec.to_builtins(row),
+                "unmet": self._node.statuses.unmet.get(
+                    (row.kind, ObjectKey(row.namespace, row.name)), ""
+                ),
+            }
+            for row in self._node.policies()
+        ]
+        return _json({"items": items})
+
+    async def _policy_explain(self, request: web.Request) -> web.Response:
+        """?from=&to=&port=&protocol=&method=&path=&header=NAME:VALUE (several)."""
+        try:
+            question = policies.parse(request.query, request.query.getall("header", []))
+            node = self._node
+            sections_of = policies.Sections(
+                node.rollout.config.sections, self._options.plane, dict(node.objects)
+            )
+            found = await asyncio.to_thread(policies.explained, question, sections_of, self._origin)
+        except QuestionError as error:
+            return _json({"error": str(error)}, status=400)
+        return _json(msgspec.to_builtins(found))
 
     async def _config(self, _request: web.Request) -> web.Response:
         config = self._node.rollout.config

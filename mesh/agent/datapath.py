@@ -263,6 +263,10 @@ class Datapath:
             **{port_key(address, MESH_HTTP_PORT): why for address in self._addresses},
         }
 
+    def rule(self, number: int) -> str:
+        """Where a rule comes from that the kernel names; "": not known."""
+        return self._maps.enforcement.source(number) if self._maps is not None else ""
+
     def enforce(self) -> None:
         """Everything that the kernel is to send to is there: point it to the proxies, attach. Where
         nothing was loaded, what an earlier agent left is pointed to them."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -39,10 +40,12 @@ _PROTOCOLS: dict[int, _Protocol] = {
 class KernelFlows:
     """Events become records from `start` to `close`."""
 
-    def __init__(self, pins: Path, store: FlowStore) -> None:
+    def __init__(self, pins: Path, store: FlowStore, source: Callable[[int], str]) -> None:
+        """`source` names a rule of policy by the number that the kernel has for it."""
         self.failure: str | None = None
         self._pins = pins
         self._store = store
+        self._source = source
         self._ring: RingBuffer | None = None
         self._lost = 0
         self._loop = asyncio.get_running_loop()
@@ -110,7 +113,8 @@ class KernelFlows:
             source=_peer(event.source),
             destination=asked if event.peer.address == _NOBODY else _peer(event.peer),
             protocol=protocol,
-            reason=event.reason.name if refused else "",
+            reason=event.reason.name if refused or event.reason == Reason.POLICY_AUDIT else "",
+            policy=self._source(event.rule),
             service=self._store.peers.service(asked.address, asked.port, protocol),
         )
 

@@ -27,6 +27,7 @@ from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Section
 from mesh.model.section import SectionKey
+from mesh.policy.report import Row
 from mesh.sources.documents import Problem
 from mesh.sources.update import SourceUpdate
 
@@ -269,6 +270,10 @@ class Node:
         known = {(port.address, port.port): why for port, why in self.bound.failed}
         known.update({(port.address, port.port): "" for port in self.bound.bound})
         return known
+
+    def policies(self) -> tuple[Row, ...]:
+        """Whom the policies select, and which are refused."""
+        return self._plane.policies()
 
     # --- what can be asked -----------------------------------------------------------------------
 

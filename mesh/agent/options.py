@@ -92,6 +92,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     parser.add_argument("--authority", type=Path)
+    parser.add_argument("--policy-audit", choices=("on", "off"), default="off")
     parser.add_argument("--trust-domain", default="cluster.local")
     args = parser.parse_args(arguments)
     return AgentOptions(
@@ -164,6 +165,7 @@ def plane_options(args: argparse.Namespace) -> Options:
         mesh_addresses=mesh_addresses(args),
         authority=getattr(args, "authority", None) is not None,
         trust_domain=_trust_domain(getattr(args, "trust_domain", "cluster.local")),
+        policy_audit=getattr(args, "policy_audit", "off") == "on",
     )
 
 

@@ -32,6 +32,8 @@ def compact(flow: Flow, *, wide: bool = False) -> str:
     parts = [f"{when}: {_end(flow.source)} -> {destination}", *_what(flow)]
     if flow.reason:
         parts.append(flow.reason)
+        if flow.policy and flow.reason.lower().startswith("policy_"):
+            parts.append(f"by {flow.policy}")
     if wide:
         parts += [f"{name}={value}" for name, value in _more(flow).items() if value]
     return _printable(" ".join(parts))

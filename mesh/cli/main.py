@@ -13,6 +13,7 @@ from mesh.cli.certs import certs
 from mesh.cli.controller import controller
 from mesh.cli.install import check, install, uninstall
 from mesh.cli.lab import lab
+from mesh.cli.policy import policy
 
 F = TypeVar("F", bound=Callable[..., Any])
 _MANIFESTS = click.Path(path_type=Path, file_okay=False, exists=True)
@@ -157,6 +158,13 @@ def cli() -> None:
     default="cluster.local",
     show_default=True,
     help="Whose identities workloads have, with --authority.",
+)
+@click.option(
+    "--policy-audit",
+    type=click.Choice(["on", "off"]),
+    default="off",
+    show_default=True,
+    help="on: what policies would refuse passes, and is told in flow records only.",
 )
 @click.option(
     "--flow-buffer",
@@ -424,7 +432,7 @@ def version(output: str) -> None:
 
 cli.add_command(lab)
 cli.add_command(certs)
-for command in (controller, install, uninstall, check):
+for command in (controller, install, uninstall, check, policy):
     cli.add_command(command)
 
 

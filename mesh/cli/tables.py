@@ -127,6 +127,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _condition("ResolvedRefs"),
         _REASONS,
     ),
+    **dict.fromkeys(
+        ("NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"),
+        (_condition("Accepted"), _condition("Programmed"), _REASONS),
+    ),
     "ReferenceGrant": (
         Column("FROM", lambda item: _grants(item, "from")),
         Column("TO", lambda item: _grants(item, "to")),

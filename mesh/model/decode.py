@@ -14,8 +14,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from mesh.model import rules_core, rules_filters, rules_gateway, rules_routes
+from mesh.model import rules_core, rules_filters, rules_gateway, rules_policy, rules_routes
 from mesh.model.backendtlspolicy import BackendTLSPolicy
+from mesh.model.ciliumnetworkpolicy import (
+    CiliumClusterwideNetworkPolicy,
+    CiliumNetworkPolicy,
+)
 from mesh.model.core import ConfigMap, EndpointSlice, Namespace, Secret, Service
 from mesh.model.errors import FieldError, InvalidObject, UnsupportedKind
 from mesh.model.gateway import Gateway
@@ -24,6 +28,7 @@ from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.listenerset import ListenerSet
 from mesh.model.meta import Model, ObjectKey
+from mesh.model.networkpolicy import NetworkPolicy
 from mesh.model.node import Node
 from mesh.model.pod import Pod
 from mesh.model.referencegrant import ReferenceGrant
@@ -47,7 +52,11 @@ __all__ = [
 ]
 
 RULES = Rules(
-    rules_core.CHECKS + rules_gateway.CHECKS + rules_routes.CHECKS + rules_filters.CHECKS,
+    rules_core.CHECKS
+    + rules_gateway.CHECKS
+    + rules_routes.CHECKS
+    + rules_filters.CHECKS
+    + rules_policy.CHECKS,
     rules_gateway.TRANSITIONS,
 )
 
@@ -66,6 +75,9 @@ Object: TypeAlias = (
     | GRPCRoute
     | ReferenceGrant
     | BackendTLSPolicy
+    | NetworkPolicy
+    | CiliumNetworkPolicy
+    | CiliumClusterwideNetworkPolicy
 )
 
 
@@ -126,6 +138,32 @@ KINDS: dict[tuple[str, str], KindInfo] = {
                 ("v1", "v1alpha3"),
                 "backendtlspolicies",
                 ("btlspolicy",),
+            ),
+        ),
+        (
+            "networking.k8s.io",
+            KindInfo(NetworkPolicy, "NetworkPolicy", True, ("v1",), "networkpolicies", ("netpol",)),
+        ),
+        (
+            "cilium.io",
+            KindInfo(
+                CiliumNetworkPolicy,
+                "CiliumNetworkPolicy",
+                True,
+                ("v2",),
+                "ciliumnetworkpolicies",
+                ("cnp", "ciliumnp"),
+            ),
+        ),
+        (
+            "cilium.io",
+            KindInfo(
+                CiliumClusterwideNetworkPolicy,
+                "CiliumClusterwideNetworkPolicy",
+                False,
+                ("v2",),
+                "ciliumclusterwidenetworkpolicies",
+                ("ccnp",),
             ),
         ),
     )

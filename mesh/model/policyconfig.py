@@ -25,9 +25,10 @@ class PortRange(Part, frozen=True):
 
 
 class HeaderRule(Part, frozen=True):
-    """A header that must be there with this value (`value` None: with any); name lower case.
-    `on_mismatch` says what becomes of a request without: "DENY" it does not match the rule; the
-    others let it pass and mend it, or only log (CiliumNetworkPolicy headerMatches[].mismatch)."""
+    """A header that must be there with this value (`value` None: with any); name lower case. One
+    that stands several times has its values with commas between them. `on_mismatch` says what
+    becomes of a request without: "DENY" it does not match the rule; the others let it pass and mend
+    it, or only log (CiliumNetworkPolicy headerMatches[].mismatch)."""
 
     name: str
     value: str | None = None
@@ -48,8 +49,8 @@ class PolicyRule(Part, frozen=True):
     """`source`: kind, namespace/name and place of the rule in it, such as
     "NetworkPolicy shop/allow-cart ingress[0]". `peers` None: everybody. `ports` empty: all.
     `http` None: nothing about requests; else one of them must hold for a request to pass.
-    `authenticated`: only by mutual TLS, or on this node. `audit`: it only tells what it would
-    do."""
+    `authenticated`: only by mutual TLS, or on this node. `audit`: it neither allows nor denies, but
+    tells what it would do."""
 
     source: str
     peers: frozenset[int] | None = None
@@ -61,9 +62,13 @@ class PolicyRule(Part, frozen=True):
 
 
 class Direction(Part, frozen=True):
-    """`default_deny`: what no rule allows is refused, by the policies named in `selected_by`;
-    `audit`: refusals are told, not carried out. A deny rule stands above every allow rule; a
-    connection or request passes if one allow rule lets it."""
+    """What is in force is what the rules say that have no `audit`: what a deny rule matches is
+    refused, whatever allows it; what no allow rule lets pass is refused with `default_deny`, by the
+    policies named in `selected_by`, but with `audit` only told (all of those policies are in audit
+    mode). What would be refused if all rules counted, and passes, is told as such.
+
+    A connection that only rules with `http` allow must go through a proxy that reads its
+    requests."""
 
     default_deny: bool = False
     audit: bool = False
@@ -84,7 +89,9 @@ class PolicySection(msgspec.Struct, frozen=True, omit_defaults=True, tag="policy
 
 
 class CidrSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="cidr"):
-    """The identity of addresses that are no pod's: the longest `cidr` that holds one says."""
+    """The identity of addresses that are no pod's: the longest `cidr` that holds one says, and for
+    a node's own address that of its NodeSection, unless a section has just that address as `cidr`
+    (an API server's on a node)."""
 
     cidr: str
     identity: int

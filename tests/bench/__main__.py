@@ -1,5 +1,5 @@
 """`make bench`: prints tables, writes build/bench.json (peers), build/bench-routes.json (routes),
-build/bench-cluster.json (routes through an API server).
+build/bench-cluster.json (routes through an API server). What policies cost is only printed.
 
 All take ten minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
 faster. Exit codes: 0 measured, 1 it could not be measured, 2 wrong usage.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from acceptance.gateway import GatewayFailed
 
-from bench import cluster, routes, table
+from bench import cluster, policies, routes, table
 from bench.peers import CONNECTIONS, compare
 from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
 from bench.wrk import LoadFailed
@@ -33,7 +33,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         prog="make bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "what", nargs="?", choices=("peers", "routes", "cluster", "all"), default="all"
+        "what", nargs="?", choices=("peers", "routes", "cluster", "policies", "all"), default="all"
     )
     peers = parser.add_argument_group("peers")
     peers.add_argument("--only", action="append", choices=HOPS, help="this hop; repeatable")
@@ -91,7 +91,12 @@ def main() -> int:
     # As after Ctrl-C: the lab is removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        measures = (("peers", run_peers), ("routes", run_routes), ("cluster", run_cluster))
+        measures = (
+            ("peers", run_peers),
+            ("routes", run_routes),
+            ("cluster", run_cluster),
+            ("policies", lambda *_: policies.run()),
+        )
         for what, run in measures:
             if args.what in (what, "all"):
                 with tempfile.TemporaryDirectory(prefix="weft-bench-") as scratch:

@@ -1,0 +1,79 @@
+"""HTTP that comes out of a tunnel, where the policies of the pod it goes to are about requests.
+
+The destination is the one that the tunnel was opened for: routes have been applied on the client's
+node. Requests go on as they have come; the pod's ingress rules judge each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from l7proxy.acceptor import Admission, Client, Drainable
+from l7proxy.direct import Direct
+from l7proxy.entry import Selection
+from l7proxy.exchange import Exchanges
+from l7proxy.forwarding import ClientAddress, request_id
+from l7proxy.handles import Destination
+from l7proxy.http_acceptor import HttpAcceptor
+from l7proxy.mesh import GATEWAY
+from l7proxy.message import RequestHead
+from l7proxy.peers import Caller
+from l7proxy.routing import RouteIndex
+from l7proxy.streams import ConnectionInfo
+from l7proxy.tls_stream import TLSStream
+from mesh.model.flow import Encryption
+from mesh.model.nodeconfig import Settings
+from mesh.model.section import SectionKey
+
+
+class Arrival:
+    """The `Entry` of the requests of one tunnel, on behalf of `caller`, to a pod of this node."""
+
+    gateway = GATEWAY
+    client_certificate: SectionKey | None = None
+
+    encryption: Encryption | None = "mtls"
+
+    def __init__(self, caller: Caller, pod: str, destination: Destination, direct: Direct) -> None:
+        self._caller = caller
+        self._pod = pod
+        self._destination = destination
+        self._direct = direct
+
+    def caller(self, client: str) -> Caller:
+        return self._caller
+
+    def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
+        """The proxy of the client's node has taken off what clients must not claim."""
+        client = self._caller.client or self._caller.told
+        return ClientAddress("" if "/" in client else client, request_id(head), True)
+
+    def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
+        match = self._direct.to(self._destination, self._pod, http2=head.version == b"2")
+        return Selection("", match, self._destination)
+
+
+class ArrivalPort(HttpAcceptor):
+    """Serves one tunnel. `on_end` is called once it is over."""
+
+    def __init__(
+        self,
+        exchanges: Exchanges,
+        arrival: Arrival,
+        admission: Admission,
+        on_end: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            handler=functools.partial(exchanges.serve, arrival),
+            settings=lambda: exchanges.settings,
+            admission=admission,
+        )
+        self._on_end = on_end
+
+    def take(self, stream: TLSStream, client: Client) -> None:
+        stream.set_protocol(self.protocol(client))
+
+    def left(self, connection: Drainable, client: Client) -> None:
+        self.open.discard(connection)
+        self._on_end()

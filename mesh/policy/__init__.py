@@ -1,0 +1,1 @@
+"""Policies to what is in force for each pod of this node, by identity; see mesh.policy.tables."""

@@ -1,0 +1,43 @@
+"""Ranges of addresses: one spelling, and which lie within which. Knows text and numbers only."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Iterator
+
+from mesh.model.identity import FIRST_CIDR
+
+_BITS = 24
+
+
+def canonical(text: str) -> str:
+    """A range, or a single address, in the one spelling; what is set beyond the prefix is dropped.
+    ValueError: it is none."""
+    return str(ipaddress.ip_network(text, strict=False))
+
+
+def covers(outer: str, inner: str) -> bool:
+    """Whether all of `inner` lies in `outer`, both canonical."""
+    one, other = ipaddress.ip_network(outer), ipaddress.ip_network(inner)
+    return one.version == other.version and other.subnet_of(one)  # type: ignore[arg-type]
+
+
+def around(text: str) -> Iterator[str]:
+    """The ranges in which a canonical one lies, itself first, the whole family's last."""
+    network = ipaddress.ip_network(text)
+    yield text
+    while network.prefixlen:
+        network = network.supernet()
+        yield str(network)
+
+
+def number(text: str) -> int:
+    """What follows from the range alone, of the 24 lower bits."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return FIRST_CIDR | int.from_bytes(digest, "big") % (1 << _BITS)
+
+
+def apart(number: int, rank: int) -> int:
+    """The identity of a range whose number others share, by its place among them."""
+    return number | rank << _BITS

@@ -1,0 +1,173 @@
+"""Policy where a pod's socket names its peer: EPERM, before anything is sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from bpf_world import needs_bpf
+from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
+from pod_world import NODE, OUT, A, B, PodWorld, pod_world
+
+from bpf import events, layout, maps, settings
+from bpf.balancer import Balancer
+from bpf.events import SocketEvent
+from bpf.layout import Target
+from bpf.reasons import Reason
+from bpf.ringbuf import RingBuffer
+from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend, LoadBalancerEntry
+from mesh.model.policyconfig import Direction, PolicyRule
+
+pytestmark = needs_bpf
+
+SERVICE = {4: "10.96.0.1", 6: "fd96::1"}
+DENIED = ("EPERM", {"POLICY_DENIED": 1})
+ANSWERED = ("answered", {})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PodWorld]:
+    with pod_world(tmp_path_factory.mktemp("connect"), steer=True) as world:
+        yield world
+
+
+@pytest.fixture
+def balancer(world: PodWorld) -> Iterator[Balancer]:
+    balancer = Balancer(world.pin)
+    yield balancer
+    balancer.replace({})
+    balancer.close()
+
+
+@contextlib.contextmanager
+def told(world: PodWorld) -> Iterator[list[SocketEvent]]:
+    """The events of what happens in the block, after it."""
+    ring = RingBuffer(maps.open_pinned(world.pin, "events"), layout.EVENT_PAGES * 4096)
+    try:
+        while ring.read(1000):
+            pass
+        found: list[SocketEvent] = []
+        yield found
+        found += map(events.decode, ring.read(1000))
+    finally:
+        ring.close()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_rules_of_who_connects(world: PodWorld, version: int) -> None:
+    world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY, tcp(7020))))})
+    for where, address, port, outcome in (
+        ("a", A, 7020, ANSWERED),
+        ("a", A, 7021, DENIED),
+        ("out", OUT, 7020, DENIED),
+        ("node", NODE, 7020, DENIED),
+        # Itself, and what never leaves it.
+        ("b", B, 7021, ANSWERED),
+        ("b", {4: "127.0.0.1", 6: "::1"}, 7021, ANSWERED),
+    ):
+        with world.listen(where, address[version], port) as server:
+            assert world.attempt("b", server) == outcome, (where, port)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_rules_of_the_pod_that_is_connected_to(world: PodWorld, version: int) -> None:
+    world.enforce({**KNOWN, **policy("a", ingress=only(allow(WORLD)))})
+    with world.listen("a", A[version]) as server:
+        assert world.attempt("b", server) == DENIED
+        world.enforce({**KNOWN, **policy("a", ingress=only(allow(authenticated=True)))})
+        assert world.attempt("b", server) == ANSWERED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_refusal_is_told_with_its_rule(world: PodWorld, version: int) -> None:
+    rule = PolicyRule("NetworkPolicy shop/none egress[3]", WORLD, deny=True)
+    world.enforce({**KNOWN, **policy(egress=only(allow(), rule))})
+    with world.listen("out", OUT[version]) as server:
+        with told(world) as found:
+            assert world.attempt("b", server) == DENIED
+        [event] = found
+        port = server.getsockname()[1]
+    assert event.reason == Reason.POLICY_DENIED
+    assert event.asked == event.peer == Target.of(OUT[version], port, "TCP")
+    assert event.source == Target.of(B[version], 0, "TCP")
+    assert world.enforcement.source(event.rule) == rule.source
+
+
+def test_what_is_audited_is_told_once_and_passes(world: PodWorld) -> None:
+    world.enforce({**KNOWN, **policy(egress=Direction(default_deny=True, audit=True))})
+    with world.listen("out", OUT[4]) as server, told(world) as found:
+        assert world.attempt("b", server) == ("answered", {"POLICY_AUDIT": 1})
+    reasons = [event.reason for event in found]
+    assert sorted(reasons) == [Reason.PASSED, Reason.POLICY_AUDIT]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_datagrams(world: PodWorld, version: int) -> None:
+    world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
+    with (
+        world.udp("a", A[version]) as a,
+        world.udp("out", OUT[version]) as out,
+        world.udp("b", B[version]) as b,
+    ):
+        world.pass_on(b, a, b"allowed")
+        with pytest.raises(PermissionError):
+            b.sendto(b"refused", out.getsockname()[:2])
+        with pytest.raises(PermissionError):
+            b.connect(out.getsockname()[:2])
+        # An IPv6 socket that speaks IPv4.
+        if version == 4:
+            with world.udp("b", "::") as mapped, pytest.raises(PermissionError):
+                mapped.sendto(b"refused", (f"::ffff:{OUT[4]}", out.getsockname()[1]))
+
+
+@pytest.mark.parametrize("affinity_s", [None, 60])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_backend_that_policy_lets_be_reached_is_found(
+    world: PodWorld, balancer: Balancer, version: int, affinity_s: int | None
+) -> None:
+    world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
+    with (
+        world.listen("a", A[version]) as a,
+        world.listen("out", OUT[version], a.getsockname()[1]) as out,
+    ):
+        port = a.getsockname()[1]
+        backends = tuple(EntryBackend(one[version], port) for one in (A, OUT))
+        entry = LoadBalancerEntry(
+            SERVICE[version], 80, "TCP", backends, "Service/shop/x", affinity_s=affinity_s
+        )
+        assert balancer.apply({"entry": entry}) == {}
+        # Eight are tried: of two, both stand in them but for one time in 256.
+        reached = 0
+        for _ in range(20):
+            with contextlib.suppress(PermissionError):
+                world.connect_to("b", SERVICE[version], 80).close()
+                a.accept()[0].close()
+                reached += 1
+        assert reached > 12
+        # None of them: the reason is policy's.
+        world.enforce({**KNOWN, **policy(egress=only())})
+        with pytest.raises(PermissionError):
+            world.connect_to("b", SERVICE[version], 80)
+        out.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            out.accept()
+
+
+def test_what_goes_to_the_proxy_is_judged_there(world: PodWorld, balancer: Balancer) -> None:
+    world.enforce({**KNOWN, **policy(egress=only())})
+    with world.listen("node", NODE[4], MESH_HTTP_PORT) as proxy:
+        entry = LoadBalancerEntry(
+            SERVICE[4], 80, "TCP", (EntryBackend(OUT[4], 80),), "Service/shop/x", http=True
+        )
+        assert balancer.apply({"entry": entry}) == {}
+        settings.steer_to_proxy(world.pin, [(NODE[4], MESH_HTTP_PORT)], sockmap=False)
+        try:
+            with world.connect_to("b", SERVICE[4], 80) as client, proxy.accept()[0] as accepted:
+                accepted.sendall(b"answer")
+                assert client.recv(6) == b"answer"
+        finally:
+            settings.steer_to_proxy(world.pin, [], sockmap=False)
+        # Before there is one, nothing is let past it.
+        with pytest.raises(PermissionError):
+            world.connect_to("b", SERVICE[4], 80)

@@ -1,0 +1,361 @@
+"""Policies in the language of manifests: what is in force for pods, what is refused and how it
+fails closed. What rules mean is compared elsewhere (test_policy_model)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from gateway.control import Options
+from mesh.model.identity import Reserved
+from mesh.model.policyconfig import Direction, PolicyRule, PolicySection, PortRange
+from mesh.policy import cilium
+from mesh.policy.cilium_http import MAX_REGEX_SIZE
+from tests.gateway_world import World, join
+from tests.test_gateway_workloads import MESH, piece, pod, service
+
+
+def world(*texts: str, options: Options = MESH) -> World:
+    result = World(options)
+    result.apply(join(*texts))
+    return result
+
+
+def cnp(spec: Any, name: str = "p", annotations: str = "{}", more: str = "") -> str:
+    text = spec if isinstance(spec, str) else yaml.safe_dump(spec, default_flow_style=True)
+    return f"""
+kind: CiliumNetworkPolicy
+metadata: {{name: {name}, annotations: {annotations}}}
+spec: {text}{more}
+"""
+
+
+def of(world: World, pod: str = "p", namespace: str = "default") -> PolicySection:
+    section = world.sections[f"policy/{namespace}/{pod}"]
+    assert isinstance(section, PolicySection)
+    return section
+
+
+def rules(direction: Direction) -> list[PolicyRule]:
+    """Of policies, not those that are always there."""
+    return [rule for rule in direction.rules if rule.source[0] != "("]
+
+
+def why(
+    world: World, kind: str = "CiliumNetworkPolicy", name: str = "p", type: str = "Accepted"
+) -> str:
+    return world.message(kind, name, type)
+
+
+ALL = "{endpointSelector: {}, "
+POD = pod()
+IN, OUT = "ingress[0].toPorts[0]", "egress[0].toPorts[0]"
+HTTP = "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: GET}]}}]"
+
+
+def asks(rule: str) -> str:
+    """An ingress rule about requests."""
+    return f"ingress: [{{{HTTP.replace('method: GET', rule)}}}]"
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "field"),
+    [
+        ("egress: [{toFQDNs: [{matchName: a.example}]}]", "egress[0].toFQDNs"),
+        ("egress: [{toNodes: [{}]}]", "egress[0].toNodes"),
+        ("ingress: [{fromNodes: [{}]}]", "ingress[0].fromNodes"),
+        ("ingress: [{fromGroups: [{aws: {region: x}}]}]", "ingress[0].fromGroups"),
+        ("egressDeny: [{toGroups: [{aws: {region: x}}]}]", "egressDeny[0].toGroups"),
+        ("ingress: [{fromEndpoints: [{}], fromCIDR: [10.0.0.0/8]}]", "ingress[0].fromCIDR"),
+        ("ingress: [{fromCIDR: [10.0.0.0]}]", ""),
+        ("ingress: [{fromCIDR: [10.0.0.0/33]}]", "ingress[0].fromCIDR[0]"),
+        ("egress: [{toCIDRSet: [{cidrGroupRef: g}]}]", "egress[0].toCIDRSet[0].cidrGroupRef"),
+        (
+            "egress: [{toCIDRSet: [{cidr: 10.0.0.0/8, except: [11.0.0.0/8]}]}]",
+            "egress[0].toCIDRSet[0].except[0]",
+        ),
+        ("egress: [{toServices: [{}]}]", "egress[0].toServices[0]"),
+        ("ingress: [{authentication: {mode: test-always-fail}}]", "ingress[0].authentication.mode"),
+        ("ingressDeny: [{fromRequires: [{}]}]", "ingressDeny[0].fromRequires"),
+        ("ingress: [{icmps: [{fields: [{type: 300}]}]}]", "ingress[0].icmps[0].fields[0].type"),
+        (
+            "ingress: [{icmps: [{fields: [{type: 8}]}], toPorts: [{ports: [{port: '80'}]}]}]",
+            "ingress[0].icmps",
+        ),
+        ("ingress: [{toPorts: [{ports: [{port: '70000'}]}]}]", f"{IN}.ports[0].port"),
+        (
+            "ingress: [{toPorts: [{ports: [{port: '80', endPort: 79}]}]}]",
+            f"{IN}.ports[0].endPort",
+        ),
+        ("egress: [{toPorts: [{rules: {dns: [{matchPattern: '*'}]}}]}]", f"{OUT}.rules.dns"),
+        ("ingress: [{toPorts: [{rules: {kafka: [{topic: t}]}}]}]", f"{IN}.rules.kafka"),
+        ("ingress: [{toPorts: [{rules: {l7proto: x}}]}]", f"{IN}.rules.l7proto"),
+        ("ingress: [{toPorts: [{rules: {l7: [{a: b}]}}]}]", f"{IN}.rules.l7"),
+        ("egress: [{toPorts: [{serverNames: [a]}]}]", f"{OUT}.serverNames"),
+        ("egress: [{toPorts: [{listener: {name: a}}]}]", f"{OUT}.listener"),
+        ("egress: [{toPorts: [{originatingTLS: {secret: {}}}]}]", f"{OUT}.originatingTLS"),
+        ("egress: [{toPorts: [{terminatingTLS: {secret: {}}}]}]", f"{OUT}.terminatingTLS"),
+        (
+            "ingress: [{toPorts: [{ports: [{port: '80'}], rules: {http: [{}]}}]}]",
+            f"{IN}.ports[0].protocol",
+        ),
+        (
+            "ingress: [{toPorts: [{ports: [{port: '0', protocol: TCP}], rules: {http: [{}]}}]}]",
+            f"{IN}.ports[0].port",
+        ),
+        ("ingress: [{toPorts: [{rules: {http: [{}]}}]}]", f"{IN}.ports"),
+        (asks("path: a(b"), f"{IN}.rules.http[0].path"),
+        (asks("headers: [a:b]"), f"{IN}.rules.http[0].headers[0]"),
+        (
+            asks("headerMatches: [{name: host, value: a, mismatch: REPLACE}]"),
+            f"{IN}.rules.http[0].headerMatches[0].name",
+        ),
+        (
+            asks("headerMatches: [{name: a, secret: {name: s}}]"),
+            f"{IN}.rules.http[0].headerMatches[0].secret",
+        ),
+        (
+            asks("headerMatches: [{name: a, mismatch: ADD}]"),
+            f"{IN}.rules.http[0].headerMatches[0].value",
+        ),
+        ("description: nothing", ""),
+    ],
+)  # fmt: skip
+def test_what_is_not_enforced_is_refused_by_field(rule: str, field: str) -> None:
+    w = world(POD, cnp(f"{ALL}{rule}}}"))
+    if field:
+        assert why(w).startswith(f"spec.{field}: ")
+    elif "fromCIDR" in rule:  # a single address
+        assert why(w) == ""
+    else:
+        assert why(w).startswith("spec: has no rules")
+
+
+def test_a_refused_policy_denies_by_default_and_says_so() -> None:
+    w = world(
+        POD,
+        cnp(f"{ALL}ingress: [{{fromEntities: [all]}}], egress: [{{toFQDNs: [{{}}]}}]}}"),
+        cnp(f"{ALL}ingress: [{{fromEntities: [world]}}]}}", "other"),
+    )
+    assert why(w).endswith(
+        "until that is mended, nothing of it is in force, and ingress and egress of the pods that"
+        " it selects is denied"
+    )
+    section = of(w)
+    assert [rule.source for rule in rules(section.ingress)] == [
+        "CiliumNetworkPolicy default/other ingress[0]"
+    ]
+    assert section.egress == Direction(True, selected_by=("CiliumNetworkPolicy default/p",))
+
+
+def test_a_refused_policy_with_deny_rules_denies_whatever_others_allow() -> None:
+    w = world(
+        POD,
+        cnp(f"{ALL}ingressDeny: [{{fromNodes: [{{}}]}}]}}"),
+        cnp(f"{ALL}ingress: [{{fromEntities: [all]}}]}}", "other"),
+    )
+    denies = [rule for rule in of(w).ingress.rules if rule.deny]
+    assert [(rule.peers, rule.ports) for rule in denies] == [(None, ())]
+
+
+def test_one_bad_policy_affects_nothing_else() -> None:
+    good = cnp(f"{ALL}ingress: [{{fromEntities: [world]}}]}}", "good")
+    alone = world(pod("q", "10.0.0.2", namespace="n"), POD.replace("app: a", "app: b"), good)
+    bad = cnp("{endpointSelector: {matchLabels: {app: x}}, egress: [{toNodes: [{}]}]}", "bad")
+    both = world(pod("q", "10.0.0.2", namespace="n"), POD.replace("app: a", "app: b"), good, bad)
+    assert both.of("policy") == alone.of("policy")
+
+
+def test_huge_policies_are_refused() -> None:
+    many = [
+        {"fromEndpoints": [{"matchLabels": {"n": str(i)}}]} for i in range(cilium.MAX_RULES + 1)
+    ]
+    w = world(POD, cnp({"endpointSelector": {}, "ingress": many}))
+    assert "1001 rules, 1000 are the most" in why(w)
+    assert not rules(of(w).ingress)
+    cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(cilium.MAX_CIDRS + 1)]
+    w = world(POD, cnp({"endpointSelector": {}, "egress": [{"toCIDR": cidrs}]}))
+    assert "5001 CIDRs, 5000 are the most" in why(w)
+    assert not w.of("cidr")
+
+
+def test_expressions_are_bounded_one_by_one_and_together() -> None:
+    def policy(*paths: str) -> str:
+        group = {
+            "ports": [{"port": "80", "protocol": "TCP"}],
+            "rules": {"http": [{"path": path} for path in paths]},
+        }
+        return cnp({"endpointSelector": {}, "ingress": [{"toPorts": [group]}]})
+
+    assert "instructions" in why(world(POD, policy("/([a-z]{100}){10}")))
+    large = "/[a-z]{200}"
+    w = world(POD, policy(*(f"{large}{i}" for i in range(MAX_REGEX_SIZE // 200 + 1))))
+    assert "too large together" in why(w)
+    assert why(world(POD, policy(large, large))) == ""
+
+
+# --- what is in force ----------------------------------------------------------------------------
+
+
+def test_sections_are_only_for_pods_of_this_node_that_are_selected() -> None:
+    w = world(
+        pod("here", "10.0.0.1"),
+        pod("there", "10.0.0.2", node="n2"),
+        pod("other", "10.0.0.3", labels="{app: other}"),
+        cnp("{endpointSelector: {matchLabels: {app: a}}, ingress: [{}]}"),
+    )
+    assert w.of("policy").keys() == {"policy/default/here"}
+    w.delete("CiliumNetworkPolicy", "p")
+    assert not w.of("policy")
+
+
+def test_ingress_from_the_own_node_always_passes() -> None:
+    section = of(world(POD, cnp(f"{ALL}ingress: [{{}}], egress: [{{}}]}}")))
+    assert [rule.peers for rule in section.ingress.rules] == [{Reserved.HOST}]
+    assert section.egress.rules == ()
+
+
+def test_named_ports_are_the_pods_own_for_ingress_and_the_peers_for_egress() -> None:
+    ports = "containers: [{name: c, ports: [{name: web, containerPort: %d}]}]"
+    one = pod("one", "10.0.0.1").replace("spec: {", f"spec: {{{ports % 8080}, ")
+    two = pod("two", "10.0.0.2", labels="{app: b}").replace("spec: {", f"spec: {{{ports % 9090}, ")
+    w = world(
+        one,
+        two,
+        cnp(
+            f"{ALL}ingress: [{{toPorts: [{{ports: [{{port: WEB, protocol: TCP}}]}}]}}],"
+            " egress: [{toEndpoints: [{}], toPorts: [{ports: [{port: web, protocol: TCP}]}]}]}"
+        ),
+    )
+    identity = {name: of(w, name).identity for name in ("one", "two")}
+    for name, port in (("one", 8080), ("two", 9090)):
+        (rule,) = rules(of(w, name).ingress)
+        assert rule.ports == (PortRange("TCP", port, port),)
+        assert {(rule.ports, rule.peers) for rule in of(w, name).egress.rules} == {
+            ((PortRange("TCP", 8080, 8080),), frozenset({identity["one"]})),
+            ((PortRange("TCP", 9090, 9090),), frozenset({identity["two"]})),
+        }
+
+
+def test_the_api_server_has_identities_of_its_own_also_on_a_node() -> None:
+    addresses = "status: {{addresses: [{{type: InternalIP, address: {1}}}]}}"
+    node = f"kind: Node\nmetadata: {{{{name: {{0}}}}}}\n{addresses}"
+    w = world(
+        POD,
+        node.format("n1", "192.0.2.1"),
+        node.format("n2", "192.0.2.2"),
+        piece("kubernetes", "192.0.2.2 198.51.100.1", "{name: https, port: 6443}"),
+        cnp(
+            f"{ALL}egress: [{{toEntities: [kube-apiserver]}}, {{toEntities: [remote-node]}},"
+            " {toEntities: [world]}, {toCIDR: [192.0.2.0/24]}, {toCIDR: [192.0.2.1/32]}]}"
+        ),
+    )
+    at = {key.removeprefix("cidr/"): s.identity for key, s in w.of("cidr").items()}
+    # A node's own address has the node's identity, unless the API server is there.
+    assert at.keys() == {"192.0.2.2/32", "198.51.100.1/32", "192.0.2.0/24"}
+    api, remote, outside, cidr, _ = (rule.peers or frozenset() for rule in of(w).egress.rules)
+    assert api == {at["192.0.2.2/32"], at["198.51.100.1/32"], Reserved.KUBE_APISERVER}
+    assert remote == {Reserved.REMOTE_NODE, at["192.0.2.2/32"]}
+    assert {Reserved.WORLD, at["198.51.100.1/32"], at["192.0.2.0/24"]} <= outside
+    assert at["192.0.2.2/32"] not in outside | cidr
+
+
+def test_services_are_their_endpoints_pods_or_not() -> None:
+    w = world(
+        POD,
+        pod("back", "10.0.0.2", labels="{app: b}", node="n2"),
+        service("svc", "{port: 80}").replace("name: svc,", "name: svc, labels: {external: 'yes'},"),
+        piece("svc", "10.0.0.2 192.0.2.9"),
+        cnp(
+            "{endpointSelector: {matchLabels: {app: a}}, egress: ["
+            "{toServices: [{k8sService: {serviceName: svc, namespace: default}}]},"
+            "{toServices: [{k8sServiceSelector: {selector: {matchLabels: {external: 'yes'}}}}]}]}"
+        ),
+    )
+    expected = {
+        w.sections["workload/default/back"].identity,  # type: ignore[union-attr]
+        w.sections["cidr/192.0.2.9/32"].identity,  # type: ignore[union-attr]
+    }
+    assert [rule.peers for rule in of(w).egress.rules] == [expected, expected]
+    w.delete("EndpointSlice", "svc-ipv4")
+    assert [rule.peers for rule in of(w).egress.rules] == [frozenset(), frozenset()]
+    assert not w.of("cidr")
+
+
+def test_audit_of_a_policy_a_namespace_and_all() -> None:
+    audited = "{weft.dev/policy-audit: 'true'}"
+    rule = f"{ALL}ingress: [{{fromEntities: [world]}}]}}"
+    section = of(world(POD, cnp(rule, annotations=audited)))
+    assert (section.ingress.default_deny, section.ingress.audit) == (True, True)
+    assert [one.audit for one in rules(section.ingress)] == [True]
+    # One that is enforced denies by default, and is all that allows.
+    section = of(world(POD, cnp(rule, annotations=audited), cnp(rule, "q")))
+    assert not section.ingress.audit
+    assert [one.audit for one in rules(section.ingress)] == [True, False]
+    namespace = f"kind: Namespace\nmetadata: {{name: default, annotations: {audited}}}"
+    for w in (
+        world(POD, cnp(rule), namespace),
+        world(POD, cnp(rule), options=Options(**{**OPTIONS, "policy_audit": True})),
+    ):
+        assert of(w).ingress.audit
+        assert [one.audit for one in rules(of(w).ingress)] == [True]
+
+
+OPTIONS: dict[str, Any] = {"node": "n1", "mesh_addresses": ("127.0.0.1",)}
+
+
+def test_an_audit_annotation_that_is_none_enforces() -> None:
+    w = world(POD, cnp(f"{ALL}ingress: [{{}}]}}", annotations="{weft.dev/policy-audit: maybe}"))
+    assert not of(w).ingress.audit
+
+
+def test_without_a_mesh_nothing_is_called_programmed() -> None:
+    w = world(cnp(f"{ALL}ingress: [{{}}]}}"), options=Options(advertise=("192.0.2.1",)))
+    assert "no policy is enforced" in why(w, type="Programmed")
+
+
+def test_a_section_that_the_data_plane_refuses_shows_at_its_policies() -> None:
+    w = world(POD, pod("q", "10.0.0.2", labels="{app: q}"), cnp(f"{ALL}ingress: [{{}}]}}"),
+              cnp("{endpointSelector: {matchLabels: {app: q}}, ingress: [{}]}", "q"))  # fmt: skip
+    w.refuse("policy/default/p", "too large")
+    assert "policy/default/p: too large" in why(w, type="Programmed")
+    assert why(w, name="q", type="Programmed") == ""
+    w.refuse("policy/default/p", None)
+    assert why(w, type="Programmed") == ""
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def test_ports_about_whose_requests_policies_have_rules_go_to_the_proxy() -> None:
+    w = world(
+        POD,
+        pod("client", "10.0.0.2", labels="{app: c}"),
+        service("web", "{port: 80, targetPort: 8080}"),
+        piece("web", "10.0.0.1", "{port: 8080}"),
+    )
+    entries = {key: s.http for key, s in w.of("entry").items()}
+    assert entries == {"entry/10.0.0.1|8080/TCP": False, "entry/10.96.0.1|80/TCP": False}
+    rule = HTTP.replace("'80'", "'8080'")
+    w.apply(cnp(f"{{endpointSelector: {{matchLabels: {{app: a}}}}, ingress: [{{{rule}}}]}}"))
+    entries = {key: s.http for key, s in w.of("entry").items()}
+    assert entries == {"entry/10.0.0.1|8080/TCP": True, "entry/10.96.0.1|80/TCP": True}
+    assert "service/default/web/80" in w.sections
+    audited = "{weft.dev/policy-audit: 'true'}"
+    w.apply(cnp(f"{{endpointSelector: {{}}, ingress: [{{{rule}}}]}}", annotations=audited))
+    assert not any(s.http for s in w.of("entry").values())
+    w.apply(cnp(f"{{endpointSelector: {{matchLabels: {{app: a}}}}, ingress: [{{{rule}}}]}}"))
+    w.apply(f"kind: Namespace\nmetadata: {{name: default, annotations: {audited}}}")
+    assert not any(s.http for s in w.of("entry").values())
+    w.apply("kind: Namespace\nmetadata: {name: default}")
+    assert any(s.http for s in w.of("entry").values())
+    # For those of other nodes their own nodes judge; but what a pod of this node may ask is here.
+    w.apply(pod(node="n2"))
+    assert not any(s.http for s in w.of("entry").values())
+    w.apply(cnp(f"{{endpointSelector: {{matchLabels: {{app: c}}}}, egress: [{{{rule}}}]}}", "q"))
+    assert all(s.http for s in w.of("entry").values() if s.source != "Pod/default/client")
