@@ -117,7 +117,8 @@ async def test_statuses_once_the_nodes_have_it_in_force(world):
     await world.until(lambda: world.conditions("gatewayclasses", "weft", "")["Accepted"] == "True")
 
 
-async def test_programmed_waits_for_every_node_that_serves(world):
+async def test_programmed_waits_for_every_node_that_serves(world, monkeypatch, caplog):
+    monkeypatch.setattr("mesh.controller.controller._LONG_S", 0.05)
     for obj in (gateway_class(), gateway()):
         world.server.create(obj)
     world.report("a", ports={"0.0.0.0:80": ""})
@@ -125,6 +126,9 @@ async def test_programmed_waits_for_every_node_that_serves(world):
     controller, _ = world.start()
     await world.until(lambda: len(controller.nodes.ready()) == 2)
     assert not world.status("gateways", "gw").get("listeners")
+    async with asyncio.timeout(WAIT_S):
+        while "for node b (Gateway, GatewayClass, Namespace)" not in caplog.text:
+            await asyncio.sleep(0.01)
     # A node that goes is waited for no more.
     world.report("b", ready=False)
     await world.until(lambda: world.conditions()["Programmed"] == "True")

@@ -42,6 +42,7 @@ _log = logging.getLogger("weft.controller")
 # changing.
 _NODES = "nodes.weft.invalid"
 _MAX_ADDRESSES = 16
+_LONG_S = 30.0
 # The mesh's own addresses differ from node to node; reports name them so (mesh.model.nodereport).
 _MESH_ADDRESSES = ("127.0.0.1", "::1")
 
@@ -148,6 +149,7 @@ class Controller:
             group.create_task(self.writer.run(), name="writer")
             group.create_task(self.election.run(), name="election")
             group.create_task(self._work(), name="controller")
+            group.create_task(self._watch_over(), name="waiting")
             if self.balancers is not None:
                 group.create_task(self.balancers.run(), name="load balancers")
             if self.certificates is not None:
@@ -195,6 +197,15 @@ class Controller:
                 self._release()
                 if self.certificates is not None:
                     self.certificates.authority.look_again()
+
+    async def _watch_over(self) -> None:
+        """Say who is waited for, where that takes long."""
+        while True:
+            held = self._held[0] if self._held else None
+            await asyncio.sleep(_LONG_S)
+            if held is not None and self._held and self._held[0] is held:
+                who = "; ".join(self.nodes.lagging(held.needed))
+                _log.warning("statuses have waited for %g s for %s", _LONG_S, who)
 
     def _derive(self) -> None:
         answer = self.nodes.answer()

@@ -98,6 +98,15 @@ class Nodes:
             for kind, version in needed.items()
         )
 
+    def lagging(self, needed: Mapping[str, int]) -> list[str]:
+        """Who is waited for, and for what; for people."""
+        result = []
+        for one in self.ready():
+            behind = [k for k, version in needed.items() if one.versions.get(k, 0) < version]
+            if behind:
+                result.append(f"node {one.node} ({', '.join(sorted(behind))})")
+        return result or ["a node that serves: there is none"]
+
     def have_bundle(self, tag: str) -> bool:
         """Whether every node that lives has this trust bundle in force."""
         return all(seen.report.bundle == tag for seen in self._seen.values())

@@ -31,7 +31,7 @@ _log = logging.getLogger("weft.source")
 # How often kinds that are not served are looked for.
 _DISCOVERY_S = 15.0
 # Groups that every cluster has; all others are defined by CustomResourceDefinitions.
-_BUILT_IN = frozenset(("", "discovery.k8s.io"))
+_BUILT_IN = frozenset(("", "discovery.k8s.io", "networking.k8s.io"))
 # Other Secrets hold nothing that a listener may refer to; that they are there is all that is read.
 _TLS = "kubernetes.io/tls"
 
