@@ -19,7 +19,7 @@ CONDITION = {
 
 def manifest(kind: str, spec: Any = None, **more: Any) -> Manifest:
     group = next(g for g, k in KINDS if k == kind)
-    version = f"{group}/v1" if group else "v1"
+    version = "cilium.io/v2" if group == "cilium.io" else f"{group}/v1" if group else "v1"
     whole = {"apiVersion": version, "kind": kind, "metadata": {"name": "one"}, **more}
     return whole if spec is None else {**whole, "spec": spec}
 
@@ -139,6 +139,18 @@ class Case(NamedTuple):
 
 def pod(**status: Any) -> Manifest:
     return manifest("Pod", status=status)
+
+
+def peer(**value: Any) -> Manifest:
+    return manifest("NetworkPolicy", {"ingress": [{"from": [value]}]})
+
+
+def policy_port(**value: Any) -> Manifest:
+    return manifest("NetworkPolicy", {"egress": [{"ports": [value]}]})
+
+
+def cilium(kind: str = "CiliumNetworkPolicy", **spec: Any) -> Manifest:
+    return manifest(kind, {"endpointSelector": {}, **spec})
 
 
 def node(*addresses: Manifest) -> Manifest:
@@ -746,5 +758,99 @@ CASES = [
         node({"type": "Hostname", "address": "n1"}),
         node({"type": "InternalIP", "address": "n1"}),
         "status.addresses[0]",
+    ),
+    # Policies.
+    *(
+        Case(
+            "In and NotIn have values, others none",
+            peer(podSelector={"matchExpressions": [{"key": "app", **good}]}),
+            peer(podSelector={"matchExpressions": [{"key": "app", **bad}]}),
+            "spec.ingress[0].from[0].podSelector.matchExpressions[0]",
+        )
+        for good, bad in (
+            ({"operator": "In", "values": ["a"]}, {"operator": "NotIn"}),
+            ({"operator": "Exists"}, {"operator": "DoesNotExist", "values": ["a"]}),
+        )
+    ),
+    *(
+        Case(
+            "keys must be qualified names",
+            peer(podSelector={"matchLabels": {"example.com/app": "a"}}),
+            peer(podSelector={"matchLabels": {bad: "a"}}),
+            "spec.ingress[0].from[0].podSelector",
+        )
+        for bad in ("", "k8s:app", "a/b/c", "a" * 64, "a" * 254 + "/b")
+    ),
+    *(
+        Case(
+            "a peer is selectors, or an ipBlock alone",
+            peer(podSelector={}, namespaceSelector={}),
+            peer(**bad),
+            "spec.ingress[0].from[0]",
+        )
+        for bad in ({}, {"podSelector": {}, "ipBlock": {"cidr": "10.0.0.0/8"}})
+    ),
+    *(
+        Case(
+            "cidr must be a CIDR, except CIDRs that are parts of it",
+            peer(ipBlock={"cidr": "fd00::/8", "except": ["fd00::/16"]}),
+            peer(ipBlock=bad),
+            "spec.ingress[0].from[0].ipBlock",
+        )
+        for bad in (
+            {"cidr": "10.0.0.1/8"},
+            {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/33"]},
+            {"cidr": "10.0.0.0/8", "except": ["10.0.0.0/8"]},
+            {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]},
+            {"cidr": "10.0.0.0/8", "except": ["fd00::/16"]},
+        )
+    ),
+    *(
+        Case(
+            "port must be 1 to 65535 or a port's name",
+            policy_port(port=good),
+            policy_port(port=bad),
+            "spec.egress[0].ports[0]",
+        )
+        for good, bad in ((1, 0), (65535, 65536), ("http", "HTTP"), ("a-1", "1-1"))
+    ),
+    *(
+        Case(
+            "endPort must be port or above",
+            policy_port(port=80, endPort=80),
+            policy_port(**bad),
+            "spec.egress[0].ports[0]",
+        )
+        for bad in (
+            {"port": 80, "endPort": 79},
+            {"port": 80, "endPort": 65536},
+            {"port": "http", "endPort": 80},
+            {"endPort": 80},
+        )
+    ),
+    Case(
+        "must be unique",
+        manifest("NetworkPolicy", {"policyTypes": ["Ingress", "Egress"]}),
+        manifest("NetworkPolicy", {"policyTypes": ["Ingress", "Ingress"]}),
+        "spec.policyTypes",
+    ),
+    *(
+        Case(
+            "exactly one of endpointSelector and nodeSelector is required",
+            cilium(kind),
+            bad,
+            "spec",
+        )
+        for kind in ("CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy")
+        for bad in (manifest(kind, {"ingress": []}), cilium(kind, nodeSelector={}))
+    ),
+    *(
+        Case(
+            "exactly one of cidr and cidrGroupRef is required",
+            cilium(egress=[{"toCIDRSet": [{"cidr": "10.0.0.0/8"}]}]),
+            cilium(egress=[{"toCIDRSet": [bad]}]),
+            "spec.egress[0].toCIDRSet[0]",
+        )
+        for bad in ({}, {"cidr": "10.0.0.0/8", "cidrGroupRef": "a"})
     ),
 ]

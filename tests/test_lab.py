@@ -86,8 +86,8 @@ def test_pods_and_nodes_reach_pods_of_every_node(lab: Lab, family: int) -> None:
     prefix = ("::ffff:", "")[family]
     for where, pod, addresses, client in (
         ("idle", "echo-1", ECHO_1, IDLE),
-        # A pod's port that a Service leads to: through the relay of the client's node.
-        ("idle", "echo-2", ECHO_2, NODE_A),
+        # A pod's port that a Service leads to: through a tunnel, which ends at the pod's node.
+        ("idle", "echo-2", ECHO_2, NODE_B),
         ("node/a", "echo-1", ECHO_1, NODE_A),
         ("node/a", "echo-2", ECHO_2, NODE_A),
     ):

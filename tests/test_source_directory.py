@@ -109,14 +109,14 @@ def test_a_wrong_object_is_reported_with_its_place_and_affects_only_itself(root)
 def test_kinds_that_are_not_ours(root):
     (root / "a.yaml").write_text(
         "{apiVersion: apps/v1, kind: Deployment, metadata: {name: d}}\n---\n"
-        "{apiVersion: cilium.io/v2, kind: CiliumNetworkPolicy, metadata: {name: p}}\n---\n"
+        "{apiVersion: cilium.io/v2, kind: CiliumEgressGatewayPolicy, metadata: {name: p}}\n---\n"
         "{apiVersion: v2, kind: Service, metadata: {name: s}}"
     )
     update = Manifests(root).scan()
     assert update.changes == {}
     assert [(p.kind, p.level) for p in update.problems] == [
         ("Deployment", "note"),
-        ("CiliumNetworkPolicy", "unsupported"),
+        ("CiliumEgressGatewayPolicy", "unsupported"),
         ("Service", "unsupported"),
     ]
 

@@ -84,7 +84,7 @@ def storefront(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storefront]
 def test_it_shows_a_request_that_crosses_nodes(storefront: Storefront) -> None:
     shown = re.search(r"^\$ .* outside/client -- curl .*\n(\{.*\})$", storefront.printed, re.M)
     assert shown, storefront.printed
-    assert '"pod": "catalog-v2", "node": "b", "client": "172.18.0.2"' in shown[1]
+    assert '"pod": "catalog-v2", "node": "b", "client": "172.18.0.3"' in shown[1]
     assert '"x-forwarded-for": "192.168.18.2"' in shown[1]
 
 

@@ -294,15 +294,21 @@ def proxy_cgroup(args: argparse.Namespace) -> Path:
     return given or args.steer.with_name(f"{args.steer.name}.proxy")
 
 
+# On a cgroup that Weft made, also one that was killed since.
+_MADE = "user.weft.made"
+
+
 @contextlib.contextmanager
-def in_cgroup(path: Path, *, ours: bool) -> Iterator[None]:
-    """In it before any other process or socket is made: they inherit it. `ours`: gone at the end,
-    unless somebody else is in it. Where it cannot be made the agent, which is to attach programs to
-    it, says why."""
+def in_cgroup(path: Path) -> Iterator[None]:
+    """In it before any other process or socket is made: they inherit it. If Weft made it, it is gone
+    at the end, unless somebody else is in it. Where it cannot be made the agent, which is to attach
+    programs to it, says why."""
     before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
     with contextlib.suppress(OSError):
         if (path.parent / "cgroup.procs").exists():
-            path.mkdir(exist_ok=True)
+            if not path.exists():
+                path.mkdir()
+                os.setxattr(path, _MADE, b"")
             (path / "cgroup.procs").write_text("0")
     yield
     root = path
@@ -310,7 +316,7 @@ def in_cgroup(path: Path, *, ours: bool) -> Iterator[None]:
         root = root.parent
     with contextlib.suppress(OSError):
         (root / before / "cgroup.procs").write_text("0")
-        if ours:
+        if _MADE in os.listxattr(path):
             path.rmdir()
 
 
@@ -332,8 +338,7 @@ def main() -> int:
     name_process("weft")
     if args.steer is None:
         return _up(args, agent_arguments)
-    cgroup = proxy_cgroup(args)
-    with in_cgroup(cgroup, ours=args.proxy_cgroup is None or not cgroup.exists()):
+    with in_cgroup(proxy_cgroup(args)):
         return _up(args, agent_arguments)
 
 

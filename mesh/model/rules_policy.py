@@ -40,8 +40,8 @@ def _values(requirement: SelectorRequirement) -> Finding:
 def _keys(selector: PodSelector) -> Finding:
     keys = (*selector.match_labels, *(one.key for one in selector.match_expressions))
     wrong = [
-        found(key) for key in keys if len(key) > 317 or not _KEY.search(key)
-    ]  # 253 for the prefix, 63 for the name
+        found(key) for key in keys if len(key.rpartition("/")[0]) > 253 or not _KEY.search(key)
+    ]
     return f"found {', '.join(wrong)}; write it as in example.com/name" if wrong else None
 
 
