@@ -65,6 +65,8 @@ class World:
     ) -> bool:
         if not isinstance(subject, Pod):
             return True
+        if direction == "ingress" and isinstance(other, Outside) and other.entity == "host":
+            return True  # a pod's own node may always reach it, and nothing can be said against it
         isolated = allowed = False
         policies = [
             policy
@@ -107,8 +109,6 @@ class World:
             allowed |= any(
                 self._cilium(*match, one, protocol, port, request, requires) for one in rules
             )
-        if direction == "ingress" and isinstance(other, Outside) and other.entity == "host":
-            allowed = True  # a pod's own node may always reach it
         return not denied and (allowed or not isolated)
 
     # --- NetworkPolicy ----------------------------------------------------------------------------

@@ -48,7 +48,10 @@ _INGRESS = {
     "by mutual TLS or here": (only(allow(authenticated=True)), True, False),
     "only requests": (only(PolicyRule("x", None, (), http=())), False, False),
     "audit": (Direction(default_deny=True, audit=True), True, True),
-}
+    "deny above an audited default": (
+        Direction(default_deny=True, audit=True, rules=(allow(A_ONLY, deny=True),)), False, True,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -56,7 +59,7 @@ _INGRESS = {
 def test_ingress(world: PodWorld, case: str, version: int) -> None:
     ingress, pod, elsewhere = _INGRESS[case]
     world.enforce({**KNOWN, **policy(ingress=ingress)})
-    told = ("answered", {"POLICY_AUDIT": 1}) if case == "audit" else ANSWERED
+    told = ("answered", {"POLICY_AUDIT": 1}) if ingress.audit else ANSWERED
     with world.listen("b", B[version]) as server:
         assert world.attempt("a", server) == (told if pod else DENIED)
         assert world.attempt("out", server) == (told if elsewhere else DENIED)

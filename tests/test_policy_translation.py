@@ -81,6 +81,7 @@ def asks(rule: str) -> str:
         ),
         ("egress: [{toServices: [{}]}]", "egress[0].toServices[0]"),
         ("ingress: [{authentication: {mode: test-always-fail}}]", "ingress[0].authentication.mode"),
+        ("ingressDeny: [{fromEntities: [world, host]}]", "ingressDeny[0].fromEntities"),
         ("ingressDeny: [{fromRequires: [{}]}]", "ingressDeny[0].fromRequires"),
         ("ingress: [{icmps: [{fields: [{type: 300}]}]}]", "ingress[0].icmps[0].fields[0].type"),
         (

@@ -65,8 +65,10 @@ static __always_inline u32 policy_refusal(const struct pod *pod, u32 direction, 
 			*rule = found->rule;
 		said |= found->flags;
 	}
-	if (said & POLICY_DENY ||
-	    (flags & POD_DEFAULT_DENY && !(said & POLICY_ALLOW) && !(safe && said & POLICY_SAFE)))
+	/* Of a policy that is not in audit mode, whatever the default is. */
+	if (said & POLICY_DENY)
+		return REASON_POLICY_DENIED;
+	if (flags & POD_DEFAULT_DENY && !(said & POLICY_ALLOW) && !(safe && said & POLICY_SAFE))
 		return flags & POD_AUDIT ? REASON_POLICY_AUDIT : REASON_POLICY_DENIED;
 	return said & POLICY_AUDIT_DENY ? REASON_POLICY_AUDIT : 0;
 }

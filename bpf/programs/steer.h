@@ -129,7 +129,9 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	if (!http && result >= 0) {
 		if (asked->protocol == IPPROTO_TCP)
 			relay = listening(netns, asked, 0, peer);
-		read_client(ctx, netns, asked, &client);
+		/* A datagram may be an answer, which only the filter knows. */
+		if (frontend || asked->protocol == IPPROTO_TCP)
+			read_client(ctx, netns, asked, &client);
 		result = permitted(ctx, cookie, relay, &client, frontend, &backend, reason, rule);
 		if (!result)
 			*peer = backend.target;
