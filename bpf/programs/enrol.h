@@ -15,6 +15,7 @@
 
 #include "address.h"
 #include "count.h"
+#include "membership.h"
 #include "origin.h"
 #include "socket.h"
 
@@ -29,11 +30,9 @@ static __always_inline int redirects(void)
 /* Who is not known (yet) may have opted out. */
 static __always_inline int opted_out(const struct target *end)
 {
-	struct prefix address = whole(end->address);
-	struct identity *identity;
+	struct who who = who_is(end->address, in_force());
 
-	identity = identities.lookup(&address);
-	return !identity || identity->flags & IDENTITY_PLAIN;
+	return !who.number || who.flags & IDENTITY_PLAIN;
 }
 
 /* A pod can bind to any address (IP_TRANSPARENT). The filter drops its packets then, but whoever has

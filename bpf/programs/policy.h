@@ -2,8 +2,8 @@
 #ifndef WEFT_POLICY_H
 #define WEFT_POLICY_H
 
-#include "address.h"
 #include "count.h"
+#include "membership.h"
 
 /* One bit for each direction, from the left. */
 #define POLICY_KEY_BITS 96
@@ -16,33 +16,43 @@ static __always_inline int is_local_pod(const struct target *end)
 	return interfaces.lookup(&address) != 0;
 }
 
-static __always_inline u32 identity_of(const u32 *address)
-{
-	struct prefix key = whole(address);
-	struct identity *found = identities.lookup(&key);
-
-	if (found)
-		return found->number;
-	/* Of a pod that nobody has told of yet. */
-	return interfaces.lookup(&key.address) ? IDENTITY_INIT : IDENTITY_WORLD;
-}
-
-static __always_inline struct pod *pod_at(const u32 *address)
+static __always_inline u32 identity_of(const u32 *address, u64 now)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
+	u32 number = who_is(address, now).number;
 
-	return pods.lookup(&key);
+	if (number)
+		return number;
+	/* Of a pod that nobody has told of yet. */
+	return interfaces.lookup(&key) ? IDENTITY_INIT : IDENTITY_WORLD;
+}
+
+/* Of a local pod, by its address; flags 0: there are none. */
+static __always_inline struct rules rules_of(const u32 *address, u64 now)
+{
+	struct address key = {{address[0], address[1], address[2], address[3]}};
+	struct pod *pod = pods.lookup(&key);
+	struct rules rules = {};
+
+	if (pod && pod->since <= now) {
+		rules.policy = pod->policy;
+		rules.flags = pod->flags;
+	} else if (pod) {
+		rules.policy = pod->old_policy;
+		rules.flags = pod->old_flags;
+	}
+	return rules;
 }
 
 /* Why a pod's policy refuses it, or would (POLICY_AUDIT); 0: it does not. `safe`: both ends are
  * pods of this node, or it goes by mutual TLS. */
-static __always_inline u32 policy_refusal(const struct pod *pod, u32 direction, u32 identity,
+static __always_inline u32 policy_refusal(struct rules pod, u32 direction, u32 identity,
 					  u8 protocol, u16 port, int safe, u32 *rule)
 {
-	u32 said = 0, flags = direction == EGRESS ? pod->flags : pod->flags >> POD_INGRESS_SHIFT;
+	u32 said = 0, flags = direction == EGRESS ? pod.flags : pod.flags >> POD_INGRESS_SHIFT;
 	struct policy_key key = {
 		.bits = POLICY_KEY_BITS,
-		.set = pod->policy,
+		.set = pod.policy,
 		.identity = identity,
 		.direction = direction,
 		.protocol = protocol,
