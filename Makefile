@@ -1,11 +1,12 @@
 # `make run` and `make test` are all a newcomer needs; both set up what is missing first.
-.PHONY: help run test acceptance torture check bench clean setup setup-dev setup-bench
+.PHONY: help run test acceptance torture matrix check bench clean setup setup-dev setup-bench
 
 help:
 	@echo "make run         a lab with examples/storefront in it, until Ctrl-C; as root"
 	@echo "make test        all checks and tests"
 	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
 	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
+	@echo "make matrix      generated policies in a lab, every pair of pods asked, then changes under traffic"
 	@echo "make check       formatting, lint, types, import layers"
 	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes and memory (5 minutes)"
 	@echo "make clean       remove what was built, .venv included"
@@ -39,6 +40,9 @@ acceptance: setup-dev
 
 torture: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
+
+matrix: setup-dev
+	@PYTHONPATH=tests .venv/bin/python -m matrix $(ARGS)
 
 bench: setup-bench
 	@PYTHONPATH=tests .venv/bin/python -m bench $(ARGS)

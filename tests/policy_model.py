@@ -53,11 +53,18 @@ class World:
     ) -> bool:
         """`port` of ICMP is the type. `request`: method, host, path, headers of an HTTP request;
         without one it is asked whether there may be a connection."""
+        return all(self.sides(source, destination, protocol, port, request))
+
+    def sides(
+        self, source: Party, destination: Party, protocol: str, port: int, request: Any = None
+    ) -> tuple[bool, bool]:
+        """Whether it may leave, and whether it may arrive."""
         if source == destination:
-            return True  # "Pods cannot block access to themselves"
+            return True, True  # "Pods cannot block access to themselves"
         what = (protocol, port, request)
-        return self._side("egress", source, destination, *what) and self._side(
-            "ingress", destination, source, *what
+        return (
+            self._side("egress", source, destination, *what),
+            self._side("ingress", destination, source, *what),
         )
 
     def _side(

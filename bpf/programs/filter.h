@@ -257,9 +257,10 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	/* Generations are the times of changes. One that came after the packet had left its pod is for
-	 * both ends: it does not pass by the rules of one before it and those of the other after. */
+	 * both ends: it does not pass by the rules of one before it and those of the other after.
+	 * RST may be the filter's own, for the pod that it comes from. */
 	if (from == FLOW_FROM_POD && bpf_ktime_get_ns() - now < SECOND_NS &&
-	    judge(skb, &packet, EGRESS, 0, now))
+	    !(packet.tcp & TCP_RST) && judge(skb, &packet, EGRESS, 0, now))
 		return turn_back(skb, &packet, INGRESS);
 	if (judge(skb, &packet, INGRESS, from, now))
 		return turn_back(skb, &packet, INGRESS);

@@ -7,8 +7,8 @@ ICMP too; the kernel answers pings. Through the unix socket CONTROL it takes one
 
     {"round": N, "wait": S, "probes": [[number, protocol, own address, address, port, hope], ...]}
         asks all at once: {"outcomes": {number: "answered", "silent" or an errno's name}, "seen": …}
-    {"stream": [[number, own address, address, port], ...], "every": S}
-        sends datagrams until {"stop": 1}
+    {"stream": [[number, protocol, own address, address, port], ...], "every": S}
+        sends datagrams and lines until {"stop": 1}
     {"seen": 1} what has come since it was last asked for: [[text, time], ...]
 
 A probe that there is hope for is waited for long; of the others it is enough that they have not
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import selectors
@@ -105,11 +106,18 @@ class Prober:
         with contextlib.suppress(OSError):
             while True:
                 client = server.accept()[0]
-                self.watch(client, lambda client=client: self.echo_stream(client))
+                self.watch(client, functools.partial(self.echo_stream, client, bytearray()))
 
-    def echo_stream(self, client: socket.socket) -> None:
+    def echo_stream(self, client: socket.socket, begun: bytearray) -> None:
+        """`begun`: the line of a stream that has not come whole yet."""
         try:
-            data = client.recv(4096)
+            data = client.recv(65536)
+            if data and (begun or data.startswith(b"~")):
+                *lines, rest = (bytes(begun) + data).split(b"\n")
+                for line in lines:
+                    self.note(line)
+                begun[:] = rest
+                return
             if data:
                 self.note(data)
                 client.send(data)
@@ -326,15 +334,18 @@ class Round:
 
 
 class Stream:
-    """Datagrams, one to each target in turn."""
+    """Datagrams and lines of connections, one to each target in turn. Now and then from new
+    sockets, and from a new one where a connection was refused or has ended."""
 
     def __init__(self, prober: Prober, order: Any) -> None:
         self.prober = prober
         self.every = order["every"]
         self.targets = order["stream"]
         self.next = time.monotonic()
-        self.sent = dict.fromkeys((number for number, *_ in self.targets), 0)
-        self.sockets: dict[str, socket.socket] = {}
+        self.turn = 0
+        self.sent = dict.fromkeys((target[0] for target in self.targets), 0)
+        self.datagrams: dict[str, socket.socket] = {}
+        self.connections: dict[int, socket.socket] = {}
 
     def pause(self) -> float:
         return max(0.0, self.next - time.monotonic())
@@ -342,19 +353,46 @@ class Stream:
     def send(self) -> None:
         if time.monotonic() < self.next:
             return
-        for number, own, address, port in self.targets:
-            if own not in self.sockets:
-                self.sockets[own] = socket.socket(family_of(own), socket.SOCK_DGRAM)
-                self.sockets[own].bind((own, 0))
-            text = f"~{self.prober.name}>{number}@{time.monotonic()}".encode()
-            with contextlib.suppress(OSError):
-                self.sockets[own].sendto(text, (address, port))
+        self.turn += 1
+        if self.turn % 10 == 0:
+            self.close()
+        for number, protocol, own, address, port in self.targets:
+            try:
+                if protocol == "UDP":
+                    if own not in self.datagrams:
+                        self.datagrams[own] = socket.socket(family_of(own), socket.SOCK_DGRAM)
+                        self.datagrams[own].bind((own, 0))
+                    self.datagrams[own].sendto(self.text(number), (address, port))
+                elif number in self.connections:
+                    self.connections[number].send(self.text(number) + b"\n")
+                else:
+                    self.connect(number, address, port)
+                    continue
                 self.sent[number] += 1
+            except BlockingIOError:
+                pass  # it is being connected
+            except OSError:
+                if protocol == "TCP":
+                    self.connections.pop(number).close()
         self.next = max(self.next + self.every, time.monotonic())
 
+    def connect(self, number: int, address: str, port: int) -> None:
+        sock = self.connections[number] = socket.socket(family_of(address), socket.SOCK_STREAM)
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            sock.connect((address, port))
+
+    def text(self, number: int) -> bytes:
+        return f"~{self.prober.name}>{number}@{time.monotonic()}".encode()
+
+    def close(self) -> None:
+        for sockets in (self.datagrams, self.connections):
+            for sock in sockets.values():
+                sock.close()
+            sockets.clear()
+
     def end(self) -> dict[int, int]:
-        for sock in self.sockets.values():
-            sock.close()
+        self.close()
         return self.sent
 
 

@@ -23,7 +23,7 @@ import policy_cases as cases
 from lab_world import LIMIT_S, Lab, lab_of, until
 from policy_model import Manifest, Outside, Party, Pod, World
 
-from mesh.cli.client import CliError, ask
+from mesh.cli.client import ask
 from mesh.lab.plan import PodPlan
 from mesh.lab.state import LabDir
 
@@ -79,7 +79,7 @@ class Scene:
             services[service] = [at[one].addresses[0] if one in at else one for one in addresses]
         self.services = services
         self.policies = directory / "policies" / "policies.yaml"
-        self.marks = 0
+        self._written = 0
         for place in self.places:
             if place.pod is None:
                 command = ("python3", str(PROBER), _control(directory, place.name), place.name)
@@ -96,33 +96,35 @@ class Scene:
         pods = [place.pod for place in self.places if place.pod is not None]
         return World(pods, cases.NAMESPACES, policies, self.services)
 
-    def write(self, policies: list[Manifest]) -> int:
-        """Put these policies, and no others, into the manifests; the number to wait for."""
-        self.marks += 1
-        mark = {
-            "kind": "NetworkPolicy",
-            "metadata": {"name": f"mark-{self.marks}", "namespace": MARKS},
-            "spec": {"podSelector": {}},
-        }
-        objects = [*policies, *_services(self.services), mark]
+    def write(self, policies: list[Manifest], number: int) -> None:
+        """Put these policies, and no others, into the manifests, and a mark to wait for."""
+        objects = [*policies, *_services(self.services), mark("policies", number)]
         documents = [{"apiVersion": _VERSIONS[one["kind"]], **one} for one in objects]
-        replace(self.policies, "\n---\n".join(map(json.dumps, documents)))
-        return self.marks
+        replace(self.policies, as_json(documents))
 
-    def in_force(self, node: str, mark: int) -> bool:
-        """Whether a node has what was written with this number."""
-        query = {"kind": "NetworkPolicy", "namespace": MARKS, "name": f"mark-{mark}"}
+    def marks(self, node: str) -> dict[str, int]:
+        """The numbers that a node has in force of each file's mark, if those are the newest that it
+        knows of."""
+        query = {"kind": "NetworkPolicy", "namespace": MARKS}
         run_dir = self.lab.run_dir / self.lab.name / "nodes" / f"{node}.weft"
-        with contextlib.suppress(CliError):
-            items = ask(run_dir, "/objects", query.items())["items"]
-            return bool(items and items[0].get("status"))
-        return False
+        items = ask(run_dir, "/objects", query.items())["items"]
+        names = [one["metadata"]["name"].rsplit("-", 1) for one in items if one.get("status")]
+        return {file: int(number) for file, number in names}
+
+    def until_in_force(self, marks: dict[str, int]) -> None:
+        """On both nodes."""
+        for node in "ab":
+            until(lambda node=node: self.marks(node) == marks)
 
     def enforce(self, policies: list[Manifest]) -> None:
         """These, and wait until both nodes have them."""
-        mark = self.write(policies)
-        for node in "ab":
-            until(lambda node=node: self.in_force(node, mark))
+        self._written += 1
+        self.write(policies, self._written)
+        self.until_in_force({"policies": self._written})
+
+    def pods_file(self, node: str) -> Path:
+        """Where the lab has written the pods of a node; it does so again when one of them ends."""
+        return self.lab.run_dir / self.lab.name / "manifests" / f"pods.{node}.yaml"
 
     def all_at_once(self, orders: dict[str, Any]) -> dict[str, Any]:
         """An order for each prober by name; their answers."""
@@ -209,6 +211,21 @@ def config(directory: Path) -> str:
     )
 
 
+def mark(file: str, number: int) -> Manifest:
+    """What says, once it is in force, that all of its file is."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": f"{file}-{number}", "namespace": MARKS},
+        "spec": {"podSelector": {}},
+    }
+
+
+def as_json(objects: Sequence[Manifest]) -> str:
+    """Which is YAML as well."""
+    return "\n---\n".join(map(json.dumps, objects))
+
+
 def replace(file: Path, text: str) -> None:
     """At once, for whoever reads it."""
     new = file.with_suffix(".new")
@@ -263,7 +280,3 @@ def _ip(netns: str, *command: str) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     process.wait(LIMIT_S)
-
-
-def names(parties: Sequence[Place]) -> str:
-    return ", ".join(one.name for one in parties)
