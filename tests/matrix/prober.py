@@ -2,8 +2,9 @@
 
     prober.py CONTROL NAME ADDRESS...
 
-At each address it echoes what comes by TCP and UDP at the ports below, and keeps what has come, by
-ICMP too; the kernel answers pings. Through the unix socket CONTROL it takes one JSON order a line:
+At each address it echoes what comes by TCP and UDP at the ports below (HTTP is answered 200), and
+keeps what has come, by ICMP too; the kernel answers pings. Through the unix socket CONTROL it takes
+one JSON order a line:
 
     {"round": N, "wait": S, "probes": [[number, protocol, own address, address, port, hope], ...]}
         asks all at once: {"outcomes": {number: "answered", "silent" or an errno's name}, "seen": …}
@@ -37,6 +38,7 @@ TCP_PORTS, UDP_PORTS = (80, 8080, 9090), (53, 80)
 HOPE_S = 10.0
 AGAIN_S = 0.1
 _ECHO = {4: (8, 0), 6: (128, 129)}
+_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 Handler = Callable[[], None]
 
@@ -120,7 +122,7 @@ class Prober:
                 return
             if data:
                 self.note(data)
-                client.send(data)
+                client.send(_OK if b" HTTP/1.1\r\n" in data else data)
                 return
         except BlockingIOError:
             return

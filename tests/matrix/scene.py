@@ -91,6 +91,9 @@ class Scene:
             place.name: processes.enter_context(Control(_control(directory, place.name)))
             for place in self.places
         }
+        # The lab has them ready; what is in other files may be read before.
+        for node in "ab":
+            until(lambda node=node: len(self.objects(node, "Pod")) == len(self.pods))
 
     def model(self, policies: list[Manifest]) -> World:
         pods = [place.pod for place in self.places if place.pod is not None]
@@ -102,12 +105,16 @@ class Scene:
         documents = [{"apiVersion": _VERSIONS[one["kind"]], **one} for one in objects]
         replace(self.policies, as_json(documents))
 
+    def objects(self, node: str, kind: str, **query: str) -> list[Manifest]:
+        """What a node knows, with statuses of what is in force."""
+        run_dir = self.lab.run_dir / self.lab.name / "nodes" / f"{node}.weft"
+        items: list[Manifest] = ask(run_dir, "/objects", {"kind": kind, **query}.items())["items"]
+        return items
+
     def marks(self, node: str) -> dict[str, int]:
         """The numbers that a node has in force of each file's mark, if those are the newest that it
         knows of."""
-        query = {"kind": "NetworkPolicy", "namespace": MARKS}
-        run_dir = self.lab.run_dir / self.lab.name / "nodes" / f"{node}.weft"
-        items = ask(run_dir, "/objects", query.items())["items"]
+        items = self.objects(node, "NetworkPolicy", namespace=MARKS)
         names = [one["metadata"]["name"].rsplit("-", 1) for one in items if one.get("status")]
         return {file: int(number) for file, number in names}
 
@@ -125,6 +132,13 @@ class Scene:
     def pods_file(self, node: str) -> Path:
         """Where the lab has written the pods of a node; it does so again when one of them ends."""
         return self.lab.run_dir / self.lab.name / "manifests" / f"pods.{node}.yaml"
+
+    def place(self, name: str) -> Place:
+        return next(place for place in self.places if place.name == name)
+
+    def seen(self, name: str) -> list[str]:
+        """What has come to a place since it was last asked."""
+        return [text for text, _ in self.all_at_once({name: {"seen": 1}})[name]["seen"]]
 
     def all_at_once(self, orders: dict[str, Any]) -> dict[str, Any]:
         """An order for each prober by name; their answers."""
