@@ -11,6 +11,8 @@ import socket
 import struct
 from typing import ClassVar, NamedTuple, TypeVar
 
+from mesh.model.identity import FIRST_CIDR as FIRST_CIDR
+from mesh.model.identity import FIRST_WORKLOAD as FIRST_WORKLOAD
 from mesh.model.identity import Reserved
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -472,6 +474,8 @@ _CONSTANTS = (
     "IDENTITY_HOST",
     "IDENTITY_WORLD",
     "IDENTITY_INIT",
+    "FIRST_WORKLOAD",
+    "FIRST_CIDR",
     "EGRESS",
     "INGRESS",
     "POD_POLICED",

@@ -93,6 +93,7 @@ class _Claim(NamedTuple):
 
 
 _NOBODY = Who(0, 0)
+_WHOLE = 128
 
 
 class Identities:
@@ -198,6 +199,10 @@ class Identities:
         lengths = sorted({*self._lengths, *(one.bits for one in touched)}, reverse=True)
         for prefix in touched:
             old, new = self._in_force.get(prefix), self._claimed(prefix)
+            if old is not None and prefix.bits == _WHOLE:
+                # Of a pod that is gone nobody is left (podfilter.remove).
+                now = self._map.get(prefix)
+                old = Who(now.number, now.flags) if now is not None else None
             if old != new:
                 wider = [_cut(prefix, bits) for bits in lengths if bits < prefix.bits]
                 old = old or next(filter(None, map(self._in_force.get, wider)), _NOBODY)

@@ -28,7 +28,7 @@ from l7proxy import metrics
 from mesh.model.flow import Peer
 from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import ClusterSection, Endpoint, NodeSection, WorkloadSection
-from mesh.model.policyconfig import CidrSection, HeaderRule, HttpRule
+from mesh.model.policyconfig import CidrSection, HeaderRule, HttpRule, PolicySection
 from mesh.model.routeconfig import (
     HeaderModifier,
     HeaderValue,
@@ -101,6 +101,17 @@ async def test_who_is_not_named_is_refused_whatever_is_asked():
         assert (await ask(port, client="127.0.1.9")).status == 403
         change(mesh, ingress=closed(rule("P ingress[0]", Reserved.INIT)))
         assert (await ask(port, client="127.0.1.9")).status == 200
+
+
+async def test_who_is_not_known_is_denied_what_is_in_force_for_unknown_pods():
+    async with mesh_proxy() as mesh, backend() as web:
+        mesh.origins.steer("127.0.1.9")
+        port = serve(mesh, web.port)
+        assert (await ask(port, client="127.0.1.9")).status == 200
+        unknown = PolicySection("", "", Reserved.INIT, ("::",), egress=closed())
+        assert mesh.apply({policy_key("", ""): unknown}) == {}
+        assert (await ask(port, client="127.0.1.9")).status == 403
+        assert (await ask(port)).status == 200
 
 
 async def test_deny_stands_above_allow_and_a_policy_gone_is_gone_at_once():

@@ -16,23 +16,33 @@ static __always_inline int is_local_pod(const struct target *end)
 	return interfaces.lookup(&address) != 0;
 }
 
+static __always_inline int is_workload(u32 number)
+{
+	return number >= FIRST_WORKLOAD && number < FIRST_CIDR;
+}
+
 static __always_inline u32 identity_of(const u32 *address, u64 now)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
 	u32 number = who_is(address, now).number;
 
-	if (number)
-		return number;
-	/* Of a pod that nobody has told of yet. */
-	return interfaces.lookup(&key) ? IDENTITY_INIT : IDENTITY_WORLD;
+	/* What a range says is not of a pod that nobody has told of yet. */
+	if (!is_workload(number) && interfaces.lookup(&key))
+		return IDENTITY_INIT;
+	return number ?: IDENTITY_WORLD;
 }
 
-/* Of a local pod, by its address; flags 0: there are none. */
+/* Of a local pod, by its address; flags 0: there are none. Those of a pod that nobody has told of are
+ * under no address. */
 static __always_inline struct rules rules_of(const u32 *address, u64 now)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
-	struct pod *pod = pods.lookup(&key);
 	struct rules rules = {};
+	struct pod *pod;
+
+	if (identity_of(address, now) == IDENTITY_INIT)
+		__builtin_memset(&key, 0, sizeof(key));
+	pod = pods.lookup(&key);
 
 	if (pod && pod->since <= now) {
 		rules.policy = pod->policy;

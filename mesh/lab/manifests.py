@@ -91,6 +91,7 @@ def pods(plan: Plan, node: str, statuses: Mapping[str, PodStatus]) -> Iterator[O
         metadata = {
             "name": pod.name,
             "namespace": pod.namespace,
+            "uid": f"{pod.container_id}.{status.start}",
             "labels": pod.labels,
             "annotations": pod.annotations,
         }
