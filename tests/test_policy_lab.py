@@ -12,6 +12,7 @@ from bpf_world import needs_bpf
 from lab_world import needs_root
 from matrix.churn import Churn
 from matrix.reach import Matrix
+from matrix.reuse import windows_s
 from matrix.scene import Scene, scene
 from matrix.sets import generate
 from policy_model import Manifest
@@ -69,6 +70,10 @@ def test_nothing_arrives_that_is_not_allowed_while_policies_and_pods_change(lab:
     assert evidence.changes > 100
     assert 1000 < evidence.arrived < evidence.sent
     assert evidence.elsewhen > 100
+
+
+def test_the_other_node_hears_of_an_address_that_is_given_out_again(lab: Scene) -> None:
+    assert len(windows_s(lab, 3)) == 3
 
 
 # --- attempts to get past it ----------------------------------------------------------------------

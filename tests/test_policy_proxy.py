@@ -4,6 +4,8 @@ tunnels, over real sockets."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import socket
 
 import pytest
@@ -21,13 +23,20 @@ from support.proxy import (
     to,
 )
 from support.proxy import rule as route_rule
+from test_http1_hostile import SMUGGLING
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo, relayed
 
 from l7proxy import metrics
 from mesh.model.flow import Peer
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import ClusterSection, Endpoint, NodeSection, WorkloadSection
+from mesh.model.nodeconfig import (
+    ClusterSection,
+    Endpoint,
+    NodeSection,
+    Settings,
+    WorkloadSection,
+)
 from mesh.model.policyconfig import CidrSection, HeaderRule, HttpRule, PolicySection
 from mesh.model.routeconfig import (
     HeaderModifier,
@@ -36,7 +45,14 @@ from mesh.model.routeconfig import (
     PathModifier,
     Rewrite,
 )
-from mesh.model.section import cidr_key, cluster_key, node_key, policy_key, workload_key
+from mesh.model.section import (
+    SETTINGS_KEY,
+    cidr_key,
+    cluster_key,
+    node_key,
+    policy_key,
+    workload_key,
+)
 
 SERVER = "127.0.0.1"  # the pod shop/web, which is the backend
 ME, WEB, OTHER = 300, 301, 302  # identities: shop/client, shop/web, others
@@ -307,6 +323,35 @@ async def test_nothing_is_smuggled_behind_what_is_allowed():
                     if message.status != 200:
                         break
         assert {one.start.split()[1] for one in web.requests} == {"/public"}
+
+
+@pytest.mark.skipif(not SMUGGLING, reason="../shared/http is not there")
+async def test_published_smuggling_gets_nothing_past_a_rule():
+    """What policy allows is the path of the first request: nothing with another one arrives."""
+    by_path: dict[str, list[bytes]] = {}
+    for data in SMUGGLING:
+        words = data.partition(b"\n")[0].split()
+        path = words[1].decode("latin-1").partition("?")[0] if len(words) == 3 else "/"
+        by_path.setdefault(path, []).append(data)
+    quick = Settings(head_timeout_s=0.2, body_timeout_s=0.2, idle_timeout_s=0.2)
+    async with mesh_proxy() as mesh, backend() as web:
+        port = serve(mesh, web.port)
+        assert mesh.apply({SETTINGS_KEY: quick}) == {}
+
+        async def send(data: bytes) -> None:
+            with contextlib.suppress(OSError):
+                async with connected(port) as (reader, writer):
+                    writer.write(data)
+                    await reader.read()
+
+        for path, cases in by_path.items():
+            allowed = rule("P", ME, http=http(path=re.escape(path)))
+            change(mesh, ingress=closed(allowed))
+            before = len(web.requests)
+            await asyncio.gather(*map(send, cases))
+            seen = {one.start.split()[1].partition("?")[0] for one in web.requests[before:]}
+            assert seen <= {path}
+        assert web.requests  # some are harmless
 
 
 # --- through a Gateway ----------------------------------------------------------------------------

@@ -18,12 +18,14 @@ import yaml
 
 from matrix.churn import Churn
 from matrix.reach import Matrix
+from matrix.reuse import windows_s
 from matrix.scene import scene
 from matrix.sets import generate
 
 BUILD = Path(__file__).resolve().parents[2] / "build" / "matrix"
 # Of what disagrees so much is printed for each set.
 _SHOWN = 10
+_WINDOWS = 20
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -55,9 +57,15 @@ def main(arguments: list[str]) -> int:
                 print(*(f"!   {one}" for one in found.wrong[:_SHOWN]), sep="\n", flush=True)
         late = matrix.late()
         print(*(f"! {one}" for one in late), sep="\n", end="")
+        windows = sorted(1000 * one for one in windows_s(lab, _WINDOWS))
         evidence = Churn(lab, args.seed).run(args.churn, args.rate) if args.churn else None
     policies_asked = sum(map(len, sets))
     print(f"policies {policies_asked} probes {asked} disagreements {wrong + len(late)}")
+    median, longest = windows[_WINDOWS // 2], windows[-1]
+    print(
+        f"an address given out again is the old pod's to the other node for {median:.0f} ms (median"
+        f" of {_WINDOWS}; {longest:.0f} ms the longest)"
+    )
     if evidence is not None:
         print(*(f"! {one}" for one in evidence.wrong[:_SHOWN]), sep="\n", end="")
         print(evidence)

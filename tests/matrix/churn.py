@@ -18,11 +18,10 @@ import time
 from typing import Any, NamedTuple
 
 import policy_cases as cases
-import yaml
 from policy_model import Manifest, Pod, World
 
 from matrix.prober import TCP_PORTS, UDP_PORTS
-from matrix.scene import Place, Scene, as_json, mark, replace
+from matrix.scene import Place, Scene
 from matrix.sets import generate
 
 # Policies at once.
@@ -141,10 +140,6 @@ class Churn:
         self._pods = {p.name: p.pod for p in scene.places if p.pod is not None}
         self._policies = [self._new_policy() for _ in range(_HELD)]
         self._files = {node: scene.pods_file(node) for node in "ab"}
-        self._manifests = {
-            node: list(yaml.safe_load_all(file.read_text())) for node, file in self._files.items()
-        }
-        self._originals = {node: file.read_text() for node, file in self._files.items()}
         self.states: list[State] = []
         pods = [place for place in scene.places if place.pod is not None]
         self._targets = [
@@ -177,8 +172,8 @@ class Churn:
             stopped = scene.all_at_once({name: {"stop": 1} for name in names})
             scene.until_in_force(self.states[-1].marks)
             seen = scene.all_at_once({name: {"seen": 1} for name in names})
-        for node, file in self._files.items():
-            replace(file, self._originals[node])
+        for file in self._files.values():
+            file.restore()
         sent = sum(sum(one["sent"].values()) for one in stopped.values())
         arrived = [(name, *one) for name, answer in seen.items() for one in answer["seen"]]
         judge = Judge(scene, self.states, watch, self._targets)
@@ -224,7 +219,7 @@ class Churn:
             if file == "policies":
                 self._scene.write(self._policies, number)
             else:
-                replace(self._files[file], as_json([*self._manifests[file], mark(file, number)]))
+                self._files[file].write(number)
 
     def _new_policy(self) -> Manifest:
         policy = self._random.choice(self._pool)
@@ -233,7 +228,7 @@ class Churn:
 
     def _change_pod(self, node: str) -> None:
         """Other labels, half of the time of another pod with the same addresses."""
-        manifest = self._random.choice(self._manifests[node])
+        manifest = self._random.choice(self._files[node].pods)
         address = manifest["status"]["podIP"]
         (key,) = (key for key, pod in self._pods.items() if pod.address == address)
         labels = {"app": self._random.choice("xyz")}

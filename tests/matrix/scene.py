@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import policy_cases as cases
+import yaml
 from lab_world import LIMIT_S, Lab, lab_of, until
 from policy_model import Manifest, Outside, Party, Pod, World
 
@@ -79,7 +80,7 @@ class Scene:
             services[service] = [at[one].addresses[0] if one in at else one for one in addresses]
         self.services = services
         self.policies = directory / "policies" / "policies.yaml"
-        self._written = 0
+        self.written = 0
         for place in self.places:
             if place.pod is None:
                 command = ("python3", str(PROBER), _control(directory, place.name), place.name)
@@ -125,26 +126,49 @@ class Scene:
 
     def enforce(self, policies: list[Manifest]) -> None:
         """These, and wait until both nodes have them."""
-        self._written += 1
-        self.write(policies, self._written)
-        self.until_in_force({"policies": self._written})
+        self.written += 1
+        self.write(policies, self.written)
+        self.until_in_force({"policies": self.written})
 
-    def pods_file(self, node: str) -> Path:
-        """Where the lab has written the pods of a node; it does so again when one of them ends."""
-        return self.lab.run_dir / self.lab.name / "manifests" / f"pods.{node}.yaml"
+    def pods_file(self, node: str) -> PodsFile:
+        return PodsFile(self.lab.run_dir / self.lab.name / "manifests" / f"pods.{node}.yaml", node)
 
     def place(self, name: str) -> Place:
         return next(place for place in self.places if place.name == name)
 
+    def seen_at(self, name: str) -> list[tuple[str, float]]:
+        """What has come to a place since it was last asked, and when."""
+        seen: list[tuple[str, float]] = self.all_at_once({name: {"seen": 1}})[name]["seen"]
+        return seen
+
     def seen(self, name: str) -> list[str]:
-        """What has come to a place since it was last asked."""
-        return [text for text, _ in self.all_at_once({name: {"seen": 1}})[name]["seen"]]
+        return [text for text, _ in self.seen_at(name)]
 
     def all_at_once(self, orders: dict[str, Any]) -> dict[str, Any]:
         """An order for each prober by name; their answers."""
         for name, order in orders.items():
             self.controls[name].send(order)
         return {name: self.controls[name].receive() for name in orders}
+
+
+class PodsFile:
+    """The manifests of a node's pods, as the lab has written them (it does so again when one of
+    them ends), to be changed."""
+
+    def __init__(self, path: Path, node: str) -> None:
+        self._path = path
+        self._node = node
+        self._original = path.read_text()
+        self.pods: list[Manifest] = list(yaml.safe_load_all(self._original))
+
+    def at(self, address: str) -> Manifest:
+        return next(pod for pod in self.pods if pod["status"]["podIP"] == address)
+
+    def write(self, number: int) -> None:
+        replace(self._path, as_json([*self.pods, mark(self._node, number)]))
+
+    def restore(self) -> None:
+        replace(self._path, self._original)
 
 
 class Control:
