@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +24,21 @@ class Totals(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A connection, opened at `since` and broken at `at`, that nobody meant to break."""
+    """A connection, opened at `since` and broken at `at`, that nobody meant to break, and the nodes
+    whose proxies it may have passed."""
 
-    node: str
+    nodes: frozenset[str]
     since: int
     at: int
     text: str
 
 
 class Client:
-    """One client program in one pod."""
+    """One client program in one pod. `passes`: the nodes on the way to a host, by its name."""
 
-    def __init__(self, pod: str, node: str) -> None:
+    def __init__(self, pod: str, passes: Mapping[str, frozenset[str]]) -> None:
         self.pod = pod
-        self.node = node
+        self._passes = passes
         self.totals = Totals()
         self.wrong: list[str] = []
         self.mixed: list[str] = []
@@ -75,7 +76,8 @@ class Client:
                 self.totals = Totals(*map(int, rest.split()))
             elif kind == "LOST":
                 since, at, text = rest.split(" ", 2)
-                self.losses.append(Loss(self.node, int(since), int(at), f"{self.pod}: {text}"))
+                nodes = self._passes[text.partition(" ")[0]]
+                self.losses.append(Loss(nodes, int(since), int(at), f"{self.pod}: {text}"))
             elif kind == "MIXED":
                 self.mixed.append(f"{self.pod}: {rest}")
             else:
@@ -90,5 +92,5 @@ def unexplained(losses: Sequence[Loss], kills: Sequence[Kill]) -> list[Loss]:
     return [
         loss
         for loss in losses
-        if not any(kill.explains(loss.node, loss.since, loss.at) for kill in kills)
+        if not any(kill.explains(loss.nodes, loss.since, loss.at) for kill in kills)
     ]

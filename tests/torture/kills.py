@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,10 @@ class Kill(NamedTuple):
     before: int
     after: int
 
-    def explains(self, node: str, since: int, at: int) -> bool:
-        """Whether a client's connection, opened and broken at these times, was a worker's that was
-        killed. Everything else survives a kill."""
-        ended = self.process == "weft-worker" and self.node == node
+    def explains(self, nodes: Set[str], since: int, at: int) -> bool:
+        """Whether a client's connection through these nodes, opened and broken at these times, was
+        a worker's that was killed. Everything else survives a kill."""
+        ended = self.process == "weft-worker" and self.node in nodes
         return ended and since <= self.after and at >= self.before
 
 

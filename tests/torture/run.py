@@ -13,7 +13,7 @@ from lab_world import Lab
 
 from bpf.maps import counters
 from mesh.lab.kernel import inside, write_sysctls
-from mesh.lab.plan import Plan, PodPlan
+from mesh.lab.plan import Plan
 from mesh.lab.state import LabDir
 from torture.clients import Client, Totals, add
 from torture.kills import Kill, kill
@@ -81,7 +81,7 @@ async def torture(
     for pod in plan.pods:
         with inside(pod.netns):
             write_sysctls({"net.ipv4.tcp_rmem": TCP_RMEM})  # type: ignore[dict-item]
-    clients = [Client(pod, _pod(plan, pod).node) for pod in scene.clients]
+    clients = [Client(pod, _passes(plan, scene, pod)) for pod in scene.clients]
     watch = _Watch(places)
     kills: list[Kill] = []
     try:
@@ -169,8 +169,14 @@ def _evidence(
     )
 
 
-def _pod(plan: Plan, key: str) -> PodPlan:
-    return next(pod for pod in plan.pods if pod.key == key)
+def _passes(plan: Plan, scene: Scene, client: str) -> dict[str, frozenset[str]]:
+    """The nodes whose proxies its connections may pass, by the host that it asks."""
+    nodes = {pod.key: pod.node for pod in plan.pods}
+    result: dict[str, frozenset[str]] = {}
+    for target in scene.targets:
+        ends = frozenset(nodes[pod] for pod in (client, *target.pods))
+        result[target.host] = result.get(target.host, frozenset()) | ends
+    return result
 
 
 def _line(seconds: float, totals: Totals, kills: int, queue: int) -> str:
