@@ -24,21 +24,23 @@ class Totals(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A connection, opened at `since` and broken at `at`, that nobody meant to break, and the nodes
-    whose proxies it may have passed."""
+    """A connection from `node` to pods on `far`, opened at `since` and broken at `at`, that nobody
+    meant to break."""
 
-    nodes: frozenset[str]
+    node: str
+    far: frozenset[str]
     since: int
     at: int
     text: str
 
 
 class Client:
-    """One client program in one pod. `passes`: the nodes on the way to a host, by its name."""
+    """One client program in one pod. `hosts`: the nodes of their pods, by the name that it asks."""
 
-    def __init__(self, pod: str, passes: Mapping[str, frozenset[str]]) -> None:
+    def __init__(self, pod: str, node: str, hosts: Mapping[str, frozenset[str]]) -> None:
         self.pod = pod
-        self._passes = passes
+        self.node = node
+        self._hosts = hosts
         self.totals = Totals()
         self.wrong: list[str] = []
         self.mixed: list[str] = []
@@ -76,8 +78,9 @@ class Client:
                 self.totals = Totals(*map(int, rest.split()))
             elif kind == "LOST":
                 since, at, text = rest.split(" ", 2)
-                nodes = self._passes[text.partition(" ")[0]]
-                self.losses.append(Loss(nodes, int(since), int(at), f"{self.pod}: {text}"))
+                far = self._hosts[text.partition(" ")[0]]
+                text = f"{self.pod}: {text}"
+                self.losses.append(Loss(self.node, far, int(since), int(at), text))
             elif kind == "MIXED":
                 self.mixed.append(f"{self.pod}: {rest}")
             else:
@@ -92,5 +95,5 @@ def unexplained(losses: Sequence[Loss], kills: Sequence[Kill]) -> list[Loss]:
     return [
         loss
         for loss in losses
-        if not any(kill.explains(loss.nodes, loss.since, loss.at) for kill in kills)
+        if not any(kill.explains(loss.node, loss.far, loss.since, loss.at) for kill in kills)
     ]
