@@ -267,8 +267,17 @@ class World:
         if any(_is(one, other) for one in entities or ()):
             return True
         return any(
-            other.address in self.services[ref["namespace"], ref["serviceName"]]
+            self._serves(self.services[ref["namespace"], ref["serviceName"]], other)
             for ref in (one["k8sService"] for one in services or ())
+        )
+
+    def _serves(self, endpoints: list[str], other: Party) -> bool:
+        """A Service's endpoints are known by their labels, as all pods are: who has the same ones
+        is one of them to policy."""
+        return other.address in endpoints or any(
+            pod.address in endpoints and self._labels(pod) == self._labels(other)
+            for pod in self.pods
+            if isinstance(other, Pod)
         )
 
 
