@@ -7,7 +7,7 @@ help:
 	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
 	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
 	@echo "make check       formatting, lint, types, import layers"
-	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes and memory (5 minutes)"
+	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes, policies, memory (12 minutes)"
 	@echo "make clean       remove what was built, .venv included"
 
 setup:
