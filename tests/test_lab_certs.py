@@ -190,7 +190,7 @@ def test_every_node_has_the_identities_of_its_own_pods(lab):
 
 
 def test_replaced_under_load(lab):
-    """SVIDs, the intermediate and the root: no request fails, HTTP goes by other tunnels in the end,
+    """SVIDs, the intermediate and the root: no request fails, HTTP is on other tunnels at the end,
     and those of TCP are the same ones, older than their certificates, as status says."""
     before = roots(lab)
     counts = (str(CONNECTIONS), str(LONG))
