@@ -273,7 +273,8 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             self._lower.resume_reading()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        self._lower.set_write_buffer_limits(high, low)
+        if not self.is_closing():
+            self._lower.set_write_buffer_limits(high, low)
 
     def get_write_buffer_size(self) -> int:
         return self._lower.get_write_buffer_size()

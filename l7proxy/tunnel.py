@@ -86,7 +86,14 @@ class Digger:
         """A connection on which both have said who they are and where to. DialFailed."""
         timeout_s = self.peers.settings.connect_timeout_s
         try:
-            return await self._hands(way, preface, timeout_s)
+            try:
+                return await self._hands(way, preface, timeout_s)
+            except _Failed as failed:
+                if failed.reason != "broken_off":
+                    raise
+                # As by a worker that ends. Nothing of the caller's was sent, and the next one has
+                # the same socket to accept from.
+                return await self._hands(way, preface, timeout_s)
         except _Failed as failed:
             metrics.TUNNEL_FAILURES.labels(failed.reason).inc()
             who = f"{way.destination.spiffe_id} at {way.node}"

@@ -8,11 +8,12 @@ import pytest
 from flow_cases import PODS, TIME, connection, request, workload
 
 from mesh.agent.flow_filter import FilterError, compile_filters, since_ns
-from mesh.agent.flow_peers import HOST, WORLD, Peers, own_addresses
+from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore, Line, Lost
 from mesh.model.flow import Flows, Peer
-from mesh.model.nodeconfig import WorkloadSection
-from mesh.model.section import workload_key
+from mesh.model.identity import Reserved
+from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.section import node_key, workload_key
 
 
 @pytest.fixture
@@ -54,15 +55,31 @@ def test_pods_are_known_by_address(peers):
 def test_others_are_host_or_world(peers):
     for address in ("192.0.2.1", "fd00::1", "127.0.0.1", "127.1.2.3", "::1"):
         peer = complete(peers, address)
-        assert (peer.identity, peer.labels, peer.pod) == (HOST, {"reserved:host": ""}, "")
+        assert (peer.identity, peer.labels, peer.pod) == (Reserved.HOST, {"reserved:host": ""}, "")
     for address in ("192.0.2.2", "2001:db8::1", "10.244.0.4"):
         peer = complete(peers, address)
         assert (peer.identity, peer.labels, peer.address) == (
-            WORLD,
+            Reserved.WORLD,
             {"reserved:world": ""},
             address,
         )
     assert complete(peers, "") == Peer()
+
+
+def test_nodes_and_gateways_are_told_from_the_world(peers):
+    key = node_key("b")
+    peers.publish({key: NodeSection("b", ("192.0.2.3", "fd00::3"))}, ())
+    for address in ("192.0.2.3", "fd00::3", "::ffff:192.0.2.3"):
+        peer = complete(peers, address)
+        assert (peer.identity, peer.labels) == (Reserved.REMOTE_NODE, {"reserved:remote-node": ""})
+    gateway = "spiffe://cluster.local/ns/weft-system/sa/weft-gateway"
+    for address in ("192.0.2.3", "192.0.2.1"):
+        end = Peer(address, spiffe_id=gateway)
+        flow = msgspec.structs.replace(connection(), source=end)
+        peer = peers.complete(flow, "a").source
+        assert (peer.identity, peer.spiffe_id) == (Reserved.INGRESS, gateway)
+    peers.publish({}, (key,))
+    assert complete(peers, "192.0.2.3").identity == Reserved.WORLD
 
 
 def test_a_pod_that_only_its_service_knows_is_named(peers):
@@ -84,10 +101,10 @@ def test_own_addresses_are_this_hosts():
 def test_pods_come_change_and_go(peers):
     peers.publish(workload("web-1", "10.244.0.7"), ())
     assert complete(peers, "10.244.0.7").pod == "web-1"
-    assert complete(peers, "10.244.0.2").identity == WORLD
+    assert complete(peers, "10.244.0.2").identity == Reserved.WORLD
     key = workload_key("shop", "web-1")
     peers.publish({}, (key, "route/x", "cluster/y"))
-    assert complete(peers, "10.244.0.7").identity == WORLD
+    assert complete(peers, "10.244.0.7").identity == Reserved.WORLD
 
 
 def test_an_address_that_another_pod_has_got_is_the_others(peers):

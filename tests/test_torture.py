@@ -116,7 +116,7 @@ def _backend(programs: Programs, *options: str) -> Iterator[tuple[int, list[str]
 
 async def _transfers(programs: Programs, port: int, letters: str) -> Client:
     """A client that has had some."""
-    client = Client("here", "here")
+    client = Client("here", "here", {"127.0.0.1": frozenset({"here"})})
     async with asyncio.TaskGroup() as tasks:
         await client.start(tasks, [programs.client, "1", "1", "8", f"127.0.0.1/{port}/{letters}"])
         while client.totals.complete < 100 and not (client.wrong or client.losses):
@@ -166,19 +166,24 @@ def test_bytes_that_are_not_as_sent_are_seen(
 
 
 def test_only_the_worker_that_was_killed_excuses_a_loss() -> None:
-    worker = Kill("a", "weft-worker", before=100, after=110)
+    worker = Kill("a", "weft-worker", before=100, after=110, served=120)
+    a, b, both = frozenset("a"), frozenset("b"), frozenset("ab")
     losses = [
-        Loss("a", 50, 105, "its connection"),
-        Loss("a", 105, 200, "opened while it died, and noticed late"),
-        Loss("b", 50, 105, "of the other node"),
-        Loss("a", 50, 99, "before"),
-        Loss("a", 111, 200, "of the next worker"),
+        Loss("a", b, 50, 105, "its connection"),
+        Loss("b", both, 50, 105, "its end of a tunnel"),
+        Loss("a", a, 105, 200, "opened while it died, and noticed late"),
+        Loss("b", a, 115, 200, "a tunnel that nobody answered"),
+        Loss("b", b, 50, 105, "of the other node"),
+        Loss("a", b, 50, 99, "before"),
+        Loss("a", b, 111, 200, "of the next worker"),
+        Loss("b", a, 121, 200, "of the next worker's tunnels"),
     ]
     kills = [worker, Kill("b", "weft-agent", 40, 60)]
     assert [loss.text for loss in unexplained(losses, kills)] == [
         "of the other node",
         "before",
         "of the next worker",
+        "of the next worker's tunnels",
     ]
 
 

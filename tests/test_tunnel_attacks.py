@@ -402,6 +402,29 @@ async def test_endpoints_that_speak_something_else():
         assert web.connections == 0
 
 
+async def test_a_peer_that_breaks_off_is_asked_once_more():
+    """As one does whose process is ended: another has taken over."""
+    async with two_nodes(FAST) as nodes, backend() as web:
+        context = peer_context(nodes.authority, svid(nodes.authority, WEB_ID), server=True)
+        asked = 0
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 1:
+                writer.transport.abort()
+            else:
+                await accept(reader, writer)
+
+        async with (
+            impostor(nodes, context, answer),
+            connected(nodes.relay(web.port)) as (reader, writer),
+        ):
+            writer.write_eof()
+            assert await reader.read() == b""
+        assert asked == 2
+
+
 async def test_nothing_is_plain_because_something_is_missing():
     """Closed, whatever is not there: identity, roots, node, the other proxy."""
     async with two_nodes(FAST) as nodes, backend() as web, raw_backend(echo) as other:

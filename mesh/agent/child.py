@@ -21,7 +21,7 @@ _log = logging.getLogger("weft.supervisor")
 # The first restart is immediate; then the pause doubles from 0.1 s up to this.
 MAX_PAUSE_S = 5.0
 # A child that stayed up this long starts with a clean slate.
-STABLE_S = 10.0
+STABLE_S = 3.0
 
 
 def restart_pause(failures: int) -> float:

@@ -1,7 +1,8 @@
 """Who stands behind an address, and which Service behind a frontend, by the configuration.
 
-An address that is no pod's is `host` (this node's own) or `world`, with the numbers and labels that
-Cilium gives these: reserved identities, which no pod has. Knows sections, not whence flows come.
+An address that is no pod's is `host` (this node's own), `remote-node` (another's), `ingress` (a
+node's, with the identity of Gateways) or `world`, with the numbers and labels that Cilium gives
+these: reserved identities, which no pod has. Knows sections, not whence flows come.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 import msgspec
 
 from mesh.model.flow import Flow, Peer
-from mesh.model.nodeconfig import LoadBalancerEntry, Section, WorkloadSection
+from mesh.model.identity import Reserved
+from mesh.model.nodeconfig import LoadBalancerEntry, NodeSection, Section, WorkloadSection
 from mesh.model.section import SectionKey
 
-HOST, WORLD = 1, 2
-RESERVED = {HOST: "host", WORLD: "world"}
+RESERVED = {number.value: number.name.lower().replace("_", "-") for number in Reserved}
 _LABELS = {number: {f"reserved:{name}": ""} for number, name in RESERVED.items()}
 _MAPPED = "::ffff:"
 
@@ -29,7 +30,8 @@ class Peers:
         self._hosts = frozenset(hosts)
         self._workloads: dict[str, WorkloadSection] = {}
         self._services: dict[tuple[str, int, str], str] = {}
-        self._sections: dict[SectionKey, WorkloadSection | LoadBalancerEntry] = {}
+        self._nodes: dict[str, NodeSection] = {}
+        self._sections: dict[SectionKey, WorkloadSection | LoadBalancerEntry | NodeSection] = {}
 
     def publish(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey]) -> None:
         """The step from one version of the configuration to the next."""
@@ -40,6 +42,10 @@ class Peers:
                         # Another pod may have it by now.
                         if self._workloads.get(address) is before:
                             del self._workloads[address]
+                case NodeSection() as before:
+                    for address in before.addresses:
+                        if self._nodes.get(address) is before:
+                            del self._nodes[address]
                 case LoadBalancerEntry() as before:
                     del self._services[before.address, before.port, before.protocol]
         for key, section in put.items():
@@ -47,6 +53,9 @@ class Peers:
                 case WorkloadSection():
                     self._sections[key] = section
                     self._workloads |= dict.fromkeys(section.addresses, section)
+                case NodeSection():
+                    self._sections[key] = section
+                    self._nodes |= dict.fromkeys(section.addresses, section)
                 case LoadBalancerEntry() if section.source.startswith("Service/"):
                     name = section.source.removeprefix("Service/")
                     frontend = section.address, section.port, section.protocol
@@ -87,9 +96,22 @@ class Peers:
             return peer
         if peer.pod:
             return Peer(address, peer.port, namespace, peer.pod, spiffe_id=peer.spiffe_id)
+        number = self._reserved(address, peer.spiffe_id)
+        return Peer(
+            address,
+            peer.port,
+            labels=_LABELS[number],
+            identity=number,
+            spiffe_id=peer.spiffe_id,
+        )
+
+    def _reserved(self, address: str, spiffe_id: str) -> int:
         own = address in self._hosts or address.startswith("127.") or address == "::1"
-        number = HOST if own else WORLD
-        return Peer(address, peer.port, labels=_LABELS[number], identity=number)
+        if spiffe_id and (own or address in self._nodes):
+            return Reserved.INGRESS  # pods speak under their own addresses
+        if own:
+            return Reserved.HOST
+        return Reserved.REMOTE_NODE if address in self._nodes else Reserved.WORLD
 
 
 def own_addresses() -> set[str]:

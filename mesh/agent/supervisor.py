@@ -300,7 +300,7 @@ _MADE = "user.weft.made"
 
 @contextlib.contextmanager
 def in_cgroup(path: Path) -> Iterator[None]:
-    """In it before any other process or socket is made: they inherit it. If Weft made it, it is gone
+    """In it before any other process or socket is made: they inherit it. One that Weft made is gone
     at the end, unless somebody else is in it. Where it cannot be made the agent, which is to attach
     programs to it, says why."""
     before = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()

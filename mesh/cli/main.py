@@ -401,8 +401,8 @@ def observe(
     """Show requests and connections: who asked whom, for what, and what became of it.
 
     WHO is NAMESPACE/POD, the beginning of a pod's name, NAMESPACE/ for all of its pods, an address
-    or CIDR, NAME=VALUE of labels, 'world' or 'host'. Every filter may be repeated: one of its
-    values must hold, and every filter must.
+    or CIDR, NAME=VALUE of labels, 'world', 'host', 'remote-node' or 'ingress'. Every filter may be
+    repeated: one of its values must hold, and every filter must.
 
     Records are held in memory, the newest of them. What was lost under load is counted: -o json has
     a line {"lost": …} in its place, other formats say it on standard error. With -f, a restart of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +24,23 @@ class Totals(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A connection, opened at `since` and broken at `at`, that nobody meant to break."""
+    """A connection from `node` to pods on `far`, opened at `since` and broken at `at`, that nobody
+    meant to break."""
 
     node: str
+    far: frozenset[str]
     since: int
     at: int
     text: str
 
 
 class Client:
-    """One client program in one pod."""
+    """One client program in one pod. `hosts`: the nodes of their pods, by the name that it asks."""
 
-    def __init__(self, pod: str, node: str) -> None:
+    def __init__(self, pod: str, node: str, hosts: Mapping[str, frozenset[str]]) -> None:
         self.pod = pod
         self.node = node
+        self._hosts = hosts
         self.totals = Totals()
         self.wrong: list[str] = []
         self.mixed: list[str] = []
@@ -75,7 +78,9 @@ class Client:
                 self.totals = Totals(*map(int, rest.split()))
             elif kind == "LOST":
                 since, at, text = rest.split(" ", 2)
-                self.losses.append(Loss(self.node, int(since), int(at), f"{self.pod}: {text}"))
+                far = self._hosts[text.partition(" ")[0]]
+                text = f"{self.pod}: {text}"
+                self.losses.append(Loss(self.node, far, int(since), int(at), text))
             elif kind == "MIXED":
                 self.mixed.append(f"{self.pod}: {rest}")
             else:
@@ -90,5 +95,5 @@ def unexplained(losses: Sequence[Loss], kills: Sequence[Kill]) -> list[Loss]:
     return [
         loss
         for loss in losses
-        if not any(kill.explains(loss.node, loss.since, loss.at) for kill in kills)
+        if not any(kill.explains(loss.node, loss.far, loss.since, loss.at) for kill in kills)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import defaultdict
@@ -13,10 +14,10 @@ from lab_world import Lab
 
 from bpf.maps import counters
 from mesh.lab.kernel import inside, write_sysctls
-from mesh.lab.plan import Plan, PodPlan
+from mesh.lab.plan import Plan
 from mesh.lab.state import LabDir
 from torture.clients import Client, Totals, add
-from torture.kills import Kill, kill
+from torture.kills import Kill, kill, until_served
 from torture.programs import Programs
 from torture.scene import BACKEND_PORT, Scene
 from torture.sockets import Sockets
@@ -81,7 +82,12 @@ async def torture(
     for pod in plan.pods:
         with inside(pod.netns):
             write_sysctls({"net.ipv4.tcp_rmem": TCP_RMEM})  # type: ignore[dict-item]
-    clients = [Client(pod, _pod(plan, pod).node) for pod in scene.clients]
+    node_of = {pod.key: pod.node for pod in plan.pods}
+    hosts: dict[str, frozenset[str]] = {}
+    for target in scene.targets:
+        far = frozenset(node_of[pod] for pod in target.pods)
+        hosts[target.host] = hosts.get(target.host, frozenset()) | far
+    clients = [Client(pod, node_of[pod], hosts) for pod in scene.clients]
     watch = _Watch(places)
     kills: list[Kill] = []
     try:
@@ -94,7 +100,9 @@ async def torture(
                 await client.start(
                     tasks, lab.arguments("exec", client.pod, "--", *map(str, command))
                 )
-            killing = tasks.create_task(_kill_now_and_then(plan, goal.kill_s, seed, kills))
+            enough = asyncio.Event()
+            killing = _kill_now_and_then(plan, goal.kill_s, seed, kills, enough)
+            tasks.create_task(killing)
             start = said = time.monotonic()
             while True:
                 await asyncio.sleep(_LOOK_S)
@@ -107,7 +115,7 @@ async def torture(
                 reached = totals.complete >= goal.transfers and now - start >= goal.seconds
                 if reached or now - start >= goal.limit_s:
                     break
-            killing.cancel()
+            enough.set()
             for client in clients:
                 client.stop()
             for client in clients:
@@ -117,14 +125,20 @@ async def torture(
     return _evidence(files, plan, scene, clients, kills, watch)
 
 
-async def _kill_now_and_then(plan: Plan, every_s: float, seed: int, kills: list[Kill]) -> None:
+async def _kill_now_and_then(
+    plan: Plan, every_s: float, seed: int, kills: list[Kill], enough: asyncio.Event
+) -> None:
     chooser = random.Random(seed)
     number = 0
     while True:
-        await asyncio.sleep(every_s * chooser.uniform(0.5, 1.5))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(enough.wait(), every_s * chooser.uniform(0.5, 1.5))
+            return
         node = plan.nodes[number // 2 % len(plan.nodes)]
         done = kill(node, _VICTIMS[number % 2])
         number += 1
+        if done and done.process == "weft-worker":
+            done = done._replace(served=await asyncio.to_thread(until_served, node))
         if done:
             kills.append(done)
 
@@ -167,10 +181,6 @@ def _evidence(
         redirect_queue=watch.redirect_queue,
         counts={node.name: counters(files.weft(node.name).pins) for node in plan.nodes},
     )
-
-
-def _pod(plan: Plan, key: str) -> PodPlan:
-    return next(pod for pod in plan.pods if pod.key == key)
 
 
 def _line(seconds: float, totals: Totals, kills: int, queue: int) -> str:

@@ -77,6 +77,10 @@ class Target(NamedTuple):
     redirected: bool | None = None
     seen: bool = False
 
+    @property
+    def host(self) -> str:
+        return self.text.partition("/")[0]
+
 
 class Scene(NamedTuple):
     """`config` is a lab.yaml; `clients` are pods, NAMESPACE/NAME."""

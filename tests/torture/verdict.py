@@ -47,7 +47,17 @@ class Evidence(NamedTuple):
         """Transfers that nobody meant to break and that were not complete and right; and wrong
         bytes of any."""
         lost = unexplained(self.losses, self.kills)
-        return [*self.said_wrong, *(f"lost: {loss.text}" for loss in lost)]
+        return [*self.said_wrong, *(f"lost: {loss.text}{self._when(loss)}" for loss in lost)]
+
+    def _when(self, loss: Loss) -> str:
+        ended = max((one for one in self.kills if one.after <= loss.at), default=None, key=_after)
+        if ended is None:
+            return ""
+        opened, lost = ((at - ended.after) / 1e6 for at in (loss.since, loss.at))
+        return (
+            f" (opened {opened:.0f} ms and lost {lost:.0f} ms after {ended.process} of "
+            f"{ended.node} ended)"
+        )
 
     @property
     def broken_by_us(self) -> int:
@@ -84,6 +94,10 @@ def problems(evidence: Evidence, targets: Sequence[Target]) -> Iterator[str]:
     meant = evidence.totals.broken + evidence.broken_by_us
     if missed > meant:
         yield f"{missed} redirects missed, and only {meant} transfers were broken on purpose"
+
+
+def _after(kill: Kill) -> int:
+    return kill.after
 
 
 def grouped(texts: Sequence[str]) -> Iterator[str]:

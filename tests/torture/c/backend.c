@@ -103,13 +103,15 @@ static bool serve_one(struct link *link, bool *reset)
 		answering |= intake.done || plan.at_once || (cut && intake.got >= plan.end_at);
 		if (answering && link_sent(link)) {
 			bool whole = intake.done || cut;
+			/* Never the whole of what it breaks: the connection might be used again. */
+			uint64_t until = plan.end == RESET ? plan.end_at : outlet.size - !whole;
 
 			link->out_from = link->out_to = 0;
 			if (!headed)
 				put_head(link, &plan, last);
 			headed = true;
-			link->out_to += outlet_next(&outlet, link->out + link->out_to,
-						    outlet.size - !whole, &link->random);
+			link->out_to += outlet_next(&outlet, link->out + link->out_to, until,
+						    &link->random);
 		}
 		link_step(link, reading && !(cut && answering), -1);
 	}

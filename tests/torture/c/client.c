@@ -236,13 +236,14 @@ static bool take_head(struct session *session, struct transfer *t, const struct 
 	int status = 0;
 
 	sscanf(head->text, "HTTP/1.1 %d ", &status);
-	if (status >= 500 && t->fate == BACKEND_BREAKS)
-		return ends_early(session, true, "");
 	if (status != 200 || !id || strtoull(id, NULL, 10) != t->plan.id) {
 		snprintf(why, sizeof(why), "answered with: %.300s", head->text);
 		for (char *c = why; *c; c++)
 			if (*c == '\r' || *c == '\n')
 				*c = ' ';
+		/* So says a proxy where the connection behind it broke. */
+		if (status == 502 || status == 503)
+			return ends_early(session, t->fate == BACKEND_BREAKS, why);
 		return is_wrong(session, t, why);
 	}
 	t->headed = true;
