@@ -122,12 +122,23 @@ async def test_modes_say_what_is_plain():
         assert await encryption() == "none"
         nodes.pod("web", WEB, "b", mtls="STRICT")
         assert await encryption() == "mtls_required"
-        # Both on one node: attested by its kernel.
+        # Both on one node: attested by its kernel, if both have SVIDs.
         nodes.pod("client", CLIENT, "a")
+        nodes.hold("a", "web")
         nodes.pod("web", WEB, "a", mtls="STRICT")
         assert await encryption() == "local"
+        for account in ("client", "web"):
+            nodes.hold("a", account, life(-1))
+            assert await encryption() == "svid_expired"
+            nodes.pod("web", WEB, "a")
+            assert await encryption() == "none"
+            nodes.pod("web", WEB, "a", mtls="STRICT")
+            nodes.hold("a", account)
+            assert await encryption() == "local"
         nodes.pod("web", WEB, "a", spiffe_id="")
         assert await encryption() == "none"
+        nodes.pod("web", WEB, "a", spiffe_id="", mtls="STRICT")
+        assert await encryption() == "mtls_required"
 
 
 async def test_a_node_without_an_authority_connects_plainly_but_not_to_strict_ports():
