@@ -32,6 +32,7 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
     ) -> None:
         """ValueError or ssl.SSLError: `server_hostname` cannot be one."""
         super().__init__()
@@ -43,6 +44,7 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             server_side=server_side,
             # As bytes it is no host name to Python, whose labels would have to be short.
             server_hostname=server_hostname.encode() if server_hostname is not None else None,
+            session=session,
         )
         self._below: asyncio.Transport | None = None
         self._above: asyncio.BaseProtocol | None = None

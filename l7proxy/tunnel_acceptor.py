@@ -213,6 +213,8 @@ class _Incoming(Relay):
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
             if preface.kind == "proof":
+                if stream.ssl.session_reused:
+                    raise Refusal("session", "a session that is resumed proves nothing")
                 port.tunnels.prove(Pair(source, own, client.address[0]), peer)
                 self.answer_proof()
                 return

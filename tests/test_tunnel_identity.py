@@ -246,6 +246,49 @@ async def test_http_ends_after_the_request_in_flight():
         assert web.connections == 2
 
 
+# --- sessions -------------------------------------------------------------------------------------
+
+
+async def test_a_tunnel_after_another_resumes_its_session_while_the_identities_stay():
+    async with two_nodes() as nodes, raw_backend(echo) as web:
+        port = nodes.relay(web)
+
+        async def resumed() -> list[bool]:
+            """At each end of a new tunnel."""
+            async with connected(port) as (reader, writer):
+                writer.write(b"a")
+                assert await reader.read(1) == b"a"
+                found = [
+                    tunnel.stream.ssl.session_reused
+                    for proxy in (nodes.a, nodes.b)
+                    for tunnel in set().union(*proxy.proxy.tunnels._by_key.values())
+                ]
+            while tunnels("out") or tunnels("in"):
+                await asyncio.sleep(0)
+            return found
+
+        assert await resumed() == [False, False]
+        assert await resumed() == [True, True]
+        assert await resumed() == [True, True]
+        nodes.hold("a", "client")
+        assert await resumed() == [False, False]
+        assert await resumed() == [True, True]
+        new = Authority()
+        nodes.a.apply(nodes.authority.bundle(new))
+        assert await resumed() == [False, False]
+        nodes.b.apply(nodes.authority.bundle(new))
+        assert await resumed() == [False, False]
+        assert await resumed() == [True, True]
+        # As long as the other end is to be expected to have another SVID.
+        credentials = nodes.a.proxy._credentials
+        (key,) = credentials._sessions
+        kept = credentials._sessions[key]
+        left = credentials.until(key.own) - kept.until
+        assert 1500 < left < 2100
+        credentials._sessions[key] = kept._replace(until=0)
+        assert await resumed() == [False, False]
+
+
 # --- renewal --------------------------------------------------------------------------------------
 
 
