@@ -211,18 +211,17 @@ class Credentials:
 
     def keep_session(self, key: SessionKey, ssl_object: ssl.SSLObject, peer: Peer) -> None:
         """Once the peer's ticket has come. It serves for half of the time that the certificate has
-        which the peer has shown: by then it has another."""
-        session, kept, now = ssl_object.session, self._sessions.get(key), time.time()
-        if session is None or not session.has_ticket:
+        which the peer has shown: by then it has another. One that was resumed is kept already."""
+        if ssl_object.session_reused:
             return
         if self._clients.get((key.own, peer.trust_domain)) is not ssl_object.context:
             return  # SVID or roots have changed meanwhile
-        until = now + (peer.until - now) / 2
-        if ssl_object.session_reused and kept is not None:
-            until = kept.until
+        session, now = ssl_object.session, time.time()
+        if session is None or not session.has_ticket:
+            return
         if len(self._sessions) >= _MAX_SESSIONS:
             self._sessions.clear()
-        self._sessions[key] = _Session(session, until)
+        self._sessions[key] = _Session(session, now + (peer.until - now) / 2)
 
     def forget_session(self, key: SessionKey) -> None:
         self._sessions.pop(key, None)
