@@ -26,8 +26,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PodWorld]:
 
 
 def sections(**of_b: object) -> dict[str, object]:
-    strict = msgspec.structs.replace(KNOWN["workload/shop/b"], **of_b)
-    return {**KNOWN, **SVIDS, "workload/shop/b": strict}
+    strict = {
+        key: msgspec.structs.replace(KNOWN[key], **changes)
+        for key, changes in (("workload/shop/a", {"mtls": "STRICT"}), ("workload/shop/b", of_b))
+    }
+    return {**KNOWN, **SVIDS, **strict}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

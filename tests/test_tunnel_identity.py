@@ -336,6 +336,18 @@ async def test_tcp_ends_with_a_certificate_that_is_not_renewed(node: str, accoun
             assert await ended_by_reset(reader)
 
 
+async def test_tcp_ends_where_a_renewal_cannot_be_proved():
+    """What the other end is not shown does not count there."""
+    async with two_nodes() as nodes:
+        nodes.hold("a", "client", life(2))
+        async with echoing(nodes) as (reader, _):
+            nodes.b.proxy.unlisten((nodes.addresses["b"], MESH_TUNNEL_PORT))
+            nodes.hold("a", "client")
+            before = counted("not_renewed")
+            assert await ended_by_reset(reader)
+            assert counted("not_renewed") > before
+
+
 async def test_everything_is_rotated_under_load_and_no_request_fails():
     """SVIDs, the intermediate and the root, while 64 connections ask and 8 echo; at the end the old
     root is gone, and so is whatever was made with it, but for TCP, which was proved anew."""
