@@ -176,6 +176,12 @@ def outliving(lab):
     return {name: node(lab, name)["tunnels"]["outliving"] for name in ("a", "b")}
 
 
+def metric(lab, name, label):
+    """Of node a, by a label."""
+    found = node(lab, "a", "/metrics-json")["items"]
+    return {one["labels"][label]: one["value"] for one in found if one["name"] == name}
+
+
 def test_every_node_has_the_identities_of_its_own_pods(lab):
     assert set(issuers(lab, "a")) == {WEB, GATEWAY}
     assert set(issuers(lab, "b")) == {CART, GATEWAY}
@@ -260,6 +266,8 @@ def test_without_the_authority(lab):
     assert "Connection refused" in degraded()
     assert f"svid/{WEB}" not in node(lab, "a", "/config")["sections"]
     assert fetch(lab) == "503"
+    assert metric(lab, "weft_svid_expiry_seconds", "spiffe_id")[WEB] == 0
+    assert metric(lab, "weft_svid_issuance_failures_total", "reason")["no_answer"] > 0
 
     with subprocess.Popen(
         command,
