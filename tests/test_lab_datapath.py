@@ -17,6 +17,7 @@ from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
 
 from mesh.lab.cgroups import cgroup_root, members
+from mesh.lab.state import LabDir
 
 pytestmark = [needs_root, needs_bpf]
 
@@ -155,6 +156,26 @@ def test_requests_through_the_gateway_while_weft_starts_anew(lab: Lab, patch: st
         until(lambda: counters(lab)["REDIRECTED"] > 0)
     assert since_the_first(said) == ["ok"]
     assert lab.weft("status").returncode == 0
+
+
+def test_a_pod_that_could_not_be_filtered_is_tried_again(lab: Lab) -> None:
+    files = LabDir(lab.run_dir, lab.name).weft("a")
+    record = next(files.pods.glob("*.json"))
+    [link] = [
+        one for one in (files.pins / "links").iterdir() if one.name == f"{record.stem}_pod_egress"
+    ]
+    link.unlink()
+    link.mkdir()  # in its place
+    end_weft(lab)
+
+    def degraded() -> list[str]:
+        found = json.loads(lab.node("a", "status", "-o", "json").stdout or "{}")
+        return list(found.get("degraded", ["not there"]))
+
+    until(lambda: any(f"attach the filter to {record.stem}" in text for text in degraded()))
+    link.rmdir()
+    until(lambda: degraded() == [])
+    assert link.is_file()
 
 
 def test_a_data_path_that_comes_late(tmp_path: Path) -> None:
