@@ -17,6 +17,7 @@ from mesh.sources.kubernetes import KubernetesSource
 from mesh.sources.kubernetes_client import Backoff
 
 CRDS = Path(__file__).parent.parent.parent / "shared/gateway-api/crds/experimental"
+CILIUM_CRDS = Path(__file__).parent.parent.parent / "shared/cilium/crds"
 WAIT_S = 20
 GROUP = "gateway.networking.k8s.io"
 CONTROLLER = "weft.dev/gateway-controller"
@@ -24,6 +25,7 @@ CONTROLLER = "weft.dev/gateway-controller"
 KUBECTL = shutil.which("kubectl") or ""
 
 needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="no kubectl")
+needs_cilium_crds = pytest.mark.skipif(not CILIUM_CRDS.exists(), reason="no ../shared/cilium/crds")
 needs_crds = pytest.mark.skipif(not CRDS.exists(), reason="no ../shared/gateway-api/crds")
 
 

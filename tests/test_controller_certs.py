@@ -7,6 +7,7 @@ import time
 import pytest
 from apiserver.objects import Who
 from apiserver.server import ApiServer
+from controller_world import NAMESPACE, World
 from cryptography import x509
 from kube_world import WAIT_S
 
@@ -15,7 +16,6 @@ from certs.svid import new_request
 from mesh.agent.authority import NoAnswer
 from mesh.agent.authority_cluster import ClusterAuthority
 from mesh.sources.kubernetes_client import Client
-from tests.test_controller import NAMESPACE, World
 
 DOMAIN = "cluster.local"
 CSR = "certificates.k8s.io/certificatesigningrequests"

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from apiserver.server import ApiServer
 from click.testing import CliRunner
+from controller_world import World
 from kube_world import (
     CRDS,
     GROUP,
@@ -27,7 +28,6 @@ from mesh.controller.controller import Controller, ControllerOptions
 from mesh.install import manifests
 from mesh.install.cluster import path_of
 from tests.support.running import PROJECT, running
-from tests.test_controller import World
 
 NAMESPACE = manifests.NAMESPACE
 

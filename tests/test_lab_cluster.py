@@ -4,10 +4,10 @@ import asyncio
 import subprocess
 
 from apiserver.server import ApiServer
+from controller_world import World
 from kube_world import CRDS, GROUP, KUBECTL, needs_crds, needs_kubectl
 from lab_world import lab_of, needs_root
 
-from tests.test_controller import World
 from tests.test_lab_gateway import _ASK, _GATEWAY, _ROUTE, CONFIG
 
 pytestmark = [

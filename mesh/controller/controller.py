@@ -31,6 +31,7 @@ from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import LABELS
 from mesh.model.references import ParentReference, RouteStatus
 from mesh.model.section import SectionKey
+from mesh.policy.spec import KINDS as POLICY_KINDS
 from mesh.sources.kubernetes import KubernetesSource
 from mesh.sources.kubernetes_client import Backoff
 from mesh.sources.kubernetes_watch import Reflector
@@ -88,7 +89,8 @@ class Controller:
         self.nodes = Nodes(self._wake.set)
         self._source = KubernetesSource(
             options.kubeconfig,
-            kinds=frozenset((*INPUTS, *ROUTE_KINDS)),
+            # Without a mesh, policies are somebody else's to enforce, and to speak of.
+            kinds=frozenset((*INPUTS, *ROUTE_KINDS, *(POLICY_KINDS if options.mesh else ()))),
             seen=self._seen,
             backoff=backoff,
         )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gateway.status import with_transition_times
+from mesh.model.ciliumnetworkpolicy import CiliumPolicyStatus
 from mesh.model.decode import InvalidObject, encode
 from mesh.model.schema import read
 
@@ -70,6 +71,10 @@ def _encoded(status: Any) -> Json:
     for listener in new.get("listeners", ()):
         # Required by the schema, empty or not (Gateway API v1.4).
         listener.setdefault("supportedKinds", [])
+    if isinstance(status, CiliumPolicyStatus):
+        # Their conditions have no such field: the server would drop it each time.
+        for one in new.get("conditions", ()):
+            one.pop("observedGeneration", None)
     return new
 
 

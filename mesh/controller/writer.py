@@ -1,6 +1,8 @@
 """Writes statuses to the API server: only where they differ, one object at a time, many at once.
 
-Knows requests and conflicts, not what a status says (`render`).
+Where a kind has no place for them, as NetworkPolicy since Kubernetes 1.28 and Cilium's kinds in
+older CustomResourceDefinitions, what is true is told in Events alone. Knows requests and conflicts,
+not what a status says (`render`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import msgspec
 
 from mesh.controller.events import Recorder, news
 from mesh.controller.render import render
-from mesh.model.decode import KINDS
+from mesh.model.decode import KINDS, encode
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written
 from mesh.sources.kubernetes_client import (
@@ -30,6 +32,8 @@ from mesh.sources.kubernetes_client import (
 _log = logging.getLogger("weft.controller")
 
 _AT_ONCE = 8
+# Of built-in kinds it is known.
+_WITHOUT_STATUS = ("NetworkPolicy",)
 _INFO = {kind: (group, info) for (group, kind), info in KINDS.items()}
 
 Ident = tuple[str, ObjectKey]
@@ -72,6 +76,9 @@ class Writer:
         self._backoff = backoff
         # What this process wrote and has not seen come back yet.
         self._own: dict[Ident, Written] = {}
+        self._without_status = set(_WITHOUT_STATUS)
+        # What was told of objects that have no place for it.
+        self._told: dict[Ident, Written] = {}
         self._queue: asyncio.Queue[Ident] = asyncio.Queue()
         self._queued: set[Ident] = set()
         self._busy: set[Ident] = set()
@@ -142,6 +149,10 @@ class Writer:
                 # Gone, or not seen yet; it will be told of when it comes.
                 if wanted is None:
                     self.wanted.pop(ident, None)
+                self._told.pop(ident, None)
+                return
+            if ident[0] in self._without_status:
+                await self._only_tell(ident, actual, wanted)
                 return
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             body = render(wanted, actual.status, self._controller, now)
@@ -176,22 +187,38 @@ class Writer:
                 raise
             self.writes += 1
             self._keep(ident, answer)
-            await self._tell(ident, where, actual, answer)
+            status = answer.get("status") or {}
+            if "conditions" in body.status and "conditions" not in status:
+                _log.info("the cluster's %s keeps no conditions: Events tell them", kind)
+                self._without_status.add(kind)
+                continue
+            version = answer["metadata"]["resourceVersion"]
+            await self._tell(ident, actual, Written(version, actual.uid, status))
             return
 
-    async def _tell(
-        self, ident: Ident, where: Place, before: Written, answer: dict[str, Any]
+    async def _only_tell(
+        self, ident: Ident, actual: Written, wanted: msgspec.Struct | None
     ) -> None:
+        """By Events; what a controller before this one has told is told again, and counted."""
+        before = self._told.get(ident)
+        if before is None or before.uid != actual.uid:
+            before = actual._replace(status={})
+        now = actual._replace(status=encode(wanted) if wanted is not None else {})
+        self._told[ident] = now
+        await self._tell(ident, before, now)
+
+    async def _tell(self, ident: Ident, before: Written, now: Written) -> None:
         """What is new in our part of the status, as Events."""
-        told = news(self._ours(before.status), self._ours(answer.get("status") or {}))
+        told = news(self._ours(before.status), self._ours(now.status))
         if told:
+            kind, key = ident
             reference = {
-                "apiVersion": where.api_version,
-                "kind": ident[0],
-                "uid": before.uid,
-                "resourceVersion": answer["metadata"]["resourceVersion"],
+                "apiVersion": place(kind, key, self._version(kind)).api_version,
+                "kind": kind,
+                "uid": now.uid,
+                "resourceVersion": now.version,
             }
-            await self._recorder.record(reference, ident[1], told)
+            await self._recorder.record(reference, key, told)
 
     def _ours(self, status: dict[str, Any]) -> dict[str, Any]:
         shared = {

@@ -123,7 +123,8 @@ class Objects:
             obj = schema.default(schema.prune(obj, known), known)
             # A default may not be shared between objects.
             obj = copy.deepcopy(obj)
-            body = {name: value for name, value in obj.items() if name != "metadata"}
+            # Of metadata the schema may say no more than that it is there.
+            body = {**obj, "metadata": {}}
             if causes := schema.validate(body, known):
                 raise invalid(resource, obj["metadata"]["name"], causes)
         return obj

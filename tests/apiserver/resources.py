@@ -56,6 +56,14 @@ BUILT_IN = (
     _core("ConfigMap", "configmaps", short=("cm",)),
     _core("Event", "events", short=("ev",)),
     Resource(group="discovery.k8s.io", kind="EndpointSlice", plural="endpointslices"),
+    # network-policies: it has no status.
+    Resource(
+        group="networking.k8s.io",
+        kind="NetworkPolicy",
+        plural="networkpolicies",
+        short=("netpol",),
+        generation=True,
+    ),
     Resource(group="coordination.k8s.io", kind="Lease", plural="leases", unconditional=False),
     Resource(
         group="apps",
