@@ -83,6 +83,7 @@ async def test_cilium_policies_show_conditions_beside_those_of_others(world):
     _pod_runs(world)
     world.report("b", refused={"policy/default/web": "too many rules"})
     await world.until(lambda: conditions(world, "ciliumnetworkpolicies")["Programmed"] == "False")
+    await world.until(lambda: conditions(world, wide, "c", "")["Programmed"] == "False")
     writes = controller.writer.writes
     world.server.change(policy("CiliumNetworkPolicy"), {"metadata": {"labels": {"a": "b"}}})
     world.server.create(policy("CiliumNetworkPolicy", "last"))

@@ -178,6 +178,8 @@ class Controller:
         if kind == "Service" and self.balancers is not None:
             self._addresses_changed = True
             self._wake.set()
+        if self.certificates is not None:
+            self.certificates.bundles.seen(kind, key)
 
     def _led(self, leading: bool) -> None:
         self.writer.enabled = leading

@@ -39,7 +39,7 @@ def render(status: msgspec.Struct | None, actual: Json, controller: str, now: st
         return _render_shared(shared, status, actual, controller, now)
     if status is None:
         return Body({}, False) if actual else None
-    new = _encoded(_timed(status, actual, now))
+    new = rendered(_timed(status, actual, now))
     return None if _there(status, new, actual) else Body(new, False)
 
 
@@ -51,7 +51,7 @@ def _render_shared(
     ours = [one for one in listed if one.get("controllerName") == controller]
     new: list[Json] = []
     if status is not None:
-        new = _encoded(_timed(status, {name: ours}, now)).get(name, [])
+        new = rendered(_timed(status, {name: ours}, now)).get(name, [])
     new = new[: max(0, _SHARED[name] - len(others))]
     if new == ours:
         return None
@@ -66,7 +66,8 @@ def _timed(status: msgspec.Struct, actual: Json, now: str) -> msgspec.Struct:
     return with_transition_times(old, status, now)
 
 
-def _encoded(status: Any) -> Json:
+def rendered(status: Any) -> Json:
+    """A status as plain data, as its schema has it."""
     new = encode(status)
     for listener in new.get("listeners", ()):
         # Required by the schema, empty or not (Gateway API v1.4).

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesh.controller.events import Recorder, news
-from mesh.controller.render import render
-from mesh.model.decode import KINDS, encode
+from mesh.controller.render import render, rendered
+from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written
 from mesh.sources.kubernetes_client import (
@@ -203,7 +203,7 @@ class Writer:
         before = self._told.get(ident)
         if before is None or before.uid != actual.uid:
             before = actual._replace(status={})
-        now = actual._replace(status=encode(wanted) if wanted is not None else {})
+        now = actual._replace(status=rendered(wanted) if wanted is not None else {})
         self._told[ident] = now
         await self._tell(ident, before, now)
 
