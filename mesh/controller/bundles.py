@@ -1,8 +1,9 @@
 """The trust bundle where pods can mount it: a ClusterTrustBundle where the cluster serves them, else
 a ConfigMap in each namespace.
 
-ConfigMaps that are there are kept up to date in either case, so that a cluster which begins to serve
-ClusterTrustBundles leaves nobody with roots that have gone. Knows where it is published; no keys.
+ConfigMaps that are there are kept up to date in either case, so that a cluster which begins to
+serve ClusterTrustBundles leaves nobody with roots that have gone. Knows where it is published; no
+keys.
 """
 
 from __future__ import annotations
