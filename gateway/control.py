@@ -35,7 +35,7 @@ from gateway import (
     tls_refs,
     workloads,
 )
-from gateway.addresses import Pool
+from gateway.addresses import pool_of
 from gateway.keys import ROUTE_KINDS, PortKey, RouteKey
 from gateway.node import Mesh
 from mesh.model.derive import Change, Derivation, Index, Rule
@@ -115,6 +115,7 @@ class ControlPlane:
         """ValueError: the pool is not made of addresses and CIDRs, bind_address is none, or there
         are two mesh addresses of one family."""
         ipaddress.ip_address(options.bind_address)
+        pool_of(options.addresses)
         options.mesh.check()
         self._options = options
         self._derivation = Derivation(
@@ -221,8 +222,7 @@ _PROBLEMS = {
 
 def _rules(options: Options) -> tuple[Rule, ...]:
     name = options.controller_name
-    pool = Pool(options.addresses)
-    place = places.places(pool, options.bind_address, options.advertise)
+    place = places.places(options.bind_address, options.advertise)
     mesh = options.mesh
     return (
         # What is ours, and who listens to what.
@@ -247,8 +247,8 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("service_claims", "Service", cluster_ips.claims),
         Rule("service_owners", "claimed_by", cluster_ips.owners),
         Rule("cluster_ips", "service_claims", cluster_ips.cluster_ips(mesh)),
-        Rule("requests", "gateways", places.requests),
-        Rule("allocation", "requested", places.allocation(pool)),
+        Rule("requests", "gateways", places.requests(options.addresses)),
+        Rule("allocation", "requested", places.allocation),
         Rule("places", "gateways", place),
         Rule("claims", "gateways", places.claims),
         Rule("owners", "claimants", places.owners(mesh)),

@@ -171,6 +171,44 @@ async def test_the_next_controller_takes_over_at_once(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_addresses_from_a_pool_static_ones_and_unusable_ones(world):
+    our_class = gateway_class()
+    our_class["metadata"]["annotations"] = {"weft.dev/address-pool": "203.0.113.0/31"}
+    static, nowhere = gateway("static"), gateway("nowhere")
+    static["spec"]["addresses"] = [{"type": "IPAddress", "value": "203.0.113.0"}]
+    nowhere["spec"]["addresses"] = [{"type": "IPAddress", "value": "198.51.100.1"}]
+    # The pool's other address, which one of the nodes has, and not even that.
+    for obj in (our_class, gateway(), static, nowhere, gateway("late")):
+        world.server.create(obj)
+    lacks = "Cannot assign requested address"
+    ports = {"203.0.113.0:80": "", "203.0.113.1:80": "", "198.51.100.1:80": lacks}
+    world.report("a", ports=ports)
+    world.report("b", ports=dict.fromkeys(ports, lacks))
+    world.start()
+
+    def address(name):
+        return [one["value"] for one in world.status("gateways", name)["addresses"]]
+
+    await world.until(lambda: world.conditions(name="static")["Programmed"] == "True")
+    assert address("static") == ["203.0.113.0"]
+    (given,) = await world.until(
+        lambda: [n for n in ("gw", "late") if world.conditions(name=n)["Programmed"] == "True"]
+    )
+    assert address(given) == ["203.0.113.1"]
+    left = {"gw": "late", "late": "gw"}[given]
+
+    def why(name):
+        conditions = world.status("gateways", name)["conditions"]
+        return next(
+            (one["reason"], one["message"]) for one in conditions if one["type"] == "Programmed"
+        )
+
+    await world.until(lambda: why(left)[0] == "AddressNotAssigned")
+    await world.until(lambda: why("nowhere")[0] == "AddressNotUsable")
+    assert "node a: Cannot assign requested address" in why("nowhere")[1]
+    await world.until(lambda: world.events("nowhere")["Warning", "AddressNotUsable"])
+
+
 async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     named = gateway("named", port=8080)
     named["spec"]["addresses"] = [{"value": "192.0.2.9"}]

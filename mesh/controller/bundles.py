@@ -1,4 +1,4 @@
-"""The trust bundle where pods can mount it: a ClusterTrustBundle where the cluster serves them, else
+"""The trust bundle where pods can mount it: a ClusterTrustBundle where the cluster has those, else
 a ConfigMap in each namespace.
 
 ConfigMaps that are there are kept up to date in either case, so that a cluster which begins to
