@@ -1,5 +1,5 @@
-"""Annotations and labels that Weft reads on GatewayClasses, Namespaces, Pods and routes, and what is
-wrong with their values.
+"""Annotations and labels that Weft reads on GatewayClasses, Namespaces, Pods and routes, and what
+is wrong with their values.
 
 What only widens what is done takes a wrong value for "no"; what protects fails closed.
 """

@@ -511,11 +511,9 @@ def test_a_class_has_a_pool_of_its_own() -> None:
     )
     # With a typing error it has none, and says so.
     world.apply(own % "127.8.1.1/30")
-    (accepted, *_) = world.status("GatewayClass", "weft").conditions
+    (accepted, *_) = world.status("GatewayClass", "weft", "").conditions
     assert (accepted.type, accepted.reason) == ("Accepted", "InvalidParameters")
-    assert "annotation weft.dev/address-pool: 127.8.1.1/30" in world.message(
-        "GatewayClass", "weft", "Accepted"
-    )
+    assert "annotation weft.dev/address-pool: 127.8.1.1/30" in accepted.message
     assert not world.of("port")
     # Without, it has that of the command line.
     world.apply(CLASS)
