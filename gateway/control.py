@@ -169,6 +169,10 @@ class ControlPlane:
             dict(self._derivation.failures),
         )
 
+    def wanted_secrets(self) -> frozenset[ObjectKey]:
+        """The Secrets that Gateways refer to and may."""
+        return frozenset(self._derivation.indexes["wanted_secrets"])
+
     def policies(self) -> tuple[Row, ...]:
         """Whom the policies select, and which are refused."""
         return tuple(rows(self._derivation.tables, self._derivation.indexes))

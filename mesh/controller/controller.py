@@ -25,6 +25,7 @@ from mesh.controller.certificates import Certificates
 from mesh.controller.election import Election
 from mesh.controller.events import Recorder
 from mesh.controller.nodes import Nodes
+from mesh.controller.secrets import Copies
 from mesh.controller.writer import Ident, Writer
 from mesh.model.gateway import GatewayStatus, GatewayStatusAddress
 from mesh.model.meta import ObjectKey
@@ -52,7 +53,8 @@ class ControllerOptions(NamedTuple):
     """`kubeconfig` None: the environment's, or the pod's service account. `identity`: this
     controller's, unlike any other's. `mesh`: nodes run with --steer. `trust_domain`: whose
     identities are signed, "" none's. `load_balancer`: Gateways that name no address get a Service
-    of that type, not the nodes' addresses."""
+    of that type, not the nodes' addresses. `secrets_namespace`: where nodes find copies of the
+    Secrets that they need; "": they read the Secrets themselves."""
 
     kubeconfig: Path | None
     namespace: str
@@ -63,6 +65,7 @@ class ControllerOptions(NamedTuple):
     mesh: bool = False
     trust_domain: str = ""
     load_balancer: bool = False
+    secrets_namespace: str = ""
 
 
 class _Held(NamedTuple):
@@ -92,6 +95,7 @@ class Controller:
             # Without a mesh, policies are somebody else's to enforce, and to speak of.
             kinds=frozenset((*INPUTS, *ROUTE_KINDS, *(POLICY_KINDS if options.mesh else ()))),
             seen=self._seen,
+            secrets_namespace=options.secrets_namespace,
             backoff=backoff,
         )
         client = self._source.client
@@ -118,6 +122,11 @@ class Controller:
                 backoff,
             )
             if options.trust_domain
+            else None
+        )
+        self.copies = (
+            Copies(self._source, options.secrets_namespace, self._wake.set, backoff)
+            if options.secrets_namespace
             else None
         )
         self._leases = Reflector(
@@ -154,6 +163,8 @@ class Controller:
             group.create_task(self._watch_over(), name="waiting")
             if self.balancers is not None:
                 group.create_task(self.balancers.run(), name="load balancers")
+            if self.copies is not None:
+                group.create_task(self.copies.run(), name="secrets")
             if self.certificates is not None:
                 group.create_task(self.certificates.run(), name="certificates")
 
@@ -178,6 +189,8 @@ class Controller:
         if kind == "Service" and self.balancers is not None:
             self._addresses_changed = True
             self._wake.set()
+        if self.copies is not None and kind == "Secret":
+            self.copies.look_again()
         if self.certificates is not None:
             self.certificates.bundles.seen(kind, key)
 
@@ -186,6 +199,9 @@ class Controller:
         if self.balancers is not None:
             self.balancers.enabled = leading
             self.balancers.look_again([key for _, key in self._on_nodes])
+        if self.copies is not None:
+            self.copies.enabled = leading
+            self.copies.look_again()
         if self.certificates is not None:
             self.certificates.led(leading)
         if leading:
@@ -198,7 +214,8 @@ class Controller:
             self._wake.clear()
             if self._synced:
                 self._derive()
-                self._release()
+                if self.copies is None or self.copies.settled():
+                    self._release()
                 if self.certificates is not None:
                     self.certificates.authority.look_again()
 
@@ -220,6 +237,9 @@ class Controller:
             binds=_difference(self._binds, answer.binds),
         )
         self._refusals, self._binds = answer.refusals, answer.binds
+        if self.copies is not None:
+            self.copies.derived(changes.get("Secret", {}))
+            self.copies.want(self._plane.wanted_secrets())
         for cell, error in outcome.failures.items():
             _log.error("defect in deriving %s of %s", *cell, exc_info=error)
         if outcome.statuses:
