@@ -171,7 +171,8 @@ class ControlPlane:
 
     def wanted_secrets(self) -> frozenset[ObjectKey]:
         """The Secrets that Gateways refer to and may."""
-        return frozenset(self._derivation.indexes["wanted_secrets"])
+        found: Mapping[Any, Any] = self._derivation.indexes["wanted_secrets"]
+        return frozenset(found)
 
     def policies(self) -> tuple[Row, ...]:
         """Whom the policies select, and which are refused."""

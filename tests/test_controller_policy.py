@@ -2,52 +2,10 @@
 has no place for it."""
 
 import pytest
-import yaml
 from controller_world import controller_world
-from kube_world import CILIUM_CRDS, needs_cilium_crds, needs_crds
+from kube_world import CILIUM, cilium_crds, needs_cilium_crds, needs_crds, policy
 
 pytestmark = [needs_crds, needs_cilium_crds]
-
-CILIUM = "cilium.io"
-
-
-def policy(kind, name="p", *, fqdn=False):
-    """`fqdn`: with something that Weft does not enforce."""
-    metadata = {"name": name, "namespace": "default"}
-    if kind == "NetworkPolicy":
-        spec = {"podSelector": {}, "policyTypes": ["Ingress"]}
-        return {
-            "apiVersion": "networking.k8s.io/v1",
-            "kind": kind,
-            "metadata": metadata,
-            "spec": spec,
-        }
-    if kind == "CiliumClusterwideNetworkPolicy":
-        del metadata["namespace"]
-    spec = {"endpointSelector": {}, "ingress": [{}]}
-    if fqdn:
-        spec["egress"] = [{"toFQDNs": [{"matchName": "example.com"}]}]
-    return {"apiVersion": f"{CILIUM}/v2", "kind": kind, "metadata": metadata, "spec": spec}
-
-
-def cilium_crds(*, conditions):
-    """`conditions`: as they are since Cilium 1.16, a list of the status by type."""
-    for file in sorted(CILIUM_CRDS.glob("*.yaml")):
-        crd = yaml.safe_load(file.read_text())
-        if conditions:
-            status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
-            names = ("type", "status", "reason", "message", "lastTransitionTime")
-            status["properties"]["conditions"] = {
-                "type": "array",
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["type"],
-                "items": {
-                    "type": "object",
-                    "required": ["type", "status"],
-                    "properties": {name: {"type": "string"} for name in names},
-                },
-            }
-        yield crd
 
 
 @pytest.fixture

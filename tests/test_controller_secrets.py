@@ -1,34 +1,16 @@
 """Secrets reach nodes as copies of those that listeners refer to, and of no others."""
 
 import base64
-from datetime import UTC, datetime, timedelta
 
 import pytest
-import trustme
 from controller_world import controller_world
-from kube_world import GROUP, following, gateway, gateway_class, needs_crds
+from kube_world import GROUP, following, gateway, gateway_class, needs_crds, tls_secret
 
 from mesh.model.meta import ObjectKey
 
 pytestmark = needs_crds
 
 COPIES = "weft-secrets"
-
-
-def secret(name, namespace="default", host="a.example", **other):
-    made = trustme.CA().issue_cert(
-        host, not_before=datetime.now(UTC) - timedelta(days=1), not_after=None
-    )
-    chain = b"".join(one.bytes() for one in made.cert_chain_pems)
-    pair = {"tls.crt": chain, "tls.key": made.private_key_pem.bytes(), "more": b"private"}
-    return {
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {"name": name, "namespace": namespace},
-        "type": "kubernetes.io/tls",
-        "data": {key: base64.b64encode(value).decode() for key, value in pair.items()},
-        **other,
-    }
 
 
 def https(*refs):
@@ -64,7 +46,7 @@ def resolved(world):
 
 
 async def test_what_is_referred_to_is_copied_and_nothing_else(world, tmp_path):
-    for obj in (secret("used"), secret("unused"), secret("theirs", "other")):
+    for obj in (tls_secret("used"), tls_secret("unused"), tls_secret("theirs", "other")):
         world.server.create(obj)
     world.server.create(https({"name": "used"}))
     seen = world.server.store.watch(f"{GROUP}/gateways")
@@ -84,13 +66,13 @@ async def test_what_is_referred_to_is_copied_and_nothing_else(world, tmp_path):
         key = ObjectKey("default", "used")
         assert list(source.state["Secret"]) == [key]
         # Renewed.
-        renewed = secret("used")
+        renewed = tls_secret("used")
         world.server.change(renewed, {"data": renewed["data"]})
         wanted = base64.b64decode(renewed["data"]["tls.crt"])
         await source.until(lambda: source.state["Secret"][key].data["tls.crt"] == wanted)
         # Replaced by one that is none, of the same name.
         world.server.delete(renewed)
-        world.server.create(secret("used", type="Opaque", data={"password": "eA=="}))
+        world.server.create(tls_secret("used", type="Opaque", data={"password": "eA=="}))
         await source.until(
             lambda: (
                 key in source.state["Secret"]
@@ -131,7 +113,7 @@ GRANT = {
 
 
 async def test_a_copy_that_cannot_be_made_holds_nothing_else_up(world):
-    world.server.create(secret("used"))
+    world.server.create(tls_secret("used"))
     world.server.create(https({"name": "used"}))
     world.server.delete({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": COPIES}})
     world.start(secrets_namespace=COPIES)
@@ -144,7 +126,7 @@ async def test_a_copy_that_cannot_be_made_holds_nothing_else_up(world):
 
 async def test_the_next_controller_takes_away_what_nobody_refers_to(world):
     for name in ("used", "unused"):
-        world.server.create(secret(name))
+        world.server.create(tls_secret(name))
     world.server.create(https({"name": "used"}, {"name": "unused"}))
     _, first = world.start(secrets_namespace=COPIES)
     await world.until(lambda: len(copies(world)) == 2)
