@@ -37,6 +37,7 @@ from gateway import (
 )
 from gateway.addresses import pool_of
 from gateway.keys import ROUTE_KINDS, PortKey, RouteKey
+from gateway.listeners import Merged
 from gateway.node import Mesh
 from mesh.model.derive import Change, Derivation, Index, Rule
 from mesh.model.meta import ObjectKey
@@ -173,6 +174,11 @@ class ControlPlane:
         """The Secrets that Gateways refer to and may."""
         found: Mapping[Any, Any] = self._derivation.indexes["wanted_secrets"]
         return frozenset(found)
+
+    def gateway_ports(self, gateway: ObjectKey) -> tuple[int, ...]:
+        """The ports of a Gateway's listeners, those of its ListenerSets too, in order."""
+        merged: tuple[Merged, ...] = self._derivation.tables["merged"].get(gateway, ())
+        return tuple(sorted({m.spec.port for m in merged if m.problem is m.conflict is None}))
 
     def policies(self) -> tuple[Row, ...]:
         """Whom the policies select, and which are refused."""

@@ -213,6 +213,7 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     named = gateway("named", port=8080)
     named["spec"]["addresses"] = [{"value": "192.0.2.9"}]
     labelled = gateway()
+    labelled["spec"]["allowedListeners"] = {"namespaces": {"from": "Same"}}
     labelled["spec"]["infrastructure"] = {"labels": {"team": "shop"}, "annotations": {"a": "b"}}
     for obj in (gateway_class(), labelled, named):
         world.server.create(obj)
@@ -247,6 +248,18 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
         return [one["addresses"][0] for one in found["endpoints"]]
 
     await world.until(lambda: endpoints() == ["10.0.0.1", "10.0.0.2"])
+    # A ListenerSet brings a port of its own.
+    more = {
+        "apiVersion": f"{GROUP}/v1",
+        "kind": "ListenerSet",
+        "metadata": {"name": "more", "namespace": "default"},
+        "spec": {
+            "parentRef": {"name": "gw"},
+            "listeners": [{"name": "more", "port": 8081, "protocol": "HTTP"}],
+        },
+    }
+    world.server.create(more)
+    await world.until(lambda: [p["port"] for p in service()["spec"]["ports"]] == [80, 8081])
     # Deleted by somebody, it is made again; with its Gateway it goes.
     world.server.delete(made)
     await world.until(service)

@@ -35,12 +35,19 @@ _MAX_ADDRESSES = 16
 
 
 class Balancers:
-    """Made while `enabled`. `wants(key)`: whether a Gateway is to have one."""
+    """Made while `enabled`. `wants(key)`: whether a Gateway is to have one; `ports(key)`: those of
+    its listeners."""
 
-    def __init__(self, source: KubernetesSource, wants: Callable[[ObjectKey], bool]) -> None:
+    def __init__(
+        self,
+        source: KubernetesSource,
+        wants: Callable[[ObjectKey], bool],
+        ports: Callable[[ObjectKey], tuple[int, ...]],
+    ) -> None:
         self.enabled = False
         self._source = source
         self._wants = wants
+        self._ports = ports
         self._nodes: tuple[str, ...] = ()
         self._dirty: set[ObjectKey] = set()
         self._applied: dict[str, Json] = {}
@@ -103,11 +110,12 @@ class Balancers:
         gateway = self._source.get("Gateway", key)
         name = service_name(key.name)
         there = self._source.get("Service", ObjectKey(key.namespace, name))
-        if isinstance(gateway, Gateway) and self._wants(key):
+        # A Service has to have a port.
+        if isinstance(gateway, Gateway) and self._wants(key) and self._ports(key):
             if there is None:
                 # Deleted by somebody, or not there yet.
                 self._applied.pop(_path("v1", "services", key.namespace, name), None)
-            for path, body in _objects(gateway, self._nodes):
+            for path, body in _objects(gateway, self._ports(key), self._nodes):
                 if self._applied.get(path) != body:
                     query = {"fieldManager": MANAGER, "force": "true"}
                     await self._source.client.request(
@@ -133,7 +141,9 @@ def _path(version: str, plural: str, namespace: str, name: str) -> str:
     return object_path(version, plural, {"namespace": namespace, "name": name})
 
 
-def _objects(gateway: Gateway, nodes: tuple[str, ...]) -> list[tuple[str, Json]]:
+def _objects(
+    gateway: Gateway, ports: tuple[int, ...], nodes: tuple[str, ...]
+) -> list[tuple[str, Json]]:
     """The Service, and an EndpointSlice for each family of addresses."""
     name, namespace = service_name(gateway.metadata.name), gateway.metadata.namespace
     infrastructure = gateway.spec.infrastructure
@@ -155,7 +165,6 @@ def _objects(gateway: Gateway, nodes: tuple[str, ...]) -> list[tuple[str, Json]]
             }
         ],
     }
-    ports = sorted({listener.port for listener in gateway.spec.listeners})
     service: Json = {
         "apiVersion": "v1",
         "kind": "Service",

@@ -108,7 +108,11 @@ class Controller:
             backoff,
         )
         self.balancers = (
-            Balancers(self._source, lambda key: ("Gateway", key) in self._on_nodes)
+            Balancers(
+                self._source,
+                lambda key: ("Gateway", key) in self._on_nodes,
+                self._plane.gateway_ports,
+            )
             if options.load_balancer
             else None
         )
