@@ -26,7 +26,7 @@ from mesh.controller.election import Election
 from mesh.controller.events import Recorder
 from mesh.controller.nodes import Nodes
 from mesh.controller.secrets import Copies
-from mesh.controller.writer import Ident, Writer
+from mesh.controller.writer import Ident, Wanted, Writer
 from mesh.model.gateway import GatewayStatus, GatewayStatusAddress
 from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import LABELS
@@ -72,7 +72,7 @@ class _Held(NamedTuple):
     """Statuses that become true once the nodes have these versions in force."""
 
     needed: Mapping[str, int]
-    statuses: Mapping[Ident, msgspec.Struct | None]
+    statuses: Mapping[Ident, Wanted]
 
 
 class Controller:
@@ -145,7 +145,10 @@ class Controller:
         self._binds: Mapping[PortKey, str] = {}
         self._refusals: Mapping[SectionKey, str] = {}
         self._held: list[_Held] = []
-        self._on_nodes: dict[Ident, GatewayStatus] = {}
+        self._on_nodes: dict[Ident, Wanted] = {}
+        # Of the objects that statuses are derived from.
+        self._uids: dict[Ident, str] = {}
+        self._derived: dict[Ident, msgspec.Struct | None] = {}
         self._addresses: tuple[str, ...] = ()
         self._addresses_changed = False
 
@@ -246,12 +249,37 @@ class Controller:
             self.copies.want(self._plane.wanted_secrets())
         for cell, error in outcome.failures.items():
             _log.error("defect in deriving %s of %s", *cell, exc_info=error)
-        if outcome.statuses:
-            self._held.append(_Held(self._needed, outcome.statuses))
+        if statuses := self._whose(changes, outcome.statuses):
+            self._held.append(_Held(self._needed, statuses))
+
+    def _whose(
+        self,
+        changes: Mapping[str, Mapping[ObjectKey, Any]],
+        statuses: Mapping[Ident, msgspec.Struct | None],
+    ) -> dict[Ident, Wanted]:
+        """Statuses that are new, or those of another object now that has taken the name."""
+        result = {}
+        for ident, status in statuses.items():
+            self._derived[ident] = status
+            result[ident] = Wanted(status, "")
+        for kind, objects in changes.items():
+            for key, obj in objects.items():
+                ident = kind, key
+                uid = "" if obj is None else obj.metadata.uid or ""
+                if self._uids.get(ident, "") != uid and ident in self._derived:
+                    result[ident] = Wanted(self._derived[ident], "")
+                self._uids[ident] = uid
+                if not uid:
+                    del self._uids[ident]
+        for ident, wanted in result.items():
+            result[ident] = wanted._replace(uid=self._uids.get(ident, ""))
+            if wanted.status is None:
+                del self._derived[ident]
+        return result
 
     def _release(self) -> None:
         """Statuses that have become true, the newest of each object."""
-        true: dict[Ident, msgspec.Struct | None] = {}
+        true: dict[Ident, Wanted] = {}
         while self._held and self.nodes.have(self._held[0].needed):
             true.update(self._held.pop(0).statuses)
         addresses = self.nodes.addresses()
@@ -261,15 +289,16 @@ class Controller:
         if self.balancers is not None:
             self.balancers.nodes_changed(addresses)
             self.balancers.look_again([key for kind, key in true if kind == "Gateway"])
-        for ident, status in true.items():
+        for ident, wanted in true.items():
+            status = wanted.status
             self._on_nodes.pop(ident, None)
             if isinstance(status, GatewayStatus) and any(
                 one.value == _NODES for one in status.addresses
             ):
-                self._on_nodes[ident] = status
-                true[ident] = self._placed(ident[1], status)
+                self._on_nodes[ident] = wanted
+                true[ident] = wanted._replace(status=self._placed(ident[1], status))
             elif isinstance(status, RouteStatus):
-                true[ident] = self._answered(ident, status)
+                true[ident] = wanted._replace(status=self._answered(ident, status))
         if true:
             self.writer.want(true)
         if self.election.leading and not self._held:
@@ -303,14 +332,14 @@ class Controller:
         if self._cleared:
             return
         self._cleared = True
-        left: dict[Ident, None] = {}
+        left: dict[Ident, Wanted] = {}
         for kind in (*ROUTE_KINDS, "BackendTLSPolicy"):
             for key, written in self._source.all_written(kind).items():
                 entries = written.status.get("parents") or written.status.get("ancestors") or ()
                 if (kind, key) not in self.writer.wanted and any(
                     one.get("controllerName") == self._name for one in entries
                 ):
-                    left[kind, key] = None
+                    left[kind, key] = Wanted(None, written.uid)
         self.writer.want(left)
 
     _cleared = False

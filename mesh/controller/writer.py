@@ -46,6 +46,14 @@ class Place(NamedTuple):
     path: str
 
 
+class Wanted(NamedTuple):
+    """What is true of an object, of this uid: one that takes its name is another, of which nothing
+    is known yet. `status` None: the object has none of ours."""
+
+    status: msgspec.Struct | None
+    uid: str
+
+
 def place(kind: str, key: ObjectKey, version: str) -> Place:
     group, info = _INFO[kind]
     api_version = f"{group}/{version}" if group else version
@@ -67,7 +75,7 @@ class Writer:
     ) -> None:
         self.enabled = False
         self.writes = 0
-        self.wanted: dict[Ident, msgspec.Struct | None] = {}
+        self.wanted: dict[Ident, Wanted] = {}
         self._client = client
         self._controller = controller
         self._written = written
@@ -83,8 +91,8 @@ class Writer:
         self._queued: set[Ident] = set()
         self._busy: set[Ident] = set()
 
-    def want(self, statuses: Mapping[Ident, msgspec.Struct | None]) -> None:
-        """Statuses that are true now (None: the object has none of ours any more)."""
+    def want(self, statuses: Mapping[Ident, Wanted]) -> None:
+        """Statuses that are true now."""
         self.wanted.update(statuses)
         self.look_again(statuses)
 
@@ -147,15 +155,17 @@ class Writer:
             wanted = self.wanted.get(ident)
             if actual is None:
                 # Gone, or not seen yet; it will be told of when it comes.
-                if wanted is None:
+                if wanted is None or wanted.status is None:
                     self.wanted.pop(ident, None)
                 self._told.pop(ident, None)
                 return
+            if wanted is None or (wanted.uid and wanted.uid != actual.uid):
+                return
             if ident[0] in self._without_status:
-                await self._only_tell(ident, actual, wanted)
+                await self._only_tell(ident, actual, wanted.status)
                 return
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            body = render(wanted, actual.status, self._controller, now)
+            body = render(wanted.status, actual.status, self._controller, now)
             if body is None:
                 return
             kind, key = ident

@@ -77,9 +77,13 @@ class ApiServer:
         """New connections are refused, and those that are open closed."""
         for site in list(self._runner.sites):
             await site.stop()
-        if self._runner.server is not None:
-            for connection in list(self._runner.server.connections):
-                connection.force_close()
+        self.cut_connections()
+
+    def cut_connections(self) -> None:
+        """All that there are; with `faults.away` new ones are too."""
+        assert self._runner.server is not None
+        for connection in list(self._runner.server.connections):
+            connection.force_close()
 
     @property
     def url(self) -> str:
