@@ -5,7 +5,7 @@ import subprocess
 
 from apiserver.server import ApiServer
 from controller_world import World
-from kube_world import CRDS, GROUP, KUBECTL, needs_crds, needs_kubectl
+from kube_world import CRDS, GROUP, KUBECTL, WAIT_S, needs_crds, needs_kubectl
 from lab_world import lab_of, needs_root
 
 from tests.test_lab_gateway import _ASK, _GATEWAY, _ROUTE, CONFIG
@@ -23,7 +23,10 @@ async def test_routes_applied_with_kubectl_take_effect_and_statuses_come_back(tm
         world = World(server, tmp_path)
         (tmp_path / "gateway.yaml").write_text(_GATEWAY)
         (tmp_path / "routes").mkdir()
-        with lab_of(tmp_path, "cluster", CONFIG) as lab:
+        config = CONFIG.replace(
+            "services:", "services:\n  - {name: late, ports: [{port: 80, targetPort: 8080}]}"
+        )
+        with lab_of(tmp_path, "cluster", config) as lab:
             option = f"--kubeconfig={world.kubeconfig}"
             done = await asyncio.to_thread(lab.up, option, "--wait=55")
             assert done.returncode == 0, done.stderr
@@ -43,10 +46,65 @@ async def test_routes_applied_with_kubectl_take_effect_and_statuses_come_back(tm
             # How a pod is, is on the server too.
             pod = server.get("/pods", "web")
             assert pod["status"]["phase"] == "Running"
+            await _pods_that_are_created(world, lab, address)
             stopped = await asyncio.to_thread(lab.weft, "stop", "web")
             assert stopped.returncode == 0, stopped.stderr
             await world.until(lambda: server.get("/pods", "web") is None)
             assert server.get(f"{GROUP}/httproutes", "r")
+
+
+async def _pods_that_are_created(world, lab, address):
+    """With kubectl: they run on a node, with addresses and readiness, and end when deleted."""
+    (program,) = [
+        line.partition("[")[2].partition("]")[0].split(", ")[1]
+        for line in CONFIG.splitlines()
+        if "command" in line
+    ][:1]
+    await _apply(world, _ROUTE % ("late", "/late", "late"))
+
+    async def ask():
+        url = f"http://{address}/late"
+        return await asyncio.to_thread(lab.python, "outside/client", _ASK, url)
+
+    def pod():
+        status = (world.server.get("/pods", "late") or {}).get("status", {})
+        ready = [one["status"] for one in status.get("conditions", ()) if one["type"] == "Ready"]
+        return status.get("podIPs"), ready == ["True"]
+
+    for node in ("b", ""):
+        await _apply(
+            world, _POD % {"node": f"nodeName: {node}" if node else "", "program": program}
+        )
+        await world.until(lambda: pod()[1])
+        found = world.server.get("/pods", "late")
+        assert found["spec"]["nodeName"] in ((node,) if node else ("a", "b"))
+        assert len(pod()[0]) == 2
+        async with asyncio.timeout(WAIT_S):
+            while '"pod": "late"' not in await ask():
+                await asyncio.sleep(0.05)
+        inside = await asyncio.to_thread(lab.run, "late", "printenv", "POD_IP", "GIVEN")
+        assert inside.stdout.split() == [pod()[0][0]["ip"], "here"], inside.stderr
+        world.server.delete(found)
+        async with asyncio.timeout(WAIT_S):
+            while not (await ask()).startswith("503"):
+                await asyncio.sleep(0.05)
+        assert world.server.get("/pods", "late") is None
+
+
+_POD = """
+apiVersion: v1
+kind: Pod
+metadata: {name: late, namespace: default, labels: {app: late}}
+spec:
+  %(node)s
+  containers:
+  - name: server
+    image: none
+    command: [python3]
+    args: [%(program)s, "8080"]
+    env: [{name: GIVEN, value: here}]
+    ports: [{name: http, containerPort: 8080}]
+"""
 
 
 async def _apply(world, manifest):

@@ -342,6 +342,14 @@ class Objects:
             else (lambda path: True),
         )
 
+    def bind(self, target: Target, binding: Raw) -> None:
+        """POST of a Binding (Pod v1 core, "binding"): a pod gets its node once."""
+        live = self.get(target)
+        if live["spec"].get("nodeName"):
+            raise conflict(target.resource, target.name, "pod is already assigned to a node")
+        spec = {**live["spec"], "nodeName": binding["target"]["name"]}
+        self._put(target, {**live, "spec": spec})
+
     # --- delete ------------------------------------------------------------------------------
 
     def delete(self, target: Target, options: Raw) -> tuple[Raw, bool]:

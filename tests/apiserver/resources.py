@@ -49,7 +49,7 @@ _RBAC = "rbac.authorization.k8s.io"
 BUILT_IN = (
     _core("Namespace", "namespaces", namespaced=False, subresources=("status",), short=("ns",)),
     _core("Node", "nodes", namespaced=False, subresources=("status",), short=("no",)),
-    _core("Pod", "pods", subresources=("status",), short=("po",)),
+    _core("Pod", "pods", subresources=("status", "binding"), short=("po",)),
     _core("Service", "services", subresources=("status",), short=("svc",)),
     _core("ServiceAccount", "serviceaccounts", short=("sa",)),
     _core("Secret", "secrets"),

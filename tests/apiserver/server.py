@@ -187,6 +187,9 @@ class ApiServer:
         manager = request.query.get("fieldManager") or _manager(request)
         who, dry_run = Who(manager, user), request.query.get("dryRun") == "All"
         if verb == "create":
+            if target.subresource == "binding":
+                self.objects.bind(target, await _body(request))
+                return _json(_success(target, self.objects.get(target)), status=201)
             if target.name:
                 raise ApiError(405, "MethodNotAllowed", "the server does not allow this method")
             made = self._create(target, await _body(request), who, dry_run)
