@@ -3,9 +3,21 @@
 import asyncio
 import subprocess
 
+import yaml
 from apiserver.server import ApiServer
 from controller_world import World
-from kube_world import CRDS, GROUP, KUBECTL, WAIT_S, needs_crds, needs_kubectl
+from kube_world import (
+    CILIUM,
+    CRDS,
+    GROUP,
+    KUBECTL,
+    WAIT_S,
+    cilium_crds,
+    needs_cilium_crds,
+    needs_crds,
+    needs_kubectl,
+    policy,
+)
 from lab_world import lab_of, needs_root
 
 from tests.test_lab_gateway import _ASK, _GATEWAY, _ROUTE, CONFIG
@@ -13,6 +25,7 @@ from tests.test_lab_gateway import _ASK, _GATEWAY, _ROUTE, CONFIG
 pytestmark = [
     needs_root,
     needs_crds,
+    needs_cilium_crds,
     needs_kubectl,
 ]
 
@@ -20,6 +33,8 @@ pytestmark = [
 async def test_routes_applied_with_kubectl_take_effect_and_statuses_come_back(tmp_path):
     async with ApiServer(tls=True, bookmark_s=0.5) as server:
         server.install_crds(CRDS)
+        for crd in cilium_crds(conditions=True):
+            server.create(crd)
         world = World(server, tmp_path)
         (tmp_path / "gateway.yaml").write_text(_GATEWAY)
         (tmp_path / "routes").mkdir()
@@ -46,11 +61,51 @@ async def test_routes_applied_with_kubectl_take_effect_and_statuses_come_back(tm
             # How a pod is, is on the server too.
             pod = server.get("/pods", "web")
             assert pod["status"]["phase"] == "Running"
+            await _policies(world, lab, address)
             await _pods_that_are_created(world, lab, address)
             stopped = await asyncio.to_thread(lab.weft, "stop", "web")
             assert stopped.returncode == 0, stopped.stderr
             await world.until(lambda: server.get("/pods", "web") is None)
             assert server.get(f"{GROUP}/httproutes", "r")
+
+
+_IN_FORCE = {"Accepted": "True", "Programmed": "True"}
+
+
+async def _policies(world, lab, address):
+    """Of each kind: it is in force, then it is not."""
+    for kind, plural in (
+        ("NetworkPolicy", ""),
+        ("CiliumNetworkPolicy", "ciliumnetworkpolicies"),
+        ("CiliumClusterwideNetworkPolicy", "ciliumclusterwidenetworkpolicies"),
+    ):
+        obj = policy(kind, "deny")
+        if plural:
+            # A rule that names nobody.
+            obj["spec"] = {"endpointSelector": {"matchLabels": {"app": "api"}}, "ingress": [{}]}
+        else:
+            obj["spec"] = {"podSelector": {"matchLabels": {"app": "api"}}}
+        await _apply(world, yaml.safe_dump(obj))
+        await _asked(lab, f"http://{address}/api", "403")
+        if plural:
+            namespace = obj["metadata"].get("namespace", "")
+
+            def conditions(plural=plural, namespace=namespace):
+                found = world.server.get(f"{CILIUM}/{plural}", "deny", namespace)
+                return {one["type"]: one["status"] for one in found["status"]["conditions"]}
+
+            await world.until(lambda: conditions() == _IN_FORCE)
+        world.server.delete(obj)
+        await _asked(lab, f"http://{address}/api", '200 {"pod": "api"')
+
+
+async def _asked(lab, url, wanted):
+    """Until a client outside is answered so."""
+    async with asyncio.timeout(WAIT_S):
+        while not (await asyncio.to_thread(lab.python, "outside/client", _ASK, url)).startswith(
+            wanted
+        ):
+            await asyncio.sleep(0.05)
 
 
 async def _pods_that_are_created(world, lab, address):
@@ -61,10 +116,6 @@ async def _pods_that_are_created(world, lab, address):
         if "command" in line
     ][:1]
     await _apply(world, _ROUTE % ("late", "/late", "late"))
-
-    async def ask():
-        url = f"http://{address}/late"
-        return await asyncio.to_thread(lab.python, "outside/client", _ASK, url)
 
     def pod():
         status = (world.server.get("/pods", "late") or {}).get("status", {})
@@ -79,15 +130,11 @@ async def _pods_that_are_created(world, lab, address):
         found = world.server.get("/pods", "late")
         assert found["spec"]["nodeName"] in ((node,) if node else ("a", "b"))
         assert len(pod()[0]) == 2
-        async with asyncio.timeout(WAIT_S):
-            while '"pod": "late"' not in await ask():
-                await asyncio.sleep(0.05)
+        await _asked(lab, f"http://{address}/late", '200 {"pod": "late"')
         inside = await asyncio.to_thread(lab.run, "late", "printenv", "POD_IP", "GIVEN")
         assert inside.stdout.split() == [pod()[0][0]["ip"], "here"], inside.stderr
         world.server.delete(found)
-        async with asyncio.timeout(WAIT_S):
-            while not (await ask()).startswith("503"):
-                await asyncio.sleep(0.05)
+        await _asked(lab, f"http://{address}/late", "503")
         assert world.server.get("/pods", "late") is None
 
 
