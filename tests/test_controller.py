@@ -269,6 +269,30 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     assert service() is None
 
 
+async def test_a_service_of_somebody_else_is_left_alone(world):
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "weft-gw", "namespace": "default"},
+        "spec": {"ports": [{"port": 9}]},
+    }
+    world.server.create(theirs)
+    for obj in (gateway_class(), gateway()):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    world.start(load_balancer=True)
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    programmed = world.status("gateways", "gw")["conditions"][1]
+    assert "Service default/weft-gw is somebody else's" in programmed["message"]
+    assert [one["port"] for one in world.server.get("/services", "weft-gw")["spec"]["ports"]] == [9]
+    world.server.delete(theirs)
+    await world.until(
+        lambda: world.server.get("/services", "weft-gw")["spec"]["ports"][0]["port"] == 80
+    )
+    world.server.delete(gateway())
+    assert world.server.get("/services", "weft-gw") is None
+
+
 async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
     for obj in (gateway_class(), gateway(), route("r")):
         world.server.create(obj)

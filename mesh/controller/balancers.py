@@ -67,7 +67,10 @@ class Balancers:
         addresses = self._addresses(key)
         if addresses:
             return msgspec.structs.replace(status, addresses=addresses[:_MAX_ADDRESSES])
-        why = f"Service {key.namespace}/{service_name(key.name)} has been given no address yet"
+        name = f"Service {key.namespace}/{service_name(key.name)}"
+        why = f"{name} has been given no address yet"
+        if self._foreign(key):
+            why = f"{name} is somebody else's: rename it, and the Gateway gets one of its own"
         conditions = tuple(
             make("Programmed", "False", "AddressNotAssigned", why, one.observed_generation)
             if one.type == "Programmed" and one.status == "True"
@@ -76,7 +79,14 @@ class Balancers:
         )
         return msgspec.structs.replace(status, addresses=(), conditions=conditions)
 
+    def _foreign(self, key: ObjectKey) -> bool:
+        """Whether there is a Service of the name that Weft has not made."""
+        there = self._source.get("Service", ObjectKey(key.namespace, service_name(key.name)))
+        return there is not None and there.metadata.labels.get(_MANAGED_LABEL) != _MANAGED_BY
+
     def _addresses(self, key: ObjectKey) -> tuple[GatewayStatusAddress, ...]:
+        if self._foreign(key):
+            return ()
         written = self._source.written("Service", ObjectKey(key.namespace, service_name(key.name)))
         ingress = ((written.status if written else {}).get("loadBalancer") or {}).get("ingress")
         return tuple(
@@ -107,6 +117,8 @@ class Balancers:
                     backoff.reset()
 
     async def _bring_about(self, key: ObjectKey) -> None:
+        if self._foreign(key):
+            return
         gateway = self._source.get("Gateway", key)
         name = service_name(key.name)
         there = self._source.get("Service", ObjectKey(key.namespace, name))
@@ -122,7 +134,7 @@ class Balancers:
                         "PATCH", path, query, body, content_type=APPLY
                     )
                     self._applied[path] = body
-        elif there is not None and there.metadata.labels.get(_MANAGED_LABEL) == _MANAGED_BY:
+        elif there is not None:
             path = _path("v1", "services", key.namespace, name)
             await self._source.client.request("DELETE", path)
             self._applied.pop(path, None)

@@ -43,7 +43,9 @@ class ApiServer:
         self.faults = Faults()
         self.auth = Auth(self.store)
         self.bookmark_s = bookmark_s
+        # Method and path, and path and Accept.
         self.requests: list[tuple[str, str]] = []
+        self.accepted: list[tuple[str, str]] = []
         self.port = port
         self._tls = tls
         self._authority = trustme.CA() if tls else None
@@ -142,6 +144,7 @@ class ApiServer:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs))
+        self.accepted.append((request.path, request.headers.get("Accept", "")))
         try:
             await self.faults.before(request.path)
             return await self._answer(request)
