@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -131,17 +132,91 @@ def test_deploy_is_what_install_applies():
     result = CliRunner().invoke(cli, ["install", "--dry-run"])
     printed = list(yaml.safe_load_all(result.output))
     assert printed == manifests.objects()
-    # The chart, as Helm fills it in.
+
+
+def test_the_chart_is_what_install_applies():
+    """By the few rules of Helm's templates that the chart makes use of."""
     chart = PROJECT / "deploy/chart"
     values = yaml.safe_load((chart / "values.yaml").read_text())
+    assert values["agentArgs"] == values["controllerArgs"] == []
     text = "---\n".join(one.read_text() for one in sorted((chart / "templates").glob("*.yaml")))
+    text = re.sub(r"\n *{{- range .*?{{- end }}", "", text, flags=re.S)
+    settings = "".join(f"\n    {line}" for line in yaml.dump(values["settings"]).splitlines())
+    text = text.replace("\n    {{- .Values.settings | toYaml | nindent 4 }}", settings)
     text = text.replace("{{ .Release.Namespace }}", NAMESPACE)
-    text = text.replace("{{ .Values.image }}", values["image"])
+    for name in ("image", "trustDomain"):
+        text = text.replace(f"{{{{ .Values.{name} }}}}", values[name])
     assert "{{" not in text
-    filled = sorted(yaml.safe_load_all(text), key=path_of)
+    _as_installed(yaml.safe_load_all(text))
+
+
+def test_the_chart_as_helm_renders_it():
+    """With Helm's own library (pip install helm-python-sdk, 240 MB), where it is there."""
+    pytest.importorskip("helm_python")
+    done = subprocess.run(
+        [sys.executable, "-c", _RENDER, str(PROJECT / "deploy/chart"), NAMESPACE],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    plain, other = json.loads(done.stdout)
+    _as_installed(one for text in plain.values() for one in yaml.safe_load_all(text))
+    objects = [one for text in other.values() for one in yaml.safe_load_all(text)]
+    by_kind = {one["kind"]: one for one in objects if one["kind"] in ("DaemonSet", "Deployment")}
+    for kind, wanted in (("DaemonSet", ["--x", "a b"]), ("Deployment", ["--load-balancer"])):
+        (container,) = by_kind[kind]["spec"]["template"]["spec"]["containers"]
+        assert container["args"][-1 - len(wanted) :] == ["--trust-domain=other.example", *wanted]
+        assert container["image"] == "other:1"
+    (settings,) = [one for one in objects if one["kind"] == "ConfigMap"]
+    assert yaml.safe_load(settings["data"]["settings.yaml"]) == {"access_log": "off", "n": [1]}
+
+
+_RENDER = """
+import sys, json, helm_python
+chart = helm_python.Chart.load(sys.argv[1])
+other = {
+    "image": "other:1",
+    "trustDomain": "other.example",
+    "settings": {"access_log": "off", "n": [1]},
+    "agentArgs": ["--x", "a b"],
+    "controllerArgs": ["--load-balancer"],
+}
+found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in ({}, other)]
+print(json.dumps([{k: v for k, v in one.items() if k.endswith(".yaml")} for one in found]))
+"""
+
+
+def _as_installed(objects):
     # Weft's own namespace is Helm's to make.
     own = path_of({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-    assert filled == sorted((one for one in printed if path_of(one) != own), key=path_of)
+    wanted = (one for one in manifests.objects() if path_of(one) != own)
+    assert sorted(objects, key=path_of) == sorted(wanted, key=path_of)
+
+
+@needs_crds
+@needs_kubectl
+async def test_kubectl_applies_the_kustomization(server, tmp_path):
+    """As a user does who has no weft: checked by kubectl first, made, and the same as installed."""
+    server.install_crds(CRDS)
+    config = server.kubeconfig(tmp_path / "kubeconfig")
+    for dry_run in (["--dry-run=client"], []):
+        process = await asyncio.create_subprocess_exec(
+            *(KUBECTL, f"--kubeconfig={config}", f"--cache-dir={tmp_path}/cache", "apply"),
+            *("-k", str(PROJECT / "deploy/manifests"), *dry_run),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        assert process.returncode == 0, said.decode()
+        assert said.decode().count(" created") == len(manifests.objects())
+    made = stored(server)
+    assert {(one["kind"], one["metadata"]["name"]) for one in manifests.objects()} <= made
+    revision = server.store.revision
+    code, said = await weft("install", f"--kubeconfig={config}")
+    assert code == 0, said
+    pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)
+    assert pod["metadata"]["generation"] == 1
+    assert stored(server) == made
+    assert server.store.revision > revision
 
 
 @needs_kubectl
