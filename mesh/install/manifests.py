@@ -30,7 +30,7 @@ class Values(NamedTuple):
 
 def _more(name: str) -> str:
     """Arguments out of a list."""
-    lines = ("{{- range .Values.%s }}" % name, "- {{ . | quote }}", "{{- end }}")
+    lines = ("{{- range .Values." + name + " }}", "- {{ . | quote }}", "{{- end }}")
     return "".join(f"\n        {line}" for line in lines)
 
 
