@@ -279,7 +279,7 @@ class Datapath:
                 return
             versions.stop_redirects(self.pins, pins.other_versions(self.pins))
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
-            versions.take_over_flows(self.pins)
+            versions.take_over(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
         except (DatapathError, OSError) as error:
             self._break(error)
