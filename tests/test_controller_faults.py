@@ -9,6 +9,7 @@ from controller_world import NAMESPACE, controller_world
 from kube_world import CONTROLLER, GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
 from mesh.controller.election import Election
+from mesh.model.decode import KINDS
 from mesh.model.nodereport import ANNOTATION
 from mesh.sources.kubernetes_client import APPLY, Client
 
@@ -236,3 +237,27 @@ async def test_never_two_lead_however_slow_the_lease_is(world):
         await client.close()
     assert not both
     assert not leading
+
+
+async def test_a_kind_that_is_served_no_more_is_waited_for_by_nobody(world):
+    """Nodes know nothing of it any more, so they will never have it in force."""
+    report = {kind: 10**9 for _, kind in KINDS}
+    world.report(ports={"0.0.0.0:80": ""}, versions={**report, "GRPCRoute": 1})
+    grpc = {**route("g"), "kind": "GRPCRoute"}
+    grpc["spec"] = {"parentRefs": [{"name": "gw"}]}
+    world.server.create(grpc)
+    controller, _ = world.start()
+    async with asyncio.timeout(WAIT_S):
+        while not controller._held:
+            await asyncio.sleep(0.01)
+    crd = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"grpcroutes.{GROUP}"},
+    }
+    world.server.delete(crd)
+    del report["GRPCRoute"]
+    world.server.create(route("r"))
+    world.server.cut_connections()
+    world.report(ports={"0.0.0.0:80": ""}, versions=report)
+    await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")

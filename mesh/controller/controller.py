@@ -232,7 +232,7 @@ class Controller:
             held = self._held[0] if self._held else None
             await asyncio.sleep(_LONG_S)
             if held is not None and self._held and self._held[0] is held:
-                who = "; ".join(self.nodes.lagging(held.needed))
+                who = "; ".join(self.nodes.lagging(self._still(held.needed)))
                 _log.warning("statuses have waited for %g s for %s", _LONG_S, who)
 
     def _derive(self) -> None:
@@ -280,7 +280,7 @@ class Controller:
     def _release(self) -> None:
         """Statuses that have become true, the newest of each object."""
         true: dict[Ident, Wanted] = {}
-        while self._held and self.nodes.have(self._held[0].needed):
+        while self._held and self.nodes.have(self._still(self._held[0].needed)):
             true.update(self._held.pop(0).statuses)
         addresses = self.nodes.addresses()
         if addresses != self._addresses or self._addresses_changed:
@@ -303,6 +303,10 @@ class Controller:
             self.writer.want(true)
         if self.election.leading and not self._held:
             self._clear_left()
+
+    def _still(self, needed: Mapping[str, int]) -> dict[str, int]:
+        """Without kinds that are not served any more: no node will ever have those in force."""
+        return {kind: version for kind, version in needed.items() if kind in self._needed}
 
     def _answered(self, ident: Ident, status: RouteStatus) -> RouteStatus:
         """Without the parents that nobody, or another mesh, may have something to say of: in a
