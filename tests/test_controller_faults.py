@@ -2,6 +2,7 @@
 or do not know it any more, clocks, other versions of itself."""
 
 import asyncio
+import time
 
 import msgspec
 import pytest
@@ -261,3 +262,41 @@ async def test_a_kind_that_is_served_no_more_is_waited_for_by_nobody(world):
     world.server.cut_connections()
     world.report(ports={"0.0.0.0:80": ""}, versions=report)
     await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
+
+
+async def test_nodes_outlive_an_api_server_that_is_away(world):
+    """Nobody can renew a Lease meanwhile. Afterwards each node has its time again, and no status
+    shows fewer addresses until that is over."""
+    for name in ("a", "b"):
+        world.report(name, ports={"0.0.0.0:80": ""}, addresses=(f"192.0.2.{ord(name)}",))
+        lease = world.server.get(LEASES, f"weft-node.{name}", NAMESPACE)
+        world.server.change(lease, {"spec": {"leaseDurationSeconds": 1}})
+    controller, _ = world.start()
+
+    def addresses():
+        return [one["value"] for one in world.status("gateways", "gw")["addresses"]]
+
+    await world.until(lambda: addresses() == ["192.0.2.97", "192.0.2.98"])
+    history = world.server.store.watch(f"{GROUP}/gateways")
+    world.server.faults.away = True
+    world.server.cut_connections()
+    await asyncio.sleep(1.5)
+    assert len(controller.nodes.ready()) == 2
+    lease = world.server.get(LEASES, "weft-node.a", NAMESPACE)
+    world.server.change(lease, {"metadata": {"labels": {"again": "1"}}})
+    world.server.faults.away = False
+    # What is asked for now is said of both.
+    generation = world.server.change(gateway(), {"spec": {"listeners": LISTENERS}})
+    number = generation["metadata"]["generation"]
+    await world.until(
+        lambda: world.status("gateways", "gw")["conditions"][0]["observedGeneration"] == number
+    )
+    assert len(addresses()) == 2
+    # One of them is not heard of again.
+    async with asyncio.timeout(WAIT_S):
+        while len(controller.nodes.ready()) == 2:
+            world.server.change(lease, {"metadata": {"labels": {"n": str(time.monotonic())}}})
+            await asyncio.sleep(0.05)
+    await world.until(lambda: addresses() == ["192.0.2.97"])
+    while not history.empty():
+        assert history.get_nowait().new["status"]["addresses"]

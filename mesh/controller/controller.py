@@ -282,7 +282,8 @@ class Controller:
         true: dict[Ident, Wanted] = {}
         while self._held and self.nodes.have(self._still(self._held[0].needed)):
             true.update(self._held.pop(0).statuses)
-        addresses = self.nodes.addresses()
+        # With no node that serves nothing is said, not even this.
+        addresses = self.nodes.addresses() or self._addresses
         if addresses != self._addresses or self._addresses_changed:
             self._addresses, self._addresses_changed = addresses, False
             true = {**self._on_nodes, **true}
