@@ -1,11 +1,12 @@
 # `make run` and `make test` are all a newcomer needs; both set up what is missing first.
-.PHONY: help run test acceptance rotation torture check bench clean setup setup-dev setup-bench
+.PHONY: help run test acceptance rotation faults torture check bench clean setup setup-dev setup-bench
 
 help:
 	@echo "make run         a lab with examples/storefront in it, until Ctrl-C; as root"
 	@echo "make test        all checks and tests"
 	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
 	@echo "make rotation    certificates of 20 s, all replaced under load (a minute; as root)"
+	@echo "make faults      the API server of a cluster away for minutes, and other faults that take long"
 	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
 	@echo "make check       formatting, lint, types, import layers"
 	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes, policies, memory (12 minutes)"
@@ -43,6 +44,9 @@ rotation: setup-dev
 
 torture: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
+
+faults: setup-dev
+	@.venv/bin/pytest -s tests/kubernetes_faults.py $(ARGS)
 
 bench: setup-bench
 	@PYTHONPATH=tests .venv/bin/python -m bench $(ARGS)
