@@ -54,17 +54,20 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
 					  int relayed, u32 *rule)
 {
 	u64 now = in_force();
+	struct rules rules;
 	u32 reason;
 
 	if (!(from->words[0] | from->words[1] | from->words[2] | from->words[3]) ||
 	    same_address(to, from))
 		return 0;
-	reason = policy_refusal(rules_of(from->words, now), EGRESS, identity_of(to->address, now),
-				to->protocol, to->port, relayed || is_local_pod(to), rule);
-	if (reason != REASON_POLICY_DENIED && !relayed)
-		reason = policy_refusal(rules_of(to->address, now), INGRESS,
-					identity_of(from->words, now), to->protocol, to->port, 1,
-					rule);
+	rules = rules_of(from->words, now);
+	reason = policy_refusal(rules, EGRESS, identity_of(to->address, now), to->protocol, to->port,
+				relayed || are_proven(rules, to->address, now), rule);
+	if (reason != REASON_POLICY_DENIED && !relayed) {
+		rules = rules_of(to->address, now);
+		reason = policy_refusal(rules, INGRESS, identity_of(from->words, now), to->protocol,
+					to->port, are_proven(rules, from->words, now), rule);
+	}
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }
 
