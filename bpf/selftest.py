@@ -114,7 +114,8 @@ def run(directory: Path, cgroup: Path, name: str = _NAME) -> list[Check]:
     except (_Failed, DatapathError) as error:
         why[stage] = str(error)
     except OSError as error:
-        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}: it takes root"
+        advice = ": it takes root" if isinstance(error, PermissionError) else ""
+        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}{advice}"
     not_tried = f"not tried, because of {stage}"
     whys = {name: why.get(name, not_tried) for name in FACTS}
     return [Check(name, not reason, reason) for name, reason in whys.items()]

@@ -252,8 +252,9 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("holders", "pods_at", workloads.holders),
         Rule("set_numbers", "label_sets", workloads.numbers),
         Rule("identities", "label_sets", workloads.identities),
+        *policy.before_workloads(mesh.node, options.policy_audit),
         Rule("workloads", "pods", workloads.workloads(mesh)),
-        *policy.rules(mesh.node, mesh.on, options.policy_audit),
+        *policy.rules(mesh.on, options.policy_audit),
         # Addresses and ports.
         Rule("service_claims", "Service", cluster_ips.claims),
         Rule("service_owners", "claimed_by", cluster_ips.owners),

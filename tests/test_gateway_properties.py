@@ -245,6 +245,9 @@ spec:
   - toCIDR: [192.0.2.8/29]
   - toEndpoints: [{matchLabels: {"k8s:io.kubernetes.pod.namespace": default, tier: web}}]
     toPorts: [{ports: [{port: "8080", protocol: TCP}], rules: {http: [{path: /a}]}}]
+  ingress:
+  - authentication: {mode: required}
+    toPorts: [{ports: [{port: main}, {port: "8080", endPort: 8081}]}]
 """,
     """
 kind: CiliumClusterwideNetworkPolicy

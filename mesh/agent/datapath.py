@@ -116,7 +116,7 @@ class Datapath:
 
     @property
     def _settled(self) -> bool:
-        return self._broken is None and self._tested
+        return self._broken is None and self._tested and not self._unfiltered
 
     async def _attempt(self) -> None:
         """Whatever is still to be done."""
@@ -281,6 +281,8 @@ class Datapath:
             attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
             versions.take_over(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
+            if self._unfiltered:
+                self._again.set()
         except (DatapathError, OSError) as error:
             self._break(error)
             self._again.set()

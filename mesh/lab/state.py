@@ -74,9 +74,11 @@ class PodStatus(Model, frozen=True, kw_only=True):
 
 
 class NodeStatus(Model, frozen=True, kw_only=True):
-    """`pid` is the supervisor's; `weft_stopped`: the node's Weft has ended on order."""
+    """`pid` is the supervisor's; `weft_ready`: the node's Weft has said that it is; `weft_stopped`:
+    it has ended on order."""
 
     pid: int
+    weft_ready: bool = False
     weft_stopped: bool = False
     pods: tuple[PodStatus, ...]
 

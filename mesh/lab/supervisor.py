@@ -217,7 +217,9 @@ class Supervisor:
     def _add(self, pod: PodPlan) -> None:
         Path(pod.cgroup).mkdir()
         create_netns(Path(pod.netns))
-        cni.add(pod.container_id, pod.netns, IFNAME, self._network(pod))
+        network = pod.container_id, pod.netns, IFNAME, self._network(pod)
+        cni.add(*network)
+        cni.check(*network)
         write_etc(self._lab, pod)
 
     def _network(self, pod: PodPlan) -> cni.CniConfig:
@@ -297,7 +299,10 @@ class Supervisor:
             file = self._lab.manifests / f"{what}.{self._node.name}.yaml"
             self._lab.write(file, to_yaml(objects(self._plan, self._node.name, self._status)))
         status = NodeStatus(
-            pid=os.getpid(), weft_stopped=self._weft.stopped, pods=tuple(self._status.values())
+            pid=os.getpid(),
+            weft_ready=self._weft.ready,
+            weft_stopped=self._weft.stopped,
+            pods=tuple(self._status.values()),
         )
         self._lab.write_node_status(self._node.name, status)
 
