@@ -74,7 +74,8 @@ class Evidence(NamedTuple):
             f"{self.changes} changes in {self.seconds:.0f} s, each known to be in force after"
             f" {lags[len(lags) // 2]:.0f} ms (median; {lags[-1]:.0f} ms the longest);"
             f" {self.sent} packets and lines sent, {self.arrived} arrived,"
-            f" {len(self.wrong)} of them wrongly, {self.between} between states of two nodes or files"
+            f" {len(self.wrong)} of them wrongly, {self.between} between states of two nodes or"
+            " of two files"
         )
 
 
