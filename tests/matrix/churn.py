@@ -3,9 +3,9 @@
 Pods send each other datagrams and lines of connections all the time. Each change is of one policy,
 or of one pod: its labels, or another pod has got its address. For what has arrived there must be a
 state that allows it among those that can have been in force while it was on its way: from the last
-one that was known to be in force when it was sent to the last one that was written when it came. Of
-pods of one node it is one state that lets it leave and lets it arrive; two nodes take up a change
-each by itself.
+one that was known to be in force when it was sent to the last one that was written when it came.
+Two nodes take up a change each by itself, and each may read pods and policies, which are files of
+their own, in another order than they were written in: that is counted apart.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import policy_cases as cases
@@ -53,9 +54,10 @@ class Target(NamedTuple):
 
 class Evidence(NamedTuple):
     """`between`: how much of what arrived was let leave and let arrive by different states, of pods
-    of two nodes. `lags_s`: of each change, how long until it was known to be in force. `wrong`:
-    what should not have arrived, in words. `elsewhen`: how much that would be, had all come two
-    seconds before it did: so it is known that it can be seen."""
+    of two nodes, or by files that a node has read in another order. `lags_s`: of each change, how
+    long until it was known to be in force. `wrong`: what should not have arrived, in words.
+    `elsewhen`: how much that would be, had all come two seconds before it did: so it is known that
+    it can be seen."""
 
     changes: int
     seconds: float
@@ -72,8 +74,8 @@ class Evidence(NamedTuple):
             f"{self.changes} changes in {self.seconds:.0f} s, each known to be in force after"
             f" {lags[len(lags) // 2]:.0f} ms (median; {lags[-1]:.0f} ms the longest);"
             f" {self.sent} packets and lines sent, {self.arrived} arrived,"
-            f" {len(self.wrong)} of them wrongly, {self.between} while the two nodes had different"
-            " states in force"
+            f" {len(self.wrong)} of them wrongly, {self.between} between states of two nodes or"
+            " of two files"
         )
 
 
@@ -274,7 +276,8 @@ class Judge:
             if any(all(one) for one in sides.values()):
                 continue
             out, into = (any(one[side] for one in sides.values()) for side in (0, 1))
-            if target.source.node != target.destination.node and out and into:
+            two_nodes = target.source.node != target.destination.node
+            if (two_nodes and out and into) or self._in_other_order(target, sides):
                 between += 1
             else:
                 wrong.append(
@@ -291,6 +294,20 @@ class Judge:
         last = bisect.bisect_right(self._states, came, key=lambda state: state.written) - 1
         last = max(first, last)
         return {state: self._decide(state, number) for state in range(first, last + 1)}
+
+    def _in_other_order(self, target: Target, states: Iterable[int]) -> bool:
+        """Whether it is allowed if a node has read the files in another order than they were
+        written in: policies of one state, and pods of others."""
+        seen = [self._states[number] for number in states]
+        policies = {id(state.policies): state.policies for state in seen}.values()
+        names = target.source.name, target.destination.name
+        sources, destinations = ({state.pods[name] for state in seen} for name in names)
+        for source, destination, found in itertools.product(sources, destinations, policies):
+            pods = {**seen[0].pods, names[0]: source, names[1]: destination}
+            world = World([*pods.values()], cases.NAMESPACES, found, self._scene.services)
+            if all(world.sides(source, destination, target.protocol, target.port)):
+                return True
+        return False
 
     def _decide(self, number: int, target: int) -> tuple[bool, bool]:
         known = self._decided.get((number, target))

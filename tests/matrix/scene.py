@@ -158,14 +158,16 @@ class PodsFile:
     def __init__(self, path: Path, node: str) -> None:
         self._path = path
         self._node = node
-        self._original = path.read_text()
+        self._original = self._written = path.read_text()
         self.pods: list[Manifest] = list(yaml.safe_load_all(self._original))
 
     def at(self, address: str) -> Manifest:
         return next(pod for pod in self.pods if pod["status"]["podIP"] == address)
 
     def write(self, number: int) -> None:
-        replace(self._path, as_json([*self.pods, mark(self._node, number)]))
+        assert self._path.read_text() == self._written, "the lab has written it meanwhile"
+        self._written = as_json([*self.pods, mark(self._node, number)])
+        replace(self._path, self._written)
 
     def restore(self) -> None:
         replace(self._path, self._original)
