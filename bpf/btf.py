@@ -102,6 +102,9 @@ class Btf:
 
 
 def c_header() -> str:
-    """Offsets that the programs need, as C: SK_RMEM_ALLOC in struct tcp_sock, whose first member
-    is, by way of others, its struct sock. DatapathError."""
-    return f"#define SK_RMEM_ALLOC {Btf().offset('sock', 'sk_backlog', 'rmem_alloc')}\n"
+    """Offsets that the programs need, as C: SK_RMEM_ALLOC and TCP_WRITE_SEQ in struct tcp_sock,
+    whose first member is, by way of others, its struct sock. DatapathError."""
+    btf = Btf()
+    rmem_alloc = btf.offset("sock", "sk_backlog", "rmem_alloc")
+    write_seq = btf.offset("tcp_sock", "write_seq")
+    return f"#define SK_RMEM_ALLOC {rmem_alloc}\n#define TCP_WRITE_SEQ {write_seq}\n"

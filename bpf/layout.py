@@ -225,11 +225,50 @@ class Event(NamedTuple):
     rule: int
 
 
+class Pair(NamedTuple):
+    """struct pair: what the proxy offers to a client's socket. `head` is padded with zeros."""
+
+    offer: int
+    backend: int
+    received: int
+    handed: int
+    until: int
+    size: int
+    head: bytes
+    offer_again: int
+
+
+class Paired(NamedTuple):
+    """struct paired: of a backend's socket."""
+
+    client: int
+    received: int
+
+
+class Exchange(NamedTuple):
+    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS."""
+
+    started_ns: int
+    bytes_in: int
+    bytes_out: int
+    elapsed_ns: int
+    faster: bytes
+    forwarded: int
+    answered: int
+    handed: int
+
+
 class Number(NamedTuple):
     """A bare u32 or u64: indices, slots, counters."""
 
     value: int
 
+
+# Of the tables of bpf/response.py; a power of two. In a cell above the next state: the byte is a digit
+# of Content-Length; the head goes on with it. The first state, and that of a head that is whole.
+RESPONSE_STATES = 512
+RESPONSE_DIGIT, RESPONSE_ALIVE = 14, 15
+RESPONSE_START, RESPONSE_DONE = 1, 2
 
 T = TypeVar(
     "T",
@@ -255,6 +294,9 @@ T = TypeVar(
     Flow,
     Addresses,
     Event,
+    Pair,
+    Paired,
+    Exchange,
     Number,
 )
 
@@ -358,6 +400,47 @@ EVENT = Layout(
         "zero": "4x",
     },
 )
+# Heads of requests that go past the proxy are no longer; a power of two.
+PAIR_HEAD = 1024
+PAIR_WORDS = PAIR_HEAD // 8
+# As those of the proxy's histogram, in ns.
+PAIR_BOUNDS = tuple(
+    int(ms * 1_000_000)
+    for ms in (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
+)
+PAIR_BUCKETS = len(PAIR_BOUNDS)
+PAIR = Layout(
+    "pair",
+    "=",
+    {
+        "offer": "Q",
+        "backend": "Q",
+        "received": "I",
+        "handed": "I",
+        "until": "I",
+        "size": "I",
+        "head": f"{PAIR_HEAD}s",
+        "offer_again": "Q",
+    },
+)
+PAIRED = Layout("paired", "=", {"client": "Q", "received": "I", "zero": "4x"})
+EXCHANGE = Layout(
+    "exchange",
+    "=",
+    {
+        "started_ns": "Q",
+        "bytes_in": "Q",
+        "bytes_out": "Q",
+        "elapsed_ns": "Q",
+        "faster": f"{8 * PAIR_BUCKETS}s",
+        "forwarded": "I",
+        "answered": "I",
+        "handed": "I",
+        "zero": "4x",
+    },
+)
+WORKLOAD = Layout("workload", "=", {"cookie": "Q", "base": "I", "is_backend": "I"})
+RESPONSES = Layout("responses", "=", {"raw": f"{RESPONSE_STATES * 256 * 2}s"})
 U32 = Layout("u32", "=", {"value": "I"})
 U64 = Layout("u64", "=", {"value": "Q"})
 
@@ -423,6 +506,13 @@ FRAGMENTS = 1 << 12
 FRAGMENT_S = 30
 # Refusals of packets that are told of in one second, on each CPU.
 TOLD_MAX = 500
+# Pairs, and what went past the proxy by them. A response that does is no longer than this, and its
+# client has read all before: so that all pairs' hold no more than 512 MiB.
+PAIRS_MAX = 1 << 13
+EXCHANGES_MAX = 1 << 14
+RESPONSE_MAX = 64 * 1024
+# Of its head; a power of two.
+RESPONSE_HEAD_MAX = 2048
 # Of 4 KiB; a power of two.
 EVENT_PAGES = 128
 
@@ -482,6 +572,17 @@ _CONSTANTS = (
     "FRAGMENT_S",
     "TOLD_MAX",
     "EVENT_PAGES",
+    "PAIR_WORDS",
+    "PAIR_BUCKETS",
+    "PAIRS_MAX",
+    "EXCHANGES_MAX",
+    "RESPONSE_MAX",
+    "RESPONSE_HEAD_MAX",
+    "RESPONSE_STATES",
+    "RESPONSE_DIGIT",
+    "RESPONSE_ALIVE",
+    "RESPONSE_START",
+    "RESPONSE_DONE",
 )
 
 
@@ -493,7 +594,9 @@ def description() -> str:
 
 def c_header() -> str:
     """Sizes and flags as C."""
-    return "".join(f"#define {name} {globals()[name]:d}\n" for name in _CONSTANTS)
+    bounds = " ".join(f"X({bound}ULL)" for bound in PAIR_BOUNDS)
+    numbers = "".join(f"#define {name} {globals()[name]:d}\n" for name in _CONSTANTS)
+    return f"{numbers}#define PAIR_BOUNDS(X) {bounds}\n"
 
 
 def c_checks() -> str:

@@ -1,6 +1,7 @@
 /* All programs of the data path; PROGRAMS in bpf/programs.py says what each is and where it goes. */
 #include "enrol.h"
 #include "filter.h"
+#include "pair.h"
 #include "queue.h"
 #include "steer.h"
 #include "verdict.h"
@@ -99,6 +100,11 @@ int proxies(struct bpf_sock_ops *ctx)
 int verdict(struct sk_msg_md *message)
 {
 	return redirect(message);
+}
+
+int exchange(struct sk_msg_md *message)
+{
+	return exchange_message(message);
 }
 
 int queue(struct __sk_buff *skb)

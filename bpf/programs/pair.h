@@ -1,0 +1,143 @@
+/* What workloads' enrolled sockets send: to the paired socket of another workload, or to the proxy.
+ *
+ * A message is redirected only if all of it is known to be one whole request, or one whole response
+ * that is due; everything else goes to the proxy as if there were no pair, and then nothing is
+ * redirected until the proxy is done with it and says so. Whether it is follows from numbers: the
+ * bytes that the socket has ever sent by TCP are those that the proxy has received, and every request
+ * that was forwarded has been answered.
+ */
+#ifndef WEFT_PAIR_H
+#define WEFT_PAIR_H
+
+#include "count.h"
+#include "response.h"
+
+#define again(field) (*(volatile typeof(field) *)&(field))
+#define tcp_field(tcp, offset, type) (*(type *)((tcp) + (offset)))
+
+/* Byte for byte. */
+static __always_inline int same_head(struct sk_msg_md *message, const struct pair *pair)
+{
+	const u8 *data = (void *)(long)message->data, *end = (void *)(long)message->data_end;
+	const u8 *rest = (const u8 *)pair->head;
+	u32 size = message->size, i, j;
+
+	if (size != pair->size || size > sizeof(pair->head) || (u64)(end - data) != size)
+		return 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PAIR_WORDS; i++) {
+		if (data + 8 * (i + 1) > end)
+			break;
+		if (*(u64 *)(data + 8 * i) != pair->head[i])
+			return 0;
+	}
+	i = size & (sizeof(pair->head) - 8);
+	data += i;
+	/* One pointer, whose bounds the looks below are about. */
+	asm volatile("" : "+r"(data));
+#pragma clang loop unroll(full)
+	for (j = 0; j < 7; j++) {
+		if (data + j + 1 > end)
+			break;
+		if (data[j] != rest[(i + j) & (sizeof(pair->head) - 1)])
+			return 0;
+	}
+	return 1;
+}
+
+/* A client's socket sends; whether it is redirected. */
+static __always_inline int forward(struct sk_msg_md *message, const struct workload *own, u32 sent)
+{
+	u64 client = own->cookie, backend, offer;
+	struct exchange *exchange;
+	struct pair *pair;
+	int result;
+
+	pair = pairs.lookup(&client);
+	exchange = pair ? exchanges.lookup(&client) : 0;
+	if (!exchange)
+		return 0;
+	offer = pair->offer;
+	backend = pair->backend;
+	if (exchange->forwarded != exchange->answered + exchange->handed ||
+	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
+	    sent != pair->received || !same_head(message, pair))
+		return 0;
+	/* The proxy's next pair may have taken the memory of this one meanwhile. */
+	asm volatile("" : : : "memory");
+	if (again(pair->offer) != offer || again(pair->offer_again) != offer)
+		return 0;
+	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
+	if (result != SK_PASS)
+		return 0;
+	exchange->started_ns = bpf_ktime_get_ns();
+	exchange->bytes_in += message->size;
+	__sync_fetch_and_add(&exchange->forwarded, 1);
+	count(REASON_PAIR_REQUEST);
+	return 1;
+}
+
+static __always_inline void measure(struct exchange *exchange, u64 elapsed, u32 size)
+{
+	u32 bucket = 0;
+
+	exchange->bytes_out += size;
+	exchange->elapsed_ns += elapsed;
+#define SLOWER(bound) bucket += elapsed > (bound);
+	PAIR_BOUNDS(SLOWER)
+#undef SLOWER
+	if (bucket < PAIR_BUCKETS)
+		exchange->faster[bucket]++;
+}
+
+/* A backend's socket sends; whether it is redirected. */
+static __always_inline int give_back(struct sk_msg_md *message, const struct workload *own,
+				     u32 sent)
+{
+	u64 backend = own->cookie, client;
+	struct exchange *exchange;
+	struct paired *paired_with;
+	int result = 0;
+
+	paired_with = paired.lookup(&backend);
+	if (!paired_with)
+		return 0;
+	client = paired_with->client;
+	exchange = exchanges.lookup(&client);
+	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
+		return 0;
+	if (sent == paired_with->received && message->size <= RESPONSE_MAX &&
+	    is_whole_response(message) && again(paired_with->client) == client)
+		result = workload_sockets.msg_redirect_hash(message, &client, BPF_F_INGRESS);
+	if (result != SK_PASS) {
+		__sync_fetch_and_add(&exchange->handed, 1);
+		count(REASON_PAIR_HANDED);
+		return 0;
+	}
+	measure(exchange, bpf_ktime_get_ns() - exchange->started_ns, message->size);
+	__sync_fetch_and_add(&exchange->answered, 1);
+	count(REASON_PAIR_RESPONSE);
+	return 1;
+}
+
+static __always_inline int exchange_message(struct sk_msg_md *message)
+{
+	struct bpf_sock *sk = message->sk;
+	struct workload *own;
+	void *tcp;
+	u32 sent;
+
+	own = sk ? workload.sk_storage_get(sk, 0, 0) : 0;
+	tcp = own ? bpf_skc_to_tcp_sock(sk) : 0;
+	/* Whoever has not read what it was sent is sent no more: memory stays bounded. */
+	if (!tcp || tcp_field(tcp, SK_RMEM_ALLOC, int))
+		return SK_PASS;
+	sent = tcp_field(tcp, TCP_WRITE_SEQ, u32) - own->base;
+	if (own->is_backend)
+		give_back(message, own, sent);
+	else
+		forward(message, own, sent);
+	return SK_PASS;
+}
+
+#endif
