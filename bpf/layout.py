@@ -257,6 +257,11 @@ class Exchange(NamedTuple):
     answered: int
     handed: int
 
+    @property
+    def outstanding(self) -> bool:
+        """A request was forwarded, and nothing of its response has come."""
+        return (self.answered + self.handed - self.forwarded) & 0xFFFFFFFF != 0
+
 
 class Number(NamedTuple):
     """A bare u32 or u64: indices, slots, counters."""

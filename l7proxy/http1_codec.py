@@ -61,6 +61,7 @@ class ServerCodec:
         self.buffer = ReceiveBuffer()
         self.keep_alive = True
         self.request_complete = False
+        self.raw_head = b""  # of the request
         self._scheme = scheme
         self._settings = settings
         self._reader: BodyReader | None = None
@@ -122,7 +123,8 @@ class ServerCodec:
         if length < 0:
             check_incomplete(buffer.data, buffer.position, searched)
             return None
-        head, wanted = parse_request(buffer.take(length), self._scheme, self._settings)
+        self.raw_head = buffer.take(length)
+        head, wanted = parse_request(self.raw_head, self._scheme, self._settings)
         self._head = head
         self.keep_alive = self.keep_alive and wanted
         if head.body is Framing.STREAM:
@@ -136,6 +138,12 @@ class ServerCodec:
         self._head = None
         self._empty_line_skipped = False
         self.request_complete = False
+
+    def resume(self, head: RequestHead) -> None:
+        """A request that has come another way is to be answered; only between requests."""
+        self._head = head
+        self._reader = None
+        self.request_complete = True
 
     def informational(self, head: ResponseHead) -> bytes:
         """A 1xx response other than 101; nothing for a client that does not know them."""

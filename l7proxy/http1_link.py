@@ -74,6 +74,7 @@ class Link(asyncio.Protocol):
         self.lost = False
         self.eof = False
         self.tls = False
+        self.received = 0  # bytes, since it was established
         self._input: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self.write_paused = False

@@ -110,6 +110,12 @@ class Lease:
     def endpoint(self) -> Endpoint:
         return self._member.endpoint
 
+    def again(self, stream: ClientStream) -> Lease:
+        """For a further stream of its connection."""
+        self._member.load += 1
+        way = self.way
+        return Lease(self._cluster, self._member, self._pool, stream, way, reused=True)
+
     def succeeded(self, status: int) -> None:
         """The endpoint answered: 502, 503 and 504 count toward its ejection."""
         if status in _GATEWAY_ERRORS:
