@@ -225,6 +225,13 @@ class Event(NamedTuple):
     rule: int
 
 
+class AutomatonPlace(NamedTuple):
+    """struct automaton_place: the arena that a table stands in, and the word where it begins."""
+
+    arena: int
+    word: int
+
+
 class Number(NamedTuple):
     """A bare u32 or u64: indices, slots, counters."""
 
@@ -255,6 +262,7 @@ T = TypeVar(
     Flow,
     Addresses,
     Event,
+    AutomatonPlace,
     Number,
 )
 
@@ -358,6 +366,7 @@ EVENT = Layout(
         "zero": "4x",
     },
 )
+AUTOMATON_PLACE = Layout("automaton_place", "=", {"arena": "I", "word": "I"})
 U32 = Layout("u32", "=", {"value": "I"})
 U64 = Layout("u64", "=", {"value": "Q"})
 
@@ -425,6 +434,10 @@ FRAGMENT_S = 30
 TOLD_MAX = 500
 # Of 4 KiB; a power of two.
 EVENT_PAGES = 128
+# Tables that requests are judged by, and the arenas they stand in: twice what the largest table
+# takes and a header (bpf/programs/automaton.h), in bytes; 2 MB for each that is in use.
+AUTOMATA = 1 << 12
+AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (2 << 20) + 512
 
 # What C is told by these names.
 _CONSTANTS = (
@@ -482,6 +495,9 @@ _CONSTANTS = (
     "FRAGMENT_S",
     "TOLD_MAX",
     "EVENT_PAGES",
+    "AUTOMATA",
+    "AUTOMATON_ARENAS",
+    "AUTOMATON_ARENA",
 )
 
 

@@ -1,6 +1,7 @@
 /* All programs of the data path; PROGRAMS in bpf/programs.py says what each is and where it goes. */
 #include "enrol.h"
 #include "filter.h"
+#include "judge.h"
 #include "queue.h"
 #include "steer.h"
 #include "verdict.h"

@@ -162,6 +162,12 @@ struct told {
 	u64 events;
 };
 
+/* Where a table for judging requests stands. */
+struct automaton_place {
+	u32 arena;
+	u32 word; /* even */
+};
+
 /* What happened to a connection or datagram, for flow records. */
 struct event {
 	u64 time_ns; /* CLOCK_MONOTONIC */
