@@ -226,15 +226,17 @@ class Event(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """struct pair: what the proxy offers to a client's socket. `head` is padded with zeros."""
+    """struct pair: what the proxy offers to a client's socket."""
 
     offer: int
     backend: int
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
     received: int
     handed: int
     until: int
-    size: int
-    head: bytes
     offer_again: int
 
 
@@ -246,7 +248,8 @@ class Paired(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS."""
+    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
+    `bodiless`: the last request's response has no body, as it is of HEAD."""
 
     started_ns: int
     bytes_in: int
@@ -256,11 +259,19 @@ class Exchange(NamedTuple):
     forwarded: int
     answered: int
     handed: int
+    bodiless: int
 
     @property
     def outstanding(self) -> bool:
         """A request was forwarded, and nothing of its response has come."""
         return (self.answered + self.handed - self.forwarded) & 0xFFFFFFFF != 0
+
+
+class AutomatonPlace(NamedTuple):
+    """struct automaton_place: the arena that a table stands in, and the word where it begins."""
+
+    arena: int
+    word: int
 
 
 class Number(NamedTuple):
@@ -302,6 +313,7 @@ T = TypeVar(
     Pair,
     Paired,
     Exchange,
+    AutomatonPlace,
     Number,
 )
 
@@ -405,9 +417,6 @@ EVENT = Layout(
         "zero": "4x",
     },
 )
-# Heads of requests that go past the proxy are no longer; a power of two.
-PAIR_HEAD = 1024
-PAIR_WORDS = PAIR_HEAD // 8
 # As those of the proxy's histogram, in ns.
 PAIR_BOUNDS = tuple(
     int(ms * 1_000_000)
@@ -420,11 +429,13 @@ PAIR = Layout(
     {
         "offer": "Q",
         "backend": "Q",
+        "generation": "Q",
+        "egress": "I",
+        "ingress": "I",
+        "rule": "I",
         "received": "I",
         "handed": "I",
         "until": "I",
-        "size": "I",
-        "head": f"{PAIR_HEAD}s",
         "offer_again": "Q",
     },
 )
@@ -441,11 +452,12 @@ EXCHANGE = Layout(
         "forwarded": "I",
         "answered": "I",
         "handed": "I",
-        "zero": "4x",
+        "bodiless": "I",
     },
 )
 WORKLOAD = Layout("workload", "=", {"cookie": "Q", "base": "I", "is_backend": "I"})
 RESPONSES = Layout("responses", "=", {"raw": f"{RESPONSE_STATES * 256 * 2}s"})
+AUTOMATON_PLACE = Layout("automaton_place", "=", {"arena": "I", "word": "I"})
 U32 = Layout("u32", "=", {"value": "I"})
 U64 = Layout("u64", "=", {"value": "Q"})
 
@@ -515,11 +527,15 @@ TOLD_MAX = 500
 # client has read all before: so that all pairs' hold no more than 512 MiB.
 PAIRS_MAX = 1 << 13
 EXCHANGES_MAX = 1 << 14
-RESPONSE_MAX = 64 * 1024
+RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
 # Of its head; a power of two.
 RESPONSE_HEAD_MAX = 2048
 # Of 4 KiB; a power of two.
 EVENT_PAGES = 128
+# Tables that requests are judged by, and the arenas they stand in: twice what the largest table
+# takes and a header (bpf/programs/automaton.h), in bytes; 2 MB for each that is in use.
+AUTOMATA = 1 << 12
+AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (2 << 20) + 512
 
 # What C is told by these names.
 _CONSTANTS = (
@@ -577,17 +593,20 @@ _CONSTANTS = (
     "FRAGMENT_S",
     "TOLD_MAX",
     "EVENT_PAGES",
-    "PAIR_WORDS",
     "PAIR_BUCKETS",
     "PAIRS_MAX",
     "EXCHANGES_MAX",
     "RESPONSE_MAX",
+    "REQUEST_MAX",
     "RESPONSE_HEAD_MAX",
     "RESPONSE_STATES",
     "RESPONSE_DIGIT",
     "RESPONSE_ALIVE",
     "RESPONSE_START",
     "RESPONSE_DONE",
+    "AUTOMATA",
+    "AUTOMATON_ARENAS",
+    "AUTOMATON_ARENA",
 )
 
 

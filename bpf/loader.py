@@ -18,6 +18,7 @@ from pathlib import Path
 from bpf import attach, layout, pins, syscall
 from bpf.errors import DatapathError
 from bpf.layout import Number
+from bpf.maps import INNER
 from bpf.programs import LICENCE, PROGRAMS
 from bpf.response import tables
 
@@ -47,7 +48,12 @@ def load(directory: Path) -> None:
 
 def _create(name: str, info: syscall.MapInfo) -> int:
     try:
-        return syscall.create_map(name, info)
+        inner = syscall.create_map(name, INNER[name]) if name in INNER else None
+        try:
+            return syscall.create_map(name, info, inner)
+        finally:
+            if inner is not None:
+                os.close(inner)
     except OSError as error:
         raise DatapathError(
             f"cannot make the map {name}: {error.strerror}: it takes root (CAP_BPF), and memory"

@@ -72,6 +72,10 @@ V = TypeVar(
 )
 
 
+# BPF_F_MMAPABLE.
+_MMAPABLE = 1 << 10
+
+
 class Spec(NamedTuple):
     """What the program file declares. A ring buffer has neither keys nor values, and its entries
     are bytes; a map that belongs to sockets has no number of entries."""
@@ -113,8 +117,12 @@ MAPS = {
     "fragments": Spec(layout.FRAGMENT, layout.U64, layout.FRAGMENTS),
     "told": Spec(layout.U32, layout.TOLD, 1),
     "events": Spec(None, None, layout.EVENT_PAGES * 4096),
+    "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, layout.AUTOMATA),
+    "automaton_arenas": Spec(layout.U32, layout.U32, layout.AUTOMATON_ARENAS),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }
+# What is in maps of maps, as programs expect it.
+INNER = {"automaton_arenas": syscall.MapInfo(2, 4, layout.AUTOMATON_ARENA, 1, _MMAPABLE)}
 
 
 def open_pinned(directory: Path, name: str, of: str | None = None) -> int:

@@ -191,8 +191,8 @@ def map_info(fd: int) -> MapInfo:
     return MapInfo(kind, key_size, value_size, max_entries, flags)
 
 
-def create_map(name: str, info: MapInfo) -> int:
-    """A descriptor."""
+def create_map(name: str, info: MapInfo, inner: int | None = None) -> int:
+    """A descriptor. `inner`: of a map like those that are to be in a map of maps."""
     types = 0, 0, 0
     if info.type == _SK_STORAGE:
         types = _bytes_type(info.value_size)
@@ -205,7 +205,7 @@ def create_map(name: str, info: MapInfo) -> int:
             info.value_size,
             info.max_entries,
             info.flags,
-            0,
+            inner or 0,
             0,
             name.encode()[:15],
             0,

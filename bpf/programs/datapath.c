@@ -2,6 +2,7 @@
 #include "enrol.h"
 #include "filter.h"
 #include "pair.h"
+#include "judge.h"
 #include "queue.h"
 #include "steer.h"
 #include "verdict.h"

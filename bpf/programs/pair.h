@@ -10,46 +10,36 @@
 #define WEFT_PAIR_H
 
 #include "count.h"
+#include "judge.h"
 #include "response.h"
 
 #define again(field) (*(volatile typeof(field) *)&(field))
 #define tcp_field(tcp, offset, type) (*(type *)((tcp) + (offset)))
 
-/* Byte for byte. */
-static __always_inline int same_head(struct sk_msg_md *message, const struct pair *pair)
+/* Its bytes from `data` on, as many of them as its head may have. 0: they are there. */
+static __always_inline int show(struct sk_msg_md *message)
+{
+	u32 shown = (u32)((long)message->data_end - (long)message->data);
+
+	if (shown >= message->size || shown >= AUTOMATON_HEAD_MAX)
+		return 0;
+	return bpf_msg_pull_data(message, 0, message->size, 0);
+}
+
+static __always_inline int is_head_request(struct sk_msg_md *message)
 {
 	const u8 *data = (void *)(long)message->data, *end = (void *)(long)message->data_end;
-	const u8 *rest = (const u8 *)pair->head;
-	u32 size = message->size, i, j;
 
-	if (size != pair->size || size > sizeof(pair->head) || (u64)(end - data) != size)
-		return 0;
-#pragma clang loop unroll(disable)
-	for (i = 0; i < PAIR_WORDS; i++) {
-		if (data + 8 * (i + 1) > end)
-			break;
-		if (*(u64 *)(data + 8 * i) != pair->head[i])
-			return 0;
-	}
-	i = size & (sizeof(pair->head) - 8);
-	data += i;
-	/* One pointer, whose bounds the looks below are about. */
-	asm volatile("" : "+r"(data));
-#pragma clang loop unroll(full)
-	for (j = 0; j < 7; j++) {
-		if (data + j + 1 > end)
-			break;
-		if (data[j] != rest[(i + j) & (sizeof(pair->head) - 1)])
-			return 0;
-	}
-	return 1;
+	return data + 4 <= end && data[0] == 'H' && data[1] == 'E';
 }
 
 /* A client's socket sends; whether it is redirected. */
 static __always_inline int forward(struct sk_msg_md *message, const struct workload *own, u32 sent)
 {
 	u64 client = own->cookie, backend, offer;
+	u32 rule;
 	struct exchange *exchange;
+	struct judged judged;
 	struct pair *pair;
 	int result;
 
@@ -61,7 +51,11 @@ static __always_inline int forward(struct sk_msg_md *message, const struct workl
 	backend = pair->backend;
 	if (exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
-	    sent != pair->received || !same_head(message, pair))
+	    sent != pair->received || message->size > REQUEST_MAX || show(message))
+		return 0;
+	rule = pair->rule;
+	judge_head(message, pair->generation, pair->egress, pair->ingress, &judged);
+	if (judged.rule == 0 || judged.rule != rule || judged.size + judged.length != message->size)
 		return 0;
 	/* The proxy's next pair may have taken the memory of this one meanwhile. */
 	asm volatile("" : : : "memory");
@@ -70,6 +64,7 @@ static __always_inline int forward(struct sk_msg_md *message, const struct workl
 	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
 	if (result != SK_PASS)
 		return 0;
+	exchange->bodiless = is_head_request(message);
 	exchange->started_ns = bpf_ktime_get_ns();
 	exchange->bytes_in += message->size;
 	__sync_fetch_and_add(&exchange->forwarded, 1);
@@ -106,7 +101,7 @@ static __always_inline int give_back(struct sk_msg_md *message, const struct wor
 	exchange = exchanges.lookup(&client);
 	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
 		return 0;
-	if (sent == paired_with->received && message->size <= RESPONSE_MAX &&
+	if (sent == paired_with->received && message->size <= RESPONSE_MAX && !show(message) &&
 	    is_whole_response(message) && again(paired_with->client) == client)
 		result = workload_sockets.msg_redirect_hash(message, &client, BPF_F_INGRESS);
 	if (result != SK_PASS) {

@@ -100,16 +100,19 @@ struct workload {
 	u32 is_backend;
 };
 
-/* What a proxy offers to a client's socket: requests of exactly these bytes go straight to a
- * backend's socket. `offer` stands at both ends, so that who reads it while it is replaced notices. */
+/* What a proxy offers to a client's socket: requests that these tables and lists of policy rules let
+ * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` stands at both
+ * ends, so that who reads it while another takes its place notices. */
 struct pair {
 	u64 offer;
-	u64 backend;  /* its socket's cookie */
+	u64 backend; /* its socket's cookie */
+	u64 generation;
+	u32 egress;
+	u32 ingress;
+	u32 rule;
 	u32 received; /* bytes that the proxy has received from the client's socket, and is done with */
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
-	u32 size;     /* of the head */
-	u64 head[PAIR_WORDS];
 	u64 offer_again;
 };
 
@@ -131,7 +134,7 @@ struct exchange {
 	u32 forwarded;
 	u32 answered;
 	u32 handed;
-	u32 zero;
+	u32 bodiless; /* the last request was HEAD */
 };
 
 /* The tables of bpf/response.py. (bcc makes code for each element of an array of numbers.) */
@@ -206,6 +209,12 @@ struct fragment {
 struct told {
 	u64 second;
 	u64 events;
+};
+
+/* Where a table for judging requests stands. */
+struct automaton_place {
+	u32 arena;
+	u32 word; /* even */
 };
 
 /* What happened to a connection or datagram, for flow records. */
