@@ -237,6 +237,7 @@ class Pair(NamedTuple):
     received: int
     handed: int
     until: int
+    expires_ns: int
     offer_again: int
 
 
@@ -280,8 +281,8 @@ class Number(NamedTuple):
     value: int
 
 
-# Of the tables of bpf/response.py; a power of two. In a cell above the next state: the byte is a digit
-# of Content-Length; the head goes on with it. The first state, and that of a head that is whole.
+# Of the tables of bpf/response.py; a power of two. In a cell above the next state: the byte is a
+# digit of Content-Length; the head goes on with it. The first state, and that of a whole head.
 RESPONSE_STATES = 512
 RESPONSE_DIGIT, RESPONSE_ALIVE = 14, 15
 RESPONSE_START, RESPONSE_DONE = 1, 2
@@ -436,6 +437,8 @@ PAIR = Layout(
         "received": "I",
         "handed": "I",
         "until": "I",
+        "zero": "4x",
+        "expires_ns": "Q",
         "offer_again": "Q",
     },
 )

@@ -84,19 +84,24 @@ class _PairMaps(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A pair, by the cookies of both workloads' sockets: until `until` requests have been forwarded
-    for the client, those that are `head`, byte for byte, go straight to the backend.
-    `client_received` and `backend_received`: how many bytes the proxy has received from each since
-    the connection was established, and is done with (modulo 2^32); `handed`: likewise responses.
-    """
+    """A pair, by the cookies of both workloads' sockets: requests that the table of `generation`
+    lets pass by `rule`, and its lists `egress` and `ingress` too (0: none is asked), go straight to
+    the backend, until `until` have been forwarded for the client, or CLOCK_MONOTONIC is at
+    `expires_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
+    from each since the connection was established, and is done with (modulo 2^32); `handed`:
+    likewise responses."""
 
     client: int
     backend: int
-    head: bytes
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
     client_received: int
     backend_received: int
     handed: int
     until: int
+    expires_ns: int
 
 
 class ProxyHandles:
@@ -172,11 +177,14 @@ class ProxyHandles:
         pair = Pair(
             number,
             offer.backend,
+            offer.generation,
+            offer.egress,
+            offer.ingress,
+            offer.rule,
             offer.client_received & _U32,
-            offer.handed,
+            offer.handed & _U32,
             offer.until & _U32,
-            len(offer.head),
-            offer.head,
+            offer.expires_ns,
             number,
         )
         paired = Paired(offer.client, offer.backend_received & _U32)

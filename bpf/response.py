@@ -114,12 +114,6 @@ def _fields(table: _Tables, behind: int | None) -> int:
             table.lead(here, byte + byte.upper(), state)
             table.lead(state, _TOKEN, name)
             table.lead(state, b":", value)
-    for known in tree:  # those led to later were overwritten by the loop's order
-        for byte in range(ord("a"), ord("z") + 1):
-            if (longer := tree.get(known + bytes([byte]))) is not None:
-                table.lead(tree[known], bytes([byte, byte - 32]), longer)
-        if (longer := tree.get(known + b"-")) is not None:
-            table.lead(tree[known], b"-", longer)
     for known in _UNUSUAL:
         table.lead(tree[known], b":", _REFUSED)
     blank = table.state()

@@ -62,8 +62,7 @@ class Destination(NamedTuple):
 class Steered(NamedTuple):
     """Of a workload's connection: what it asked for, and the backend that the kernel has chosen
     (None: the proxy chooses). `unread`: what the proxy sends goes by redirect, and this tells how
-    many bytes of memory the workload's socket holds of it; `cookie` is that socket's, 0 where it does
-    not."""
+    many bytes of memory the workload's socket holds of it; `cookie` is that socket's, else 0."""
 
     asked: Destination
     backend: Destination | None = None

@@ -85,6 +85,7 @@ class Http1Client(Link):
     def resume(self, head: RequestHead) -> ClientStream:
         """For the response to a request that was sent past the proxy. ValueError: as `request`."""
         self.held = False
+        self._keeper = None
         self.answered = False
         self.codec.request(head)
         self._stream = _Stream(self, reused=True, sent=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from l7proxy.http1_codec import ServerCodec
 from l7proxy.http1_link import Deadline, Link
 from l7proxy.message import Data, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
+from l7proxy.pairing import Pairing
 from l7proxy.streams import ConnectionInfo, Handler, StreamReset
 from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Settings
@@ -64,6 +65,10 @@ class Http1Server(Link):
         self._draining = False
         self._grace_over = False
         self._lingering: int | None = None
+        self._pairing = info.pairing
+        if self._pairing is not None:
+            self._pairing.wake = self.wake
+            self._pairing.active = self._note_activity
 
     # --- from the event loop ---------------------------------------------------------------------
 
@@ -73,6 +78,7 @@ class Http1Server(Link):
         self._task = spawn(self._run(), name="http1 connection")
 
     def data_received(self, data: bytes) -> None:
+        self.received += len(data)
         if self._lingering is not None:
             self._lingering -= len(data)
             if self._lingering < 0:
@@ -95,6 +101,8 @@ class Http1Server(Link):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.timer.close()
+        if self._pairing is not None:
+            self._pairing.close(ended=self.eof and exc is None)
         if self._stream is not None and self._stream.open:
             self._cancel()
         self._on_closed()
@@ -107,6 +115,8 @@ class Http1Server(Link):
         if self._draining:
             return
         self._draining = True
+        if self._pairing is not None:
+            self._pairing.dissolve()
         if self._stream is None:
             self._start_grace()
         elif not self._stream.responded:
@@ -147,16 +157,44 @@ class Http1Server(Link):
 
     async def _run(self) -> None:
         try:
-            while (head := await self._next_head()) is not None and await self._serve(head):
+            while (head := await self._next_head()) is not None and await self._serve(
+                head, self._handler
+            ):
                 pass
             await self._linger()
         except BaseException:
             self.abort()
             raise
 
+    def _note_activity(self) -> None:
+        """Requests have passed by here."""
+        if self._stream is None and self.codec.between_requests:
+            self.timer.set(self.settings.idle_timeout_s)
+
+    async def _take_over(self, pairing: Pairing) -> bool:
+        """Let nothing pass by here any more, and answer what is outstanding; whether the connection
+        goes on."""
+        self.timer.clear()
+        handler = await pairing.take_over()
+        if self.lost:
+            return False
+        if handler is not None:
+            self.codec.resume(pairing.head)
+            return await self._serve(pairing.head, handler)
+        self._head_started = False
+        self.timer.set(self.settings.idle_timeout_s)
+        return True
+
     async def _next_head(self) -> RequestHead | None:
         """The next request's head; None at the end of the connection."""
+        pairing = self._pairing
         while True:
+            if pairing is not None and pairing.offered:
+                over = self.eof or self._draining or self.failure is not None
+                if (over or pairing.due or not self.codec.between_requests) and (
+                    not await self._take_over(pairing)
+                ):
+                    return None
             try:
                 if self.failure is not None:
                     raise self.failure
@@ -176,15 +214,15 @@ class Http1Server(Link):
             self.hold_input(self.codec.buffer.left)
             await self.more_input()
 
-    async def _serve(self, head: RequestHead) -> bool:
-        """Run the handler; whether the connection goes on."""
+    async def _serve(self, head: RequestHead, handler: Handler) -> bool:
+        """Run a handler; whether the connection goes on."""
         self._served += 1
         limit = self.settings.max_requests_per_connection
         if self._draining or (limit is not None and self._served >= limit):
             self.codec.keep_alive = False
         stream = self._stream = _Stream(self, head)
         try:
-            await self._handler(stream, self._info)
+            await handler(stream, self._info)
         except Exception:
             _log.exception("the handler of a request failed")
         if not stream.finished:
@@ -201,7 +239,17 @@ class Http1Server(Link):
         self.timer.set(self.settings.idle_timeout_s)
         if self._draining:
             self._start_grace()
+        if self._pairing is not None:
+            self._offer(self._pairing)
         return True
+
+    def _offer(self, pairing: Pairing) -> None:
+        """What the client has sent was answered whole, as far as is known here."""
+        waits = self.transport is None or self.transport.get_write_buffer_size()
+        if self._draining or self.eof or self.gone or waits or not self.codec.between_requests:
+            pairing.decline()
+        else:
+            pairing.offer(self.received)
 
     async def _discard_body(self) -> bool:
         """Take what is left of the request off the connection; whether that came to its end."""

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from typing import TYPE_CHECKING
 from l7proxy.handles import Steered
 from l7proxy.message import Headers, RequestHead, ResponseHead
 
-
 if TYPE_CHECKING:
-    from l7proxy.pairs import Pairing
+    from l7proxy.pairing import Pairing
 
 
 class StreamReset(Exception):
@@ -142,8 +140,8 @@ class ClientConnection(Protocol):
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
     """What is known of a client's connection. Addresses are (address, port), IPv4-mapped IPv6
-    addresses as IPv4. `steered`: a workload's that the kernel sent here; `pairing`: its requests may pass by the proxy.
-    """
+    addresses as IPv4. `steered`: a workload's that the kernel sent here; `pairing`: its requests
+    may pass by the proxy."""
 
     peer: tuple[str, int]
     local: tuple[str, int]

@@ -110,6 +110,11 @@ class Lease:
     def endpoint(self) -> Endpoint:
         return self._member.endpoint
 
+    @property
+    def endpoints(self) -> int:
+        """How many there are to choose from."""
+        return self._cluster.endpoints
+
     def again(self, stream: ClientStream) -> Lease:
         """For a further stream of its connection."""
         self._member.load += 1
@@ -247,6 +252,10 @@ class Cluster:
     def has(self, endpoint: str) -> bool:
         """`endpoint` is the id of one of the endpoints in force."""
         return endpoint in self._balancer.members
+
+    @property
+    def endpoints(self) -> int:
+        return len(self._balancer.members)
 
     @property
     def in_use(self) -> bool:

@@ -51,7 +51,7 @@ static __always_inline int forward(struct sk_msg_md *message, const struct workl
 	backend = pair->backend;
 	if (exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
-	    sent != pair->received || message->size > REQUEST_MAX || show(message))
+	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns || message->size > REQUEST_MAX || show(message))
 		return 0;
 	rule = pair->rule;
 	judge_head(message, pair->generation, pair->egress, pair->ingress, &judged);
