@@ -1,143 +1,94 @@
 """Ordered rules over request heads as tables: one automaton that bpf/programs/automaton.h walks.
 
-A rule is a conjunction of conditions and a verdict. Several lists of rules share one walk (routes,
-policies): for each the first rule whose conditions hold gives the verdict. What cannot be part of
-an automaton makes its rule PUNT with the conditions that are left: it keeps its place, so that no
-lower rule answers in its stead. The reference for what a condition means is l7proxy.route_match.
+Several lists of rules share one walk: those of routes, and of policies. A condition that cannot be
+part of an automaton is left out, and its rule PUNT: it keeps its place, so that no lower rule
+answers in its stead. What goes beyond a limit of the tables ends its list with PUNT.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from l7proxy.automaton_head import END, HOST_SEEN, NOTHING, START, Action, HeadMachine, State
+from l7proxy.automaton_head import END, HOST_SEEN, NOTHING, Action, HeadMachine, State
 from l7proxy.automaton_nfa import Nfa, Unsupported
+from l7proxy.automaton_rules import PUNT, Condition, Limits, Rule
+from l7proxy.automaton_table import (
+    CANDIDATES,
+    FACTS,
+    SEEN,
+    WORDS,
+    Candidate,
+    Found,
+    Table,
+    TooLarge,
+    pack,
+)
 
-# Verdicts of no rule: the proxy is to decide; no rule holds.
-PUNT = 0
-NONE = 0xFFFF
-LISTS = 2
-
-# Limits of the tables, as in bpf/programs/automaton.h.
-CELLS = 1 << 16
-ACTIONS = 1 << 10
-PATHS = 1 << 10
-RULES = 1 << 12
-BITS = 64
-# A cell: the row that follows, the action, and whether the head goes on.
-_ACTION_SHIFT = 17
-_ALIVE = 1 << 31
-
-
-class Condition(NamedTuple):
-    """`name` is a header's (lower case) or query parameter's; "host" conditions see host and port,
-    "hostname" ones are patterns of a route ("*.example.com") for the host alone."""
-
-    of: Literal["method", "path", "host", "hostname", "header", "query"]
-    kind: Literal["exact", "prefix", "regex", "present"]
-    value: bytes = b""
-    name: bytes = b""
-
-
-class Rule(NamedTuple):
-    """`verdict`: PUNT, or a number of the caller's below NONE."""
-
-    conditions: tuple[Condition, ...]
-    verdict: int
-
-
-class TooLarge(Exception):
-    """Which limit the tables go beyond."""
-
-
-class Candidate(NamedTuple):
-    """A rule, where the path is what it wants: the facts it needs beside that."""
-
-    need: int
-    verdict: int
+# Fields that are more than their lines: their values stand elsewhere in a head, or are joined.
+_SPECIAL = frozenset((b"content-length", b"upgrade", b"cookie"))
+# Bytes that a row may stay at, to be skipped eight at a time.
+_PLAIN = range(0x20, 0x7F)
 
 
 class Automaton(NamedTuple):
-    """`classes`: a byte's column; `cells`: rows of `width`, by their first index; `actions`: facts
-    to set, facts that must not have been, what is added up; `candidates`: by list and path class.
-    `facts`: what each bit of the mask means."""
+    """`table`: bytes for bpf/programs/automaton.h. `facts`: what each bit of the mask is about.
+    `left_out`: conditions that are the proxy's, and why. `kept`: of each list how many rules there
+    are before all are the proxy's, since the tables would be too large (`limit` says how)."""
 
-    classes: bytes
-    width: int
-    start: int
-    cells: tuple[int, ...]
-    actions: tuple[tuple[int, int, int], ...]
-    candidates: tuple[tuple[tuple[Candidate, ...], ...], ...]
-    facts: tuple[object, ...]
-    host: int
-
-    def walk(self, head: bytes) -> Walked | None:
-        """As bpf/programs/automaton.h does. None: the proxy's; or not whole."""
-        row, mask, total, length_at = self.start, 0, 0, 0
-        for at, byte in enumerate(head):
-            cell = self.cells[row + self.classes[byte]]
-            row = cell & CELLS * 2 - 1
-            sets, once, adds = self.actions[cell >> _ACTION_SHIFT & ACTIONS - 1]
-            if mask & once:
-                return None
-            mask |= sets
-            total += adds & ~_LENGTH
-            if adds & _LENGTH:
-                length_at = at
-            if total & _WHOLE:
-                digits = head[length_at:].partition(b"\r")[0] if length_at else b"0"
-                return Walked(
-                    mask, total >> _PATH_SHIFT & 0xFFFF, int(digits), total & 0xFFFF, at + 1
-                )
-            if not cell & _ALIVE:
-                return None
-        return None
-
-    def verdicts(self, walked: Walked) -> tuple[int, ...]:
-        """Of each list."""
-        return tuple(
-            next(
-                (one.verdict for one in rules[walked.path] if one.need & walked.mask == one.need),
-                NONE,
-            )
-            for rules in self.candidates
-        )
+    table: bytes
+    states: int
+    classes: int
+    facts: tuple[Condition, ...]
+    paths: int
+    left_out: dict[Condition, str]
+    kept: tuple[int, ...]
+    limit: str
 
 
-class Walked(NamedTuple):
-    """A head that was read to its end: facts, path class, Content-Length, fields, bytes."""
+def compile_rules(
+    lists: Sequence[Sequence[Rule]], limits: Limits, generation: int = 0
+) -> Automaton:
+    """Verdicts of the lists are those of their rules. Takes seconds for thousands of rules."""
+    most = max(map(len, lists), default=0)
+    limit = ""
+    while True:
+        kept = tuple(min(most, len(rules)) for rules in lists)
+        cut = [
+            rules if count == len(rules) else (*rules[:count], Rule((), PUNT))
+            for count, rules in zip(kept, lists, strict=True)
+        ]
+        try:
+            return _Compiler(cut).run(limits, generation)._replace(kept=kept, limit=limit)
+        except TooLarge as error:
+            if most == 0:
+                raise
+            limit = limit or str(error)
+            most //= 2
 
-    mask: int
-    path: int
-    length: int
-    lines: int
-    size: int
+
+class _Target(NamedTuple):
+    state: State
+    action: Action
 
 
-# What actions add up: lines, the path class, that the head is whole; and where a length begins.
-_LINE, _PATH_SHIFT, _WHOLE, _LENGTH = 1, 16, 1 << 32, 1 << 63
-
-
-def compile_rules(lists: Sequence[Sequence[Rule]]) -> Automaton:
-    """TooLarge."""
-    return _Compiler(lists).run()
+_Row = tuple["_Target | None", ...]
 
 
 class _Compiler:
     def __init__(self, lists: Sequence[Sequence[Rule]]) -> None:
         self._numbers: dict[Condition, int] = {}
-        self._paths, self._hosts = Nfa(), Nfa()
+        self._methods, self._paths, self._hosts = Nfa(), Nfa(), Nfa()
         self._headers: dict[bytes, Nfa] = {}
         self._parameters: dict[bytes, Nfa] = {}
-        self._unsupported: set[Condition] = set()
+        self._left_out: dict[Condition, str] = {}
         self._lists = [[self._rule(rule) for rule in rules] for rules in lists]
-        methods = {one.value for one in self._numbers if one.of == "method"}
         self._machine = HeadMachine(
-            frozenset(methods), self._paths, self._hosts, self._headers, self._parameters
+            self._methods, self._paths, self._hosts, self._headers, self._parameters
         )
-        self._bits: dict[object, int] = {}
+        # Bits of the mask, by numbers of conditions; of the mask of what was seen; path classes.
+        self._facts: dict[int, int] = {}
+        self._seen: dict[object, int] = {HOST_SEEN: 0}
         self._path_classes: dict[frozenset[int], int] = {}
 
     # --- conditions -------------------------------------------------------------------------------
@@ -149,32 +100,27 @@ class _Compiler:
     def _supported(self, condition: Condition) -> bool:
         if condition in self._numbers:
             return True
-        if condition in self._unsupported:
+        if condition in self._left_out:
             return False
         number = len(self._numbers)
         try:
             self._add(condition, number)
-        except Unsupported:
-            self._unsupported.add(condition)
+        except Unsupported as error:
+            self._left_out[condition] = str(error)
             return False
         self._numbers[condition] = number
         return True
 
     def _add(self, condition: Condition, number: int) -> None:
         of, kind, value, name = condition
-        if of == "method":
-            if kind != "exact":
-                raise Unsupported("methods are compared as they are")
-            return
         if of == "hostname":
-            _add_hostname(self._hosts, number, value)
+            _add_hostname(self._hosts, number, kind, value)
             return
-        nfas = {"header": self._headers, "query": self._parameters}
-        if of == "header" and name in (b"host", b"content-length", b"upgrade", b"cookie"):
-            raise Unsupported("a header that is more than its line")
-        nfa = {"path": self._paths, "host": self._hosts}.get(of)
-        if nfa is None:
-            nfa = nfas[of].setdefault(name, Nfa())
+        if of == "header" and name in _SPECIAL:
+            raise Unsupported(f"{name.decode()} is more than its line")
+        named = self._headers if of == "header" else self._parameters
+        whole = {"method": self._methods, "path": self._paths, "host": self._hosts}
+        nfa = whole[of] if of in whole else named.setdefault(name, Nfa())
         if kind == "exact":
             nfa.add_exact(number, value)
         elif kind == "prefix":
@@ -184,54 +130,58 @@ class _Compiler:
         else:
             nfa.add_regex(number, value.decode("latin-1"))
 
-    def _fact(self, condition: Condition) -> object:
-        number = self._numbers[condition]
-        match condition.of:
-            case "method":
-                return "method", condition.value
-            case "host" | "hostname":
-                return "host", number
-            case _:
-                return condition.of, condition.name, number
-
     # --- tables -----------------------------------------------------------------------------------
 
-    def run(self) -> Automaton:
+    def run(self, limits: Limits, generation: int) -> Automaton:
         classes, samples = self._byte_classes()
         order, rows = self._reachable(samples)
         block = _minimise(order, rows)
-        actions: dict[Action, int] = {NOTHING: 0}
-        width = len(samples)
-        # Row 0 leads nowhere; the end is an action, not a row.
-        first = {number: (number + 1) * width for number in set(block.values())}
-        if (len(first) + 1) * width > CELLS:
-            raise TooLarge(f"{len(first)} states of {width} kinds of bytes")
-        table = [0] * ((len(first) + 1) * width)
-        for state in order:
-            at = first[block[state]]
-            for column, target in enumerate(rows[state]):
+        firsts = {number: state for state, number in reversed(block.items())}
+        kept = {number: rows[state] for number, state in firsts.items()}
+        columns, classes = _merge_columns(kept, block, classes)
+        plain_columns = {classes[byte] for byte in _PLAIN}
+        # Rows that are skipped in come first, behind the one that is the end.
+        plain = [
+            number
+            for number, row in kept.items()
+            if all(_stays(row[columns[c]], block, number) for c in plain_columns)
+        ]
+        place = {number: at for at, number in enumerate(dict.fromkeys((*plain, *kept)), 1)}
+        width = len(columns)
+        if (len(place) + 1) * width > WORDS:
+            raise TooLarge(f"{len(place)} states of {width} kinds of bytes")
+        found: dict[Found, int] = {Found(): 0}
+        cells = [0] * ((len(place) + 1) * width)
+        for number, at in place.items():
+            row = kept[number]
+            for column, representative in enumerate(columns):
+                target = row[representative]
                 if target is None:
                     continue
-                action = actions.setdefault(target.action, len(actions))
-                if target.state == END:
-                    action = actions.setdefault(_END_ACTION, len(actions))
-                    table[at + column] = action << _ACTION_SHIFT
-                else:
-                    row = first[block[target.state]]
-                    table[at + column] = _ALIVE | action << _ACTION_SHIFT | row
-        packed = tuple(self._pack(action) for action in actions)
-        candidates = self._candidates()
-        if len(packed) > ACTIONS:
-            raise TooLarge(f"{len(packed)} actions")
+                what = found.setdefault(self._found(target.action), len(found))
+                to = 0 if target.state == END else place[block[target.state]]
+                cells[at * width + column] = Table.cell(to * width, what, target.action.field)
+        table = Table(
+            classes=classes,
+            start=place[block[self._machine.start]] * width,
+            plain=(len(plain) + 1) * width,
+            cells=cells,
+            found=list(found),
+            lists=self._candidates(),
+            limits=limits,
+            generation=generation,
+        )
+        by_bit = sorted((bit, number) for number, bit in self._facts.items())
+        conditions = list(self._numbers)
         return Automaton(
-            classes,
+            pack(table),
+            len(place) + 1,
             width,
-            first[block[START]],
-            tuple(table),
-            packed,
-            candidates,
-            tuple(self._bits),
-            1 << self._bit(HOST_SEEN),
+            tuple(conditions[number] for _, number in by_bit),
+            len(self._path_classes),
+            self._left_out,
+            (),
+            "",
         )
 
     def _byte_classes(self) -> tuple[bytes, list[int]]:
@@ -250,92 +200,83 @@ class _Compiler:
         return bytes(classes), samples
 
     def _reachable(self, samples: list[int]) -> tuple[list[State], dict[State, _Row]]:
-        step = self._machine.step
+        step, start = self._machine.step, self._machine.start
         rows: dict[State, _Row] = {}
-        order, seen = [START], {START}
+        order, seen = [start], {start, END}
         for state in order:
             row = []
             for byte in samples:
                 found = step(state, byte)
                 row.append(_Target(*found) if found is not None else None)
-                if found is not None and found[0] not in seen and found[0] != END:
+                if found is not None and found[0] not in seen:
                     seen.add(found[0])
                     order.append(found[0])
             rows[state] = tuple(row)
             # Before minimising: states that are the same are few.
-            if len(order) * len(samples) > 8 * CELLS:
+            if len(order) * len(samples) > 4 * WORDS:
                 raise TooLarge(f"more than {len(order)} states of {len(samples)} kinds of bytes")
         return order, rows
 
-    def _bit(self, fact: object) -> int:
-        bit = self._bits.setdefault(fact, len(self._bits))
-        if bit >= BITS:
-            raise TooLarge(f"more than {BITS} facts")
-        return bit
-
-    def _pack(self, action: Action) -> tuple[int, int, int]:
-        if action is _END_ACTION:
-            return 0, 0, _WHOLE
-        adds = (_LINE if action.line else 0) | (_LENGTH if action.length else 0)
+    def _found(self, action: Action) -> Found:
+        path = 0
         if action.path is not None:
             path = self._path_classes.setdefault(action.path, len(self._path_classes) + 1)
-            if path >= PATHS:
-                raise TooLarge(f"more than {PATHS} kinds of paths")
-            adds |= path << _PATH_SHIFT
-        sets = sum(1 << self._bit(fact) for fact in action.sets)
-        once = sum(1 << self._bit(fact) for fact in action.once)
-        return sets, once, adds
+        seen = 0
+        if action.seen is not None:
+            seen = 1 << self._seen.setdefault(action.seen, len(self._seen))
+            if len(self._seen) > SEEN:
+                raise TooLarge(f"more than {SEEN} headers and query parameters")
+        return Found(action.mark, path, seen, sum(1 << self._bit(one) for one in action.sets))
 
-    def _candidates(self) -> tuple[tuple[tuple[Candidate, ...], ...], ...]:
-        count = 0
+    def _bit(self, number: int) -> int:
+        bit = self._facts.setdefault(number, len(self._facts))
+        if bit >= FACTS:
+            raise TooLarge(f"more than {FACTS} conditions beside those on paths")
+        return bit
+
+    def _candidates(self) -> list[list[tuple[Candidate, ...]]]:
+        """By list and path class, from 1."""
         result = []
         for rules in self._lists:
+            needs = [self._need(rule) for rule in rules]
             by_class: list[tuple[Candidate, ...]] = [()]
             for holding in self._path_classes:
-                found = [self._candidate(rule) for rule in rules if self._path_holds(rule, holding)]
-                # Nothing comes after a rule that wants no more than the one before.
                 kept: list[Candidate] = []
-                for one in found:
-                    if not any(one.need & above.need == above.need for above in kept):
-                        kept.append(one)
-                count += len(kept)
+                for rule, (paths, need) in zip(rules, needs, strict=True):
+                    if not paths <= holding:
+                        continue
+                    # Nothing comes after a rule that wants no more than the one before.
+                    if any(need & above.need == above.need for above in kept):
+                        continue
+                    if len(kept) == CANDIDATES - 1:
+                        kept.append(Candidate(0, PUNT))
+                        break
+                    kept.append(Candidate(need, rule.verdict))
                 by_class.append(tuple(kept))
-            result.append(tuple(by_class))
-        if count > RULES:
-            raise TooLarge(f"{count} rules, counted for each kind of path")
-        return tuple(result)
+            result.append(by_class)
+        return result
 
-    def _path_holds(self, rule: Rule, holding: frozenset[int]) -> bool:
-        return all(self._numbers[one] in holding for one in rule.conditions if one.of == "path")
-
-    def _candidate(self, rule: Rule) -> Candidate:
-        need = 1 << self._bit(HOST_SEEN)
-        for one in rule.conditions:
-            if one.of != "path":
-                need |= 1 << self._bit(self._fact(one))
-        return Candidate(need, rule.verdict)
+    def _need(self, rule: Rule) -> tuple[frozenset[int], int]:
+        """The path conditions, and the bits of the others."""
+        paths = frozenset(self._numbers[one] for one in rule.conditions if one.of == "path")
+        rest = {self._bit(self._numbers[one]) for one in rule.conditions if one.of != "path"}
+        return paths, sum(1 << bit for bit in rest)
 
 
-class _Target(NamedTuple):
-    state: State
-    action: Action
-
-
-_Row = tuple["_Target | None", ...]
-_END_ACTION = Action(path=frozenset(), length=True, line=True)  # no step of a head does this
-
-
-def _add_hostname(nfa: Nfa, number: int, pattern: bytes) -> None:
-    """The host alone counts: a port may follow."""
-    port = r"(:[0-9]+)?"
-    if pattern == b"*":
-        nfa.add_any(number)
+def _add_hostname(nfa: Nfa, number: int, kind: str, value: bytes) -> None:
+    """Of the host, whatever port follows it."""
+    port = "(:[0-9]+)?"
+    if kind == "regex":
+        source = value.decode("latin-1")
+        nfa.add_regex(number, source, any_case=True)  # of the whole, for one that has a port in it
+        nfa.add_regex(number, f"({source}){port}", any_case=True)
         return
     literal = "".join(
-        "\\" + character if not character.isalnum() else character
-        for character in pattern.removeprefix(b"*").decode()
+        character if character.isalnum() else "\\" + character
+        for character in value.removeprefix(b"*").decode()
     )
-    nfa.add_regex(number, (".+" if pattern.startswith(b"*") else "") + literal + port)
+    wild = ".+" if kind == "exact" and value.startswith(b"*") else ""
+    nfa.add_regex(number, wild + literal + port)
 
 
 def _minimise(order: list[State], rows: dict[State, _Row]) -> dict[State, int]:
@@ -360,25 +301,24 @@ def _minimise(order: list[State], rows: dict[State, _Row]) -> dict[State, int]:
         count = len(known)
 
 
-def pack(automaton: Automaton) -> bytes:
-    """The tables as struct automaton of bpf/programs/automaton.h, little endian."""
-    rules: list[bytes] = []
-    firsts: list[int] = []
-    for by_class in automaton.candidates:
-        for candidates in by_class:
-            firsts.append(len(rules))
-            rules += [struct.pack("<QII", one.need, one.verdict, 0) for one in candidates]
-            rules.append(struct.pack("<QII", 0, NONE, 0))
-        firsts += [0] * (PATHS - len(by_class))
-    firsts += [0] * ((LISTS - len(automaton.candidates)) * PATHS)
-    actions = [struct.pack("<QQQ", *action) for action in automaton.actions]
-    return b"".join(
-        (
-            automaton.classes,
-            struct.pack("<IIQ", automaton.start, automaton.width, 0),
-            b"".join(actions).ljust(ACTIONS * 24, b"\0"),
-            struct.pack(f"<{len(firsts)}H", *firsts),
-            b"".join(rules).ljust(2 * RULES * 16, b"\0"),
-            struct.pack(f"<{len(automaton.cells)}I", *automaton.cells).ljust(CELLS * 4, b"\0"),
+def _merge_columns(
+    rows: dict[int, _Row], block: dict[State, int], classes: bytes
+) -> tuple[list[int], bytes]:
+    """A column for each of those that are not alike, and the new classes."""
+    width = len(next(iter(rows.values())))
+    known: dict[object, int] = {}
+    renamed, columns = [], []
+    for column in range(width):
+        content = tuple(
+            None if (at := row[column]) is None else (block.get(at.state, -1), at.action)
+            for row in rows.values()
         )
-    )
+        if content not in known:
+            known[content] = len(columns)
+            columns.append(column)
+        renamed.append(known[content])
+    return columns, bytes(renamed[one] for one in classes)
+
+
+def _stays(target: _Target | None, block: dict[State, int], number: int) -> bool:
+    return target is not None and target.action == NOTHING and block.get(target.state, -1) == number

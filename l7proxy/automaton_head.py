@@ -1,13 +1,14 @@
 """A request head as a deterministic machine over bytes: what of the rules' conditions holds.
 
-The grammar is HTTP/1.1's as the proxy forwards it unchanged (l7proxy.http1_head, l7proxy.normalise),
-and narrower where that costs nothing: what is not certainly understood leads nowhere, and such a
-head is the proxy's. States are values (tuples), `step` is a pure function; l7proxy.automaton turns
-what is reachable into tables.
+The grammar is HTTP/1.1's as the proxy forwards it unchanged (l7proxy.http1_head,
+l7proxy.normalise), and narrower where that costs nothing: what is not certainly understood leads
+nowhere, and such a head is the proxy's. States are values (tuples), `step` is a pure function;
+l7proxy.automaton turns what is reachable into tables.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
@@ -22,7 +23,6 @@ _SEGMENT = byte_set(b"-._~!$&'()*+,;=:@" + _ALPHA + _DIGITS)
 _QUERY = byte_set(b for b in range(0x21, 0x7F) if b != ord("#"))
 _VALUE = byte_set(range(0x20, 0x7F)) | 1 << 9
 _HOST = byte_set(b"_~-" + _ALPHA[:26] + _DIGITS)
-_LINE_END = (13, 10)
 
 # Heads with these are the proxy's: they speak of the connection, of framing other than a plain
 # length, or of who the client is.
@@ -34,37 +34,42 @@ _LENGTH_DIGITS = 9
 State: TypeAlias = tuple[object, ...]
 
 
-class Action(NamedTuple):
-    """What a step does beside leading on. `sets`: names of facts that hold from now on; `once`:
-    that must not have held before; `path`: the path conditions that hold; `length`: the first digit
-    of Content-Length; `line`: the end of a line."""
+class Mark(enum.IntEnum):
+    """What C has to know of beside facts; as in bpf/programs/automaton.h."""
 
-    sets: frozenset[object] = frozenset()
-    once: frozenset[object] = frozenset()
+    NONE = 0
+    END = 1  # the last byte of the head
+    LENGTH = 2  # the first digit of Content-Length
+    HOST = 3  # the first byte of the host
+    HOST_END = 4  # what follows its last
+
+
+class Action(NamedTuple):
+    """What a step does beside leading on. `sets`: facts that hold from now on; `seen`: a field or
+    parameter that rules read, or whose second makes the head the proxy's; `path`: the path
+    conditions that hold; `field`: one has ended."""
+
+    sets: frozenset[int] = frozenset()
+    seen: object = None
     path: frozenset[int] | None = None
-    length: bool = False
-    line: bool = False
+    field: bool = False
+    mark: Mark = Mark.NONE
 
 
 NOTHING = Action()
-_LINE = Action(line=True)
 HOST_SEEN = "host"
-LENGTH_SEEN = "content-length"
-_HOST_ONCE = Action(frozenset((HOST_SEEN,)), frozenset((HOST_SEEN,)))
-_LENGTH_ONCE = Action(frozenset((LENGTH_SEEN,)), frozenset((LENGTH_SEEN,)), length=True)
 END: State = ("end",)
-START: State = ("method", b"")
 
 Step: TypeAlias = tuple[State, Action] | None
 
 
 class HeadMachine:
-    """`paths`, `hosts` (patterns and values of Host alike), `headers` and `parameters` by name:
-    automata of conditions. `methods` that rules ask for."""
+    """Conditions by what they are about: `hosts` see host and port, `headers` and `parameters` are
+    by name. The numbers of conditions that hold are the facts."""
 
     def __init__(
         self,
-        methods: frozenset[bytes],
+        methods: Nfa,
         paths: Nfa,
         hosts: Nfa,
         headers: Mapping[bytes, Nfa],
@@ -75,7 +80,8 @@ class HeadMachine:
         self._hosts = hosts
         self._headers = headers
         self._parameters = parameters
-        self._method_starts = _starts((*methods, *_METHODS_FORBIDDEN))
+        self._method_starts = _starts(_METHODS_FORBIDDEN)
+        self.start: State = ("method", b"", methods.start)
         special = (b"host", b"content-length", b"connection", *_FORBIDDEN)
         self._names = _starts((*headers, *special))
         self._parameter_names = _starts(parameters)
@@ -83,13 +89,14 @@ class HeadMachine:
     def alphabets(self) -> set[Bytes]:
         """The sets of bytes that `step` tells apart, single ones aside."""
         sets = {TOKEN, _SEGMENT, _QUERY, _VALUE, _HOST, byte_set(_DIGITS)}
-        for nfa in (self._paths, self._hosts, *self._headers.values(), *self._parameters.values()):
+        some = (self._methods, self._paths, self._hosts)
+        for nfa in (*some, *self._headers.values(), *self._parameters.values()):
             sets |= nfa.alphabets()
         return sets
 
     def single_bytes(self) -> bytes:
         """Bytes that are told apart one by one."""
-        words = (*self._methods, *_METHODS_FORBIDDEN, *self._names, *self._parameter_names)
+        words = (*_METHODS_FORBIDDEN, *self._names, *self._parameter_names)
         lower = set(b"".join(words))
         upper = set(bytes(lower).upper())
         return bytes(lower | upper | set(b" /?&=:.%+0123456789\r\n\tHTTP1keep-alivKA"))
@@ -101,14 +108,15 @@ class HeadMachine:
     # --- request line -----------------------------------------------------------------------------
 
     def _in_method(self, state: State, byte: int) -> Step:
-        _, text = state
+        _, text, reached = state
         assert text is None or isinstance(text, bytes)
+        assert isinstance(reached, frozenset)
         if byte == 0x20 and text != b"" and text not in _METHODS_FORBIDDEN:
-            known = text in self._methods
-            return ("target",), Action(frozenset((("method", text),))) if known else NOTHING
+            return ("target",), Action(self._methods.holding(reached))
         if not TOKEN >> byte & 1:
             return None
-        return ("method", _further(text, byte, self._method_starts)), NOTHING
+        text = _further(text, byte, self._method_starts)
+        return ("method", text, self._methods.step(reached, byte)), NOTHING
 
     def _in_target(self, state: State, byte: int) -> Step:
         if byte != 0x2F:
@@ -144,7 +152,7 @@ class HeadMachine:
             nfa = self._parameters.get(text) if text is not None else None
             action = NOTHING
             if nfa is not None and text:
-                action = _found("query", text, nfa.holding(nfa.start))
+                action = _read("query", text, nfa, nfa.start)
             return (("version", 0) if byte == 0x20 else self._parameter()), action
         if byte in b"%+" or not _QUERY >> byte & 1:
             return None
@@ -160,7 +168,7 @@ class HeadMachine:
             action = NOTHING
             if nfa is not None:
                 assert isinstance(reached, frozenset)
-                action = _found("query", name, nfa.holding(reached))
+                action = _read("query", name, nfa, reached)
             return (("version", 0) if byte == 0x20 else self._parameter()), action
         if byte in b"%+" or not _QUERY >> byte & 1:
             return None
@@ -194,7 +202,7 @@ class HeadMachine:
         return ("field", _further(text, bytes((byte,)).lower()[0], self._names)), NOTHING
 
     def _in_last(self, state: State, byte: int) -> Step:
-        return (END, NOTHING) if byte == 10 else None
+        return (END, Action(mark=Mark.END)) if byte == 10 else None
 
     def _value_of(self, name: bytes | None) -> Step:
         if name in _FORBIDDEN:
@@ -216,7 +224,7 @@ class HeadMachine:
         return (state, NOTHING) if _VALUE >> byte & 1 else None
 
     def _in_line(self, state: State, byte: int) -> Step:
-        return (("field", b""), _LINE) if byte == 10 else None
+        return (("field", b""), Action(field=True)) if byte == 10 else None
 
     def _in_value(self, state: State, byte: int) -> Step:
         """Of a field that rules read. `before`: where the value ended if the blanks since then are
@@ -227,7 +235,7 @@ class HeadMachine:
         nfa = self._headers[name]
         if byte == 13:
             ended = before if isinstance(before, frozenset) else now
-            return ("line",), _found("header", name, nfa.holding(ended))
+            return ("line",), _read("header", name, nfa, ended)
         if not _VALUE >> byte & 1:
             return None
         if byte in b" \t":
@@ -242,17 +250,16 @@ class HeadMachine:
         proxy's. `part`: before the value, in a label, after a dot, digits of the port, after it."""
         _, part, reached = state
         assert isinstance(reached, frozenset)
-        holding = Action(
-            _HOST_ONCE.sets | {("host", number) for number in self._hosts.holding(reached)},
-            _HOST_ONCE.once,
-        )
-        ended = part in ("label", "after") or (isinstance(part, int) and part > 0)
+        holding = Action(self._hosts.holding(reached), HOST_SEEN, mark=Mark.HOST_END)
+        ended = part == "label" or (isinstance(part, int) and part > 0)
         if byte == 13:
+            if part == "after":
+                return ("line",), NOTHING
             return (("line",), holding) if ended else None
         if byte in b" \t":
-            if part == "before":
+            if part in ("before", "after"):
                 return state, NOTHING
-            return (("host", "after", reached), NOTHING) if ended else None
+            return (("host", "after", frozenset()), holding) if ended else None
         to: object
         if isinstance(part, int):
             # At most four digits: more might be above 65535.
@@ -267,7 +274,8 @@ class HeadMachine:
             to = 0
         else:
             return None
-        return ("host", to, self._hosts.step(reached, byte)), NOTHING
+        begins = Action(mark=Mark.HOST) if part == "before" else NOTHING
+        return ("host", to, self._hosts.step(reached, byte)), begins
 
     def _in_length(self, state: State, byte: int) -> Step:
         _, part, digits = state
@@ -281,7 +289,8 @@ class HeadMachine:
         if byte not in _DIGITS or part in ("after", "zero") or digits == _LENGTH_DIGITS:
             return None
         to = "zero" if part == "before" and byte == 0x30 else "digits"
-        return ("length", to, digits + 1), _LENGTH_ONCE if part == "before" else NOTHING
+        begins = Action(seen="content-length", mark=Mark.LENGTH) if part == "before" else NOTHING
+        return ("length", to, digits + 1), begins
 
     def _in_connection(self, state: State, byte: int) -> Step:
         """A lone keep-alive."""
@@ -301,12 +310,9 @@ class HeadMachine:
         return (("line",), NOTHING) if byte == 13 else None
 
 
-def _found(kind: str, name: object, holding: frozenset[int]) -> Action:
+def _read(kind: str, name: object, nfa: Nfa, reached: States) -> Action:
     """A named value was read whole. Of one that comes twice the proxy knows what it means."""
-    seen = (kind, name)
-    return Action(
-        frozenset((seen, *((kind, name, number) for number in holding))), frozenset((seen,))
-    )
+    return Action(nfa.holding(reached), (kind, name))
 
 
 def _starts(words: object) -> frozenset[bytes]:
@@ -321,6 +327,3 @@ def _further(text: bytes | None, byte: int, starts: frozenset[bytes]) -> bytes |
         return None
     longer = text + bytes((byte,))
     return longer if longer in starts else None
-
-
-__all__ = ["END", "START", "Action", "HeadMachine", "State", "States"]

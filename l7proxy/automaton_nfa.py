@@ -8,12 +8,12 @@ the condition to the proxy: nothing is approximated here. Knows bytes, nothing o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Iterable
 
 # Python's own parser of regular expressions; it has no public name.
 from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
+from typing import Any, TypeAlias
 
 # A set of bytes: bit n is byte n.
 Bytes: TypeAlias = int
@@ -39,6 +39,7 @@ def byte_set(values: Iterable[int]) -> Bytes:
 
 
 _DIGIT = byte_set(b"0123456789")
+_UPPER, _LOWER = byte_set(range(0x41, 0x5B)), byte_set(range(0x61, 0x7B))
 _WORD = _DIGIT | byte_set(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_")
 _SPACE = byte_set(b"\t\n\f\r ")  # RE2's \s, which has no vertical tab
 _CATEGORIES = {
@@ -61,6 +62,7 @@ class Nfa:
         self._literal: dict[tuple[int, int], int] = {}
         self._steps: dict[tuple[States, int], States] = {}
         self._closures: dict[States, States] = {}
+        self._any_case = False
         self._root = self._state()
 
     @property
@@ -101,10 +103,11 @@ class Nfa:
         self._edges[loop].append((ALL, loop))
         self._hold(loop, number)
 
-    def add_regex(self, number: int, source: str) -> None:
+    def add_regex(self, number: int, source: str, *, any_case: bool = False) -> None:
         """The whole text matches. Unsupported: nothing was added."""
         tree = _parse(source)
         mark = len(self._edges)
+        self._any_case = any_case
         try:
             start, end = self._sequence(tree)
         except Unsupported:
@@ -179,7 +182,7 @@ class Nfa:
         return start, at
 
     def _item(self, kind: Any, argument: Any) -> tuple[int, int]:
-        if (allowed := _bytes_of(kind, argument)) is not None:
+        if (allowed := _bytes_of(kind, argument, self._any_case)) is not None:
             start, end = self._state(), self._state()
             self._edges[start].append((allowed, end))
             return start, end
@@ -245,12 +248,13 @@ def _parse(source: str) -> Any:
     return items
 
 
-def _bytes_of(kind: Any, argument: Any) -> Bytes | None:
+def _bytes_of(kind: Any, argument: Any, any_case: bool) -> Bytes | None:
     """The bytes that an item of one byte stands for; None: it is another kind of item."""
+    folded = _in_any_case if any_case else _as_it_is
     if kind is op.LITERAL:
-        return _one(argument)
+        return folded(_one(argument))
     if kind is op.NOT_LITERAL:
-        return ALL & ~_one(argument)
+        return ALL & ~folded(_one(argument))
     if kind is op.ANY:
         return NOT_NEWLINE
     if kind is not op.IN:
@@ -267,13 +271,20 @@ def _bytes_of(kind: Any, argument: Any) -> Bytes | None:
             result |= _CATEGORIES[value]
         else:
             raise Unsupported(f"{member} in a set")
-    return ALL & ~result if negated else result
+    return ALL & ~folded(result) if negated else folded(result)
+
+
+def _as_it_is(allowed: Bytes) -> Bytes:
+    return allowed
+
+
+def _in_any_case(allowed: Bytes) -> Bytes:
+    upper = allowed & _UPPER
+    lower = allowed & _LOWER
+    return allowed | upper << 32 | lower >> 32
 
 
 def _one(value: int) -> Bytes:
     if value > 255:
         raise Unsupported("a character that is no byte")
     return 1 << value
-
-
-Step: TypeAlias = Callable[[States, int], States]

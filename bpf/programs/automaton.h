@@ -23,8 +23,14 @@
 #define AUTOMATON_FIELD_SHIFT 31
 #define AUTOMATON_COUNTED (1u << AUTOMATON_FIELD_SHIFT | 1u << AUTOMATON_EVENT_SHIFT)
 
-/* What was found, beside facts: the end of the head; the first digit of Content-Length. */
-enum { AUTOMATON_END = 1, AUTOMATON_LENGTH = 2 };
+/* What was found, beside facts: the end of the head; the first digit of Content-Length; where the
+ * host begins, and ends. */
+enum {
+	AUTOMATON_END = 1,
+	AUTOMATON_LENGTH = 2,
+	AUTOMATON_HOST = 3,
+	AUTOMATON_HOST_END = 4,
+};
 
 /* No rule of the list holds. In the proxy's tables 0 is PUNT. */
 #define AUTOMATON_NONE 0xffff
@@ -60,8 +66,10 @@ struct automaton_rule {
 	u32 zero;
 };
 
-/* Whose Host field there must be one of: facts[0]. */
-#define AUTOMATON_HOST 1
+/* In facts[0]: there is a Host field. */
+#define AUTOMATON_HOST_SEEN 1
+/* A longer one matches other patterns (l7proxy/routing.py). */
+#define AUTOMATON_HOST_MAX 253
 
 /* What is to become of a head. */
 struct judged {
@@ -162,6 +170,7 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 					   struct automaton_facts *facts)
 {
 	u32 events = (walk->count >> AUTOMATON_EVENT_SHIFT) & 0x1fff;
+	u32 host = 0, host_end = 0;
 	u64 twice = 0;
 
 	if (events > AUTOMATON_EVENTS)
@@ -189,8 +198,13 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 			facts->size = (entry & 0x1fff) + 1;
 		if (found->what == AUTOMATON_LENGTH)
 			facts->length_at = entry & 0x1fff;
+		if (found->what == AUTOMATON_HOST)
+			host = entry & 0x1fff;
+		if (found->what == AUTOMATON_HOST_END)
+			host_end = entry & 0x1fff;
 	}
-	if (twice || !facts->size || !(facts->facts[0] & AUTOMATON_HOST) ||
+	if (twice || !facts->size || !(facts->facts[0] & AUTOMATON_HOST_SEEN) ||
+	    host_end - host > AUTOMATON_HOST_MAX ||
 	    facts->size > automaton->head_max || (walk->count >> AUTOMATON_FIELD_SHIFT) > automaton->fields_max)
 		return -1;
 	return 0;
