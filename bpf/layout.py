@@ -437,7 +437,6 @@ PAIR = Layout(
         "received": "I",
         "handed": "I",
         "until": "I",
-        "zero": "4x",
         "expires_ns": "Q",
         "offer_again": "Q",
     },

@@ -167,12 +167,22 @@ class ProxyHandles:
 
     # Pairs are of sockets of this version: those of others do not find them.
 
-    def offer(self, offer: Offer) -> bool:
-        """From now on what the offer says passes by the proxy. False: there is no room."""
+    def prepare(self, offer: Offer) -> bool:
+        """Everything but the client's end, from which on requests pass. False: there is no room."""
         maps = self._pairs
         if maps is None:
             return False
         client, backend = (layout.U64.pack(Number(one)) for one in (offer.client, offer.backend))
+        paired = Paired(offer.client, offer.backend_received & _U32)
+        nothing = bytes(layout.EXCHANGE.size)
+        with contextlib.suppress(FileExistsError):
+            syscall.update(maps.exchanges, client, nothing, syscall.BPF_NOEXIST)
+        return self._put(maps.paired, backend, layout.PAIRED.pack(paired))
+
+    def offer(self, offer: Offer) -> bool:
+        """From now on what the offer says passes by the proxy. False: there is no room."""
+        maps = self._pairs
+        assert maps is not None
         number = time.monotonic_ns()
         pair = Pair(
             number,
@@ -187,19 +197,15 @@ class ProxyHandles:
             offer.expires_ns,
             number,
         )
-        paired = Paired(offer.client, offer.backend_received & _U32)
+        client = layout.U64.pack(Number(offer.client))
+        return self._put(maps.pairs, client, layout.PAIR.pack(pair))
+
+    def _put(self, fd: int, key: bytes, value: bytes) -> bool:
         try:
-            with contextlib.suppress(FileExistsError):
-                nothing = bytes(layout.EXCHANGE.size)
-                syscall.update(maps.exchanges, client, nothing, syscall.BPF_NOEXIST)
-            # The backend's end first: as soon as the client's is there, requests pass.
-            syscall.update(maps.paired, backend, layout.PAIRED.pack(paired))
-            syscall.update(maps.pairs, client, layout.PAIR.pack(pair))
+            syscall.update(fd, key, value)
         except OSError as error:
             if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
                 raise
-            self.withdraw(offer.client)
-            self.forget(offer.backend)
             return False
         return True
 

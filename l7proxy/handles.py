@@ -39,6 +39,9 @@ class Handles(Protocol):
     def mark_plain(self, backend: Target) -> None:
         """Connections to it are not enrolled from now on."""
 
+    def prepare(self, offer: Offer) -> bool:
+        """All of an offer but what makes it stand. False: there is no room."""
+
     def offer(self, offer: Offer) -> bool:
         """From now on requests pass by the proxy. False: there is no room."""
 

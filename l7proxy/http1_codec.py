@@ -83,6 +83,12 @@ class ServerCodec:
         return self._writer.ends_by_close
 
     @property
+    def request_whole(self) -> bool:
+        """All of the request has come, and nothing behind it."""
+        nothing_due = isinstance(self._reader, LengthReader) and not self._reader.left
+        return not self.buffer.left and (self.request_complete or nothing_due)
+
+    @property
     def cut_short(self) -> bool:
         """Whether, if nothing more came, the request is known not to be whole."""
         if isinstance(self._reader, LengthReader):
@@ -182,6 +188,11 @@ class ServerCodec:
         content = [(b"content-type", b"text/plain; charset=utf-8")]
         head = self.response(ResponseHead(error.status, content, len(text)))
         return b"".join((head, *self._writer.data(text)))
+
+    @property
+    def response_complete(self) -> bool:
+        """Nothing is left of a response whose length was declared."""
+        return self._writer.complete
 
     def data(self, data: bytes) -> Sequence[bytes]:
         return self._writer.data(data)

@@ -225,6 +225,8 @@ class Http1Server(Link):
             await handler(stream, self._info)
         except Exception:
             _log.exception("the handler of a request failed")
+        if self._pairing is not None and self._pairing.proposed:
+            self._pairing.decline()
         if not stream.finished:
             if stream.responded or stream.aborted or self.lost:
                 self.abort()
@@ -239,17 +241,15 @@ class Http1Server(Link):
         self.timer.set(self.settings.idle_timeout_s)
         if self._draining:
             self._start_grace()
-        if self._pairing is not None:
-            self._offer(self._pairing)
         return True
 
-    def _offer(self, pairing: Pairing) -> None:
-        """What the client has sent was answered whole, as far as is known here."""
-        waits = self.transport is None or self.transport.get_write_buffer_size()
-        if self._draining or self.eof or self.gone or waits or not self.codec.between_requests:
-            pairing.decline()
-        else:
-            pairing.offer(self.received)
+    @property
+    def pairing(self) -> Pairing | None:
+        """Where the request that is served may be followed by others past the proxy."""
+        pairing, codec = self._pairing, self.codec
+        if pairing is None or not pairing.proposed or self._draining or self.eof or self.gone:
+            return None
+        return pairing if codec.keep_alive and codec.request_whole else None
 
     async def _discard_body(self) -> bool:
         """Take what is left of the request off the connection; whether that came to its end."""
@@ -317,6 +317,7 @@ class _Stream:
         self._continue_due = head.expect_continue
         self._ended = False
         self._held = b""  # a response head that waits for its body's first bytes
+        self._last = False  # what is held is all that is left of the response
 
     @property
     def open(self) -> bool:
@@ -392,12 +393,21 @@ class _Stream:
             self._connection.loop.call_soon(self._send_held)
 
     def _send_held(self) -> None:
+        if self._last:
+            return
         if self._held and not self._connection.gone:
             self._connection.write((self._held,))
         self._held = b""
 
     async def write(self, data: bytes) -> None:
-        await self._send(self._connection.codec.data(data))
+        codec = self._connection.codec
+        pieces = codec.data(data)
+        if codec.response_complete and self._connection.pairing is not None:
+            # With the last bytes an offer goes to the kernel (`finish`, at once).
+            self._held = b"".join((self._held, *pieces))
+            self._last = True
+            return
+        await self._send(pieces)
 
     async def finish(self, trailers: Headers) -> None:
         connection = self._connection
@@ -406,8 +416,21 @@ class _Stream:
                 connection.transport.close()
             await connection.half_close()
         elif (tail := connection.codec.end(trailers)) or self._held:
-            await self._send((tail,))
+            if not self._offer(connection.pairing, self._held + tail):
+                self._last = False
+                await self._send((tail,))
         self.finished = True
+
+    def _offer(self, pairing: Pairing | None, last: bytes) -> bool:
+        """Send the response's last bytes, and let the client's next request pass by the proxy;
+        whether they were sent."""
+        connection = self._connection
+        if pairing is None:
+            return False
+        sent = pairing.offer(connection.received, lambda: connection.write_through(last))
+        if sent:
+            self._held = b""
+        return sent
 
     async def _send(self, pieces: Sequence[bytes]) -> None:
         connection = self._connection

@@ -101,16 +101,23 @@ class Pairing:
         self._kept = stream.keep(self._on_backend)
         self._follower = follower
 
-    def offer(self, received: int) -> None:
-        """A request was served; the client has sent `received` bytes here, all of them done with,
-        and has been sent all that is for it."""
+    @property
+    def proposed(self) -> bool:
+        return self._kept is not None and not self.offered
+
+    def offer(self, received: int, send: Callable[[], bool]) -> bool:
+        """A request was served but for the last bytes of its response, which `send` gives to the
+        kernel, all of them, or none (False). The client has sent `received` bytes here, all of them
+        done with. Whether they were sent."""
         kept, follower = self._kept, self._follower
-        if kept is None or follower is None or not kept.held:
+        assert kept is not None
+        assert follower is not None
+        if not kept.held:
             self._kept = self._follower = None
-            return
+            return False
         if kept.closed or kept.unread or not follower.current():
             self._let_go(reusable=not kept.closed and not kept.unread)
-            return
+            return False
         passed = self._handles.passed(self._client) or _NOTHING
         allowed = follower.allowed
         offer = Offer(
@@ -123,14 +130,19 @@ class Pairing:
             until=passed.forwarded + (allowed.requests or _MANY),
             expires_ns=allowed.expires_ns,
         )
-        if passed.outstanding or not self._handles.offer(offer):
+        # The client's next request may come at once: what can be done before goes first.
+        ready = not passed.outstanding and self._handles.prepare(offer)
+        sent = ready and send()
+        if not sent or not self._handles.offer(offer):
+            self._handles.forget(kept.cookie)
             self._let_go(reusable=not passed.outstanding)
-            return
+            return sent
         self._counted = passed
         self._seen, self._handed = passed.forwarded, passed.handed
         self.offered = True
         self.due = self._overdue = False
         self._opened(self)
+        return True
 
     def decline(self) -> None:
         """There will be no offer after this request."""

@@ -87,7 +87,7 @@ static __always_inline void measure(struct exchange *exchange, u64 elapsed, u32 
 
 /* A backend's socket sends; whether it is redirected. */
 static __always_inline int give_back(struct sk_msg_md *message, const struct workload *own,
-				     u32 sent)
+				     u32 sent, u32 unread)
 {
 	u64 backend = own->cookie, client;
 	struct exchange *exchange;
@@ -101,7 +101,7 @@ static __always_inline int give_back(struct sk_msg_md *message, const struct wor
 	exchange = exchanges.lookup(&client);
 	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
 		return 0;
-	if (sent == paired_with->received && message->size <= RESPONSE_MAX && !show(message) &&
+	if (!unread && sent == paired_with->received && message->size <= RESPONSE_MAX && !show(message) &&
 	    is_whole_response(message) && again(paired_with->client) == client)
 		result = workload_sockets.msg_redirect_hash(message, &client, BPF_F_INGRESS);
 	if (result != SK_PASS) {
@@ -119,18 +119,19 @@ static __always_inline int exchange_message(struct sk_msg_md *message)
 {
 	struct bpf_sock *sk = message->sk;
 	struct workload *own;
+	u32 sent, unread;
 	void *tcp;
-	u32 sent;
 
 	own = sk ? workload.sk_storage_get(sk, 0, 0) : 0;
 	tcp = own ? bpf_skc_to_tcp_sock(sk) : 0;
-	/* Whoever has not read what it was sent is sent no more: memory stays bounded. */
-	if (!tcp || tcp_field(tcp, SK_RMEM_ALLOC, int))
+	if (!tcp)
 		return SK_PASS;
+	/* Whoever has not read what it was sent is sent no more: memory stays bounded. */
+	unread = tcp_field(tcp, SK_RMEM_ALLOC, int);
 	sent = tcp_field(tcp, TCP_WRITE_SEQ, u32) - own->base;
 	if (own->is_backend)
-		give_back(message, own, sent);
-	else
+		give_back(message, own, sent, unread);
+	else if (!unread)
 		forward(message, own, sent);
 	return SK_PASS;
 }

@@ -113,7 +113,6 @@ struct pair {
 	u32 received; /* bytes that the proxy has received from the client's socket, and is done with */
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
-	u32 zero;
 	u64 expires_ns; /* CLOCK_MONOTONIC */
 	u64 offer_again;
 };
