@@ -180,6 +180,8 @@ class Http1Server(Link):
             return False
         if handler is not None:
             self.codec.resume(pairing.head)
+            if pairing.lost:
+                self.codec.keep_alive = False
             return await self._serve(pairing.head, handler)
         self._head_started = False
         self.timer.set(self.settings.idle_timeout_s)

@@ -79,6 +79,7 @@ class Pairing:
     ) -> None:
         self.offered = False  # requests may pass, or one may be outstanding
         self.due = False  # `take_over` is
+        self.lost = False  # a response has not come and could still: nothing may follow its answer
         self.head = RequestHead(b"GET", b"http", b"", b"/", None, [])  # of what `take_over` gives
         self.wake: Callable[[], None] = lambda: None
         self.active: Callable[[], None] = lambda: None
@@ -181,6 +182,7 @@ class Pairing:
             if passed is None or passed.outstanding:
                 failure = self._failure(passed, kept)
                 if failure is not None:
+                    self.lost = True
                     self._withdrawn()
                     self._let_go(reusable=False)
                     self._tell_head(passed, follower)
