@@ -52,4 +52,5 @@ PROGRAMS = {
     "pod_egress": Program(_SCHED_CLS, 46, Place.NONE),
     "pod_ingress": Program(_SCHED_CLS, 47, Place.NONE),
     "queue": Program(_SCHED_CLS, 0, Place.NONE),
+    "holders": Program(_SCHED_CLS, 0, Place.NONE),
 }

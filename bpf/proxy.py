@@ -27,7 +27,8 @@ from bpf.maps import open_pinned
 # Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
 # Of this version only.
-PAIR_HANDLES = ("pairs", "paired", "exchanges")
+PAIR_HANDLES = ("pairs", "paired", "exchanges", "holders")
+_PROGRAMS = frozenset(("queue", "holders"))
 
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
 _U32 = 0xFFFFFFFF
@@ -44,7 +45,7 @@ def descriptors(directory: Path) -> dict[str, int]:
         try:
             names = HANDLES + PAIR_HANDLES if version == pins.version() else HANDLES
             for name in names:
-                opened = open_program if name == "queue" else open_pinned
+                opened = open_program if name in _PROGRAMS else open_pinned
                 own[f"{version}/{name}"] = opened(directory, name, version)
         except DatapathError:
             for fd in own.values():
@@ -81,6 +82,7 @@ class _PairMaps(NamedTuple):
     pairs: int
     paired: int
     exchanges: int
+    holders: int
 
 
 class Offer(NamedTuple):
@@ -218,6 +220,11 @@ class ProxyHandles:
         """Responses do not pass any more either."""
         if self._pairs is not None:
             syscall.delete(self._pairs.paired, layout.U64.pack(Number(backend)))
+
+    def delivered(self, client: int) -> bool:
+        """No message is on its way into this socket's queue that has already been counted. May be
+        wrong if it says no; for as long as something else holds the socket."""
+        return self._pairs is None or syscall.run(self._pairs.holders, _FRAME.pack(client)) <= 0
 
     def passed(self, client: int) -> Exchange | None:
         """What has passed by the proxy, for a client's socket; None: nothing is known."""

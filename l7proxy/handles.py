@@ -51,6 +51,9 @@ class Handles(Protocol):
     def forget(self, backend: int) -> None:
         """No response of this socket passes any more."""
 
+    def delivered(self, client: int) -> bool:
+        """All that was counted as passed is in this socket's queue; may say no although it is."""
+
     def passed(self, client: int) -> Exchange | None:
         """What has passed by the proxy; None: nothing is known."""
 

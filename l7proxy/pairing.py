@@ -24,6 +24,8 @@ from l7proxy.streams import ClientStream, Handler, Kept
 
 # How soon what is outstanding is looked for again, in seconds; doubling from the first to the last.
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.0002, 0.01
+# For so long at most a response that was answered may be on its way.
+_DELIVERY_S = 0.1
 _NS = 1e-9
 # No limit to requests.
 _MANY = 1 << 31
@@ -190,6 +192,7 @@ class Pairing:
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
+            await self._delivery()
             self._withdrawn()
             if passed.handed != self._handed:
                 self._tell_head(passed, follower)
@@ -197,6 +200,13 @@ class Pairing:
                 return follower.resume(kept.resume(self.head))
             self._let_go(reusable=not kept.unread and not kept.closed)
             return None
+
+    async def _delivery(self) -> None:
+        """A response that counts as answered is in the client's queue only a moment later, or much
+        later if who sends it is interrupted there; nothing of ours may come before it."""
+        until = time.monotonic() + _DELIVERY_S
+        while not self._handles.delivered(self._client) and time.monotonic() < until:
+            await asyncio.sleep(_FIRST_LOOK_S)
 
     def _failure(self, passed: Exchange | None, kept: Kept) -> tuple[int, str, str] | None:
         """Why what is outstanding will not come."""

@@ -187,6 +187,10 @@ class Paired:
                 while (pairs.get(Number(self._cookie)) is not None) is not stands:
                     await asyncio.sleep(0.001)
 
+    @property
+    def delivered(self) -> bool:
+        return self._world.handles().delivered(self._cookie)
+
     async def ended(self) -> bool:
         """Whether nothing more came before the end."""
         try:
@@ -224,7 +228,10 @@ def test_later_requests_pass_by_the_proxy(world):
                 message = await own.ask(get(f"/size/{number}", "web"))
                 assert message.status == 200
                 assert len(message.body) == number
+                assert own.delivered
             assert counts.since == (50, 50, 0)
+            await own.ask(get("/denied", "web"))  # which it has sent by TCP
+            assert own.delivered
         name = 'weft_http_requests_total{backend="cluster/Service/default/web/80",code="200",gateway="mesh",route='
         name += '"HTTPRoute/shop/r",rule="0"}'
         await here.proxy.metric(name, lambda value: value == 51)

@@ -113,6 +113,11 @@ int queue(struct __sk_buff *skb)
 	return queued(skb);
 }
 
+int holders(struct __sk_buff *skb)
+{
+	return held(skb);
+}
+
 /* What they do not drop, others at the interface may. */
 int pod_egress(struct __sk_buff *skb)
 {
