@@ -126,7 +126,7 @@ async def client(
 
 def scenario(world: World, test: Callable[[World], Awaitable[None]]) -> None:
     async def limited(world: World) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(60 + float(os.environ.get("WEFT_STRESS_S", "0"))):
             await test(world)
 
     world.run(lambda world: asyncio.run(limited(world)))
