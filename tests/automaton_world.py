@@ -19,7 +19,7 @@ from l7proxy.automaton_plan import Plan
 from l7proxy.http1_head import Request, parse_request
 from l7proxy.message import ProtocolError
 from l7proxy.native import Judged, Native
-from l7proxy.policy_rules import _match
+from l7proxy.policy_rules import CompiledRule, _http, _match
 from l7proxy.routing import RouteIndex
 from mesh.model.nodeconfig import Settings
 
@@ -154,7 +154,7 @@ def _same(
     assert [value for name, value in given if name == b"host"] == [asked.authority], head
     assert {value.lower() for name, value in given if name == b"connection"} <= {b"keep-alive"}
     assert request.keep_alive, head
-    assert not (asked.upgrade or asked.expect_continue or asked.trailers_ok), head
+    assert (asked.upgrade, asked.expect_continue, asked.trailers_ok) == (None, False, False), head
     assert not any(name == b"x-forwarded-client-cert" for name, _ in given)
     # And it is the rule's that the matcher finds.
     planned = plan.rules[judged.rule - 1]
@@ -170,8 +170,6 @@ def _allowed(plan: Plan, request: Request, number: int, rule: int) -> None:
     if not number:
         assert rule == 0
         return
-    from l7proxy.policy_rules import CompiledRule, _http
-
     compiled = [CompiledRule(one, _http(one, "")) for one in plan.lists[number - 1]]
     source, mends = _match(compiled, request.head)
     assert source == plan.lists[number - 1][rule - 1].source
