@@ -20,7 +20,7 @@ from bpf.maps import INNER, open_pinned
 _ARENAS = "automaton_arenas"
 _WORD = 4
 # In words: a table may begin below this, and be no longer.
-_BEGIN = 1 << 18
+_BEGIN = 1 << 19
 
 
 class Full(Exception):

@@ -535,9 +535,9 @@ RESPONSE_HEAD_MAX = 2048
 # Of 4 KiB; a power of two.
 EVENT_PAGES = 128
 # Tables that requests are judged by, and the arenas they stand in: twice what the largest table
-# takes and a header (bpf/programs/automaton.h), in bytes; 2 MB for each that is in use.
+# takes and a header (bpf/programs/automaton.h), in bytes; 4 MB for each that is in use.
 AUTOMATA = 1 << 12
-AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (2 << 20) + 512
+AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (4 << 20) + 512
 
 # What C is told by these names.
 _CONSTANTS = (

@@ -67,12 +67,13 @@ def compile_rules(
             most //= 2
 
 
-class _Target(NamedTuple):
-    state: State
-    action: Action
+class _Machine(NamedTuple):
+    """What is reachable, by numbers. Of each state what each kind of byte leads to and does; state
+    0 is the end of everything, 1 the first; action 0 is none."""
 
-
-_Row = tuple["_Target | None", ...]
+    targets: list[tuple[int, ...]]
+    does: list[tuple[int, ...]]
+    actions: list[Action]
 
 
 class _Compiler:
@@ -134,36 +135,42 @@ class _Compiler:
 
     def run(self, limits: Limits, generation: int) -> Automaton:
         classes, samples = self._byte_classes()
-        order, rows = self._reachable(samples)
-        block = _minimise(order, rows)
-        firsts = {number: state for state, number in reversed(block.items())}
-        kept = {number: rows[state] for number, state in firsts.items()}
-        columns, classes = _merge_columns(kept, block, classes)
+        machine = self._reachable(samples)
+        block = _minimise(machine)
+        # One state stands for those that are alike; the end of everything first.
+        kept = list({number: state for state, number in reversed([*enumerate(block)])}.values())
+        kept.sort()
+        columns, classes = _merge_columns(machine, kept, block, classes)
         plain_columns = {classes[byte] for byte in _PLAIN}
-        # Rows that are skipped in come first, behind the one that is the end.
+        # Rows that are skipped in come first.
         plain = [
-            number
-            for number, row in kept.items()
-            if all(_stays(row[columns[c]], block, number) for c in plain_columns)
+            state
+            for state in kept[1:]
+            if all(
+                block[machine.targets[state][columns[one]]] == block[state]
+                and not machine.does[state][columns[one]]
+                for one in plain_columns
+            )
         ]
-        place = {number: at for at, number in enumerate(dict.fromkeys((*plain, *kept)), 1)}
+        order = list(dict.fromkeys((kept[0], *plain, *kept)))
         width = len(columns)
-        if (len(place) + 1) * width > WORDS:
-            raise TooLarge(f"{len(place)} states of {width} kinds of bytes")
+        if len(order) * width > WORDS:
+            raise TooLarge(f"{len(order)} states of {width} kinds of bytes")
+        place = {block[state]: at * width for at, state in enumerate(order)}
         found: dict[Found, int] = {Found(): 0}
-        cells = [0] * ((len(place) + 1) * width)
-        for number, at in place.items():
-            row = kept[number]
-            for column, representative in enumerate(columns):
-                target = row[representative]
-                if target is None:
-                    continue
-                what = found.setdefault(self._found(target.action), len(found))
-                to = 0 if target.state == END else place[block[target.state]]
-                cells[at * width + column] = Table.cell(to * width, what, target.action.field)
+        numbers = [found.setdefault(self._found(one), len(found)) for one in machine.actions]
+        cells = [
+            Table.cell(
+                place[block[machine.targets[state][column]]],
+                numbers[does := machine.does[state][column]],
+                machine.actions[does].field,
+            )
+            for state in order
+            for column in columns
+        ]
         table = Table(
             classes=classes,
-            start=place[block[self._machine.start]] * width,
+            start=place[block[1]],
             plain=(len(plain) + 1) * width,
             cells=cells,
             found=list(found),
@@ -175,7 +182,7 @@ class _Compiler:
         conditions = list(self._numbers)
         return Automaton(
             pack(table),
-            len(place) + 1,
+            len(order),
             width,
             tuple(conditions[number] for _, number in by_bit),
             len(self._path_classes),
@@ -199,23 +206,34 @@ class _Compiler:
             classes[byte] = known[kind]
         return bytes(classes), samples
 
-    def _reachable(self, samples: list[int]) -> tuple[list[State], dict[State, _Row]]:
-        step, start = self._machine.step, self._machine.start
-        rows: dict[State, _Row] = {}
-        order, seen = [start], {start, END}
+    def _reachable(self, samples: list[int]) -> _Machine:
+        step = self._machine.step
+        numbers: dict[State, int] = {END: 0, self._machine.start: 1}
+        actions: dict[Action, int] = {NOTHING: 0}
+        dead = (0,) * len(samples)
+        machine = _Machine([dead], [dead], [])
+        order = [self._machine.start]
         for state in order:
-            row = []
+            targets, does = [], []
             for byte in samples:
                 found = step(state, byte)
-                row.append(_Target(*found) if found is not None else None)
-                if found is not None and found[0] not in seen:
-                    seen.add(found[0])
-                    order.append(found[0])
-            rows[state] = tuple(row)
+                if found is None:
+                    targets.append(0)
+                    does.append(0)
+                    continue
+                target, action = found
+                number = numbers.setdefault(target, len(numbers))
+                if number > len(order):
+                    order.append(target)
+                targets.append(number)
+                does.append(actions.setdefault(action, len(actions)))
+            machine.targets.append(tuple(targets))
+            machine.does.append(tuple(does))
             # Before minimising: states that are the same are few.
             if len(order) * len(samples) > 4 * WORDS:
                 raise TooLarge(f"more than {len(order)} states of {len(samples)} kinds of bytes")
-        return order, rows
+        machine.actions.extend(actions)
+        return machine
 
     def _found(self, action: Action) -> Found:
         path = 0
@@ -279,46 +297,37 @@ def _add_hostname(nfa: Nfa, number: int, kind: str, value: bytes) -> None:
     nfa.add_regex(number, wild + literal + port)
 
 
-def _minimise(order: list[State], rows: dict[State, _Row]) -> dict[State, int]:
+def _minimise(machine: _Machine) -> list[int]:
     """The block of each state: states of one block do the same with every text (Moore)."""
-    block = dict.fromkeys(order, 0)
-    count = 1
-    while True:
-        known: dict[object, int] = {}
-        refined = {}
-        for state in order:
-            signature = (
-                block[state],
-                tuple(
-                    None if target is None else (block.get(target.state, -1), target.action)
-                    for target in rows[state]
-                ),
-            )
-            refined[state] = known.setdefault(signature, len(known))
-        block = refined
-        if len(known) == count:
-            return block
+    known: dict[object, int] = {}
+    block = [known.setdefault(does, len(known)) for does in machine.does]
+    count = 0
+    while len(known) != count:
         count = len(known)
+        known = {}
+        of = block.__getitem__
+        block = [
+            known.setdefault((own, *map(of, targets)), len(known))
+            for own, targets in zip(block, machine.targets, strict=True)
+        ]
+    return block
 
 
 def _merge_columns(
-    rows: dict[int, _Row], block: dict[State, int], classes: bytes
+    machine: _Machine, kept: list[int], block: list[int], classes: bytes
 ) -> tuple[list[int], bytes]:
     """A column for each of those that are not alike, and the new classes."""
-    width = len(next(iter(rows.values())))
+    rows = [tuple(map(block.__getitem__, machine.targets[state])) for state in kept]
+    contents = zip(
+        zip(*rows, strict=True),
+        zip(*(machine.does[state] for state in kept), strict=True),
+        strict=True,
+    )
     known: dict[object, int] = {}
     renamed, columns = [], []
-    for column in range(width):
-        content = tuple(
-            None if (at := row[column]) is None else (block.get(at.state, -1), at.action)
-            for row in rows.values()
-        )
+    for column, content in enumerate(contents):
         if content not in known:
             known[content] = len(columns)
             columns.append(column)
         renamed.append(known[content])
     return columns, bytes(renamed[one] for one in classes)
-
-
-def _stays(target: _Target | None, block: dict[State, int], number: int) -> bool:
-    return target is not None and target.action == NOTHING and block.get(target.state, -1) == number

@@ -14,12 +14,12 @@ from l7proxy.automaton_rules import NONE, Limits
 
 # Limits of the tables: words after the header, conditions in the mask, fields that must not come
 # twice, rules that are asked for one path, and what a cell can name.
-WORDS = 1 << 18
+WORDS = 1 << 19
 FACTS = 192
 SEEN = 64
 CANDIDATES = 256
-_FOUND = 1 << 12
-_EVENT, _FOUND_SHIFT, _FIELD = 1 << 18, 19, 1 << 31
+_FOUND = 1 << 11
+_FIELD, _FOUND_SHIFT, _EVENT = 1 << 19, 20, 1 << 31
 
 _HEADER = struct.Struct("=Q8IQQ256s")
 _ENTRY = struct.Struct("=IIQQQQQ")

@@ -1,37 +1,32 @@
-/* judge.h under BPF_PROG_TEST_RUN, which sk_msg programs do not have: a packet of generation, lists
- * and a head in, what was judged in its first bytes out. */
+/* judge.h as the kernel runs it: what a test sends on a socket is judged. (It is passed: once one
+ * message is dropped the kernel asks for no other of that socket.) */
 #pragma clang diagnostic ignored "-Wunused-function"
 
 #include <uapi/linux/bpf.h>
 #include <linux/types.h>
+#include "judge.h"
 
 struct question {
-	u8 ethernet[16];
 	u64 generation;
 	u32 egress;
 	u32 ingress;
 };
-#define JUDGE_CONTEXT struct __sk_buff
-#define JUDGE_SKIPPED sizeof(struct question)
-#include "judge.h"
 
-BPF_TABLE("array", int, struct judged, verdicts, 1);
+BPF_SOCKHASH(senders, u32, 4);
+BPF_TABLE("array", u32, struct question, questions, 1);
+BPF_TABLE("array", u32, struct judged, verdicts, 1);
 
-int judge_packet(struct __sk_buff *skb)
+int judge_message(struct sk_msg_md *message)
 {
-	struct question *question;
 	struct judged judged, *verdict;
-	int zero = 0;
+	struct question *question;
+	u32 zero = 0;
 
-	if (bpf_skb_pull_data(skb, skb->len))
-		return -2;
-	question = (void *)(long)skb->data;
-	if ((void *)(question + 1) > (void *)(long)skb->data_end)
-		return -1;
-	judge_head(skb, question->generation, question->egress, question->ingress, &judged);
+	question = questions.lookup(&zero);
 	verdict = verdicts.lookup(&zero);
-	if (!verdict)
-		return -3;
+	if (!question || !verdict || bpf_msg_pull_data(message, 0, message->size, 0))
+		return SK_PASS;
+	judge_head(message, question->generation, question->egress, question->ingress, &judged);
 	*verdict = judged;
-	return 0;
+	return SK_PASS;
 }

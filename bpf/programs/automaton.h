@@ -9,19 +9,20 @@
 #define WEFT_AUTOMATON_H
 
 /* As in l7proxy/automaton_table.py. */
-#define AUTOMATON_WORDS (1 << 18)
+#define AUTOMATON_WORDS (1 << 19)
 #define AUTOMATON_HEAD_MAX 8000
 #define AUTOMATON_EVENTS 32
 #define AUTOMATON_CANDIDATES 256
 #define AUTOMATON_DIGITS 9
 
-/* A cell: the row that comes next, whether something was found and what, whether a field ended. */
-#define AUTOMATON_ROW 0x3ffff
-#define AUTOMATON_EVENT_SHIFT 18
-#define AUTOMATON_FOUND_SHIFT 19
-#define AUTOMATON_FOUND 0x7ff80000
-#define AUTOMATON_FIELD_SHIFT 31
-#define AUTOMATON_COUNTED (1u << AUTOMATON_FIELD_SHIFT | 1u << AUTOMATON_EVENT_SHIFT)
+/* A cell: the row that comes next, whether a field ended, what was found and whether it is
+ * something. */
+#define AUTOMATON_ROW 0x7ffff
+#define AUTOMATON_FIELD_SHIFT 19
+#define AUTOMATON_FOUND_SHIFT 20
+#define AUTOMATON_FOUND 0x7ff00000
+#define AUTOMATON_EVENT_SHIFT 31
+#define AUTOMATON_COUNTED (1u << AUTOMATON_EVENT_SHIFT | 1u << AUTOMATON_FIELD_SHIFT)
 
 /* What was found, beside facts: the end of the head; the first digit of Content-Length; where the
  * host begins, and ends. */
@@ -80,7 +81,7 @@ struct judged {
 	u64 length;  /* of the body */
 };
 
-/* `count` sums what cells have in AUTOMATON_COUNTED: events below, fields above. It begins with a
+/* `count` sums what cells have in AUTOMATON_COUNTED: fields below, events above. It begins with a
  * zero from the table: of a number that it does not know the verifier does not see that it grows, and
  * finds what it has seen before. */
 struct automaton_walk {
@@ -169,7 +170,7 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 					   const struct automaton_walk *walk,
 					   struct automaton_facts *facts)
 {
-	u32 events = (walk->count >> AUTOMATON_EVENT_SHIFT) & 0x1fff;
+	u64 events = walk->count >> AUTOMATON_EVENT_SHIFT;
 	u32 host = 0, host_end = 0;
 	u64 twice = 0;
 
@@ -205,7 +206,7 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 	}
 	if (twice || !facts->size || !(facts->facts[0] & AUTOMATON_HOST_SEEN) ||
 	    host_end - host > AUTOMATON_HOST_MAX ||
-	    facts->size > automaton->head_max || (walk->count >> AUTOMATON_FIELD_SHIFT) > automaton->fields_max)
+	    facts->size > automaton->head_max || ((walk->count >> AUTOMATON_FIELD_SHIFT) & 0xfff) > automaton->fields_max)
 		return -1;
 	return 0;
 }
@@ -265,7 +266,7 @@ static __always_inline void automaton_decide(const struct automaton *automaton,
 		first = automaton_verdict(automaton, egress, facts);
 	if (ingress)
 		second = automaton_verdict(automaton, ingress, facts);
-	if (rule == AUTOMATON_NONE || first == AUTOMATON_NONE || second == AUTOMATON_NONE ||
+	if (!rule || rule == AUTOMATON_NONE || first == AUTOMATON_NONE || second == AUTOMATON_NONE ||
 	    (egress && !first) || (ingress && !second))
 		return;
 	judged->rule = rule;
