@@ -59,7 +59,8 @@ class Follower(NamedTuple):
     """How requests that follow one that was answered are treated. `current`: nothing that this was
     decided by has changed. `passed` is told what has passed.
     `resume` makes a handler for a response that comes through the proxy after all, on this stream;
-    `fail` one for a request without a response (status, reason, detail)."""
+    `fail` one for a request without a response (status, reason, detail), `broken` for one whose
+    response has begun and will not end (reason, detail)."""
 
     allowed: Allowed
     authority: bytes
@@ -67,6 +68,7 @@ class Follower(NamedTuple):
     passed: Callable[[Passed], None]
     resume: Callable[[ClientStream], Handler]
     fail: Callable[[int, str, str], Handler]
+    broken: Callable[[str, str], Handler]
 
 
 class Pairing:
@@ -188,6 +190,8 @@ class Pairing:
                     self._withdrawn()
                     self._let_go(reusable=False)
                     self._tell_head(passed, follower)
+                    if passed is not None and passed.left:
+                        return follower.broken(*failure[1:])
                     return follower.fail(*failure)
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
@@ -296,4 +300,4 @@ def _words(packed: bytes) -> Any:
     return memoryview(packed).cast("Q")
 
 
-_NOTHING = Exchange(0, 0, 0, 0, bytes(8 * len(PAIR_BOUNDS)), 0, 0, 0, 0)
+_NOTHING = Exchange(0, 0, 0, 0, bytes(8 * len(PAIR_BOUNDS)), 0, 0, 0, 0, 0)
