@@ -23,7 +23,7 @@ _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 _SK_STORAGE = 24  # enum bpf_map_type
 
-BPF_ANY = 0
+BPF_ANY, BPF_NOEXIST = 0, 1
 # Entries read at a time; more than any bucket of a hash map has.
 _BATCH = 1 << 12
 # The verifier's log: the end is kept, which is where the reason stands (log_level 1 is enough).

@@ -153,8 +153,9 @@ def received(sock: socket.socket, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def redirect_world(parent: Path) -> Iterator[World]:
+def redirect_world(parent: Path, *options: str) -> Iterator[World]:
+    """`options`: of the loader."""
     with new_cgroup() as workloads, new_cgroup() as proxies, pin_directory(parent) as pin:
-        done = loader("--pin", pin, "--cgroup", workloads, "--proxy-cgroup", proxies)
+        done = loader("--pin", pin, "--cgroup", workloads, "--proxy-cgroup", proxies, *options)
         assert done.returncode == 0, done.stderr
         yield World(pin, workloads, proxies)

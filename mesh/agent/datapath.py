@@ -278,7 +278,12 @@ class Datapath:
             if not self._loaded:
                 return
             versions.stop_redirects(self.pins, pins.other_versions(self.pins))
-            attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
+            attach.attach(
+                self.pins,
+                self._options.cgroup,
+                self._options.proxy_cgroup,
+                pairs=self._options.pairs and self._redirects,
+            )
             versions.take_over_flows(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
         except (DatapathError, OSError) as error:

@@ -146,6 +146,14 @@ def cli() -> None:
     " if this kernel passes the self-test, by that or nothing, or by TCP.",
 )
 @click.option(
+    "--http-in-kernel",
+    type=click.Choice(["on", "off"]),
+    default="off",
+    show_default=True,
+    help="on, with --steer: after a connection's first request later ones go straight from workload"
+    " to workload of this node, routed and judged in the kernel. Experimental.",
+)
+@click.option(
     "--authority",
     metavar="SOCKET",
     help="Where 'weft authority' answers this node, or 'cluster': asked by"

@@ -1,0 +1,413 @@
+"""Requests that pass by the proxy: a real worker, real programs, workloads' real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+from bpf_world import needs_bpf
+from redirect_world import NODE, VIP, World, redirect_world
+from support.mesh import mesh_route, service, workload
+from support.proxy import Message, get, ok, read_message, rule, to
+from test_mesh_kernel import Node, client, node, scenario, served
+
+from bpf import maps
+from bpf.automaton import Automata
+from bpf.layout import Number, Pair
+from bpf.reasons import Reason
+from l7proxy.automaton import compile_rules
+from l7proxy.automaton_plan import plan
+from l7proxy.routing import RouteIndex
+from mesh.model.nodeconfig import ClusterSection, Endpoint, EntryBackend, Section, Settings
+from mesh.model.routeconfig import PathMatch, RouteMatch, RouteSection
+from mesh.model.section import SETTINGS_KEY, cluster_key, service_listener
+
+pytestmark = needs_bpf
+# All but /denied.
+MATCHES = tuple(
+    RouteMatch(PathMatch("PathPrefix", f"/{first}"))
+    for first in ["first", "a", "after", "again", "b", "busy", "bye", "chunked", "claims", "close", "hint", "kept", "long", "other", "p", "parts", "size", "slow", "status", "two", "twice", "up", "x"]
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with redirect_world(tmp_path_factory.mktemp("pairs"), "--pairs") as made:
+        yield made
+
+
+async def configure(here: Node, port: int, *more: dict[str, Section], **rest: object) -> None:
+    """Service shop/web at VIP:80 with a backend at `port`, its routes in the kernel's tables."""
+    here.world.frontend(VIP, 80, http=True, sockmap=True)
+    own = EntryBackend(NODE, port, sockmap=True)
+    here.world.frontend(NODE, port, own, http=True, sockmap=True)
+    endpoints = (Endpoint(NODE, port, "web-0"),)
+    put = (
+        service("web", VIP, producers=True)
+        | mesh_route("r", rule(to("web"), matches=MATCHES))
+        | workload("client", NODE, "front", local=True, node="n", identity=300)
+        | {cluster_key("Service", "default", "web", 80): ClusterSection(endpoints)}
+        | {SETTINGS_KEY: Settings(http_in_kernel=True, **rest)}  # type: ignore[arg-type]
+    )
+    for one in more:
+        put |= one
+    tables(here.world, put)
+    assert await here.proxy.apply(put) == {}
+
+
+def tables(world: World, put: dict[str, Section]) -> None:
+    routes = RouteIndex()
+    for key, section in put.items():
+        if isinstance(section, RouteSection):
+            routes.put(key, section)
+    settings = put[SETTINGS_KEY]
+    assert isinstance(settings, Settings)
+    with contextlib.closing(Automata(world.pin)) as automata:
+        for listener in (service_listener("shop", "web", 80), ""):
+            made = plan(listener, routes, (), settings)
+            compiled = compile_rules(made.ordered, made.limits, made.generation)
+            automata.put(made.generation, compiled.table)
+
+
+class Backend:
+    """A workload's server that answers by the path, and remembers what reached it."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+        self.go_on = asyncio.Event()  # for /slow
+        self.reached = asyncio.Event()  # a /slow has come
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (message := await read_message(reader)) is not None:
+            method, target, version = message.start.split(" ")
+            assert version == "HTTP/1.1"
+            self.targets.append(target)
+            what, _, rest = target[1:].partition("/")
+            if what == "slow":
+                self.reached.set()
+                await self.go_on.wait()
+            if what == "close":
+                writer.write(ok(b"x" * 100)[: int(rest)])
+                await writer.drain()
+                return
+            answer = self._answer(method, what, rest, target, message)
+            if isinstance(answer, list):
+                for part in answer:
+                    writer.write(part)
+                    await writer.drain()
+                    await asyncio.sleep(0.001)  # so that they are messages of their own
+            else:
+                writer.write(answer)
+                await writer.drain()
+
+    def _answer(
+        self, method: str, what: str, rest: str, target: str, message: Message
+    ) -> bytes | list[bytes]:
+        head = b"HTTP/1.1 200 OK\r\n"
+        match what:
+            case "size":
+                body = target.encode() * (int(rest) // len(target) + 1)
+                return (
+                    ok(body[: int(rest)])
+                    if method != "HEAD"
+                    else ok(body[: int(rest)])[: -int(rest)]
+                )
+            case "chunked":
+                head += b"transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
+                return [head + b"3\r\nabc\r\n", b"0\r\nx-sum: 1\r\n", b"\r\n"]
+            case "parts":
+                return [*(bytes([byte]) for byte in ok(target.encode()))]
+            case "hint":
+                return b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" + ok(target.encode())
+            case "status":
+                if rest in ("204", "304"):
+                    return f"HTTP/1.1 {rest} No\r\n\r\n".encode()
+                return ok(target.encode(), status=f"{rest} What")
+            case "two":  # more than what was asked for
+                return ok(target.encode()) + ok(b"smuggled")
+            case "twice":
+                return head + b"content-length: 1\r\ncontent-length: 2\r\n\r\nab"
+            case "bye":
+                return ok(target.encode(), "connection: close")
+        return ok(message.body or target.encode())
+
+
+class Counts:
+    """What has passed by the proxy since this was made."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._before = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        reasons = (Reason.PAIR_REQUEST, Reason.PAIR_RESPONSE, Reason.PAIR_HANDED)
+        return tuple(self._world.counted(one) for one in reasons)
+
+    @property
+    def since(self) -> tuple[int, ...]:
+        """Requests, responses, responses that were left to the proxy."""
+        return tuple(now - before for now, before in zip(self._now(), self._before, strict=True))
+
+
+class Paired:
+    """A client's connection; `pair` returns once its next request may pass by the proxy."""
+
+    def __init__(
+        self, world: World, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.reader, self.writer = reader, writer
+        self._world = world
+        sock = writer.get_extra_info("socket")
+        self._cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+    async def ask(self, request: str | bytes) -> Message:
+        self.writer.write(request if isinstance(request, bytes) else request.encode())
+        return await self.answer(head=request[:4] in ("HEAD", b"HEAD"))
+
+    async def answer(self, *, head: bool = False) -> Message:
+        message = await read_message(self.reader, head_only=head)
+        assert message is not None
+        return message
+
+    async def pair(self) -> None:
+        assert (await self.ask(get("/first", "web"))).body == b"/first"
+        await self.offered()
+
+    async def offered(self, *, stands: bool = True) -> None:
+        pairs = maps.PinnedMap(self._world.pin, "pairs", Number, Pair)
+        with contextlib.closing(pairs):
+            async with asyncio.timeout(5):
+                while (pairs.get(Number(self._cookie)) is not None) is not stands:
+                    await asyncio.sleep(0.001)
+
+    @property
+    def delivered(self) -> bool:
+        return self._world.handles().delivered(self._cookie)
+
+    async def ended(self) -> bool:
+        """Whether nothing more came before the end."""
+        try:
+            return await self.reader.read() == b""
+        except ConnectionResetError:
+            return True
+
+
+@contextlib.asynccontextmanager
+async def paired(world: World) -> AsyncIterator[Paired]:
+    async with client() as (reader, writer):
+        made = Paired(world, reader, writer)
+        await made.pair()
+        yield made
+
+
+Test = Callable[[Node, Backend], Awaitable[None]]
+
+
+def with_backend(world: World, test: Test, **settings: object) -> None:
+    async def run(world: World) -> None:
+        backend = Backend()
+        async with node(world) as here, served(backend) as port:
+            await configure(here, port, **settings)
+            await test(here, backend)
+
+    scenario(world, run)
+
+
+def test_later_requests_pass_by_the_proxy(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for number in range(50):
+                message = await own.ask(get(f"/size/{number}", "web"))
+                assert message.status == 200
+                assert len(message.body) == number
+                assert own.delivered
+            assert counts.since == (50, 50, 0)
+            await own.ask(get("/denied", "web"))  # which it has sent by TCP
+            assert own.delivered
+        name = 'weft_http_requests_total{backend="cluster/Service/default/web/80",code="200",gateway="mesh",route='
+        name += '"HTTPRoute/shop/r",rule="0"}'
+        await here.proxy.metric(name, lambda value: value == 51)
+        name = 'weft_http_request_duration_seconds_count{backend="cluster/Service/default/web/80",gateway="mesh"}'
+        assert here.proxy.metrics()[name] == 51
+
+    with_backend(world, test)
+
+
+def test_a_denied_request_behind_a_slow_one_waits_its_turn(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/denied", "web").encode() + get("/after", "web").encode())
+            own.writer.write(get("/again", "web").encode())
+            await asyncio.sleep(0.05)  # for an answer that must not come
+            assert counts.since[0] == 1
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert (await own.answer()).status == 404
+            assert (await own.answer()).body == b"/after"
+            assert (await own.answer()).body == b"/again"
+        assert "/denied" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_requests_of_every_form_get_their_own_answers(world):
+    """Twice each: on a pair, whatever came of it before."""
+    requests: list[tuple[bytes, int, bytes | None]] = [
+        (get("/status/204", "web").encode(), 204, b""),
+        (get("/status/304", "web").encode(), 304, b""),
+        (get("/status/404", "web").encode(), 404, None),
+        (get("/status/503", "web").encode(), 503, None),
+        (get("/chunked", "web").encode(), 200, b"abc"),
+        (get("/parts", "web").encode(), 200, b"/parts"),
+        (b"HEAD /size/10 HTTP/1.1\r\nHost: web\r\n\r\n", 200, None),
+        (get("/size/70000", "web").encode(), 200, None),
+        (get("/size/3000000", "web").encode(), 200, None),
+        (get("/denied", "web").encode(), 404, None),
+        (get("/a/../x", "web").encode(), 200, b"/x"),
+        (get("/other", "other").encode(), 200, b"/other"),
+        (b"PUT /p HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc", 200, b"abc"),
+        (
+            b"PUT /p HTTP/1.1\r\nHost: web\r\nContent-Length: 90000\r\n\r\n" + bytes(90000),
+            200,
+            bytes(90000),
+        ),
+        (
+            b"PUT /p HTTP/1.1\r\nHost: web\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"3\r\nabc\r\n0\r\nx: y\r\n\r\n",
+            200,
+            b"abc",
+        ),
+        (get("/long", "web", "x-long: " + "y" * 7000).encode(), 200, b"/long"),
+        (get("/long", "web", "x-long: " + "y" * 8000).encode(), 200, b"/long"),
+        (get("/up", "web", "Connection: upgrade", "Upgrade: websocket").encode(), 200, b"/up"),
+        (get("/kept", "web", "Connection: keep-alive").encode(), 200, b"/kept"),
+        (get("/claims", "web", "X-Forwarded-Client-Cert: me").encode(), 200, b"/claims"),
+    ]
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            for request, status, body in requests * 2:
+                message = await own.ask(request)
+                assert message.status == status, request
+                assert body is None or message.body == body, request
+                await own.pair()
+        assert "/denied" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_heads_split_at_every_byte(world):
+    request = get("/size/20", "web", "x: y").encode()
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, 1, 1)
+            for at in range(1, len(request)):
+                own.writer.write(request[:at])
+                await asyncio.sleep(0)
+                assert len((await own.ask(request[at:])).body) == 20
+                await own.pair()
+
+    with_backend(world, test)
+
+
+def test_backends_that_close(world):
+    async def test(here: Node, backend: Backend) -> None:
+        for size in (0, 1, 30, 100):
+            async with paired(world) as own:
+                own.writer.write(get(f"/close/{size}", "web").encode())
+                if not size:
+                    assert (await own.answer()).status == 502
+                    assert await own.ended()
+                else:
+                    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionResetError):
+                        assert (await own.answer()).status == 502
+        for target in ("/bye", "/two", "/twice"):
+            async with paired(world) as own:
+                message = await own.ask(get(target, "web"))
+                if target == "/twice":
+                    assert message.status == 502
+                else:
+                    assert message.body == target.encode()
+                await own.pair()  # by another connection
+        # One that closes while nothing is asked of it.
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/close/140", "web"))).body == b"x" * 100
+            await own.offered(stands=False)
+            await own.pair()
+            assert counts.since[0] == 1
+
+    with_backend(world, test)
+
+
+def test_the_client_s_end_of_sending_does_not_lose_the_answer(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            own.writer.write_eof()
+            await backend.reached.wait()
+            await asyncio.sleep(0.02)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert await own.ended()
+            assert counts.since[0] == 1
+
+    with_backend(world, test)
+
+
+def test_a_change_dissolves_all_pairs(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own, paired(world) as other:
+            counts = Counts(world)
+            other.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            put = mesh_route("r", rule(to("web", weight=0)))
+            assert await here.proxy.apply(put) == {}
+            assert (await own.ask(get("/a", "web"))).status == 500
+            assert counts.since[0] == 1
+            other.writer.write(get("/b", "web").encode())
+            backend.go_on.set()
+            assert (await other.answer()).body == b"/slow"
+            assert (await other.answer()).status == 500
+        assert "/a" not in backend.targets
+        assert "/b" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_what_takes_too_long_is_given_up(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            message = await own.ask(get("/slow", "web"))
+            assert message.status == 504
+            assert counts.since[0] == 1
+            assert await own.ended()
+
+    with_backend(world, test, request_timeout_s=0.3)
+
+
+def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            until = time.monotonic() + 1.5
+            asked = 0
+            while time.monotonic() < until:
+                assert (await own.ask(get("/busy", "web"))).body == b"/busy"
+                asked += 1
+                await asyncio.sleep(0.05)
+            assert counts.since[0] == asked
+            assert await own.ended()
+
+    with_backend(world, test, idle_timeout_s=0.8)
