@@ -324,7 +324,8 @@ def _merge_columns(
         strict=True,
     )
     known: dict[object, int] = {}
-    renamed, columns = [], []
+    renamed: list[int] = []
+    columns: list[int] = []
     for column, content in enumerate(contents):
         if content not in known:
             known[content] = len(columns)

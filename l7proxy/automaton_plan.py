@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from l7proxy.automaton_rules import PUNT, Condition, Limits, Rule
 from l7proxy.route_compile import (
@@ -150,11 +150,11 @@ def _match(pattern: bytes, match: CompiledMatch) -> Iterator[Condition]:
         yield _value("query", condition)
 
 
-def _value(of: str, condition: ValueCondition) -> Condition:
-    kind = "exact" if condition.regex is None else "regex"
+def _value(of: Literal["header", "query"], condition: ValueCondition) -> Condition:
+    kind: Literal["exact", "regex"] = "exact" if condition.regex is None else "regex"
     if of == "header" and condition.name == b"host":
         return Condition("host", kind, condition.value)
-    return Condition("header" if of == "header" else "query", kind, condition.value, condition.name)
+    return Condition(of, kind, condition.value, condition.name)
 
 
 def needs_proxy(rule: CompiledRule, *, timeouts: bool) -> str:
@@ -210,7 +210,7 @@ def _asks(rule: HttpRule) -> Iterator[Condition]:
             continue
         value = one.value.encode() if one.value is not None else b""
         if one.name != "host":
-            kind = "exact" if one.value is not None else "present"
+            kind: Literal["exact", "present"] = "exact" if one.value is not None else "present"
             yield Condition("header", kind, value, one.name.encode())
         elif one.value is not None:  # there always is one
             yield Condition("hostname", "either", value)

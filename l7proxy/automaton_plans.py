@@ -1,13 +1,14 @@
-"""Which plans a node's requests need: those of all that its workloads may ask of one another.
+"""All plans of a node: what its workloads ask of its workloads, destination by destination.
 
-A plan is of one listener and of two lists of policy rules, the client's and the endpoint's; each
-worker makes the ones that its connections need (l7proxy.pairs), the agent all of them, from the
-same sections. No I/O.
+A plan is for one listener and the policy rules of two ends (l7proxy.pairs makes the same from the
+same): one for each combination that this node's pods can come to. Kept from the sections as a
+worker keeps them; where there are no HTTP policies, pods that come and go change nothing. No I/O.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 
 from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.credentials import Credentials
@@ -18,7 +19,6 @@ from l7proxy.routing import RouteIndex
 from mesh.model.nodeconfig import (
     ClusterSection,
     Endpoint,
-    NodeSection,
     Section,
     ServiceSection,
     Settings,
@@ -28,116 +28,131 @@ from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SETTINGS_KEY, SectionKey, service_listener
 
-_NO_LISTENER = ""
+# What only matters where policies are about requests.
+_OF_POLICIES = (ClusterSection, WorkloadSection, PolicySection, CidrSection)
+_NOTHING: tuple[HttpRules, HttpRules] = ((), ())
 
 
 class Plans:
-    """What plans follow from, as far as it is in force."""
-
-    def __init__(self) -> None:
+    def __init__(self, sections: Mapping[SectionKey, Section] | None = None) -> None:
         self._settings = Settings()
-        self._routes = RouteIndex()
+        self.routes = RouteIndex()
         self._peers = Peers(Credentials(), self._settings)
         self._policies = Policies(self._peers)
-        self._sections: dict[SectionKey, Section] = {}
+        self._services: dict[SectionKey, ServiceSection] = {}
+        self._clusters: dict[SectionKey, ClusterSection] = {}
+        self._workloads: dict[SectionKey, WorkloadSection] = {}
+        self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
+        self.apply(sections or {}, ())
 
-    def apply(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey] = ()) -> None:
-        """Sections that workers refuse are refused here as well: those before stay."""
+    def apply(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey]) -> bool:
+        """A step from one version to the next; whether plans may have changed. What is refused
+        leaves in force what a worker has in force then."""
+        asked = self._policies.any
+        kinds = {type(section) for section in put.values()}
         for key in remove:
-            self._remove(key, self._sections.pop(key, None))
+            kinds.add(self._remove(key))
         for key, section in put.items():
-            try:
+            with suppress(Refused):
                 self._put(key, section)
-            except Refused:
-                if not isinstance(section, PolicySection):
-                    continue
-            self._sections[key] = section
         self._policies.told()
+        if kinds & {RouteSection, Settings}:
+            self._plans.clear()
+        if kinds & {RouteSection, Settings, ServiceSection}:
+            return True
+        return (asked or self._policies.any) and bool(kinds & set(_OF_POLICIES))
 
     def _put(self, key: SectionKey, section: Section) -> None:
         match section:
             case Settings():
-                self._settings = self._peers.settings = section
+                self._settings = section
             case RouteSection():
-                self._routes.put(key, section)
+                self.routes.put(key, section)
+            case ServiceSection():
+                self._services[key] = section
+            case ClusterSection():
+                self._clusters[key] = section
             case WorkloadSection():
                 self._peers.put_workload(key, section)
-            case NodeSection():
-                self._peers.put_node(key, section)
-            case CidrSection() | PolicySection():
+                self._workloads[key] = section
+            case PolicySection() | CidrSection():
                 self._policies.put(key, section)
 
-    def _remove(self, key: SectionKey, section: Section | None) -> None:
-        match section:
-            case Settings():
-                self._put(SETTINGS_KEY, Settings())
-            case RouteSection():
-                self._routes.remove(key)
-            case WorkloadSection():
-                self._peers.remove_workload(key)
-            case NodeSection():
-                self._peers.remove_node(key)
-            case CidrSection() | PolicySection():
-                self._policies.remove(key)
-
-    def wanted(self) -> dict[int, Plan]:
-        """By generation."""
-        asked: set[tuple[str, HttpRules, HttpRules]] = set()
-        clients = self._clients()
-        for listener, namespace, endpoints in self._ways():
-            some = [one for one in clients if namespace in (None, one.namespace)]
-            asked |= {
-                (listener, *lists)
-                for endpoint in endpoints
-                for client in some
-                if (lists := self._lists(client, endpoint)) is not None
-            }
-        made = (plan(one, self._routes, lists, self._settings) for one, *lists in asked)
-        return {one.generation: one for one in made}
-
-    def _clients(self) -> list[WorkloadSection]:
-        """One workload of this node for each that policies and routes tell apart."""
-        local = (
-            one
-            for one in self._sections.values()
-            if isinstance(one, WorkloadSection) and one.local and one.meshed and one.addresses
+    def _remove(self, key: SectionKey) -> type:
+        """What it was; `object`: nothing that counts here."""
+        if key == SETTINGS_KEY:
+            self._settings = Settings()
+            return Settings
+        if key.startswith("route/"):
+            self.routes.remove(key)
+            return RouteSection
+        if self._services.pop(key, None) is not None:
+            return ServiceSection
+        known = self._clusters.pop(key, None) or self._workloads.pop(key, None)
+        self._peers.remove_workload(key)
+        self._policies.remove(key)
+        return (
+            object if known is None and not key.startswith(("policy/", "cidr/")) else ClusterSection
         )
-        return list({(one.namespace, one.identity): one for one in local}.values())
 
-    def _lists(
-        self, client: WorkloadSection, endpoint: Endpoint
-    ) -> tuple[HttpRules, HttpRules] | None:
-        asker = self._policies.asker(Caller(client.addresses[0]))
-        return self._policies.for_kernel(asker, endpoint.address, endpoint.port)
+    # --- plans ------------------------------------------------------------------------------------
 
-    def _ways(self) -> Iterator[tuple[str, str | None, list[Endpoint]]]:
-        """Listeners, from where they are asked (None: everywhere) and this node's endpoints that
-        their requests may go to."""
-        clusters: dict[str, list[SectionKey]] = {}
-        for route in self._routes.routes():
-            named = [
-                backend.cluster
-                for match in route.matches
-                for backend in match.result.rule.backends
-                if backend.cluster is not None
-            ]
-            for listener in {listener for listener, _ in route.places}:
-                clusters.setdefault(listener, []).extend(named)
-        for service in self._sections.values():
-            if not isinstance(service, ServiceSection):
+    def all(self) -> dict[int, Plan]:
+        """By generation."""
+        found = {one.generation: one for one in self._of("", _NOTHING)}
+        for service in self._services.values():
+            found |= {one.generation: one for one in self.of(service)}
+        return found
+
+    def of(self, service: ServiceSection) -> list[Plan]:
+        """Those of a Service port, whoever asks; the first is without policies."""
+        place = (service.namespace, service.name, service.port)
+        own = service_listener(*place)
+        listeners = {own if service.producers else "": ""}
+        listeners |= {service_listener(*place, one): one for one in service.consumers}
+        result: dict[int, Plan] = {}
+        for listener, namespace in listeners.items():
+            asked = {_NOTHING}
+            if self._policies.any:
+                asked |= self._asked(self._endpoints(listener, service), namespace)
+            result |= {one.generation: one for one in self._of(listener, *sorted(asked, key=repr))}
+        return list(result.values())
+
+    def _of(self, listener: str, *asked: tuple[HttpRules, HttpRules]) -> Iterator[Plan]:
+        for both in asked:
+            found = self._plans.get((listener, *both))
+            if found is None:
+                found = plan(listener, self.routes, both, self._settings)
+                self._plans[(listener, *both)] = found
+            yield found
+
+    def _endpoints(self, listener: str, service: ServiceSection) -> set[Endpoint]:
+        """What requests there may go to."""
+        clusters = {
+            backend.cluster
+            for route in self.routes.routes()
+            if any(place == listener for place, _ in route.places)
+            for match in route.matches
+            for backend in match.result.rule.backends
+        }
+        found = (self._clusters.get(one or "") for one in clusters or {service.cluster})
+        return {endpoint for one in found if one is not None for endpoint in one.endpoints}
+
+    def _asked(
+        self, endpoints: Iterable[Endpoint], namespace: str
+    ) -> set[tuple[HttpRules, HttpRules]]:
+        """What policies ask of requests of this node's pods (of a namespace, "": of all) to those
+        of its pods; what is not the kernel's to decide is left out."""
+        local = [one for one in self._workloads.values() if one.local]
+        here = {address for one in local for address in one.addresses}
+        result = set()
+        for endpoint in endpoints:
+            if endpoint.address not in here:
                 continue
-            own = self._local(service.cluster)
-            yield _NO_LISTENER, None, own
-            place = service.namespace, service.name, service.port
-            for consumer in (None, *service.consumers):
-                listener = service_listener(*place, consumer)
-                local = [one for key in set(clusters.get(listener, ())) for one in self._local(key)]
-                if local:
-                    yield listener, consumer, local
-
-    def _local(self, cluster: SectionKey) -> list[Endpoint]:
-        section = self._sections.get(cluster)
-        if not isinstance(section, ClusterSection) or section.protocol != "http":
-            return []
-        found = ((self._peers.at(one.address), one) for one in section.endpoints)
-        return [one for workload, one in found if workload is not None and workload.local]
+            for client in local:
+                if namespace in ("", client.namespace):
+                    asker = self._policies.asker(Caller(client.addresses[0]))
+                    asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port)
+                    if asked is not None:
+                        result.add(asked)
+        return result

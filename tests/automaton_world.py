@@ -41,6 +41,7 @@ class Kernel:
         program = self._module.program("judge_message", names)
         code = program.instructions(self._maps)
         self._program = syscall.load_program("judge", _SK_MSG, _SK_MSG_VERDICT, code, "GPL")
+        self.directory = directory
         pins.prepare(directory)
         for name in pinned:
             syscall.pin(self._maps[name], pins.map_path(directory, name))

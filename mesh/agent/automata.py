@@ -1,73 +1,96 @@
-"""The tables by which the kernel judges requests, kept in step with what is in force.
+"""The automata of requests in the kernel, kept in step with the configuration.
 
-Compiling takes up to seconds and goes on beside everything else; until a table is there its requests
-go through the proxies. Tables that nothing needs any more go at once.
+A generation that is no longer planned is taken out at once, before anything is compiled: what names
+it is the proxy's then. New ones are compiled one by one in a thread, the smallest lists first, and
+put in force as they are done; until then their requests go through the proxy as well.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from bpf.automaton import Automata as Maps
-from bpf.automaton import Full
+from bpf.automaton import Automata, Full
+from bpf.errors import DatapathError
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plan import Plan
 from l7proxy.automaton_plans import Plans
-from l7proxy.automaton_table import TooLarge
 from mesh.model.nodeconfig import Section
 from mesh.model.section import SectionKey
 
 _log = logging.getLogger("weft.agent")
 
-# Changes come in many steps.
-_SETTLE_S = 0.05
 
+class KernelAutomata:
+    """`in_force`: generations that the kernel judges by."""
 
-class Automata:
-    """Of one pin directory. `plans`: those whose tables are in force; `failures`: why others' are
-    not, by generation."""
-
-    def __init__(self, pins: Path) -> None:
-        self.plans: dict[int, Plan] = {}
-        self.failures: dict[int, str] = {}
-        self._pins = pins
-        self._source = Plans()
+    def __init__(self, directory: Path) -> None:
+        """The pin directory."""
+        self.in_force: set[int] = set()
+        self._directory = directory
+        self._plans = Plans()
+        self._wanted: dict[int, Plan] = {}
+        self._maps: Automata | None = None
         self._again = asyncio.Event()
 
-    def publish(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey] = ()) -> None:
-        """A step from one version to the next."""
-        self._source.apply(put, remove)
+    def publish(self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
+        """A step from one version to the next, the first one whole."""
+        if self._plans.apply(put, remove) or not self._wanted:
+            self._wanted = self._plans.all()
+            self._let_go()
+            self._again.set()
+
+    def open(self) -> None:
+        """The maps are there, maybe with what an agent before this one left."""
+        if self._maps is None:
+            try:
+                self._maps = Automata(self._directory)
+                self.in_force = self._maps.generations()
+            except (DatapathError, OSError) as error:
+                _log.error("requests are not judged in the kernel: %s", error)
+        self._let_go()
         self._again.set()
 
-    async def run(self) -> None:
-        """For ever; from when the maps are there. DatapathError, OSError: they are not (any
-        more)."""
-        with contextlib.closing(Maps(self._pins)) as maps:
-            while True:
-                await self._again.wait()
-                await asyncio.sleep(_SETTLE_S)
-                self._again.clear()
-                wanted = self._source.wanted()
-                for generation in maps.generations() - wanted.keys():
-                    maps.remove(generation)
-                self.plans = {key: one for key, one in self.plans.items() if key in wanted}
-                self.failures = {key: why for key, why in self.failures.items() if key in wanted}
-                known = self.plans.keys() | self.failures.keys()
-                for generation in wanted.keys() - known:
-                    await self._put(maps, wanted[generation])
+    def close(self) -> None:
+        """What is in force stays so."""
+        if self._maps is not None:
+            self._maps.close()
 
-    async def _put(self, maps: Maps, plan: Plan) -> None:
+    async def run(self) -> None:
+        """For ever: compile what is planned."""
+        while True:
+            await self._again.wait()
+            self._again.clear()
+            while self._maps is not None and (missing := self._missing()) is not None:
+                automaton = await asyncio.to_thread(
+                    compile_rules, missing.ordered, missing.limits, missing.generation
+                )
+                # The configuration may have changed meanwhile.
+                if missing.generation in self._wanted:
+                    self._put(missing.generation, automaton.table)
+
+    def _missing(self) -> Plan | None:
+        missing = [one for number, one in self._wanted.items() if number not in self.in_force]
+        return min(missing, key=lambda one: sum(map(len, one.ordered)), default=None)
+
+    def _put(self, generation: int, table: bytes) -> None:
+        assert self._maps is not None
+        # One that cannot be put is not tried again before the configuration changes.
+        self.in_force.add(generation)
         try:
-            made = await asyncio.to_thread(
-                compile_rules, plan.ordered, plan.limits, plan.generation
-            )
-            maps.put(plan.generation, made.table)
-        except (TooLarge, Full) as error:
-            self.failures[plan.generation] = str(error)
-            _log.warning("requests of %s are the proxy's: %s", plan.listener or "Services", error)
-        else:
-            self.plans[plan.generation] = plan
+            self._maps.put(generation, table)
+        except (Full, OSError) as error:
+            _log.error("an automaton of requests is not in the kernel: %s", error)
+
+    def _let_go(self) -> None:
+        if self._maps is None or not self._wanted:
+            return
+        for generation in self.in_force - self._wanted.keys():
+            try:
+                self._maps.remove(generation)
+            except OSError as error:
+                _log.error("an old automaton of requests stays in the kernel: %s", error)
+            else:
+                self.in_force.discard(generation)
