@@ -21,9 +21,7 @@ from bpf.balancer import Balancer
 from bpf.enforcement import ENFORCED, EnforcedSection, Enforcement
 from bpf.errors import DatapathError
 from bpf.proxy import descriptors
-from l7proxy.tasks import spawn
 from mesh.agent import loading
-from mesh.agent.automata import Automata
 from mesh.agent.options import Steering
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -94,8 +92,6 @@ class Datapath:
         self._lock: int | None = None
         self._synced = False
         self._maps: _Maps | None = None
-        self.automata = Automata(options.pins) if options.pairs else None
-        self._compiling: asyncio.Task[None] | None = None
         self._taken = asyncio.Event()
         self._again = asyncio.Event()
 
@@ -235,8 +231,6 @@ class Datapath:
     def publish(self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
         """Take what is for the data path of a step from one version to the next, the first one
         whole: what an agent before this one left goes with it."""
-        if self.automata is not None:
-            self.automata.publish(put, remove)
         entries = {key: one for key, one in put.items() if isinstance(one, LoadBalancerEntry)}
         enforced = {key: one for key, one in put.items() if isinstance(one, ENFORCED)}
         self._entries.update(entries)
@@ -300,8 +294,6 @@ class Datapath:
                 how = "by redirect" if self._redirects else "by TCP"
                 _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
             self.why_not = None
-            if self.automata is not None and self._redirects and self._compiling is None:
-                self._compiling = spawn(self.automata.run(), name="automata")
 
     def rebound(self, bound: frozenset[tuple[str, int]]) -> None:
         """These addresses and ports are Weft's now: the kernel sends to no others."""
@@ -332,8 +324,6 @@ class Datapath:
 
     def close(self) -> None:
         """Let go of the maps; what is in them stays in force."""
-        if self._compiling is not None:
-            self._compiling.cancel()
         if self._maps is not None:
             self._maps.balancer.close()
             self._maps.enforcement.close()
