@@ -250,8 +250,8 @@ class Paired(NamedTuple):
 
 class Exchange(NamedTuple):
     """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
-    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of it
-    are still to come, as the first ones came."""
+    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of
+    it are still to come, as the first ones came."""
 
     started_ns: int
     bytes_in: int

@@ -24,7 +24,7 @@ from l7proxy.streams import ClientStream, Handler, Kept
 
 # How soon what is outstanding is looked for again, in seconds; doubling from the first to the last.
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.0002, 0.01
-# For so long at most a response that was answered may be on its way.
+# A response that was answered is on its way for no longer.
 _DELIVERY_S = 0.1
 _NS = 1e-9
 # No limit to requests.
@@ -208,9 +208,10 @@ class Pairing:
     async def _delivery(self) -> None:
         """A response that counts as answered is in the client's queue only a moment later, or much
         later if who sends it is interrupted there; nothing of ours may come before it."""
-        until = time.monotonic() + _DELIVERY_S
-        while not self._handles.delivered(self._client) and time.monotonic() < until:
-            await asyncio.sleep(_FIRST_LOOK_S)
+        wait_s = _FIRST_LOOK_S
+        while wait_s < _DELIVERY_S and not self._handles.delivered(self._client):
+            await asyncio.sleep(wait_s)
+            wait_s *= 2
 
     def _failure(self, passed: Exchange | None, kept: Kept) -> tuple[int, str, str] | None:
         """Why what is outstanding will not come."""
