@@ -103,7 +103,8 @@ class Btf:
 
 def c_header() -> str:
     """Offsets that the programs need, as C: all in struct tcp_sock, whose first member is, by way
-    of others, its struct sock. Of a timer: of what is zero while it is not pending. DatapathError."""
+    of others, its struct sock. Of timers: of what is 0 while they are not pending.
+    DatapathError."""
     btf = Btf()
     pending = btf.offset("timer_list", "entry", "pprev")
     armed = btf.offset("hrtimer", "state")

@@ -250,7 +250,8 @@ class Paired(NamedTuple):
 
 class Exchange(NamedTuple):
     """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
-    `bodiless`: the last request's response has no body, as it is of HEAD."""
+    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of
+    it are still to come, as the first ones came."""
 
     started_ns: int
     bytes_in: int
@@ -261,6 +262,7 @@ class Exchange(NamedTuple):
     answered: int
     handed: int
     bodiless: int
+    left: int
 
     @property
     def outstanding(self) -> bool:
@@ -455,6 +457,8 @@ EXCHANGE = Layout(
         "answered": "I",
         "handed": "I",
         "bodiless": "I",
+        "left": "I",
+        "zero": "4x",
     },
 )
 WORKLOAD = Layout("workload", "=", {"cookie": "Q", "base": "I", "is_backend": "I"})

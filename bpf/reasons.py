@@ -44,6 +44,7 @@ class Reason(enum.IntEnum):
     PAIR_REQUEST = 25, None, "a request went straight to its backend's socket"
     PAIR_RESPONSE = 26, None, "a response went straight to its client's socket"
     PAIR_HANDED = 27, None, "the response to such a request was left to the proxy"
+    PAIR_BROKEN = 28, None, "a backend sent what was no part of its response; send fails"
 
     errno: int | None
     meaning: str

@@ -53,12 +53,13 @@ _WEBSOCKET = b"websocket"
 
 class Sent(NamedTuple):
     """A request that has gone to its backend past the proxy, as one before it. `lease`: for its
-    response, or the reply if there will be none."""
+    response, or the reply if there will be none; `responded`: a part has come."""
 
     selected: Selection
     backend: CompiledBackend
     before: Lease
     lease: Lease | Reply
+    responded: bool = False
 
 
 class Exchanges:
@@ -250,8 +251,9 @@ class _Exchange:
         version = shared.pairs.version
         series = Series(self.record)
 
-        def handler(lease: Lease | Reply) -> Handler:
-            return partial(shared.resume, self._entry, Sent(selected, backend, before, lease))
+        def handler(lease: Lease | Reply, responded: bool = False) -> Handler:
+            sent = Sent(selected, backend, before, lease, responded)
+            return partial(shared.resume, self._entry, sent)
 
         before = lease
         pairing.propose(
@@ -263,6 +265,7 @@ class _Exchange:
                 passed=series.passed,
                 resume=lambda stream: handler(before.again(stream)),
                 fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
+                broken=lambda reason, detail: handler(Reply(502, reason, detail), True),
             ),
         )
 
@@ -277,6 +280,7 @@ class _Exchange:
         record.endpoint, record.destination = before.endpoint_id, before.endpoint
         record.way = before.way
         if isinstance(sent.lease, Reply):
+            self._responded = sent.responded
             raise sent.lease
         attempt = Attempt(sent.lease, self._stream, self._body, None)
         timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s

@@ -417,10 +417,11 @@ class _Stream:
             if connection.tls and connection.transport is not None:
                 connection.transport.close()
             await connection.half_close()
-        elif (tail := connection.codec.end(trailers)) or self._held:
-            if not self._offer(connection.pairing, self._held + tail):
-                self._last = False
-                await self._send((tail,))
+        elif ((tail := connection.codec.end(trailers)) or self._held) and (
+            not self._offer(connection.pairing, self._held + tail)
+        ):
+            self._last = False
+            await self._send((tail,))
         self.finished = True
 
     def _offer(self, pairing: Pairing | None, last: bytes) -> bool:

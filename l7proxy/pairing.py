@@ -24,7 +24,7 @@ from l7proxy.streams import ClientStream, Handler, Kept
 
 # How soon what is outstanding is looked for again, in seconds; doubling from the first to the last.
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.0002, 0.01
-# For so long at most a response that was answered may be on its way.
+# A response that was answered is on its way for no longer.
 _DELIVERY_S = 0.1
 _NS = 1e-9
 # No limit to requests.
@@ -59,7 +59,8 @@ class Follower(NamedTuple):
     """How requests that follow one that was answered are treated. `current`: nothing that this was
     decided by has changed. `passed` is told what has passed.
     `resume` makes a handler for a response that comes through the proxy after all, on this stream;
-    `fail` one for a request without a response (status, reason, detail)."""
+    `fail` one for a request without a response (status, reason, detail), `broken` for one whose
+    response has begun and will not end (reason, detail)."""
 
     allowed: Allowed
     authority: bytes
@@ -67,6 +68,7 @@ class Follower(NamedTuple):
     passed: Callable[[Passed], None]
     resume: Callable[[ClientStream], Handler]
     fail: Callable[[int, str, str], Handler]
+    broken: Callable[[str, str], Handler]
 
 
 class Pairing:
@@ -188,6 +190,8 @@ class Pairing:
                     self._withdrawn()
                     self._let_go(reusable=False)
                     self._tell_head(passed, follower)
+                    if passed is not None and passed.left:
+                        return follower.broken(*failure[1:])
                     return follower.fail(*failure)
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
@@ -204,9 +208,10 @@ class Pairing:
     async def _delivery(self) -> None:
         """A response that counts as answered is in the client's queue only a moment later, or much
         later if who sends it is interrupted there; nothing of ours may come before it."""
-        until = time.monotonic() + _DELIVERY_S
-        while not self._handles.delivered(self._client) and time.monotonic() < until:
-            await asyncio.sleep(_FIRST_LOOK_S)
+        wait_s = _FIRST_LOOK_S
+        while wait_s < _DELIVERY_S and not self._handles.delivered(self._client):
+            await asyncio.sleep(wait_s)
+            wait_s *= 2
 
     def _failure(self, passed: Exchange | None, kept: Kept) -> tuple[int, str, str] | None:
         """Why what is outstanding will not come."""
@@ -296,4 +301,4 @@ def _words(packed: bytes) -> Any:
     return memoryview(packed).cast("Q")
 
 
-_NOTHING = Exchange(0, 0, 0, 0, bytes(8 * len(PAIR_BOUNDS)), 0, 0, 0, 0)
+_NOTHING = Exchange(0, 0, 0, 0, bytes(8 * len(PAIR_BOUNDS)), 0, 0, 0, 0, 0)

@@ -292,7 +292,8 @@ def test_handles_are_replaced_and_let_go_after_their_last_connection(world):
                 assert message is not None
                 assert len(message.body) == MIB
                 assert held() == 2 * len(HANDLES + PAIR_HANDLES)
-            while held() != len(HANDLES + PAIR_HANDLES):  # connections to backends stay for some seconds
+            # Connections to backends stay for some seconds.
+            while held() != len(HANDLES + PAIR_HANDLES):
                 hand_over(world, here.proxy)
                 await asyncio.sleep(0.2)
 

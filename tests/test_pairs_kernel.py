@@ -27,11 +27,12 @@ from mesh.model.routeconfig import PathMatch, RouteMatch, RouteSection
 from mesh.model.section import SETTINGS_KEY, cluster_key, service_listener
 
 pytestmark = needs_bpf
-# All but /denied.
-MATCHES = tuple(
-    RouteMatch(PathMatch("PathPrefix", f"/{first}"))
-    for first in ["first", "a", "after", "again", "b", "busy", "bye", "chunked", "claims", "close", "hint", "kept", "long", "other", "p", "parts", "size", "slow", "status", "two", "twice", "up", "x"]
+# What /denied is not among.
+_PATHS = (
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|hint|kept|long|other|p"
+    "|parts|size|slow|status|two|twice|up|x"
 )
+MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,15 @@ class Backend:
             case "chunked":
                 head += b"transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
                 return [head + b"3\r\nabc\r\n", b"0\r\nx-sum: 1\r\n", b"\r\n"]
+            case "body":  # after its head, as by sendfile(2)
+                whole = ok(target.encode() * 4000)
+                return [whole[:50], whole[50:9000], whole[9000:]]
+            case "more":  # than was told
+                whole = ok(target.encode())
+                return [whole[:-2], whole[-2:], b"smuggled"]
+            case "over":
+                whole = ok(target.encode())
+                return [whole[:-2], whole[-2:] + b"smuggled"]
             case "parts":
                 return [*(bytes([byte]) for byte in ok(target.encode()))]
             case "hint":
@@ -229,10 +239,11 @@ def test_later_requests_pass_by_the_proxy(world):
             assert counts.since == (50, 50, 0)
             await own.ask(get("/denied", "web"))  # which it has sent by TCP
             assert own.delivered
-        name = 'weft_http_requests_total{backend="cluster/Service/default/web/80",code="200",gateway="mesh",route='
-        name += '"HTTPRoute/shop/r",rule="0"}'
+        place = 'gateway="mesh",route="HTTPRoute/shop/r",rule="0"'
+        cluster = 'backend="cluster/Service/default/web/80"'
+        name = f'weft_http_requests_total{{{cluster},code="200",{place}}}'
         await here.proxy.metric(name, lambda value: value == 51)
-        name = 'weft_http_request_duration_seconds_count{backend="cluster/Service/default/web/80",gateway="mesh"}'
+        name = f'weft_http_request_duration_seconds_count{{{cluster},gateway="mesh"}}'
         assert here.proxy.metrics()[name] == 51
 
     with_backend(world, test)
@@ -345,6 +356,26 @@ def test_backends_that_close(world):
             await own.offered(stands=False)
             await own.pair()
             assert counts.since[0] == 1
+
+    with_backend(world, test)
+
+
+def test_a_response_may_come_in_parts(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for _ in range(5):
+                assert (await own.ask(get("/body", "web"))).body == b"/body" * 4000
+            assert counts.since == (5, 5, 0)
+            message = await own.ask(get("/more", "web"))
+            assert message.body == b"/more"
+            await own.offered(stands=False)
+            await own.pair()  # by another connection
+        for target in ("/close/90", "/over"):
+            async with paired(world) as own:
+                own.writer.write(get(target, "web").encode())
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await own.answer()
 
     with_backend(world, test)
 

@@ -54,6 +54,7 @@ def kinds(chance: random.Random) -> Kind:
             Kind("GET", "/size", 200, size),
             Kind("GET", "/chunked", 200, size),
             Kind("GET", "/parts", 200, size),
+            *[Kind("GET", "/body", 200, chance.choice(_SIZES[1:5]))] * 2,
             Kind("GET", "/late", 200, min(size, 5_000)),
             Kind("HEAD", "/size", 200, size),
             Kind("PUT", "/echo", 200, size),
@@ -130,6 +131,10 @@ class Backend:
                     writer.write(whole[:at])
                     whole = whole[at:]
                     await asyncio.sleep(0)
+            case "body":
+                writer.write(whole[: -len(body)])
+                await asyncio.sleep(0)
+                writer.write(body)
             case "late":
                 await asyncio.sleep(0.003)
                 writer.write(whole)
@@ -245,7 +250,19 @@ async def change(here: Node, until: float) -> int:
     return number
 
 
-PATHS = ["size", "chunked", "parts", "late", "echo", "nothing", "same", "hint", "missing", "bye"]
+PATHS = [
+    "size",
+    "body",
+    "chunked",
+    "parts",
+    "late",
+    "echo",
+    "nothing",
+    "same",
+    "hint",
+    "missing",
+    "bye",
+]
 
 
 def test_every_answer_is_the_one_to_its_request(world):

@@ -1,7 +1,7 @@
 /* What workloads' enrolled sockets send: to the paired socket of another workload, or to the proxy.
  *
- * A message is redirected only if all of it is known to be one whole request, or one whole response
- * that is due; everything else goes to the proxy as if there were no pair, and then nothing is
+ * A message is redirected only if all of it is known to be one whole request, or a response that is
+ * due, or a further part of it; everything else goes to the proxy as if there were no pair, and then nothing is
  * redirected until the proxy is done with it and says so. Whether it is follows from numbers: the
  * bytes that the socket has ever sent by TCP are those that the proxy has received, and every request
  * that was forwarded has been answered.
@@ -30,7 +30,8 @@ static __always_inline int is_head_request(struct sk_msg_md *message)
 {
 	const u8 *data = (void *)(long)message->data, *end = (void *)(long)message->data_end;
 
-	return data + 4 <= end && data[0] == 'H' && data[1] == 'E';
+	return data + 5 <= end && data[0] == 'H' && data[1] == 'E' && data[2] == 'A' &&
+	       data[3] == 'D' && data[4] == ' ';
 }
 
 /* A client's socket sends; whether it is redirected. */
@@ -72,11 +73,10 @@ static __always_inline int forward(struct sk_msg_md *message, const struct workl
 	return 1;
 }
 
-static __always_inline void measure(struct exchange *exchange, u64 elapsed, u32 size)
+static __always_inline void measure(struct exchange *exchange, u64 elapsed)
 {
 	u32 bucket = 0;
 
-	exchange->bytes_out += size;
 	exchange->elapsed_ns += elapsed;
 #define SLOWER(bound) bucket += elapsed > (bound);
 	PAIR_BOUNDS(SLOWER)
@@ -85,34 +85,56 @@ static __always_inline void measure(struct exchange *exchange, u64 elapsed, u32 
 		exchange->faster[bucket]++;
 }
 
-/* A backend's socket sends; whether it is redirected. */
+/* How many bytes of a response will be left after this message; negative: it is the proxy's. */
+static __always_inline s64 left_after(struct sk_msg_md *message, const struct exchange *exchange,
+				      u32 unread)
+{
+	if (exchange->left)
+		return (s64)exchange->left - message->size;
+	if (unread || message->size > RESPONSE_MAX || show(message))
+		return -1;
+	return response_left(message, exchange->bodiless);
+}
+
+/* A backend's socket sends: SK_PASS or SK_DROP. */
 static __always_inline int give_back(struct sk_msg_md *message, const struct workload *own,
 				     u32 sent, u32 unread)
 {
 	u64 backend = own->cookie, client;
 	struct exchange *exchange;
 	struct paired *paired_with;
-	int result = 0;
+	int result = SK_DROP;
+	s64 left = -1;
 
 	paired_with = paired.lookup(&backend);
 	if (!paired_with)
-		return 0;
+		return SK_PASS;
 	client = paired_with->client;
 	exchange = exchanges.lookup(&client);
 	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
-		return 0;
-	if (!unread && sent == paired_with->received && message->size <= RESPONSE_MAX && !show(message) &&
-	    is_whole_response(message) && again(paired_with->client) == client)
+		return SK_PASS;
+	if (sent == paired_with->received && again(paired_with->client) == client)
+		left = left_after(message, exchange, unread);
+	if (left >= 0)
 		result = workload_sockets.msg_redirect_hash(message, &client, BPF_F_INGRESS);
 	if (result != SK_PASS) {
+		/* Nobody could put in order what comes after the first part of a response. */
+		if (exchange->left) {
+			count(REASON_PAIR_BROKEN);
+			return SK_DROP;
+		}
 		__sync_fetch_and_add(&exchange->handed, 1);
 		count(REASON_PAIR_HANDED);
-		return 0;
+		return SK_PASS;
 	}
-	measure(exchange, bpf_ktime_get_ns() - exchange->started_ns, message->size);
-	__sync_fetch_and_add(&exchange->answered, 1);
-	count(REASON_PAIR_RESPONSE);
-	return 1;
+	exchange->left = left;
+	exchange->bytes_out += message->size;
+	if (!left) {
+		measure(exchange, bpf_ktime_get_ns() - exchange->started_ns);
+		__sync_fetch_and_add(&exchange->answered, 1);
+		count(REASON_PAIR_RESPONSE);
+	}
+	return SK_PASS;
 }
 
 static __always_inline int exchange_message(struct sk_msg_md *message)
@@ -130,8 +152,8 @@ static __always_inline int exchange_message(struct sk_msg_md *message)
 	unread = tcp_field(tcp, SK_RMEM_ALLOC, int);
 	sent = tcp_field(tcp, TCP_WRITE_SEQ, u32) - own->base;
 	if (own->is_backend)
-		give_back(message, own, sent, unread);
-	else if (!unread)
+		return give_back(message, own, sent, unread);
+	if (!unread)
 		forward(message, own, sent);
 	return SK_PASS;
 }

@@ -1,4 +1,4 @@
-/* Whether a message is one whole response that may pass by the proxy: a walk over the tables of
+/* Whether a message begins a response that may pass by the proxy: a walk over the tables of
  * bpf/response.py, which say what that is. */
 #ifndef WEFT_RESPONSE_H
 #define WEFT_RESPONSE_H
@@ -25,7 +25,9 @@ static __always_inline void response_step(const u16 *table, u8 byte, struct resp
 	response->state = cell & (RESPONSE_STATES - 1);
 }
 
-static __always_inline int is_whole_response(struct sk_msg_md *message)
+/* A message with the whole head of a response: the bytes of the response that are still to come, or
+ * negative: it is the proxy's. */
+static __always_inline s64 response_left(struct sk_msg_md *message, int bodiless)
 {
 	struct response response = {.state = RESPONSE_START};
 	const u8 *data, *end;
@@ -34,7 +36,7 @@ static __always_inline int is_whole_response(struct sk_msg_md *message)
 
 	table = (void *)responses.lookup(&zero);
 	if (!table)
-		return 0;
+		return -1;
 	data = (void *)(long)message->data;
 	end = (void *)(long)message->data_end;
 #pragma clang loop unroll(disable)
@@ -51,7 +53,7 @@ static __always_inline int is_whole_response(struct sk_msg_md *message)
 	end = (void *)(long)message->data_end;
 	i = (u32)(end - data);
 	if (response.state != RESPONSE_DONE && i > RESPONSE_HEAD_MAX)
-		return 0;
+		return -1;
 	/* The last few; if the head has ended they change nothing. */
 	i &= 2 * RESPONSE_HEAD_MAX - RESPONSE_CHUNK;
 	data += i;
@@ -62,7 +64,11 @@ static __always_inline int is_whole_response(struct sk_msg_md *message)
 			break;
 		response_step(table, data[j], &response);
 	}
-	return response.state == RESPONSE_DONE && response.size + response.length == message->size;
+	if (response.state != RESPONSE_DONE)
+		return -1;
+	if (!bodiless)
+		response.size += response.length;
+	return response.size <= RESPONSE_MAX ? (s64)response.size - message->size : -1;
 }
 
 #endif

@@ -136,6 +136,8 @@ struct exchange {
 	u32 answered;
 	u32 handed;
 	u32 bodiless; /* the last request was HEAD */
+	u32 left;     /* bytes of the response to it that are still to come past the proxy */
+	u32 zero;
 };
 
 /* The tables of bpf/response.py. (bcc makes code for each element of an array of numbers.) */

@@ -163,7 +163,8 @@ def change_weft(
         pins.remove(run_dir.pins)
         return
     # The others keep what is pinned: the filters on the pods' veths belong to a mesh.
-    options = ("--access-log=off", f"--datapath={datapath}")
+    pairs = "on" if datapath == "kernel" else "off"
+    options = ("--access-log=off", f"--datapath={datapath}", f"--http-in-kernel={pairs}")
     start((*argv, *options), node, lab.weft_log(node.name), stack)
 
     def ready() -> bool:
