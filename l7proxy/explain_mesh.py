@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from l7proxy import forwarding
+from l7proxy.explain_automaton import kernel_words
 from l7proxy.explain_rules import (
     ExplainedBackend,
     Explanation,
@@ -102,13 +103,16 @@ def _routed(
     if selected is None:
         backend = explain_backend(sections, WeightedBackend(service.cluster), 1)
         way = "no route is attached that counts for this client: the Service's own endpoints"
-        return msgspec.structs.replace(base, way=way, backends=(backend,))
+        kernel = kernel_words(sections, service, "", None)
+        return msgspec.structs.replace(base, way=way, kernel=kernel, backends=(backend,))
     kind = "producer routes, of the Service's namespace"
     if selected != producers:
         kind = f"consumer routes of namespace {client}"
     base = msgspec.structs.replace(base, way=kind, listener=selected)
     if found is None:
         return msgspec.structs.replace(base, status=404, detail="no route matches")
+    kernel = kernel_words(sections, service, selected, found)
+    base = msgspec.structs.replace(base, kernel=kernel)
     return answer(sections, found, head, _Place(service.port), base)
 
 

@@ -27,6 +27,6 @@ void weft_judge(const struct automaton *table, const u8 *head, size_t size, u32 
 	automaton_tail(table, head, head + size, &walk);
 	if (automaton_facts(table, &walk, &facts))
 		return;
-	automaton_decide(table, &facts, automaton_length(head, head + size, facts.length_at), egress,
+	automaton_decide(table, &facts, automaton_length(head, head + size, facts.at[AUTOMATON_LENGTH]), egress,
 			 ingress, judged);
 }

@@ -31,6 +31,7 @@ enum {
 	AUTOMATON_LENGTH = 2,
 	AUTOMATON_HOST = 3,
 	AUTOMATON_HOST_END = 4,
+	AUTOMATON_MARKS = 8, /* a power of two */
 };
 
 /* No rule of the list holds. In the proxy's tables 0 is PUNT. */
@@ -157,12 +158,11 @@ static __always_inline void automaton_tail(const struct automaton *automaton,
 	}
 }
 
-/* What the log says, all of it. */
+/* What the log says, all of it. `at`: where the marks were found; 0: nowhere. */
 struct automaton_facts {
 	u64 facts[4];
 	u32 path;
-	u32 size;
-	u32 length_at;
+	u32 at[AUTOMATON_MARKS];
 };
 
 /* 0; -1: the head is not whole, or something is in it twice. */
@@ -171,7 +171,6 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 					   struct automaton_facts *facts)
 {
 	u64 events = walk->count >> AUTOMATON_EVENT_SHIFT;
-	u32 host = 0, host_end = 0;
 	u64 twice = 0;
 
 	if (events > AUTOMATON_EVENTS)
@@ -195,18 +194,12 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 		facts->facts[2] |= found->facts[2];
 		facts->facts[3] |= found->facts[3];
 		facts->path |= found->path;
-		if (found->what == AUTOMATON_END)
-			facts->size = (entry & 0x1fff) + 1;
-		if (found->what == AUTOMATON_LENGTH)
-			facts->length_at = entry & 0x1fff;
-		if (found->what == AUTOMATON_HOST)
-			host = entry & 0x1fff;
-		if (found->what == AUTOMATON_HOST_END)
-			host_end = entry & 0x1fff;
+		facts->at[found->what & (AUTOMATON_MARKS - 1)] = entry & 0x1fff;
 	}
-	if (twice || !facts->size || !(facts->facts[0] & AUTOMATON_HOST_SEEN) ||
-	    host_end - host > AUTOMATON_HOST_MAX ||
-	    facts->size > automaton->head_max || ((walk->count >> AUTOMATON_FIELD_SHIFT) & 0xfff) > automaton->fields_max)
+	if (twice || !facts->at[AUTOMATON_END] || !(facts->facts[0] & AUTOMATON_HOST_SEEN) ||
+	    facts->at[AUTOMATON_HOST_END] - facts->at[AUTOMATON_HOST] > AUTOMATON_HOST_MAX ||
+	    facts->at[AUTOMATON_END] >= automaton->head_max ||
+	    ((walk->count >> AUTOMATON_FIELD_SHIFT) & 0xfff) > automaton->fields_max)
 		return -1;
 	return 0;
 }
@@ -272,7 +265,7 @@ static __always_inline void automaton_decide(const struct automaton *automaton,
 	judged->rule = rule;
 	judged->egress = first;
 	judged->ingress = second;
-	judged->size = facts->size;
+	judged->size = facts->at[AUTOMATON_END] + 1;
 	judged->length = length;
 }
 

@@ -68,7 +68,7 @@ judge_head(JUDGE_CONTEXT *context, u64 generation, u32 egress, u32 ingress, stru
 	automaton_tail(automaton, JUDGE_DATA(context), JUDGE_END(context), &walk);
 	if (automaton_facts(automaton, &walk, &facts))
 		return;
-	length = automaton_length(JUDGE_DATA(context), JUDGE_END(context), facts.length_at);
+	length = automaton_length(JUDGE_DATA(context), JUDGE_END(context), facts.at[AUTOMATON_LENGTH]);
 	automaton_decide(automaton, &facts, length, egress, ingress, judged);
 }
 

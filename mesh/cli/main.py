@@ -360,6 +360,31 @@ def explain(
     run(run_dir, method, url, header, address, client, manifests, output, options)
 
 
+@cli.group()
+def bpf() -> None:
+    """Look at what is in the kernel. Exit codes: see each command."""
+
+
+@bpf.command()
+@click.argument("service")
+@click.option("--manifests", type=_MANIFESTS, help="Of this directory; no gateway need run.")
+@_plane_options
+@output_option
+@run_dir_option
+def automaton(
+    service: str, manifests: Path | None, output: str, run_dir: Path, **options: object
+) -> None:
+    """Show the tables by which the kernel judges requests to a Service: their size, what they read,
+    which rules run in the kernel and why the others do not.
+
+    SERVICE is NAMESPACE/NAME or NAMESPACE/NAME:PORT. Exit codes: 0, 1 no HTTP port of that name, 2
+    wrong usage, 3 no gateway runs.
+    """
+    from mesh.cli.bpf import automaton as run
+
+    run(run_dir, service, manifests, output, options)
+
+
 @cli.command()
 @click.option("--from", "from_", metavar="WHO", multiple=True, help="Who asked; see above.")
 @click.option("--to", metavar="WHO", multiple=True, help="Who got it, or would have.")
