@@ -80,7 +80,10 @@ async def change(here: Node, put: dict[str, Section], remove: tuple[str, ...] = 
     plans: Plans = here.plans  # type: ignore[attr-defined]
     plans.apply(put, remove)
     with contextlib.closing(Automata(here.world.pin)) as automata:
+        known = automata.generations()
         for generation, made in plans.all().items():
+            if generation in known:
+                continue
             table = compile_rules(made.ordered, made.limits, generation).table
             automata.put(generation, table)
     assert await here.proxy.apply(put, remove) == {}
