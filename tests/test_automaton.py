@@ -296,6 +296,24 @@ def test_limits_of_settings(real):
             assert bool(check(judges, index, limits, head).rule) == (count < 3)
 
 
+def test_more_to_find_than_there_is_room_for(real):
+    """Of 32 things that were found the first must not be forgotten."""
+    names = [f"h{i}" for i in range(40)]
+    routes = "rules:\n- matches: [{path: {type: Exact, value: /a}, method: PUT}]\n" + "".join(
+        f"- matches: [{{path: {{value: /}}, headers: [{{name: {one}, value: x}}]}}]\n"
+        for one in names
+    )
+    index = a_table(routes + "- matches: [{path: {value: /}}]")
+    with contextlib.closing(Judges(real, plan(LISTENERS[0], index, [], Settings()))) as judges:
+        judged = []
+        for count in range(41):
+            fields = [f"{one}: y" for one in names[:count]]
+            head = lines("PUT /a HTTP/1.1", "Host: a", *fields)
+            judged.append(place(judges, check(judges, index, Settings(), head)))
+        # Beside the fields: method, path, where the host begins and ends, and the end.
+        assert judged == [1] * 28 + [0] * 13
+
+
 def test_hosts_longer_than_names(real):
     """They are matched by nothing but "*" (l7proxy.routing), so they are the proxy's."""
     places = (Attachment(LISTENERS[0], ("*.a.com", "*")),)
