@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 from bpf_world import needs_bpf
-from redirect_world import NODE, VIP, World, redirect_world
+from redirect_world import NODE, OTHER, VIP, World, redirect_world
+from support import policy as policies
 from support.mesh import mesh_route, service, workload
 from support.proxy import Message, get, ok, read_message, rule, to
-from test_mesh_kernel import Node, client, node, scenario, served
+from support.two_nodes import Authority, life
+from test_mesh_kernel import Node, node, scenario, served
 
 from bpf import maps
 from bpf.automaton import Automata
 from bpf.layout import Number, Pair
 from bpf.reasons import Reason
 from l7proxy.automaton import compile_rules
-from l7proxy.automaton_plan import plan
-from l7proxy.routing import RouteIndex
-from mesh.model.nodeconfig import ClusterSection, Endpoint, EntryBackend, Section, Settings
-from mesh.model.routeconfig import PathMatch, RouteMatch, RouteSection
-from mesh.model.section import SETTINGS_KEY, cluster_key, service_listener
+from l7proxy.automaton_plans import Plans
+from mesh.model.nodeconfig import (
+    ClusterSection,
+    Endpoint,
+    EntryBackend,
+    Section,
+    Settings,
+    WorkloadSection,
+)
+from mesh.model.routeconfig import PathMatch, RouteMatch
+from mesh.model.section import SETTINGS_KEY, cluster_key, policy_key, svid_key
 
 pytestmark = needs_bpf
+FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
     "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|hint|kept|long|other|p"
@@ -42,36 +55,38 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 async def configure(here: Node, port: int, *more: dict[str, Section], **rest: object) -> None:
-    """Service shop/web at VIP:80 with a backend at `port`, its routes in the kernel's tables."""
+    """Service shop/web at VIP:80 with a backend at `port`; clients are pods of another address."""
     here.world.frontend(VIP, 80, http=True, sockmap=True)
     own = EntryBackend(NODE, port, sockmap=True)
     here.world.frontend(NODE, port, own, http=True, sockmap=True)
+    here.world.know(True, WorkloadSection("front", "client", (OTHER,), identity=301))
     endpoints = (Endpoint(NODE, port, "web-0"),)
     put = (
         service("web", VIP, producers=True)
         | mesh_route("r", rule(to("web"), matches=MATCHES))
-        | workload("client", NODE, "front", local=True, node="n", identity=300)
+        | workload("client", OTHER, "front", local=True, node="n", identity=301, spiffe_id=FRONT)
+        | workload("web-0", NODE, "shop", local=True, node="n", identity=300, spiffe_id=SHOP)
         | {cluster_key("Service", "default", "web", 80): ClusterSection(endpoints)}
         | {SETTINGS_KEY: Settings(http_in_kernel=True, **rest)}  # type: ignore[arg-type]
     )
     for one in more:
         put |= one
-    tables(here.world, put)
-    assert await here.proxy.apply(put) == {}
+    here.plans = Plans()  # type: ignore[attr-defined]
+    await change(here, put)
 
 
-def tables(world: World, put: dict[str, Section]) -> None:
-    routes = RouteIndex()
-    for key, section in put.items():
-        if isinstance(section, RouteSection):
-            routes.put(key, section)
-    settings = put[SETTINGS_KEY]
-    assert isinstance(settings, Settings)
-    with contextlib.closing(Automata(world.pin)) as automata:
-        for listener in (service_listener("shop", "web", 80), ""):
-            made = plan(listener, routes, (), settings)
-            compiled = compile_rules(made.ordered, made.limits, made.generation)
-            automata.put(made.generation, compiled.table)
+async def change(here: Node, put: dict[str, Section], remove: tuple[str, ...] = ()) -> None:
+    """In force, and the kernel has the tables for it."""
+    plans: Plans = here.plans  # type: ignore[attr-defined]
+    plans.apply(put, remove)
+    with contextlib.closing(Automata(here.world.pin)) as automata:
+        known = automata.generations()
+        for generation, made in plans.all().items():
+            if generation in known:
+                continue
+            table = compile_rules(made.ordered, made.limits, generation).table
+            automata.put(generation, table)
+    assert await here.proxy.apply(put, remove) == {}
 
 
 class Backend:
@@ -208,10 +223,13 @@ class Paired:
 
 @contextlib.asynccontextmanager
 async def paired(world: World) -> AsyncIterator[Paired]:
-    async with client() as (reader, writer):
+    reader, writer = await asyncio.open_connection(VIP, 80, local_addr=(OTHER, 0))
+    try:
         made = Paired(world, reader, writer)
         await made.pair()
         yield made
+    finally:
+        writer.transport.abort()
 
 
 Test = Callable[[Node, Backend], Awaitable[None]]
@@ -221,6 +239,7 @@ def with_backend(world: World, test: Test, **settings: object) -> None:
     async def run(world: World) -> None:
         backend = Backend()
         async with node(world) as here, served(backend) as port:
+            here.own_port = port  # type: ignore[attr-defined]
             await configure(here, port, **settings)
             await test(here, backend)
 
@@ -402,8 +421,7 @@ def test_a_change_dissolves_all_pairs(world):
             counts = Counts(world)
             other.writer.write(get("/slow", "web").encode())
             await backend.reached.wait()
-            put = mesh_route("r", rule(to("web", weight=0)))
-            assert await here.proxy.apply(put) == {}
+            await change(here, mesh_route("r", rule(to("web", weight=0))))
             assert (await own.ask(get("/a", "web"))).status == 500
             assert counts.since[0] == 1
             other.writer.write(get("/b", "web").encode())
@@ -442,3 +460,139 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
             assert await own.ended()
 
     with_backend(world, test, idle_timeout_s=0.8)
+
+
+def allowed(*rules: policies.PolicyRule) -> dict[str, Section]:
+    return policies.policy("web-0", NODE, 300, ingress=policies.closed(*rules))
+
+
+def test_policies_judge_every_request(world):
+    readers = policies.rule("get", 301, http=policies.http(method="GET", path="/(first|a|slow)"))
+    others = policies.rule("other", 301, http=policies.http(method="GET", path="/(first|b)"))
+
+    async def test(here: Node, backend: Backend) -> None:
+        await change(here, allowed(readers))
+        async with paired(world) as own:
+            for _ in range(3):
+                counts = Counts(world)
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+                assert counts.since == (1, 1, 0)
+                assert (await own.ask(get("/b", "web"))).status == 403
+                assert (await own.ask("DELETE /a HTTP/1.1\r\nHost: web\r\n\r\n")).status == 403
+                await own.pair()
+            # A slow one, a refused one behind it, and then another policy.
+            own.writer.write(get("/slow", "web").encode() + get("/b", "web").encode())
+            await asyncio.sleep(0.01)
+            own.writer.write(get("/a", "web").encode())
+            backend.go_on.set()
+            assert [(await own.answer()).status for _ in range(3)] == [200, 403, 200]
+            await own.pair()
+            await change(here, allowed(others))
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).status == 403
+            assert (await own.ask(get("/b", "web"))).status == 200
+            await own.pair()
+            assert (await own.ask(get("/b", "web"))).status == 200
+            assert counts.since[0] >= 1
+            # Without a policy everything passes; with one for others nothing does.
+            await change(here, {}, (policy_key("shop", "web-0"),))
+            assert (await own.ask(get("/size/9", "web"))).status == 200
+            await own.pair()
+            await change(here, allowed(policies.rule("get", 999)))
+            assert (await own.ask(get("/first", "web"))).status == 403
+        assert {"/b", "/size/9"} <= set(backend.targets)
+
+    with_backend(world, test)
+
+
+def test_both_ends_have_valid_identities_or_nothing_passes(world):
+    authority = Authority("cluster.local")
+
+    async def test(here: Node, backend: Backend) -> None:
+        until = time.time() + 2.5
+        await change(
+            here,
+            authority.svid(FRONT) | authority.svid(SHOP, life(2.5)) | authority.bundle(),
+        )
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            while time.time() < until:  # it expires by the clock
+                await asyncio.sleep(0.05)
+            for _ in range(3):
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            await change(here, authority.svid(SHOP))
+            await own.pair()
+            await change(here, {}, (svid_key(FRONT),))
+            for _ in range(3):
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+
+    with_backend(world, test)
+
+
+def test_an_endpoint_that_leaves_gets_no_more_requests(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            other = Backend()
+            async with served(other) as port:
+                here.world.frontend(NODE, port, EntryBackend(NODE, port, sockmap=True), http=True)
+                key = cluster_key("Service", "default", "web", 80)
+                await change(here, {key: ClusterSection((Endpoint(NODE, port, "web-0"),))})
+                backend.go_on.set()
+                assert (await own.answer()).body == b"/slow"
+                before = len(backend.targets)
+                for _ in range(5):
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+                assert (len(backend.targets), len(other.targets)) == (before, 5)
+            assert counts.since[0] >= 1
+
+    with_backend(world, test)
+
+
+def test_several_endpoints_get_their_shares(world):
+    async def test(here: Node, backend: Backend) -> None:
+        other = Backend()
+        async with served(other) as port:
+            own_port = here.own_port  # type: ignore[attr-defined]
+            here.world.frontend(
+                NODE, port, EntryBackend(NODE, port, sockmap=True), http=True, sockmap=True
+            )
+            key = cluster_key("Service", "default", "web", 80)
+            both = (Endpoint(NODE, own_port, "web-0"), Endpoint(NODE, port, "web-0"))
+            await change(here, {key: ClusterSection(both)})
+            counts = Counts(world)
+            async with paired(world) as own:
+                for _ in range(600):
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] > 400
+            shares = len(backend.targets), len(other.targets)
+            assert min(shares) >= 64, shares
+
+    with_backend(world, test)
+
+
+def test_smuggling(world):
+    """Published attacks, on a pair: the backend gets nothing that was not judged."""
+    path = Path(__file__).parents[2] / "shared" / "http" / "smuggling-requests.json"
+    if not path.exists():
+        pytest.skip("../shared/http is not there")
+    attacks = [base64.b64decode(text) for text in json.loads(path.read_text())]
+
+    async def test(here: Node, backend: Backend) -> None:
+        for attack in attacks:
+            async with paired(world) as own:
+                own.writer.write(attack)
+                own.writer.write_eof()
+                with contextlib.suppress(ConnectionResetError):
+                    await own.reader.read()
+        # The routes let nothing else pass.
+        expected = re.compile(f"/({_PATHS})(/.*)?")
+        assert [one for one in backend.targets if not expected.fullmatch(one)] == []
+
+    with_backend(world, test)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 from bpf_world import needs_bpf
-from redirect_world import VIP, World, redirect_world
+from redirect_world import OTHER, VIP, World, redirect_world
 from support.mesh import mesh_route
 from support.proxy import ok, rule, to
 from test_mesh_kernel import Node, node, scenario, served
@@ -166,7 +166,7 @@ class Client:
 
     async def run(self) -> None:
         while time.monotonic() < self._until:
-            reader, writer = await asyncio.open_connection(VIP, 80)
+            reader, writer = await asyncio.open_connection(VIP, 80, local_addr=(OTHER, 0))
             writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 for _ in range(self._chance.randrange(1, 40)):

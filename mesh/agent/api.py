@@ -127,6 +127,7 @@ class Api:
                 else None,
                 "ready": not not_ready,
                 **_steered(node.datapath),
+                "kernelRules": node.automata.rules() if node.automata is not None else None,
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {

@@ -42,6 +42,16 @@ class KernelAutomata:
             self._let_go()
             self._again.set()
 
+    def rules(self) -> dict[str, str]:
+        """The rules of routes between this node's workloads, "<kind>/<ns>/<name> rule <label>", and
+        why each is the proxy's; "": it is not."""
+        return {
+            f"{one.result.route.label} rule {one.result.rule.label}": one.why
+            for plan in self._wanted.values()
+            for one in plan.rules
+            if plan.listener
+        }
+
     def open(self) -> None:
         """The maps are there, maybe with what an agent before this one left."""
         if self._maps is None:

@@ -138,6 +138,7 @@ class Plan(Model, frozen=True, kw_only=True):
     services: tuple[ServicePlan, ...]
     manifests: tuple[str, ...]
     trust_domain: str
+    http_in_kernel: bool
     svid_life: str
     kubeconfig: str = ""
 
@@ -219,6 +220,7 @@ def make_plan(
         ),
         manifests=tuple(os.path.abspath(directory / path) for path in config.manifests),
         trust_domain=config.trust_domain,
+        http_in_kernel=config.http_in_kernel,
         svid_life=config.svid_life,
         kubeconfig=os.path.abspath(kubeconfig) if kubeconfig is not None else "",
     )

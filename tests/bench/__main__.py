@@ -22,8 +22,8 @@ from pathlib import Path
 from acceptance.gateway import GatewayFailed
 
 from bench import automaton, cluster, mtls, policies, routes, table
-from bench.peers import CONNECTIONS, Row, compare
-from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
+from bench.peers import CONNECTIONS, WORKS, Row, compare
+from bench.world import HOPS, PROGRAMS, BenchFailed
 from bench.wrk import LoadFailed
 from mesh.lab.errors import LabError
 from mesh.lab.state import DEFAULT_RUN_DIR
@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_peers(args: argparse.Namespace, scratch: Path) -> list[Row]:
     # In the order of HOPS, each once.
     hops = [hop for hop in HOPS if hop in (args.only or HOPS)]
-    runs = args.rounds * len(hops) * len(SCENARIOS) * len(CONNECTIONS)
+    runs = args.rounds * len(hops) * len(WORKS) * len(CONNECTIONS)
     print(f"{', '.join(hops)}: {runs} runs of {args.seconds:g} s", flush=True)
     rows = compare(
         hops,
