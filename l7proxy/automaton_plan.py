@@ -106,15 +106,8 @@ def _routes(
     listener: str, routes: RouteIndex, rules: list[PlannedRule], timeouts: bool
 ) -> Iterator[Rule]:
     """In the order in which l7proxy.routing asks them: by host, kind of path, precedence."""
-    placed = [
-        (pattern, match)
-        for route in routes.routes()
-        for place, pattern in route.places
-        if place == listener
-        for match in route.matches
-    ]
     numbers: dict[tuple[RouteRef, int], int] = {}
-    for pattern, match in sorted(placed, key=_precedence):
+    for pattern, match in sorted(routes.placed(listener), key=_precedence):
         result = match.result
         name = result.route, result.rule.index
         number = numbers.get(name)

@@ -2,12 +2,12 @@
 
 A plan is for one listener and the policy rules of two ends (l7proxy.pairs makes the same from the
 same): one for each combination that this node's pods can come to. Kept from the sections as a
-worker keeps them; where there are no HTTP policies, pods that come and go change nothing. No I/O.
+worker keeps them. No I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 
 from l7proxy.automaton_plan import HttpRules, Plan, plan
@@ -28,8 +28,15 @@ from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SETTINGS_KEY, SectionKey, service_listener
 
-# What only matters where policies are about requests.
-_OF_POLICIES = (ClusterSection, WorkloadSection, PolicySection, CidrSection)
+_KINDS = (
+    Settings,
+    RouteSection,
+    ServiceSection,
+    ClusterSection,
+    WorkloadSection,
+    PolicySection,
+    CidrSection,
+)
 _NOTHING: tuple[HttpRules, HttpRules] = ((), ())
 
 
@@ -42,13 +49,14 @@ class Plans:
         self._services: dict[SectionKey, ServiceSection] = {}
         self._clusters: dict[SectionKey, ClusterSection] = {}
         self._workloads: dict[SectionKey, WorkloadSection] = {}
+        # Where each route stands.
+        self._places: dict[SectionKey, tuple[str, ...]] = {}
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
         self.apply(sections or {}, ())
 
     def apply(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey]) -> bool:
         """A step from one version to the next; whether plans may have changed. What is refused
         leaves in force what a worker has in force then."""
-        asked = self._policies.any
         kinds = {type(section) for section in put.values()}
         for key in remove:
             kinds.add(self._remove(key))
@@ -56,11 +64,9 @@ class Plans:
             with suppress(Refused):
                 self._put(key, section)
         self._policies.told()
-        if kinds & {RouteSection, Settings}:
+        if Settings in kinds:
             self._plans.clear()
-        if kinds & {RouteSection, Settings, ServiceSection}:
-            return True
-        return (asked or self._policies.any) and bool(kinds & set(_OF_POLICIES))
+        return bool(kinds & set(_KINDS))
 
     def _put(self, key: SectionKey, section: Section) -> None:
         match section:
@@ -68,6 +74,7 @@ class Plans:
                 self._settings = section
             case RouteSection():
                 self.routes.put(key, section)
+                self._moved(key, tuple(one.listener for one in section.attachments))
             case ServiceSection():
                 self._services[key] = section
             case ClusterSection():
@@ -78,6 +85,14 @@ class Plans:
             case PolicySection() | CidrSection():
                 self._policies.put(key, section)
 
+    def _moved(self, key: SectionKey, places: tuple[str, ...]) -> None:
+        """A route has changed: the plans of where it stood and where it stands are others."""
+        affected = {*self._places.pop(key, ()), *places}
+        if places:
+            self._places[key] = places
+        for one in [one for one in self._plans if one[0] in affected]:
+            del self._plans[one]
+
     def _remove(self, key: SectionKey) -> type:
         """What it was; `object`: nothing that counts here."""
         if key == SETTINGS_KEY:
@@ -85,6 +100,7 @@ class Plans:
             return Settings
         if key.startswith("route/"):
             self.routes.remove(key)
+            self._moved(key, ())
             return RouteSection
         if self._services.pop(key, None) is not None:
             return ServiceSection
@@ -98,25 +114,36 @@ class Plans:
     # --- plans ------------------------------------------------------------------------------------
 
     def all(self) -> dict[int, Plan]:
-        """By generation."""
+        """By generation, of all that pods of this node may be asked for."""
+        here = self._here()
         found = {one.generation: one for one in self._of("", _NOTHING)}
         for service in self._services.values():
-            found |= {one.generation: one for one in self.of(service)}
+            found |= {one.generation: one for one in self._planned(service, here)}
         return found
 
     def of(self, service: ServiceSection) -> list[Plan]:
-        """Those of a Service port, whoever asks; the first is without policies."""
+        """Those of a Service port, whoever asks and wherever its pods are; the first is without
+        policies."""
+        return list(self._planned(service, None))
+
+    def _planned(self, service: ServiceSection, here: Set[str] | None) -> Iterator[Plan]:
+        """`here`: only what may go to these addresses."""
         place = (service.namespace, service.name, service.port)
         own = service_listener(*place)
         listeners = {own if service.producers else "": ""}
         listeners |= {service_listener(*place, one): one for one in service.consumers}
-        result: dict[int, Plan] = {}
         for listener, namespace in listeners.items():
+            endpoints = self._endpoints(listener, service)
+            if here is not None and here.isdisjoint(one.address for one in endpoints):
+                continue
             asked = {_NOTHING}
             if self._policies.any:
-                asked |= self._asked(self._endpoints(listener, service), namespace)
-            result |= {one.generation: one for one in self._of(listener, *sorted(asked, key=repr))}
-        return list(result.values())
+                asked |= self._asked(endpoints, namespace)
+            yield from self._of(listener, *sorted(asked, key=repr))
+
+    def _here(self) -> set[str]:
+        local = (one for one in self._workloads.values() if one.local)
+        return {address for one in local for address in one.addresses}
 
     def _of(self, listener: str, *asked: tuple[HttpRules, HttpRules]) -> Iterator[Plan]:
         for both in asked:
@@ -130,9 +157,7 @@ class Plans:
         """What requests there may go to."""
         clusters = {
             backend.cluster
-            for route in self.routes.routes()
-            if any(place == listener for place, _ in route.places)
-            for match in route.matches
+            for _, match in self.routes.placed(listener)
             for backend in match.result.rule.backends
         }
         found = (self._clusters.get(one or "") for one in clusters or {service.cluster})
@@ -144,7 +169,7 @@ class Plans:
         """What policies ask of requests of this node's pods (of a namespace, "": of all) to those
         of its pods; what is not the kernel's to decide is left out."""
         local = [one for one in self._workloads.values() if one.local]
-        here = {address for one in local for address in one.addresses}
+        here = self._here()
         result = set()
         for endpoint in endpoints:
             if endpoint.address not in here:

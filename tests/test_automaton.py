@@ -186,13 +186,15 @@ rules:
 """  # fmt: skip
 
 
-def a_table(routes: str = ROUTES, **more):
+def a_section(routes: str = ROUTES) -> list[RouteSection]:
     rules = msgspec.convert(yaml.safe_load(routes)["rules"], tuple[RouteRule, ...])
     rules = tuple(msgspec.structs.replace(rule, backends=_WHOLE["backends"]) for rule in rules)
-    section = RouteSection(
-        "HTTPRoute", "ns", "r", "", (Attachment(LISTENERS[0], ("*",)),), rules, **more
-    )
-    return index_of([section])
+    places = (Attachment(LISTENERS[0], ("*",)),)
+    return [RouteSection("HTTPRoute", "ns", "r", "", places, rules)]
+
+
+def a_table(routes: str = ROUTES) -> RouteIndex:
+    return index_of(a_section(routes))
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +266,66 @@ def test_heads_of_every_length_to_the_last_byte(table):
         assert place(judges, found) == (3 if len(head) <= 8000 else 0), len(head)
         assert not check(judges, index, Settings(), head[:-1]).rule
         for at in range(0, len(head), 7 if size < 20 else 611):
-            check(judges, index, Settings(), head[:at] + b"\x80" + head[at + 1 :])
+            odd = (b"\x80", b"\x7f", b"\x1f", b"\xff")[at % 4]
+            check(judges, index, Settings(), head[:at] + odd + head[at + 1 :])
+
+
+def test_no_byte_is_skipped_that_has_a_meaning(table):
+    """In a value that no rule reads, at each place of a chunk."""
+    index, judges = table
+    head = lines("GET / HTTP/1.1", "Host: a", "Accept: " + "v" * 40)
+    for byte in range(256):
+        for at in range(head.index(b"vvv") + 12, head.index(b"vvv") + 20):
+            found = check(judges, index, Settings(), head[:at] + bytes((byte,)) + head[at + 1 :])
+            assert bool(found.rule) == (byte == 9 or 0x20 <= byte < 0x7F)
+
+
+def test_limits_of_settings(real):
+    limits = Settings(max_head_bytes=64, max_headers=3, max_body_bytes=10)
+    index = a_table()
+    with contextlib.closing(Judges(real, plan(LISTENERS[0], index, [], limits))) as judges:
+        for size in range(60, 68):
+            head = lines("GET /exact HTTP/1.1", "Host: a", "A: ")
+            head = head.replace(b"A: ", b"A: " + b"a" * (size - len(head)))
+            assert bool(check(judges, index, limits, head).rule) == (len(head) <= 64)
+        for length in (9, 10, 11):
+            head = lines("PUT / HTTP/1.1", "Host: a", f"Content-Length: {length}")
+            assert bool(check(judges, index, limits, head).rule) == (length <= 10)
+        for count in (1, 2, 3):
+            head = lines("GET / HTTP/1.1", "Host: a", *("a: b",) * count)
+            assert bool(check(judges, index, limits, head).rule) == (count < 3)
+
+
+def test_more_to_find_than_there_is_room_for(real):
+    """Of 32 things that were found the first must not be forgotten."""
+    names = [f"h{i}" for i in range(40)]
+    routes = "rules:\n- matches: [{path: {type: Exact, value: /a}, method: PUT}]\n" + "".join(
+        f"- matches: [{{path: {{value: /}}, headers: [{{name: {one}, value: x}}]}}]\n"
+        for one in names
+    )
+    index = a_table(routes + "- matches: [{path: {value: /}}]")
+    with contextlib.closing(Judges(real, plan(LISTENERS[0], index, [], Settings()))) as judges:
+        judged = []
+        for count in range(41):
+            fields = [f"{one}: y" for one in names[:count]]
+            head = lines("PUT /a HTTP/1.1", "Host: a", *fields)
+            judged.append(place(judges, check(judges, index, Settings(), head)))
+        # Beside the fields: method, path, where the host begins and ends, and the end.
+        assert judged == [1] * 28 + [0] * 13
+
+
+def test_hosts_longer_than_names(real):
+    """They are matched by nothing but "*" (l7proxy.routing), so they are the proxy's."""
+    places = (Attachment(LISTENERS[0], ("*.a.com", "*")),)
+    one = msgspec.structs.replace(a_section()[0], attachments=places)
+    index = index_of([one])
+    with contextlib.closing(Judges(real, plan(LISTENERS[0], index, [], Settings()))) as judges:
+        for size in range(248, 264):
+            for port in ("", ":80"):
+                host = ".".join(["y" * 40] * 7)[-size + 6 :].strip(".").rjust(size - 6, "y")
+                host = host + ".a.com" + port
+                found = check(judges, index, Settings(), lines("GET / HTTP/1.1", f"Host: {host}"))
+                assert bool(found.rule) == (len(host) <= 253)
 
 
 @pytest.mark.skipif(not SMUGGLING, reason="needs ../shared/http")

@@ -126,12 +126,14 @@ def test_an_agent_plans_what_its_workers_ask_for():
     assert plans.apply({"policy/shop/cart-0": policy("GET")}, ())
     rules = policy("GET").ingress.rules
     assert plans.all().keys() == {straight, of_worker(SECTIONS), of_worker(SECTIONS, (), rules)}
-    assert plans.apply({CLUSTER: ClusterSection()}, ())
+    # What no pod of this node is asked for is nothing to this kernel.
+    plans.apply({CLUSTER: ClusterSection((Endpoint("10.0.9.9", 8080),))}, ())
+    assert plans.all().keys() == {straight}
+    plans.apply({CLUSTER: SECTIONS[CLUSTER]}, ("policy/shop/cart-0",))
     assert plans.all().keys() == {straight, of_worker(SECTIONS)}
-    assert plans.apply({}, ("policy/shop/cart-0",))
-    assert not plans.apply({CLUSTER: ClusterSection()}, ())
     assert plans.apply({}, ("route/HTTPRoute/shop/cart",))
     assert of_worker(SECTIONS) not in plans.all()
+    assert not plans.apply({}, ("node/other",))
 
 
 @needs_bpf
