@@ -117,7 +117,8 @@ def run(directory: Path, cgroup: Path, name: str = _NAME) -> list[Check]:
     except (_Failed, DatapathError) as error:
         why[stage] = str(error)
     except OSError as error:
-        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}: it takes root"
+        advice = ": it takes root" if isinstance(error, PermissionError) else ""
+        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}{advice}"
     not_tried = f"not tried, because of {stage}"
     whys = {name: why.get(name, not_tried) for name in FACTS}
     return [Check(name, not reason, reason) for name, reason in whys.items()]
@@ -202,7 +203,9 @@ class _Probe:
             raise _Failed(f"the probe did not answer within {_PROBE_S} s")
         line = self._process.stdout.readline()
         if not line:
-            raise _Failed("the probe ended; its last words are on stderr")
+            assert self._process.stderr is not None
+            words = self._process.stderr.read().strip().splitlines()
+            raise _Failed(f"the probe ended: {words[-1] if words else 'it does not say why'}")
         answers = msgspec.json.decode(line, type=dict[str, int | str])
         return {name: kind(answer) for name, answer in answers.items()}
 
@@ -211,7 +214,8 @@ class _Probe:
 def _probe(cgroup: Path, proxy_cgroup: Path, pin: Path) -> Iterator[_Probe]:
     command = [sys.executable, "-P", "-m", "bpf.selftest_probe"]
     command += [str(cgroup), str(proxy_cgroup), str(pin)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     with process:
         try:
             yield _Probe(process)

@@ -118,7 +118,7 @@ class Datapath:
 
     @property
     def _settled(self) -> bool:
-        return self._broken is None and self._tested
+        return self._broken is None and self._tested and not self._unfiltered
 
     async def _attempt(self) -> None:
         """Whatever is still to be done."""
@@ -290,8 +290,10 @@ class Datapath:
                 self._options.proxy_cgroup,
                 pairs=self._pairs,
             )
-            versions.take_over_flows(self.pins)
+            versions.take_over(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
+            if self._unfiltered:
+                self._again.set()
         except (DatapathError, OSError) as error:
             self._break(error)
             self._again.set()
