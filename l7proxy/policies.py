@@ -246,7 +246,7 @@ class Policies:
             identities, proved = (self.identity(address),), self._proved(asker, address, port)
             first = asker.egress.for_kernel(identities, port, authenticated=proved)
         if (pod := self._at.get(address)) is not None:
-            proved = asker.authenticated or self._is_here(asker.address)
+            proved = asker.authenticated or self._are_here(asker.address, address)
             second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
 
