@@ -221,6 +221,11 @@ class ProxyHandles:
         if self._pairs is not None:
             syscall.delete(self._pairs.paired, layout.U64.pack(Number(backend)))
 
+    @staticmethod
+    def settle() -> None:
+        """Blocks until all programs have ended that may have seen an offer that was withdrawn."""
+        syscall.wait_for_programs()
+
     def delivered(self, client: int) -> bool:
         """No message is on its way into this socket's queue that has already been counted. May be
         wrong if it says no; for as long as something else holds the socket."""

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "s390x": 356, "ppc64le": 365}
+_MEMBARRIER_CMD_GLOBAL = 1
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
 _PROG_RUN = 10
@@ -325,3 +327,12 @@ def cgroup_of_link(link_fd: int) -> int:
     _bpf(_INFO_BY_FD, "=IIQ", link_fd, len(info), ctypes.addressof(info))
     number: int = struct.unpack_from("=Q", info, 16)[0]
     return number
+
+
+def wait_for_programs() -> None:
+    """Until every program that runs now, and may have seen what maps held before, has ended: a
+    grace period of RCU (membarrier(2), MEMBARRIER_CMD_GLOBAL). Blocks for some milliseconds."""
+    number = ctypes.c_long(_MEMBARRIER[platform.machine()])
+    if _libc.syscall(number, ctypes.c_int(_MEMBARRIER_CMD_GLOBAL), ctypes.c_uint(0), 0) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

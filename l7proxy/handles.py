@@ -51,6 +51,9 @@ class Handles(Protocol):
     def forget(self, backend: int) -> None:
         """No response of this socket passes any more."""
 
+    def settle(self) -> None:
+        """Blocks until nothing is done any more by offers that were withdrawn."""
+
     def delivered(self, client: int) -> bool:
         """All that was counted as passed is in this socket's queue; may say no although it is."""
 

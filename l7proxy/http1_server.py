@@ -99,10 +99,11 @@ class Http1Server(Link):
         return not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
+        ended = self.eof and exc is None
         super().connection_lost(exc)
         self.timer.close()
         if self._pairing is not None:
-            self._pairing.close(ended=self.eof and exc is None)
+            self._pairing.close(ended=ended)
         if self._stream is not None and self._stream.open:
             self._cancel()
         self._on_closed()
@@ -175,7 +176,8 @@ class Http1Server(Link):
         """Let nothing pass by here any more, and answer what is outstanding; whether the connection
         goes on."""
         self.timer.clear()
-        handler = await pairing.take_over()
+        moved = self.eof or not self.codec.between_requests
+        handler = await pairing.take_over(moved=moved)
         if self.lost:
             return False
         if handler is not None:

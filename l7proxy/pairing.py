@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from bpf.layout import PAIR_BOUNDS, Exchange
@@ -72,7 +72,8 @@ class Follower(NamedTuple):
 
 
 class Pairing:
-    """`opened` and `closed` are told when offers stand and when none does any more."""
+    """`opened` and `closed` are told when offers stand and when none does any more. `settled` waits
+    until nothing is done any more by offers that were withdrawn before."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Pairing:
         client: int,
         opened: Callable[[Pairing], None],
         closed: Callable[[Pairing], None],
+        settled: Callable[[], Awaitable[None]],
     ) -> None:
         self.offered = False  # requests may pass, or one may be outstanding
         self.due = False  # `take_over` is
@@ -91,6 +93,7 @@ class Pairing:
         self._client = client
         self._opened = opened
         self._closed = closed
+        self._settled = settled
         self._kept: Kept | None = None
         self._follower: Follower | None = None
         self._counted = _NOTHING
@@ -172,10 +175,10 @@ class Pairing:
 
     # --- what is outstanding ----------------------------------------------------------------------
 
-    async def take_over(self) -> Handler | None:
+    async def take_over(self, *, moved: bool) -> Handler | None:
         """From now on everything comes here. When nothing passes by the proxy any more: None, or
         what answers the request that is outstanding (`head`), and nothing else may be answered
-        before."""
+        before. `moved`: the client has sent something here since the offer, or its end."""
         kept, follower = self._kept, self._follower
         assert kept is not None
         assert follower is not None
@@ -195,6 +198,12 @@ class Pairing:
                     return follower.fail(*failure)
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
+                continue
+            if not moved and passed.handed == self._handed:
+                # A request could be passing just now, by the offer as it was; by numbers it could
+                # not if the client had sent something here, or a response had come here.
+                await self._settled()
+                moved = True
                 continue
             await self._delivery()
             self._withdrawn()

@@ -22,6 +22,7 @@ from l7proxy.policies import Policies
 from l7proxy.route_compile import NO_ROUTE
 from l7proxy.routing import CompiledBackend, CompiledRule, RouteIndex
 from l7proxy.streams import ConnectionInfo
+from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Endpoint, Settings
 
 # How often pairs are looked after, in seconds.
@@ -53,6 +54,7 @@ class Pairs:
         self._open: set[Pairing] = set()
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
         self._look_at: asyncio.TimerHandle | None = None
+        self._settling: asyncio.Task[None] | None = None
 
     def pairing(self, info: ConnectionInfo) -> Pairing | None:
         """For a new connection over HTTP/1.1; None: its requests all go through the proxy."""
@@ -62,7 +64,7 @@ class Pairs:
             return None
         if handles is None or info.tls or settings.max_requests_per_connection is not None:
             return None
-        return Pairing(handles, steered.cookie, self._opened, self._open.discard)
+        return Pairing(handles, steered.cookie, self._opened, self._open.discard, self._settled)
 
     def changed(self) -> None:
         """Something in force has changed: all requests come to the proxy again."""
@@ -140,6 +142,19 @@ class Pairs:
             found = plan(listener, self._routes, (egress, ingress), self.settings)
             self._plans[key] = found
         return found
+
+    async def _settled(self) -> None:
+        """One wait is for all that have begun to wait before it."""
+        if self._settling is None:
+            self._settling = spawn(self._settle(), name="settle")
+        await asyncio.shield(self._settling)
+
+    async def _settle(self) -> None:
+        handles = self._kernel.handles
+        await asyncio.sleep(0)
+        self._settling = None
+        if handles is not None:
+            await asyncio.to_thread(handles.settle)
 
     # --- looking after ----------------------------------------------------------------------------
 
