@@ -96,6 +96,7 @@ class Backend:
         self.targets: list[str] = []
         self.go_on = asyncio.Event()  # for /slow
         self.reached = asyncio.Event()  # a /slow has come
+        self.lingers = False  # with its own end, when the other one has ended
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while (message := await read_message(reader)) is not None:
@@ -119,6 +120,8 @@ class Backend:
             else:
                 writer.write(answer)
                 await writer.drain()
+        if self.lingers:
+            await self.go_on.wait()
 
     def _answer(
         self, method: str, what: str, rest: str, target: str, message: Message
@@ -460,6 +463,23 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
             assert await own.ended()
 
     with_backend(world, test, idle_timeout_s=0.8)
+
+
+def test_nothing_passes_once_the_worker_is_gone(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            backend.lingers = True
+            here.proxy.process.kill()
+            await here.proxy.process.wait()
+            before = len(backend.targets)
+            counts = Counts(world)
+            own.writer.write(get("/a", "web").encode())
+            assert await own.ended()
+            assert counts.since == (0, 0, 0)
+            assert len(backend.targets) == before
+            backend.go_on.set()
+
+    with_backend(world, test)
 
 
 def allowed(*rules: policies.PolicyRule) -> dict[str, Section]:

@@ -146,7 +146,8 @@ static __always_inline int exchange_message(struct sk_msg_md *message)
 
 	own = sk ? workload.sk_storage_get(sk, 0, 0) : 0;
 	tcp = own ? bpf_skc_to_tcp_sock(sk) : 0;
-	if (!tcp)
+	/* A worker that is gone withdraws nothing; but its sockets have closed. */
+	if (!tcp || sk->state != BPF_TCP_ESTABLISHED)
 		return SK_PASS;
 	/* Whoever has not read what it was sent is sent no more: memory stays bounded. */
 	unread = tcp_field(tcp, SK_RMEM_ALLOC, int);
