@@ -1,13 +1,15 @@
 # `make run` and `make test` are all a newcomer needs; both set up what is missing first.
-.PHONY: help run test acceptance torture check bench clean setup setup-dev setup-bench
+.PHONY: help run test acceptance rotation faults torture check bench clean setup setup-dev setup-bench
 
 help:
 	@echo "make run         a lab with examples/storefront in it, until Ctrl-C; as root"
 	@echo "make test        all checks and tests"
 	@echo "make acceptance  the Gateway API cases of ../shared against a gateway and a lab"
+	@echo "make rotation    certificates of 20 s, all replaced under load (a minute; as root)"
+	@echo "make faults      the API server of a cluster away for minutes, and other faults that take long"
 	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
 	@echo "make check       formatting, lint, types, import layers"
-	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes and memory (5 minutes)"
+	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes, policies, memory (12 minutes)"
 	@echo "make clean       remove what was built, .venv included"
 
 setup:
@@ -37,8 +39,15 @@ test: check
 acceptance: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m acceptance $(if $(SOURCE),--source $(SOURCE)) $(ARGS)
 
+rotation: setup-dev
+	@WEFT_TEST_SVID_LIFE=20s .venv/bin/pytest tests/test_lab_certs.py --durations=3
+
 torture: setup-dev
+	@WEFT_STRESS_S=60 .venv/bin/pytest -q tests/test_pairs_stress.py
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
+
+faults: setup-dev
+	@.venv/bin/pytest -s tests/kubernetes_faults.py $(ARGS)
 
 bench: setup-bench
 	@PYTHONPATH=tests .venv/bin/python -m bench $(ARGS)

@@ -10,14 +10,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from bpf.pods import Pods
+from bpf.pods import Pods, PodSection
 from bpf.settings import Generation, Identities
-from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.nodeconfig import NodeSection, SvidSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.section import SectionKey
 
-EnforcedSection: TypeAlias = WorkloadSection | NodeSection | CidrSection | PolicySection
-ENFORCED = (WorkloadSection, NodeSection, CidrSection, PolicySection)
+EnforcedSection: TypeAlias = (
+    WorkloadSection | NodeSection | CidrSection | PolicySection | SvidSection
+)
+ENFORCED = (WorkloadSection, NodeSection, CidrSection, PolicySection, SvidSection)
 
 
 class Enforcement:
@@ -56,17 +58,19 @@ class Enforcement:
         return refused
 
 
-def _of_pods(
-    sections: Mapping[SectionKey, EnforcedSection],
-) -> dict[SectionKey, WorkloadSection | PolicySection]:
+def _of_pods(sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey, PodSection]:
     return {
         key: one
         for key, one in sections.items()
-        if isinstance(one, WorkloadSection | PolicySection)
+        if isinstance(one, WorkloadSection | PolicySection | SvidSection)
     }
 
 
 def _of_addresses(
     sections: Mapping[SectionKey, EnforcedSection],
 ) -> dict[SectionKey, WorkloadSection | NodeSection | CidrSection]:
-    return {key: one for key, one in sections.items() if not isinstance(one, PolicySection)}
+    return {
+        key: one
+        for key, one in sections.items()
+        if isinstance(one, WorkloadSection | NodeSection | CidrSection)
+    }

@@ -481,13 +481,14 @@ IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART = 1, 2, 4
 STATE_WANTED, STATE_ENROLLED = 1, 2
 
 # Of a pod, for egress: it has policies; what no rule allows is refused; refusals are only told. For
-# ingress the same, shifted. Then: its ports are STRICT; not all of them are as the pod is.
+# ingress the same, shifted. Then: its ports are STRICT; not all of them are as the pod is; the node
+# holds a valid SVID of it.
 POD_POLICED, POD_DEFAULT_DENY, POD_AUDIT, POD_INGRESS_SHIFT = 1, 2, 4, 4
-POD_STRICT, POD_MTLS_PORTS = 1 << 8, 1 << 9
+POD_STRICT, POD_MTLS_PORTS, POD_PROVEN = 1 << 8, 1 << 9, 1 << 10
 # Whose rules judge: those of who opens a flow, those of whom it is opened to.
 EGRESS, INGRESS = 0, 1
-# Of what rules say: it is allowed; if it goes by mutual TLS or stays on this node; it is refused;
-# it would be, were the rule not in audit mode.
+# Of what rules say: it is allowed; if it goes by mutual TLS or between two pods of this node with
+# SVIDs; it is refused; it would be, were the rule not in audit mode.
 POLICY_ALLOW, POLICY_SAFE, POLICY_DENY, POLICY_AUDIT_DENY = 1, 2, 4, 8
 # Of a flow to a pod: the node itself has opened it, another pod of this node. Of all flows: the
 # peer has answered; its opener has said that it ends, its peer, both (or one has broken it off).
@@ -565,6 +566,7 @@ _CONSTANTS = (
     "POD_INGRESS_SHIFT",
     "POD_STRICT",
     "POD_MTLS_PORTS",
+    "POD_PROVEN",
     "POLICY_ALLOW",
     "POLICY_SAFE",
     "POLICY_DENY",

@@ -21,6 +21,7 @@ from bpf.layout import (
     AffinityKey,
     Backend,
     Config,
+    Exchange,
     Flow,
     FlowKey,
     Frontend,
@@ -31,6 +32,7 @@ from bpf.layout import (
     Origin,
     OriginKey,
     Outgoing,
+    Pair,
     Pod,
     Policy,
     PolicyKey,
@@ -68,6 +70,8 @@ V = TypeVar(
     Pod,
     Policy,
     Flow,
+    Pair,
+    Exchange,
     Number,
 )
 

@@ -12,6 +12,7 @@ stays until it is removed. Knows nothing of how pods get their interfaces.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from bpf import pins, syscall
+from bpf import layout, pins, syscall
 from bpf.attach import open_program, opened
 from bpf.errors import DatapathError
 from bpf.layout import Address, Addresses, Number
@@ -30,6 +31,13 @@ from bpf.programs import PROGRAMS
 
 FILTERS = ("pod_egress", "pod_ingress")
 _SO_NETNS_COOKIE = 71
+_ROOT = ": it takes root (CAP_BPF and CAP_NET_ADMIN)"
+_ADVICE = {
+    errno.EPERM: _ROOT,
+    errno.EACCES: _ROOT,
+    errno.EINVAL: ": it takes a kernel with tcx (6.6)",
+    errno.E2BIG: f": a map of pods is full: a node has room for {layout.PODS} of their addresses",
+}
 
 
 class Pod(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +72,7 @@ def add(directory: Path, records: Path, pod: Pod) -> bool:
     """Record a pod, and filter what it sends and gets from now on; False: once the filter is there.
     DatapathError: what could not be done; `remove` undoes the rest."""
     with _explained(pod, "attach the filter to"), _locked(records):
-        draft = records / f"{pod.interface}~"
+        draft = _draft(records, pod.interface)
         draft.write_bytes(msgspec.json.encode(pod))
         draft.rename(_record(records, pod.interface))
         version = loaded(directory)
@@ -98,6 +106,7 @@ def remove(directory: Path, records: Path, interface: str) -> None:
         for name in FILTERS:
             pins.link_path(directory, _link(interface, name)).unlink(missing_ok=True)
         record = _record(records, interface)
+        _draft(records, interface).unlink(missing_ok=True)
         try:
             pod = msgspec.json.decode(record.read_bytes(), type=Pod)
         except FileNotFoundError:
@@ -166,6 +175,10 @@ def _record(records: Path, interface: str) -> Path:
     return records / f"{interface}.json"
 
 
+def _draft(records: Path, interface: str) -> Path:
+    return records / f"{interface}~"
+
+
 @contextlib.contextmanager
 def _locked(records: Path) -> Iterator[None]:
     """Nobody else adds, removes or renews meanwhile."""
@@ -194,9 +207,10 @@ def _explained(pod: Pod, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "")
+        where = f" ({error.filename})" if error.filename else ""
         raise DatapathError(
-            f"cannot {what} {pod.interface}: {error.strerror}: it takes root (CAP_BPF and "
-            "CAP_NET_ADMIN) and a kernel with tcx (6.6)"
+            f"cannot {what} {pod.interface}{where}: {error.strerror}{advice}"
         ) from error
 
 

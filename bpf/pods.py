@@ -1,4 +1,5 @@
-"""What is in force for the pods of this node: how their ports take connections, and their policy.
+"""What is in force for the pods of this node: how their ports take connections, whether they hold
+SVIDs, and their policy.
 
 All of a pod changes at once: rules are written as a set that nobody uses yet, then the pod gets it.
 Pods with the same rules share one. A policy that cannot be taken refuses everything: it fails
@@ -18,7 +19,7 @@ from bpf import layout
 from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Target
 from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
-from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.nodeconfig import SvidSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
@@ -26,7 +27,7 @@ from mesh.model.section import SectionKey
 MAX_ENTRIES = layout.POLICIES // 4
 
 _Rules: TypeAlias = tuple[Direction, Direction]
-PodSection: TypeAlias = WorkloadSection | PolicySection
+PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
 
 _DENIED = layout.POD_POLICED | layout.POD_DEFAULT_DENY
 _ALL_DENIED = _DENIED | _DENIED << layout.POD_INGRESS_SHIFT
@@ -44,6 +45,7 @@ class _Mtls(NamedTuple):
     addresses: frozenset[Address]
     flags: int
     ports: Mapping[Target, int]
+    spiffe_id: str
 
 
 class _Policy(NamedTuple):
@@ -72,6 +74,7 @@ class Pods:
         self._in_force: dict[Address, Pod] = dict(self._pods.items())
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
+        self._held: dict[SectionKey, str] = {}  # the SPIFFE IDs of SVIDs
         self._sets: dict[_Rules, int] = {}
         self._written: dict[int, _Set] = {}
         self._uses: Counter[int] = Counter()
@@ -95,7 +98,7 @@ class Pods:
 
     def replace(self, sections: Mapping[SectionKey, PodSection]) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
-        known = self._mtls.keys() | self._policy.keys()
+        known = self._mtls.keys() | self._policy.keys() | self._held.keys()
         refused = self._change(sections, known - sections.keys(), set(self._in_force))
         self._left += self._adopted
         self._adopted = []
@@ -122,11 +125,15 @@ class Pods:
         refused: dict[SectionKey, str] = {}
         ports: list[Target] = []
         former: list[_Mtls | _Policy | None] = []
+        proven = set(self._held.values())
         for key in (*remove, *put):
             former += self._mtls.pop(key, None), self._policy.pop(key, None)
+            self._held.pop(key, None)
         for key, section in put.items():
             try:
-                if isinstance(section, PolicySection):
+                if isinstance(section, SvidSection):
+                    self._held[key] = section.spiffe_id
+                elif isinstance(section, PolicySection):
                     self._put_policy(key, section)
                 elif section.local:
                     self._put_mtls(key, section)
@@ -142,6 +149,9 @@ class Pods:
                 self._leave(one)
             elif one is not None:
                 ports += one.ports
+        if changed := proven.symmetric_difference(self._held.values()):
+            for mtls in self._mtls.values():
+                touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
         self._settle(touched)
         for port in set(ports) - self._wanted_ports() if ports else ():
             self._ports.remove(port)
@@ -154,10 +164,11 @@ class Pods:
             for address in addresses
             for port, mode in workload.mtls_ports.items()
         }
-        self._mtls[key] = _Mtls(addresses, layout.POD_STRICT, {})
+        self._mtls[key] = _Mtls(addresses, layout.POD_STRICT, {}, workload.spiffe_id)
         self._ports.put_all((port, Number(strict)) for port, strict in ports.items())
         flags = layout.POD_STRICT if workload.mtls == "STRICT" else 0
-        self._mtls[key] = _Mtls(addresses, flags | (layout.POD_MTLS_PORTS if ports else 0), ports)
+        flags |= layout.POD_MTLS_PORTS if ports else 0
+        self._mtls[key] = _Mtls(addresses, flags, ports, workload.spiffe_id)
 
     def _wanted_ports(self) -> set[Target]:
         return {port for mtls in self._mtls.values() for port in mtls.ports}
@@ -235,10 +246,13 @@ class Pods:
         the later one's."""
         modes = {address: one for one in self._mtls.values() for address in one.addresses}
         policies = {address: one for one in self._policy.values() for address in one.addresses}
+        held = set(self._held.values())
         for address in touched:
             mode, policy = modes.get(address), policies.get(address)
             number, flags = (policy.number, policy.flags) if policy else (_NO_RULES, 0)
-            pod = Pod(number, flags | (mode.flags if mode else 0))
+            if mode is not None:
+                flags |= mode.flags | (layout.POD_PROVEN if mode.spiffe_id in held else 0)
+            pod = Pod(number, flags)
             if pod.flags:
                 self._pods.put(address, pod)
                 self._in_force[address] = pod

@@ -49,6 +49,7 @@ FACTS = {
     "backend": "a backend's socket is enrolled before the proxy sends to it, and found",
     "deferred": "a backend with TCP_DEFER_ACCEPT is noticed before anything is sent to it",
     "miss": "a redirect that misses fails, and never goes by TCP",
+    "pairs": "a workload's message goes to another workload's socket or to the proxy, by numbers",
     "filter": "a program can be attached to an interface, both ways",
     "refusals": "a refused connection is answered at once, and the longest prefix decides which is",
     "own_stack": "a packet of the node's own is told from one that came in by an interface",
@@ -68,6 +69,8 @@ REDIRECT_FACTS = frozenset(
         "miss",
     )
 )
+# Those that only requests which pass by the proxy rely on, beside these.
+PAIR_FACTS = frozenset(("pairs",))
 _NAME = "selftest"
 _LOADER_S = 60
 _PROBE_S = 30
@@ -114,7 +117,8 @@ def run(directory: Path, cgroup: Path, name: str = _NAME) -> list[Check]:
     except (_Failed, DatapathError) as error:
         why[stage] = str(error)
     except OSError as error:
-        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}: it takes root"
+        advice = ": it takes root" if isinstance(error, PermissionError) else ""
+        why[stage] = f"{error.filename or FACTS[stage]}: {error.strerror}{advice}"
     not_tried = f"not tried, because of {stage}"
     whys = {name: why.get(name, not_tried) for name in FACTS}
     return [Check(name, not reason, reason) for name, reason in whys.items()]
@@ -144,7 +148,7 @@ def _own_pins(path: Path) -> Iterator[Path]:
 
 def _load(pin: Path, cgroup: Path, proxy_cgroup: Path) -> None:
     command = [sys.executable, "-P", "-m", "bpf.loader", "--pin", str(pin)]
-    command += ["--cgroup", str(cgroup), "--proxy-cgroup", str(proxy_cgroup)]
+    command += ["--cgroup", str(cgroup), "--proxy-cgroup", str(proxy_cgroup), "--pairs"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LOADER_S)
     except subprocess.TimeoutExpired:
@@ -199,7 +203,9 @@ class _Probe:
             raise _Failed(f"the probe did not answer within {_PROBE_S} s")
         line = self._process.stdout.readline()
         if not line:
-            raise _Failed("the probe ended; its last words are on stderr")
+            assert self._process.stderr is not None
+            words = self._process.stderr.read().strip().splitlines()
+            raise _Failed(f"the probe ended: {words[-1] if words else 'it does not say why'}")
         answers = msgspec.json.decode(line, type=dict[str, int | str])
         return {name: kind(answer) for name, answer in answers.items()}
 
@@ -208,7 +214,8 @@ class _Probe:
 def _probe(cgroup: Path, proxy_cgroup: Path, pin: Path) -> Iterator[_Probe]:
     command = [sys.executable, "-P", "-m", "bpf.selftest_probe"]
     command += [str(cgroup), str(proxy_cgroup), str(pin)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     with process:
         try:
             yield _Probe(process)

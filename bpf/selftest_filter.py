@@ -19,7 +19,7 @@ from bpf.maps import PinnedMap
 from bpf.selftest_probe import TIMEOUT_S
 from bpf.selftest_redirect import NODE
 from mesh.model.identity import FIRST_CIDR
-from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.nodeconfig import SvidSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 
 _POD = NODE["4"]
@@ -53,11 +53,15 @@ def _refusals(pin: Path) -> str:
 
 
 def _own_stack(pin: Path) -> str:
-    strict = WorkloadSection("self", "test", (_POD,), local=True, identity=256, mtls="STRICT")
+    who = "spiffe://self.test/ns/self/sa/test"
+    strict = WorkloadSection(
+        "self", "test", (_POD,), local=True, identity=256, mtls="STRICT", spiffe_id=who
+    )
     with _pod(pin) as enforcement, socket.socket(type=socket.SOCK_DGRAM) as receiver:
         receiver.bind((_POD, 0))
         receiver.settimeout(TIMEOUT_S)
-        enforcement.apply({"workload/self/test": strict})
+        svid = {f"svid/{who}": SvidSection(who, "", "", 0)}
+        enforcement.apply({"workload/self/test": strict, **svid})
         with _attached(pin, "pod_ingress", _TCX_EGRESS):
             _send("127.0.0.1", receiver)
             receiver.recv(1)

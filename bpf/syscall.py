@@ -319,13 +319,6 @@ def tcx_link(link_fd: int) -> TcxLink:
     return TcxLink(*struct.unpack_from("=8xI4x2I", info))
 
 
-def program_id(program_fd: int) -> int:
-    info = ctypes.create_string_buffer(8)
-    _bpf(_INFO_BY_FD, "=IIQ", program_fd, len(info), ctypes.addressof(info))
-    number: int = struct.unpack_from("=4xI", info)[0]
-    return number
-
-
 def cgroup_of_link(link_fd: int) -> int:
     """The id (inode number) of the cgroup that a link is attached to; 0: that cgroup is gone."""
     info = ctypes.create_string_buffer(32)

@@ -14,8 +14,10 @@ from bpf import layout, pins, syscall
 from bpf.attach import opened
 from bpf.errors import DatapathError
 from bpf.layout import Config, Number
-from bpf.maps import PinnedMap, open_pinned
+from bpf.maps import MAPS, PinnedMap, open_pinned
 
+# By tuple and by socket cookie; both forget what has not been used for long.
+_OF_CONNECTIONS = ("flows", "origins")
 _SOCKETS = ("workload_sockets", "proxy_sockets")
 
 
@@ -47,22 +49,29 @@ def stop_redirects(directory: Path, which: Iterable[str]) -> None:
                 config.put(Number(0), before._replace(flags=flags))
 
 
-def take_over_flows(directory: Path) -> None:
-    """What filters of other versions know of open connections, for this one's, unless it knows it
-    already: it judges them anew, but does not take answers for openings. DatapathError, OSError."""
-    sizes = layout.FLOW_KEY.size, layout.FLOW.size
-    with opened(open_pinned(directory, "flows")) as own:
-        for version in pins.other_versions(directory):
-            try:
-                theirs = open_pinned(directory, "flows", version)
-            except DatapathError:
-                continue
-            with opened(theirs):
-                known = {key for key, _ in syscall.entries(own, *sizes)}
-                fresh = [one for one in syscall.entries(theirs, *sizes) if one[0] not in known]
-            if fresh:
-                keys, values = (b"".join(parts) for parts in zip(*fresh, strict=True))
-                syscall.update_batch(own, keys, values, len(fresh))
+def take_over(directory: Path) -> None:
+    """What programs of other versions know of open connections, for this one's, unless they know it
+    already: filters judge them anew, but do not take answers for openings; sockets go on being told
+    whom they asked for. What has another size stays behind. DatapathError, OSError."""
+    for name in _OF_CONNECTIONS:
+        spec = MAPS[name]
+        assert spec.key is not None
+        assert spec.value is not None
+        with opened(open_pinned(directory, name)) as own:
+            for version in pins.other_versions(directory):
+                with contextlib.suppress(DatapathError):
+                    _copy(
+                        open_pinned(directory, name, version), own, spec.key.size, spec.value.size
+                    )
+
+
+def _copy(theirs: int, own: int, *sizes: int) -> None:
+    with opened(theirs):
+        known = {key for key, _ in syscall.entries(own, *sizes)}
+        fresh = [one for one in syscall.entries(theirs, *sizes) if one[0] not in known]
+    if fresh:
+        keys, values = (b"".join(parts) for parts in zip(*fresh, strict=True))
+        syscall.update_batch(own, keys, values, len(fresh))
 
 
 def _has_sockets(path: Path) -> bool:

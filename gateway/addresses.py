@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,12 +24,13 @@ def canonical(address: str) -> str:
 
 
 class Request(NamedTuple):
-    """What a Gateway asks for. `wanted`: one entry per address, "" is "assign one"; sorts by age,
-    then name, the order in which requests are served."""
+    """What a Gateway asks for. `wanted`: one entry per address, "" is "assign one", out of the
+    ranges of `pool`; sorts by age, then name, the order in which requests are served."""
 
     created: str
     key: ObjectKey
     wanted: tuple[str, ...]
+    pool: tuple[str, ...] = ()
 
 
 class Pool:
@@ -66,8 +68,14 @@ def _usable(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> int:
     return network.num_addresses - (0 if plain else 2)
 
 
-def allocate(pool: Pool, requests: Iterable[Request]) -> dict[ObjectKey, tuple[str | None, ...]]:
-    """The address for each entry of each request: the one it names, or one from the pool that no
+@cache
+def pool_of(ranges: tuple[str, ...]) -> Pool:
+    """There are few different ones."""
+    return Pool(ranges)
+
+
+def allocate(requests: Iterable[Request]) -> dict[ObjectKey, tuple[str | None, ...]]:
+    """The address for each entry of each request: the one it names, or one from its pool that no
     request of its age or older names or got; None where the pool has none left."""
     taken: set[str] = set()
     given: dict[ObjectKey, tuple[str | None, ...]] = {}
@@ -80,7 +88,8 @@ def allocate(pool: Pool, requests: Iterable[Request]) -> dict[ObjectKey, tuple[s
                 chosen: str | None = address or None
                 if chosen is None:
                     seed = f"{request.key}#{number}"
-                    chosen = next((a for a in pool.probe(seed) if a not in taken), None)
+                    probe = pool_of(request.pool).probe(seed)
+                    chosen = next((a for a in probe if a not in taken), None)
                     if chosen is not None:
                         taken.add(chosen)
                 addresses.append(chosen)

@@ -1,15 +1,17 @@
-"""Annotations and labels that Weft reads on Namespaces, Pods and routes, and what is wrong with
-their values.
+"""Annotations and labels that Weft reads on GatewayClasses, Namespaces, Pods and routes, and what
+is wrong with their values.
 
 What only widens what is done takes a wrong value for "no"; what protects fails closed.
 """
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from typing import get_args
 
 from mesh.model.core import Namespace
+from mesh.model.gatewayclass import GatewayClass
 from mesh.model.grpcroute import GRPCRoute
 from mesh.model.httproute import HTTPRoute
 from mesh.model.nodeconfig import MtlsMode
@@ -26,6 +28,10 @@ SOCKMAP = "weft.dev/sockmap"
 # of a pod ("8080=DISABLE, 9090=STRICT"); the narrower stands above the wider.
 MTLS = "weft.dev/mtls"
 MTLS_PORTS = "weft.dev/mtls-ports"
+
+# Of a GatewayClass: the addresses that its Gateways get, as with --address-pool, which it replaces
+# ("192.0.2.0/28, fd00::/120").
+ADDRESS_POOL = "weft.dev/address-pool"
 
 # A label: whether pods are in the mesh; a pod's stands above its namespace's.
 MESH = "weft.dev/mesh"
@@ -54,6 +60,13 @@ def mtls(obj: Namespace | Pod) -> MtlsMode | None:
 def meshed(obj: Namespace | Pod) -> bool | None:
     """None: nothing is said, or nothing that counts."""
     return {"enabled": True, "disabled": False}.get(obj.metadata.labels.get(MESH, ""))
+
+
+def address_pool(gateway_class: GatewayClass) -> tuple[str, ...]:
+    """CIDRs and addresses; none: nothing is said. ValueError: one of them is none."""
+    value = gateway_class.metadata.annotations.get(ADDRESS_POOL, "")
+    parts = (part.strip() for part in value.split(",") if part.strip())
+    return tuple(str(ipaddress.ip_network(part)) for part in parts)
 
 
 def mtls_ports(pod: Pod) -> dict[int, MtlsMode] | None:

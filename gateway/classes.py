@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from gateway.annotations import ADDRESS_POOL, address_pool
 from gateway.conditions import Problem
 from mesh.model.derive import View
 from mesh.model.gateway import Gateway
@@ -16,14 +17,18 @@ from mesh.model.meta import ObjectKey
 
 
 class Ours(NamedTuple):
-    """A Gateway of one of our classes. `problem`: why it is not accepted."""
+    """A Gateway of one of our classes. `problem`: why it is not accepted; `pool`: its class's."""
 
     gateway: Gateway
     problem: Problem | None
+    pool: tuple[str, ...] = ()
 
 
 class OurClass(NamedTuple):
+    """`pool`: the addresses for its Gateways, if it says so."""
+
     problem: Problem | None
+    pool: tuple[str, ...] = ()
 
 
 def classes(controller_name: str) -> Callable[[View, ObjectKey], OurClass | None]:
@@ -33,7 +38,11 @@ def classes(controller_name: str) -> Callable[[View, ObjectKey], OurClass | None
             return None
         reference = gateway_class.spec.parameters_ref
         if reference is None:
-            return OurClass(None)
+            try:
+                return OurClass(None, address_pool(gateway_class))
+            except ValueError as error:
+                text = f"annotation {ADDRESS_POOL}: {error}; give 192.0.2.0/28, say"
+                return OurClass(Problem("InvalidParameters", text))
         return OurClass(_parameters("spec.parametersRef", reference.kind, reference.name))
 
     return compute
@@ -45,7 +54,7 @@ def gateways(view: View, key: ObjectKey) -> Ours | None:
     our_class: OurClass | None = view.get("classes", ObjectKey("", name))
     if our_class is None:
         return None
-    return Ours(gateway, _problem(gateway, our_class))
+    return Ours(gateway, _problem(gateway, our_class), our_class.pool)
 
 
 def default_scope(key: ObjectKey, ours: Ours) -> tuple[str, ...]:

@@ -35,8 +35,9 @@ from gateway import (
     tls_refs,
     workloads,
 )
-from gateway.addresses import Pool
+from gateway.addresses import pool_of
 from gateway.keys import ROUTE_KINDS, PortKey, RouteKey
+from gateway.listeners import Merged
 from gateway.node import Mesh
 from mesh.model.derive import Change, Derivation, Index, Rule
 from mesh.model.meta import ObjectKey
@@ -115,6 +116,7 @@ class ControlPlane:
         """ValueError: the pool is not made of addresses and CIDRs, bind_address is none, or there
         are two mesh addresses of one family."""
         ipaddress.ip_address(options.bind_address)
+        pool_of(options.addresses)
         options.mesh.check()
         self._options = options
         self._derivation = Derivation(
@@ -167,6 +169,16 @@ class ControlPlane:
             self._options.mesh.ports.union(self._derivation.tables["ports"]),  # type: ignore[arg-type]
             dict(self._derivation.failures),
         )
+
+    def wanted_secrets(self) -> frozenset[ObjectKey]:
+        """The Secrets that Gateways refer to and may."""
+        found: Mapping[Any, Any] = self._derivation.indexes["wanted_secrets"]
+        return frozenset(found)
+
+    def gateway_ports(self, gateway: ObjectKey) -> tuple[int, ...]:
+        """The ports of a Gateway's listeners, those of its ListenerSets too, in order."""
+        merged: tuple[Merged, ...] = self._derivation.tables["merged"].get(gateway, ())
+        return tuple(sorted({m.spec.port for m in merged if m.problem is m.conflict is None}))
 
     def policies(self) -> tuple[Row, ...]:
         """Whom the policies select, and which are refused."""
@@ -221,8 +233,7 @@ _PROBLEMS = {
 
 def _rules(options: Options) -> tuple[Rule, ...]:
     name = options.controller_name
-    pool = Pool(options.addresses)
-    place = places.places(pool, options.bind_address, options.advertise)
+    place = places.places(options.bind_address, options.advertise)
     mesh = options.mesh
     return (
         # What is ours, and who listens to what.
@@ -241,14 +252,15 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         Rule("holders", "pods_at", workloads.holders),
         Rule("set_numbers", "label_sets", workloads.numbers),
         Rule("identities", "label_sets", workloads.identities),
+        *policy.before_workloads(mesh.node, options.policy_audit),
         Rule("workloads", "pods", workloads.workloads(mesh)),
-        *policy.rules(mesh.node, mesh.on, options.policy_audit),
+        *policy.rules(mesh.on, options.policy_audit),
         # Addresses and ports.
         Rule("service_claims", "Service", cluster_ips.claims),
         Rule("service_owners", "claimed_by", cluster_ips.owners),
         Rule("cluster_ips", "service_claims", cluster_ips.cluster_ips(mesh)),
-        Rule("requests", "gateways", places.requests),
-        Rule("allocation", "requested", places.allocation(pool)),
+        Rule("requests", "gateways", places.requests(options.addresses)),
+        Rule("allocation", "requested", places.allocation),
         Rule("places", "gateways", place),
         Rule("claims", "gateways", places.claims),
         Rule("owners", "claimants", places.owners(mesh)),

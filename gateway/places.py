@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from gateway.addresses import Pool, Request, allocate, canonical
+from gateway.addresses import Pool, Request, allocate, canonical, pool_of
 from gateway.classes import Ours
 from gateway.cluster_ips import whose
 from gateway.conditions import Problem
@@ -32,28 +32,32 @@ class Places(NamedTuple):
     problem: Problem | None
 
 
-def requests(view: View, key: ObjectKey) -> Request | None:
-    ours: Ours = view.get("gateways", key)
-    if ours.problem is not None:
-        return None
-    wanted = tuple(address.value or "" for address in ours.gateway.spec.addresses) or ("",)
-    return Request(ours.gateway.metadata.creation_timestamp or "", key, wanted)
+def requests(pool: tuple[str, ...]) -> Callable[[View, ObjectKey], Request | None]:
+    """`pool`: for Gateways whose class names none."""
 
-
-def allocation(pool: Pool) -> Callable[[View, str], dict[ObjectKey, tuple[str | None, ...]]]:
-    def compute(view: View, bucket: str) -> dict[ObjectKey, tuple[str | None, ...]]:
-        return allocate(pool, [view.get("requests", k) for k in view.bucket("requested", bucket)])
+    def compute(view: View, key: ObjectKey) -> Request | None:
+        ours: Ours = view.get("gateways", key)
+        if ours.problem is not None:
+            return None
+        wanted = tuple(address.value or "" for address in ours.gateway.spec.addresses) or ("",)
+        created = ours.gateway.metadata.creation_timestamp or ""
+        return Request(created, key, wanted, ours.pool or pool)
 
     return compute
 
 
+def allocation(view: View, bucket: str) -> dict[ObjectKey, tuple[str | None, ...]]:
+    return allocate(view.get("requests", key) for key in view.bucket("requested", bucket))
+
+
 def places(
-    pool: Pool, bind_address: str, advertise: tuple[str, ...]
+    bind_address: str, advertise: tuple[str, ...]
 ) -> Callable[[View, ObjectKey], Places | None]:
     def compute(view: View, key: ObjectKey) -> Places | None:
         request: Request | None = view.get("requests", key)
         if request is None:
             return None
+        pool = pool_of(request.pool)
         given: Mapping[ObjectKey, tuple[str | None, ...]] = view.get("allocation", "")
         bind: dict[str, None] = {}
         shown: dict[str, None] = {}

@@ -27,6 +27,7 @@ from gateway.node import Mesh
 from mesh.model.core import Namespace, ServicePort
 from mesh.model.derive import View
 from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.pod import Pod
 from mesh.policy import audit
 
@@ -83,7 +84,8 @@ def of_pod(mesh: Mesh) -> Callable[[View, ObjectKey], Problems | None]:
         if state is None or state.meshed:
             wrong += tuple(misused_mtls(pod))
             ports = mtls_ports(pod)
-            if ports is None or "STRICT" in (mtls(pod), *ports.values()):
+            asked = ports is None or "STRICT" in (mtls(pod), *ports.values())
+            if asked or view.get("demanded", key):
                 wrong += _unenforced(mesh, "this pod")
             if state is not None:
                 wrong += _unreachable(view, mesh, state)
@@ -184,7 +186,7 @@ def _strict(view: View, mesh: Mesh, service: ObjectKey, port: ServicePort) -> li
     for endpoint in endpoints(view, mesh, service, port):
         holder: workloads.Holder | None = view.get("holders", endpoint.address)
         if holder is not None:
-            pod: workloads.PodState = view.get("pods", holder.pod)
-            if dict(pod.mtls_ports).get(endpoint.port, pod.mtls) == "STRICT":
+            pod: WorkloadSection | None = view.get("workloads", holder.pod)
+            if pod and pod.mtls_ports.get(endpoint.port, pod.mtls) == "STRICT":
                 found[str(holder.pod)] = None
     return list(found)

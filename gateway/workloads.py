@@ -24,6 +24,7 @@ from mesh.model.meta import ObjectKey
 from mesh.model.node import Node
 from mesh.model.nodeconfig import MtlsMode, NodeSection, WorkloadSection
 from mesh.model.pod import Pod
+from mesh.policy.demands import ALL
 
 _DEFAULT: MtlsMode = "PERMISSIVE"
 
@@ -206,6 +207,7 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
         )
         if not addresses:
             return None
+        mode, modes = _modes(pod, view.get("demanded", key))
         return WorkloadSection(
             namespace=key.namespace,
             name=key.name,
@@ -219,10 +221,21 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account)
             if pod.meshed
             else "",
-            mtls=pod.mtls,
-            mtls_ports=dict(pod.mtls_ports),
+            mtls=mode,
+            mtls_ports=modes,
             meshed=pod.meshed,
             client_headers=pod.client_headers,
         )
 
     return compute
+
+
+def _modes(pod: PodState, demanded: frozenset[int] | None) -> tuple[MtlsMode, dict[int, MtlsMode]]:
+    """How a pod is connected to, and at which ports otherwise. `demanded`: where policy asks for
+    mutual TLS."""
+    ports = dict(pod.mtls_ports)
+    if not demanded or not pod.meshed:
+        return pod.mtls, ports
+    if ALL in demanded:
+        return "STRICT", {}
+    return pod.mtls, {**ports, **dict.fromkeys(sorted(demanded), "STRICT")}

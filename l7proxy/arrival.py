@@ -13,7 +13,7 @@ from l7proxy.acceptor import Admission, Client, Drainable
 from l7proxy.direct import Direct
 from l7proxy.entry import Selection
 from l7proxy.exchange import Exchanges
-from l7proxy.forwarding import ClientAddress, request_id
+from l7proxy.forwarding import ClientAddress, pass_on, request_id, tell_client
 from l7proxy.handles import Destination
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import GATEWAY
@@ -23,34 +23,52 @@ from l7proxy.routing import RouteIndex
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tls_stream import TLSStream
 from mesh.model.flow import Encryption
-from mesh.model.nodeconfig import Settings
+from mesh.model.nodeconfig import Settings, WorkloadSection
 from mesh.model.section import SectionKey
 
 
 class Arrival:
-    """The `Entry` of the requests of one tunnel, on behalf of `caller`, to a pod of this node."""
+    """The `Entry` of the requests of one tunnel, on behalf of `caller`, who has proved to be
+    `identity`, to a pod of this node. `read`: the client's own node has read them as requests."""
 
     gateway = GATEWAY
     client_certificate: SectionKey | None = None
 
     encryption: Encryption | None = "mtls"
 
-    def __init__(self, caller: Caller, pod: str, destination: Destination, direct: Direct) -> None:
+    def __init__(
+        self,
+        caller: Caller,
+        identity: str,
+        pod: WorkloadSection,
+        destination: Destination,
+        direct: Direct,
+        *,
+        read: bool,
+    ) -> None:
         self._caller = caller
+        self._identity = identity
         self._pod = pod
         self._destination = destination
         self._direct = direct
+        self._read = read
 
     def caller(self, client: str) -> Caller:
         return self._caller
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
-        """The proxy of the client's node has taken off what clients must not claim."""
+        """The proxy of the client's node has taken off what clients must not claim, and told what
+        the pod asks for, if it has read the request."""
         client = self._caller.client or self._caller.told
-        return ClientAddress("" if "/" in client else client, request_id(head), True)
+        client = "" if "/" in client else client
+        if not self._read:
+            pass_on(head, info)
+            if self._pod.client_headers:
+                tell_client(head, client, self._identity)
+        return ClientAddress(client, request_id(head), self._read)
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
-        match = self._direct.to(self._destination, self._pod, http2=head.version == b"2")
+        match = self._direct.to(self._destination, self._pod.name, http2=head.version == b"2")
         return Selection("", match, self._destination)
 
 

@@ -1,8 +1,10 @@
 """The identities that this node holds and the roots that it trusts, as TLS needs them.
 
-TLS 1.3 only, with certificates on both sides and ALPN `weft/1`. Nothing is resumed: a session would
-outlive the certificates it was made with, and Python's ssl cannot tie one to a pair of identities;
-so no tickets are given out, and without them there is no early data either (RFC 8446 §2.3).
+TLS 1.3 only, with certificates on both sides and ALPN `weft/1`. A session is resumed between the
+two identities that made it and no others, until the client has another SVID or the server should
+have; a handshake then costs a third. Whoever resumes is judged by the certificates of the session,
+as if they had just been shown. There is no early data: Python's ssl sends none and takes none
+(RFC 8446 §2.3).
 
 OpenSSL verifies against all roots, to know what it says in an alert; whose they are is verified
 after the handshake by `certs.svid`: against the roots of the peer's own trust domain only. Knows
@@ -28,8 +30,8 @@ from mesh.model.nodeconfig import SvidSection, TrustBundleSection
 from mesh.model.section import svid_key
 
 ALPN = "weft/1"
-# Peers whose chains need not be verified again until one of the certificates ends.
-_MAX_VERIFIED = 4096
+# Peers whose chains need not be verified again until one of the certificates ends; sessions.
+_MAX_VERIFIED = _MAX_SESSIONS = 4096
 
 
 class Peer(NamedTuple):
@@ -40,6 +42,21 @@ class Peer(NamedTuple):
     trust_domain: str
     until: int
     chain: tuple[bytes, ...]
+
+
+class SessionKey(NamedTuple):
+    """Between whom a session is: two SPIFFE IDs, and the address of the other's node."""
+
+    own: str
+    peer: str
+    node: str
+
+
+class _Session(NamedTuple):
+    """Not to be used after `until`, seconds since 1970 UTC."""
+
+    session: ssl.SSLSession
+    until: float
 
 
 class _ServerObject(ssl.SSLObject):
@@ -60,6 +77,9 @@ class Credentials:
         self._servers: dict[str, ssl.SSLContext] = {}
         self._server: ssl.SSLContext | None = None
         self._verified: dict[tuple[bytes, ...], Peer] = {}
+        # In a session there is only the leaf. What came with it, by who was asked for.
+        self._chains: dict[tuple[str, bytes], tuple[bytes, ...]] = {}
+        self._sessions: dict[SessionKey, _Session] = {}
 
     # --- configuration ----------------------------------------------------------------------------
 
@@ -91,6 +111,7 @@ class Credentials:
         self._names = {name: one for name, one in self._names.items() if one != spiffe_id}
         self._servers.pop(spiffe_id, None)
         self._clients = {key: one for key, one in self._clients.items() if key[0] != spiffe_id}
+        self._sessions = {key: one for key, one in self._sessions.items() if key.own != spiffe_id}
 
     def put_bundle(self, section: TrustBundleSection) -> None:
         """Refused: the one before stays in force."""
@@ -106,6 +127,9 @@ class Credentials:
         self._forget_contexts()
 
     def _forget_contexts(self) -> None:
+        """And with them all sessions: a context has the key of the tickets that it gave out."""
+        self._sessions.clear()
+        self._chains.clear()
         self._clients.clear()
         self._servers.clear()
         self._server = None
@@ -155,7 +179,7 @@ class Credentials:
 
     def _server_context(self) -> ssl.SSLContext:
         context = _context(ssl.PROTOCOL_TLS_SERVER)
-        context.num_tickets = 0
+        context.num_tickets = 1
         for bundle in self._bundles.values():
             context.load_verify_locations(cadata=bundle.to_pem())
         return context
@@ -178,13 +202,48 @@ class Credentials:
     def _load(self, context: ssl.SSLContext, spiffe_id: str) -> None:
         tls.load_certificate(context, self._svids[spiffe_id], svid_key(spiffe_id))
 
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def session(self, key: SessionKey) -> ssl.SSLSession | None:
+        """One to resume; its context is that of `client`."""
+        kept = self._sessions.get(key)
+        return kept.session if kept is not None and kept.until > time.time() else None
+
+    def keep_session(self, key: SessionKey, ssl_object: ssl.SSLObject, peer: Peer) -> None:
+        """Once the peer's ticket has come. It serves for half of the time that the certificate has
+        which the peer has shown: by then it has another. One that was resumed is kept already."""
+        if ssl_object.session_reused:
+            return
+        if self._clients.get((key.own, peer.trust_domain)) is not ssl_object.context:
+            return  # SVID or roots have changed meanwhile
+        session, now = ssl_object.session, time.time()
+        if session is None or not session.has_ticket:
+            return
+        if len(self._sessions) >= _MAX_SESSIONS:
+            self._sessions.clear()
+        self._sessions[key] = _Session(session, now + (peer.until - now) / 2)
+
+    def forget_session(self, key: SessionKey) -> None:
+        self._sessions.pop(key, None)
+
     # --- peers ------------------------------------------------------------------------------------
 
     def verify(self, ssl_object: ssl.SSLObject, expected: str | None = None) -> Peer:
         """Who the peer of a finished handshake is. NotTrusted: it is nobody, or not `expected`."""
-        peer = self.judge(_presented(ssl_object))
+        leaf = self.asked_for(ssl_object), ssl_object.getpeercert(binary_form=True) or b""
+        if ssl_object.session_reused:
+            chain = self._chains.get(leaf)
+            if chain is None:
+                raise NotTrusted("wrong_identity", "it resumes a session between others")
+        else:
+            chain = _presented(ssl_object)
+        peer = self.judge(chain)
         if expected is not None and peer.spiffe_id != expected:
             raise NotTrusted("wrong_identity", f"it is {peer.spiffe_id}, not {expected}")
+        if leaf not in self._chains:
+            if len(self._chains) >= _MAX_SESSIONS:
+                self._forget_contexts()
+            self._chains[leaf] = chain
         return peer
 
     def judge(self, chain: tuple[bytes, ...]) -> Peer:
@@ -197,7 +256,7 @@ class Credentials:
             until = int(min(ends).timestamp())
             peer = Peer(str(spiffe_id), spiffe_id.trust_domain, until, chain)
             if len(self._verified) >= _MAX_VERIFIED:
-                self._verified.clear()
+                self._forget_contexts()
             self._verified[chain] = peer
         return peer
 
@@ -222,7 +281,7 @@ def handshake_failure(error: Exception) -> tuple[str, str]:
 def _context(protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
+    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     context.check_hostname = False  # identities are verified instead
     context.verify_mode = ssl.CERT_REQUIRED
     # Whatever is in a bundle is an anchor, as to certs.svid.

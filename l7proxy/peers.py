@@ -54,7 +54,7 @@ class Source(NamedTuple):
 class Direct(NamedTuple):
     """Straight to the endpoint. `destination`: the workload there, if it is one, and `spiffe_id`
     the caller's then ("": it has none). `encryption` "local": both ends are on this node and have
-    identities."""
+    SVIDs that are valid."""
 
     destination: WorkloadSection | None = None
     encryption: Encryption = "none"
@@ -182,9 +182,7 @@ class Peers:
                 return NoWay("workload_unknown", f"{address} is a pod's that is not known here")
             return Direct()
         if destination.local or not destination.node:
-            own = self._identity(caller)
-            known = destination.local and destination.spiffe_id and own
-            return Direct(destination, "local" if known else "none", own)
+            return self._on_this_node(caller, destination, port)
         return self._to_other_node(caller, destination, port)
 
     async def settled_way(
@@ -205,6 +203,32 @@ class Peers:
         if isinstance(way, NoWay):
             metrics.TUNNEL_FAILURES.labels(way.reason).inc()
         return way
+
+    def _on_this_node(self, caller: Caller, destination: WorkloadSection, port: int) -> Way:
+        own, mode = self._identity(caller), destination.mtls_ports.get(port, destination.mtls)
+        problem = self._unproven(own) or self._unproven(destination.spiffe_id)
+        if problem is None and destination.local:
+            return Direct(destination, "local", own)
+        if problem is None or mode != "STRICT" or caller.proven:
+            return Direct(destination, "none", own)
+        who = f"port {port} of {destination.namespace}/{destination.name}"
+        return NoWay(problem[0], f"{who} is STRICT, and {problem[1]}")
+
+    def _unproven(self, spiffe_id: str) -> tuple[str, str] | None:
+        """Why nobody of this node can be `spiffe_id` now: a reason to count, and words."""
+        if not self.has_authority:
+            return "mtls_required", "this node has no authority"
+        if not spiffe_id:
+            return "mtls_required", "one end has no identity"
+        return self.credentials.problem(spiffe_id, time.time())
+
+    def is_proven(self, address: str) -> bool:
+        """Whether a pod of this node is there, of which the kernel knows who it is, and which has
+        an SVID that is valid."""
+        workload = self.at(address) if address else None
+        if workload is None or not workload.local:
+            return False
+        return self._unproven(workload.spiffe_id) is None
 
     def _to_other_node(self, caller: Caller, destination: WorkloadSection, port: int) -> Way:
         mode: MtlsMode = destination.mtls_ports.get(port, destination.mtls)

@@ -209,7 +209,7 @@ class Policies:
             identities, proved = (self.identity(address),), self._proved(asker, address, port)
             first = asker.egress.connection(identities, transport, port, authenticated=proved)
         if first.allowed and (pod := self._at.get(address)) is not None:
-            proved = asker.authenticated or self._is_here(asker.address)
+            proved = asker.authenticated or self._are_here(asker.address, address)
             second = pod.ingress.connection(asker.identities, transport, port, authenticated=proved)
         return _both(first, second)
 
@@ -227,7 +227,7 @@ class Policies:
             first = asker.egress.request(identities, port, sent, authenticated=proved)
         if first.allowed and (pod := self._at.get(address)) is not None:
             head = mended(forwarded, first)
-            proved = asker.authenticated or self._is_here(asker.address)
+            proved = asker.authenticated or self._are_here(asker.address, address)
             second = pod.ingress.request(asker.identities, port, head, authenticated=proved)
         return _both(first, second)
 
@@ -246,7 +246,7 @@ class Policies:
             identities, proved = (self.identity(address),), self._proved(asker, address, port)
             first = asker.egress.for_kernel(identities, port, authenticated=proved)
         if (pod := self._at.get(address)) is not None:
-            proved = asker.authenticated or self._is_here(asker.address)
+            proved = asker.authenticated or self._are_here(asker.address, address)
             second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
 
@@ -255,12 +255,11 @@ class Policies:
         if asker.egress is None or not asker.egress.asks_for_proof:
             return False
         way = self._peers.way(Caller(asker.address), address, port)
-        return self._is_here(address) or isinstance(way, Tunnelled)
+        return self._are_here(asker.address, address) or isinstance(way, Tunnelled)
 
-    def _is_here(self, address: str) -> bool:
-        """A pod of this node, of which the kernel knows who it is."""
-        workload = self._peers.at(address) if address else None
-        return workload is not None and workload.local
+    def _are_here(self, *addresses: str) -> bool:
+        """Pods of this node, of which the kernel knows who they are."""
+        return all(map(self._peers.is_proven, addresses))
 
 
 def mended(head: RequestHead, verdict: Verdict) -> RequestHead:

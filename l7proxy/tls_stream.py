@@ -32,6 +32,7 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         *,
         server_side: bool = False,
         server_hostname: str | None = None,
+        session: ssl.SSLSession | None = None,
     ) -> None:
         """ValueError or ssl.SSLError: `server_hostname` cannot be one."""
         super().__init__()
@@ -43,6 +44,7 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             server_side=server_side,
             # As bytes it is no host name to Python, whose labels would have to be short.
             server_hostname=server_hostname.encode() if server_hostname is not None else None,
+            session=session,
         )
         self._below: asyncio.Transport | None = None
         self._above: asyncio.BaseProtocol | None = None
@@ -139,14 +141,18 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             self._wake()
             return
         self._shaken = True
-        self._flush()
         self._wake()
+        # Finished and tickets go out with the first words where those come at once. For tickets
+        # nobody waits.
+        if not self.ssl.server_side:
+            self._loop.call_soon(self._flush)
 
     def _decrypt(self) -> None:
         """Pass on all that has come. The order counts: nothing of a whole record stays below, which
         `half_close` relies on."""
         chunks = []
         tls, incoming = self.ssl, self._incoming
+        left = self._outgoing.pending
         try:
             while incoming.pending or tls.pending():
                 chunk = tls.read(_RECORD)
@@ -160,7 +166,7 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             self._peer_ended = True
         except ssl.SSLError as error:
             self._failure = error
-        if self._outgoing.pending:  # an answer to a key update, or an alert
+        if self._outgoing.pending > left:  # an answer to a key update, or an alert
             self._flush()
         if chunks:
             self._tell(chunks[0] if len(chunks) == 1 else b"".join(chunks))

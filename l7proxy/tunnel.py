@@ -12,7 +12,7 @@ import ssl
 
 from certs.errors import NotTrusted
 from l7proxy import metrics, tunnel_wire
-from l7proxy.credentials import ALPN, Credentials, Peer, handshake_failure
+from l7proxy.credentials import ALPN, Credentials, Peer, SessionKey, handshake_failure
 from l7proxy.dial import DialFailed, dial, keep_alive
 from l7proxy.peers import Caller, NoWay, Peers, Tunnelled, keys_of, sni_of, trust_domain_of
 from l7proxy.tls_stream import TLSStream
@@ -104,7 +104,10 @@ class Digger:
     ) -> tuple[TLSStream, Peer]:
         credentials, expected = self.peers.credentials, way.destination.spiffe_id
         context = credentials.client(way.source.spiffe_id, trust_domain_of(expected))
-        stream = TLSStream(context, server_hostname=sni_of(expected))
+        key = SessionKey(way.source.spiffe_id, expected, way.node)
+        # What was proved before is no proof.
+        session = credentials.session(key) if preface.kind != "proof" else None
+        stream = TLSStream(context, server_hostname=sni_of(expected), session=session)
         own = self.peers.own_address(way.node)
         try:
             sock = await dial(way.node, MESH_TUNNEL_PORT, timeout_s, source=own)
@@ -120,9 +123,12 @@ class Digger:
                 peer = credentials.verify(stream.ssl, expected)
                 stream.write(tunnel_wire.encode(preface))
                 answer = await tunnel_wire.receive(stream, Answer)
+                credentials.keep_session(key, stream.ssl, peer)
         except ssl.SSLError as error:  # the stream closes, with an alert
+            credentials.forget_session(key)
             raise _Failed(*handshake_failure(error)) from None
         except BaseException as error:
+            credentials.forget_session(key)
             stream.abort()
             match error:
                 case TimeoutError():

@@ -118,10 +118,19 @@ class TunnelAcceptor(Acceptor):
             raise Refusal(refused, f"{source.name} has too many connections")
         return client._replace(address=(source.name, 0))
 
-    def serve(self, incoming: _Incoming, caller: Caller, client: Client, pod: str) -> ArrivalPort:
+    def serve(
+        self,
+        incoming: _Incoming,
+        caller: Caller,
+        client: Client,
+        source: Source,
+        pod: WorkloadSection,
+    ) -> ArrivalPort:
         """Judge its requests one by one."""
-        destination = Destination(incoming.preface.address, incoming.preface.port)
-        arrival = Arrival(caller, pod, destination, self._direct)
+        preface = incoming.preface
+        destination = Destination(preface.address, preface.port)
+        read = preface.kind == "http"
+        arrival = Arrival(caller, source.spiffe_id, pod, destination, self._direct, read=read)
         port = ArrivalPort(self._exchanges, arrival, self._admission, incoming.end)
         client = client._replace(steered=Steered(destination))
         port.take(incoming.stream, client)
@@ -204,6 +213,8 @@ class _Incoming(Relay):
                 self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
             if preface.kind == "proof":
+                if stream.ssl.session_reused:
+                    raise Refusal("session", "a session that is resumed proves nothing")
                 port.tunnels.prove(Pair(source, own, client.address[0]), peer)
                 self.answer_proof()
                 return
@@ -214,7 +225,7 @@ class _Incoming(Relay):
                 stream.write(tunnel_wire.encode(Answer()))
                 port.open.add(self)
                 port.watch(self, client.address[0], peer, own, source, destination)
-                self._serving = port.serve(self, caller, self._client, destination.name)
+                self._serving = port.serve(self, caller, self._client, source, destination)
                 return
             backend = await port.connect(self, preface)
         except TimeoutError:

@@ -22,27 +22,23 @@ version: 0.1.0
 appVersion: {manifests.IMAGE.partition(":")[2]}
 kubeVersion: ">=1.30.0-0"
 """
-_VALUES = f"""\
-# The image of Weft: built with deploy/Dockerfile, in a registry that the nodes reach.
-image: {manifests.IMAGE}
-"""
 
 
 def content() -> dict[str, str]:
     """What stands in which file."""
     result = {}
     for name in manifests.NAMES:
-        result[f"manifests/{name}.yaml"] = _WRITTEN + manifests.rendered(name)
+        result[f"manifests/{name}.yaml"] = _WRITTEN + manifests.rendered(name, manifests.Values())
         if name != "namespace":
             # Helm makes the namespace: helm install --create-namespace -n weft-system.
             result[f"chart/templates/{name}.yaml"] = _WRITTEN + manifests.rendered(
-                name, namespace="{{ .Release.Namespace }}", image="{{ .Values.image }}"
+                name, manifests.CHART
             )
     listed = "".join(f"- {name}.yaml\n" for name in manifests.NAMES)
     head = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
     result["manifests/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}"
     result["chart/Chart.yaml"] = _WRITTEN + _CHART
-    result["chart/values.yaml"] = _WRITTEN + _VALUES
+    result["chart/values.yaml"] = _WRITTEN + manifests.CHART_VALUES
     return result
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import shutil
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
+import yaml
 from apiserver.server import ApiServer
 
 from mesh.model.meta import ObjectKey
@@ -17,13 +21,16 @@ from mesh.sources.kubernetes import KubernetesSource
 from mesh.sources.kubernetes_client import Backoff
 
 CRDS = Path(__file__).parent.parent.parent / "shared/gateway-api/crds/experimental"
+CILIUM_CRDS = Path(__file__).parent.parent.parent / "shared/cilium/crds"
 WAIT_S = 20
 GROUP = "gateway.networking.k8s.io"
+CILIUM = "cilium.io"
 CONTROLLER = "weft.dev/gateway-controller"
 
 KUBECTL = shutil.which("kubectl") or ""
 
 needs_kubectl = pytest.mark.skipif(not KUBECTL, reason="no kubectl")
+needs_cilium_crds = pytest.mark.skipif(not CILIUM_CRDS.exists(), reason="no ../shared/cilium/crds")
 needs_crds = pytest.mark.skipif(not CRDS.exists(), reason="no ../shared/gateway-api/crds")
 
 
@@ -71,6 +78,61 @@ def gateway(name="gw", class_name="weft", port=80):
             "listeners": [{"name": "http", "port": port, "protocol": "HTTP"}],
         },
     }
+
+
+def tls_secret(name, namespace="default", host="a.example", **other):
+    made = trustme.CA().issue_cert(
+        host, not_before=datetime.now(UTC) - timedelta(days=1), not_after=None
+    )
+    chain = b"".join(one.bytes() for one in made.cert_chain_pems)
+    pair = {"tls.crt": chain, "tls.key": made.private_key_pem.bytes(), "more": b"private"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": namespace},
+        "type": "kubernetes.io/tls",
+        "data": {key: base64.b64encode(value).decode() for key, value in pair.items()},
+        **other,
+    }
+
+
+def policy(kind, name="p", *, fqdn=False):
+    """`fqdn`: with something that Weft does not enforce."""
+    metadata = {"name": name, "namespace": "default"}
+    if kind == "NetworkPolicy":
+        spec = {"podSelector": {}, "policyTypes": ["Ingress"]}
+        return {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": kind,
+            "metadata": metadata,
+            "spec": spec,
+        }
+    if kind == "CiliumClusterwideNetworkPolicy":
+        del metadata["namespace"]
+    spec = {"endpointSelector": {}, "ingress": [{}]}
+    if fqdn:
+        spec["egress"] = [{"toFQDNs": [{"matchName": "example.com"}]}]
+    return {"apiVersion": f"{CILIUM}/v2", "kind": kind, "metadata": metadata, "spec": spec}
+
+
+def cilium_crds(*, conditions):
+    """`conditions`: as they are since Cilium 1.16, a list of the status by type."""
+    for file in sorted(CILIUM_CRDS.glob("*.yaml")):
+        crd = yaml.safe_load(file.read_text())
+        if conditions:
+            status = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+            names = ("type", "status", "reason", "message", "lastTransitionTime")
+            status["properties"]["conditions"] = {
+                "type": "array",
+                "x-kubernetes-list-type": "map",
+                "x-kubernetes-list-map-keys": ["type"],
+                "items": {
+                    "type": "object",
+                    "required": ["type", "status"],
+                    "properties": {name: {"type": "string"} for name in names},
+                },
+            }
+        yield crd
 
 
 class Following:

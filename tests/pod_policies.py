@@ -5,7 +5,7 @@ from __future__ import annotations
 from pod_world import LINK, NODE, A, B
 
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.nodeconfig import NodeSection, SvidSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicyRule, PolicySection, PortRange
 
 VERSIONS = (4, 6)
@@ -14,10 +14,19 @@ ADDRESSES = {"a": tuple(A.values()), "b": tuple(B.values())}
 WORLD = frozenset({Reserved.WORLD})
 NOTHING = Direction()
 A_ONLY = frozenset({ID["a"]})
+SPIFFE = {name: f"spiffe://cluster.local/ns/shop/sa/{name}" for name in ID}
+# That the node holds their SVIDs is all that the data path asks.
+SVIDS = {f"svid/{one}": SvidSection(one, "", "", 0) for one in SPIFFE.values()}
 KNOWN = {
     **{
         f"workload/shop/{name}": WorkloadSection(
-            "shop", name, ADDRESSES[name], node="n1", local=True, identity=ID[name]
+            "shop",
+            name,
+            ADDRESSES[name],
+            node="n1",
+            local=True,
+            identity=ID[name],
+            spiffe_id=SPIFFE[name],
         )
         for name in ID
     },

@@ -51,7 +51,7 @@ def stepped(call):
 if steps:
     syscall.link, syscall.update_link = map(stepped, (syscall.link, syscall.update_link))
 loader.attach.attach(pin, cgroup, proxy_cgroup)
-versions.take_over_flows(pin)
+versions.take_over(pin)
 """
 
 
@@ -211,6 +211,21 @@ def test_open_connections_are_known_to_the_next_version(tmp_path):
         theirs.put(key, Flow(2, 3, 0, 0))
         another_weft(world)
         assert dict(theirs.items()) == {**known, key: Flow(2, 3, 0, 0)}
+
+    with redirect_world(tmp_path) as world:
+        world.run(scenario)
+
+
+def test_who_was_asked_for_is_told_when_the_version_of_the_connection_has_gone(tmp_path):
+    def scenario(world: World) -> None:
+        server = world.listen(NODE)
+        world.frontend(VIP, 5432, EntryBackend(NODE, server.getsockname()[1]))
+        old = world.connect(VIP, 5432)
+        world.accept(server)
+        another_weft(world)
+        assert old.getpeername() == (VIP, 5432)
+        pins.remove_version(world.pin, pins.version())
+        assert old.getpeername() == (VIP, 5432)
 
     with redirect_world(tmp_path) as world:
         world.run(scenario)

@@ -1,102 +1,18 @@
 """The controller against an API server: what it writes, when, and what it leaves alone."""
 
 import asyncio
-import contextlib
 
 import pytest
-from apiserver.server import ApiServer
-from kube_world import (
-    CONTROLLER,
-    CRDS,
-    GROUP,
-    WAIT_S,
-    gateway,
-    gateway_class,
-    needs_crds,
-    quick,
-    route,
-)
+from controller_world import NAMESPACE, controller_world
+from kube_world import GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
-from mesh.controller.controller import Controller, ControllerOptions
-from mesh.model.decode import KINDS
-from mesh.model.nodereport import ANNOTATION, LABELS, NodeReport, encode_report
-
-NAMESPACE = "weft-system"
 pytestmark = needs_crds
-
-
-class World:
-    def __init__(self, server, tmp_path):
-        self.server = server
-        self.kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
-        self.tasks = []
-
-    def start(self, identity="one", **options):
-        about = ControllerOptions(self.kubeconfig, NAMESPACE, identity, **options)
-        controller = Controller(about, backoff=quick)
-        task = asyncio.get_running_loop().create_task(controller.run())
-        self.tasks.append(task)
-        return controller, task
-
-    def report(self, node="a", **report):
-        """What an agent would: in force is everything that there is, or what is said."""
-        everything = {kind: 10**9 for _, kind in KINDS}
-        report = {"ready": True, "versions": everything, "addresses": ("192.0.2.1",), **report}
-        lease = {
-            "apiVersion": "coordination.k8s.io/v1",
-            "kind": "Lease",
-            "metadata": {
-                "name": f"weft-node.{node}",
-                "namespace": NAMESPACE,
-                "labels": LABELS,
-                "annotations": {ANNOTATION: encode_report(NodeReport(node, **report))},
-            },
-            "spec": {"holderIdentity": node, "leaseDurationSeconds": 40},
-        }
-        if self.server.get("coordination.k8s.io/leases", f"weft-node.{node}", NAMESPACE):
-            self.server.change(lease, lease)
-        else:
-            self.server.create(lease)
-
-    def status(self, plural, name, namespace="default"):
-        obj = self.server.get(f"{GROUP}/{plural}", name, namespace)
-        return (obj or {}).get("status", {})
-
-    def conditions(self, plural="gateways", name="gw", namespace="default"):
-        status = self.status(plural, name, namespace)
-        if "parents" in status:
-            status = next(p for p in status["parents"] if p["controllerName"] == CONTROLLER)
-        return {one["type"]: one["status"] for one in status.get("conditions", ())}
-
-    async def until(self, holds):
-        """Looked at whenever something is written."""
-        queues = [self.server.store.watch(one.id) for one in self.server.registry.all()]
-        async with asyncio.timeout(WAIT_S):
-            while not (found := _try(holds)):
-                waits = [asyncio.ensure_future(queue.get()) for queue in queues]
-                _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                for one in pending:
-                    one.cancel()
-        return found
-
-
-def _try(holds):
-    with contextlib.suppress(StopIteration, KeyError, IndexError, TypeError):
-        return holds()
-    return None
 
 
 @pytest.fixture
 async def world(tmp_path):
-    async with ApiServer(bookmark_s=0.05) as server:
-        server.install_crds(CRDS)
-        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-        server.create(namespace)
-        found = World(server, tmp_path)
+    async with controller_world(tmp_path) as found:
         yield found
-        for task in found.tasks:
-            task.cancel()
-        await asyncio.gather(*found.tasks, return_exceptions=True)
 
 
 async def test_statuses_once_the_nodes_have_it_in_force(world):
@@ -255,10 +171,49 @@ async def test_the_next_controller_takes_over_at_once(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_addresses_from_a_pool_static_ones_and_unusable_ones(world):
+    our_class = gateway_class()
+    our_class["metadata"]["annotations"] = {"weft.dev/address-pool": "203.0.113.0/31"}
+    static, nowhere = gateway("static"), gateway("nowhere")
+    static["spec"]["addresses"] = [{"type": "IPAddress", "value": "203.0.113.0"}]
+    nowhere["spec"]["addresses"] = [{"type": "IPAddress", "value": "198.51.100.1"}]
+    # The pool's other address, which one of the nodes has, and not even that.
+    for obj in (our_class, gateway(), static, nowhere, gateway("late")):
+        world.server.create(obj)
+    lacks = "Cannot assign requested address"
+    ports = {"203.0.113.0:80": "", "203.0.113.1:80": "", "198.51.100.1:80": lacks}
+    world.report("a", ports=ports)
+    world.report("b", ports=dict.fromkeys(ports, lacks))
+    world.start()
+
+    def address(name):
+        return [one["value"] for one in world.status("gateways", name)["addresses"]]
+
+    await world.until(lambda: world.conditions(name="static")["Programmed"] == "True")
+    assert address("static") == ["203.0.113.0"]
+    (given,) = await world.until(
+        lambda: [n for n in ("gw", "late") if world.conditions(name=n)["Programmed"] == "True"]
+    )
+    assert address(given) == ["203.0.113.1"]
+    left = {"gw": "late", "late": "gw"}[given]
+
+    def why(name):
+        conditions = world.status("gateways", name)["conditions"]
+        return next(
+            (one["reason"], one["message"]) for one in conditions if one["type"] == "Programmed"
+        )
+
+    await world.until(lambda: why(left)[0] == "AddressNotAssigned")
+    await world.until(lambda: why("nowhere")[0] == "AddressNotUsable")
+    assert "node a: Cannot assign requested address" in why("nowhere")[1]
+    await world.until(lambda: world.events("nowhere")["Warning", "AddressNotUsable"])
+
+
 async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     named = gateway("named", port=8080)
     named["spec"]["addresses"] = [{"value": "192.0.2.9"}]
     labelled = gateway()
+    labelled["spec"]["allowedListeners"] = {"namespaces": {"from": "Same"}}
     labelled["spec"]["infrastructure"] = {"labels": {"team": "shop"}, "annotations": {"a": "b"}}
     for obj in (gateway_class(), labelled, named):
         world.server.create(obj)
@@ -293,6 +248,18 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
         return [one["addresses"][0] for one in found["endpoints"]]
 
     await world.until(lambda: endpoints() == ["10.0.0.1", "10.0.0.2"])
+    # A ListenerSet brings a port of its own.
+    more = {
+        "apiVersion": f"{GROUP}/v1",
+        "kind": "ListenerSet",
+        "metadata": {"name": "more", "namespace": "default"},
+        "spec": {
+            "parentRef": {"name": "gw"},
+            "listeners": [{"name": "more", "port": 8081, "protocol": "HTTP"}],
+        },
+    }
+    world.server.create(more)
+    await world.until(lambda: [p["port"] for p in service()["spec"]["ports"]] == [80, 8081])
     # Deleted by somebody, it is made again; with its Gateway it goes.
     world.server.delete(made)
     await world.until(service)
@@ -302,33 +269,49 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     assert service() is None
 
 
+async def test_a_service_of_somebody_else_is_left_alone(world):
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "weft-gw", "namespace": "default"},
+        "spec": {"ports": [{"port": 9}]},
+    }
+    world.server.create(theirs)
+    for obj in (gateway_class(), gateway()):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    world.start(load_balancer=True)
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    programmed = world.status("gateways", "gw")["conditions"][1]
+    assert "Service default/weft-gw is somebody else's" in programmed["message"]
+    assert [one["port"] for one in world.server.get("/services", "weft-gw")["spec"]["ports"]] == [9]
+    world.server.delete(theirs)
+    await world.until(
+        lambda: world.server.get("/services", "weft-gw")["spec"]["ports"][0]["port"] == 80
+    )
+    world.server.delete(gateway())
+    assert world.server.get("/services", "weft-gw") is None
+
+
 async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
     for obj in (gateway_class(), gateway(), route("r")):
         world.server.create(obj)
     world.report(ports={"0.0.0.0:80": "address in use"})
     world.start()
 
-    def events(name):
-        store = world.server.store
-        return {
-            (one["type"], one["reason"]): one
-            for _, one in store.list("/events", "default", store.revision)
-            if one["involvedObject"]["name"] == name
-        }
-
-    found = await world.until(lambda: events("gw")["Warning", "PortUnavailable"])
+    found = await world.until(lambda: world.events("gw")["Warning", "PortUnavailable"])
     assert "node a: address in use" in found["message"]
     assert (
         found["involvedObject"]["uid"]
         == world.server.get(f"{GROUP}/gateways", "gw")["metadata"]["uid"]
     )
     world.report(ports={"0.0.0.0:80": ""})
-    await world.until(lambda: events("gw")["Normal", "Programmed"])
+    await world.until(lambda: world.events("gw")["Normal", "Programmed"])
     world.report(ports={"0.0.0.0:80": "address in use"})
-    await world.until(lambda: events("gw")["Warning", "PortUnavailable"]["count"] == 2)
+    await world.until(lambda: world.events("gw")["Warning", "PortUnavailable"]["count"] == 2)
     backend = {"backendRefs": [{"name": "nothing", "port": 80}]}
     world.server.change(route("r"), {"spec": {"rules": [backend]}})
-    found = await world.until(lambda: events("r")["Warning", "BackendNotFound"])
+    found = await world.until(lambda: world.events("r")["Warning", "BackendNotFound"])
     assert found["message"].startswith("Gateway/gw: ResolvedRefs is False: ")
 
 

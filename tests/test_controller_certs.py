@@ -7,6 +7,7 @@ import time
 import pytest
 from apiserver.objects import Who
 from apiserver.server import ApiServer
+from controller_world import NAMESPACE, World
 from cryptography import x509
 from kube_world import WAIT_S
 
@@ -15,7 +16,6 @@ from certs.svid import new_request
 from mesh.agent.authority import NoAnswer
 from mesh.agent.authority_cluster import ClusterAuthority
 from mesh.sources.kubernetes_client import Client
-from tests.test_controller import NAMESPACE, World
 
 DOMAIN = "cluster.local"
 CSR = "certificates.k8s.io/certificatesigningrequests"
@@ -163,11 +163,48 @@ async def test_the_next_controller_has_the_same_root(world):
     assert world.server.get("/secrets", "weft-authority", NAMESPACE) == secret
 
 
-async def test_a_cluster_without_trust_bundles_for_pods(world):
+async def test_a_cluster_without_trust_bundles_for_pods_has_config_maps(world):
+    resource = world.server.registry.by_id("certificates.k8s.io/clustertrustbundles")
     world.server.registry.remove("certificates.k8s.io", "clustertrustbundles")
-    world.start(trust_domain=DOMAIN)
-    (answer,) = await (await world.agent("a")).sign([request("web")])
+    controller, first = world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    (answer,) = await a.sign([request("web")])
     assert answer.chain_pem
+    roots = (await a.bundle("")).bundles[DOMAIN]
+
+    def bundle(namespace="shop"):
+        found = world.server.get("/configmaps", "weft-trust-bundle", namespace)
+        return found["data"].get("ca.crt")
+
+    for namespace in ("shop", "default", "kube-system", NAMESPACE):
+        await world.until(lambda namespace=namespace: bundle(namespace) == roots)
+    # A namespace that comes later; one that somebody has changed, one deleted.
+    world.server.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "new"}})
+    await world.until(lambda: bundle("new") == roots)
+    about = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "weft-trust-bundle", "namespace": "shop"},
+    }
+    world.server.change(about, {"data": {"ca.crt": "other"}})
+    await world.until(lambda: bundle() == roots)
+    world.server.delete(about)
+    await world.until(lambda: bundle() == roots)
+    authority = controller.certificates.authority
+    authority._authority.rotate_root(time.time())
+    authority.look_again()
+    await world.until(lambda: bundle().count("BEGIN CERTIFICATE") == 2)
+    # Once the cluster serves them, no ConfigMap is made any more; those that are there are kept.
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    world.server.registry.add(resource)
+    world.server.change(about, {"data": {"ca.crt": "stale"}})
+    world.server.delete({**about, "metadata": {**about["metadata"], "namespace": "new"}})
+    world.start("two", trust_domain=DOMAIN)
+    await world.until(lambda: bundle().count("BEGIN CERTIFICATE") == 2)
+    name = f"weft.dev:workload:{DOMAIN}"
+    assert world.server.get("certificates.k8s.io/clustertrustbundles", name, "")
+    assert world.server.get("/configmaps", "weft-trust-bundle", "new") is None
 
 
 async def test_without_a_controller_there_is_no_answer_and_no_bundle(world, monkeypatch):

@@ -12,6 +12,7 @@ from gateway.status import with_transition_times
 from mesh.model.nodeconfig import Settings
 from tests.gateway_world import (
     BACKEND,
+    CLASS,
     GATEWAY,
     ROUTE,
     World,
@@ -495,6 +496,28 @@ def test_a_younger_gateway_moves_no_older_one() -> None:
     for name in "abcde":
         world.apply(gateway(name, created="2024-01-02T00:00:00Z"))
     assert world.status("Gateway", "z").addresses == before
+
+
+def test_a_class_has_a_pool_of_its_own() -> None:
+    world = World(POOL)
+    own = CLASS.replace("{name: weft,", "{name: weft, annotations: {weft.dev/address-pool: %s},")
+    world.apply(own % "127.8.0.1")
+    world.apply(gateway("a"))
+    assert world.status("Gateway", "a").addresses[0].value == "127.8.0.1"
+    world.apply(own % "'127.8.1.0/30, fd00::/126'")
+    assert world.status("Gateway", "a").addresses[0].value in (
+        *("127.8.1.1", "127.8.1.2"),
+        *("fd00::", "fd00::1", "fd00::2", "fd00::3"),
+    )
+    # With a typing error it has none, and says so.
+    world.apply(own % "127.8.1.1/30")
+    (accepted, *_) = world.status("GatewayClass", "weft", "").conditions
+    assert (accepted.type, accepted.reason) == ("Accepted", "InvalidParameters")
+    assert "annotation weft.dev/address-pool: 127.8.1.1/30" in accepted.message
+    assert not world.of("port")
+    # Without, it has that of the command line.
+    world.apply(CLASS)
+    assert world.status("Gateway", "a").addresses[0].value.startswith("127.9.0.")
 
 
 def test_exhausted_pool() -> None:

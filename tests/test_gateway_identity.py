@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from gateway.control import Options
@@ -197,6 +198,59 @@ def test_modes_that_are_none_are_told() -> None:
     )
     (problem,) = found.told("Pod", "p")
     assert "'none'" in problem
+
+
+def required(ports: str = "", where: str = "ingress", selects: str = "app: web") -> str:
+    """A policy that asks for proof of who connects."""
+    return f"""
+kind: CiliumNetworkPolicy
+metadata: {{name: p}}
+spec:
+  endpointSelector: {{matchLabels: {{{selects}}}}}
+  {where}:
+  - authentication: {{mode: required}}
+    {f"toPorts: [{{ports: [{ports}]}}]" if ports else "{}"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode", "ports"),
+    [
+        (required("{port: '80'}, {port: '81', endPort: 82}"), "DISABLE", (80, 81, 82)),
+        (required("{port: main, protocol: TCP}"), "DISABLE", (8080,)),
+        (required("{port: other}"), "DISABLE", ()),
+        (required("{port: '1', endPort: 9000}"), "STRICT", None),
+        (required().replace("{}", "fromEntities: [all]"), "STRICT", None),
+        (required("{port: '80'}", selects="app: api"), "DISABLE", ()),
+        (required("{port: '80'}", "egress"), "DISABLE", ()),
+        (required("{port: '80'}").replace("required", "disabled"), "DISABLE", ()),
+        (
+            required("{port: '80'}").replace("{name: p}", "{name: p, annotations: {AUDIT}}"),
+            "DISABLE",
+            (),
+        ),
+    ],
+)
+def test_policy_asks_for_mutual_tls_at_the_ports_that_it_selects(
+    policy: str, mode: MtlsMode, ports: tuple[int, ...] | None
+) -> None:
+    """Whatever the pod says, and on all nodes."""
+    policy = policy.replace("AUDIT", 'weft.dev/policy-audit: "true"')
+    here = pod("{weft.dev/mtls: DISABLE, weft.dev/mtls-ports: '80=PERMISSIVE, 7=DISABLE'}")
+    here = here.replace("name: p,", "name: p, labels: {app: web},").replace(
+        "spec: {", "spec: {containers: [{name: c, ports: [{name: main, containerPort: 8080}]}], "
+    )
+    said = {7: "DISABLE", 80: "PERMISSIVE"}
+    for node in ("n1", "n2"):
+        found = World(msgspec.structs.replace(MESH, node=node))
+        for text in (here, policy):
+            found.apply(text)
+        section = workload(found)
+        expected = {} if ports is None else {**said, **dict.fromkeys(ports, "STRICT")}
+        assert (section.mtls, section.mtls_ports) == (mode, expected)
+        found.delete("CiliumNetworkPolicy", "p")
+        section = workload(found)
+        assert (section.mtls, section.mtls_ports) == ("DISABLE", said)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.addresses import Pool, Request, allocate
+from gateway.addresses import Request, allocate, pool_of
 from gateway.control import ControlPlane, Options
 from gateway.hostnames import covers, intersection
 from mesh.model.derive import View
@@ -245,6 +245,9 @@ spec:
   - toCIDR: [192.0.2.8/29]
   - toEndpoints: [{matchLabels: {"k8s:io.kubernetes.pod.namespace": default, tier: web}}]
     toPorts: [{ports: [{port: "8080", protocol: TCP}], rules: {http: [{path: /a}]}}]
+  ingress:
+  - authentication: {mode: required}
+    toPorts: [{ports: [{port: main}, {port: "8080", endPort: 8081}]}]
 """,
     """
 kind: CiliumClusterwideNetworkPolicy
@@ -398,6 +401,7 @@ REQUESTS = st.lists(
         st.lists(st.sampled_from(["", "", "127.9.0.2", "10.9.9.9"]), min_size=1, max_size=2).map(
             tuple
         ),
+        st.sampled_from([("127.9.0.0/29", "fd00::1"), ("127.9.0.0/30",)]),
     ),
     unique_by=lambda request: request.key,
     max_size=6,
@@ -406,17 +410,16 @@ REQUESTS = st.lists(
 
 @given(REQUESTS)
 def test_allocation_is_stable_and_gives_no_address_twice(requests: list[Request]) -> None:
-    pool = Pool(["127.9.0.0/29", "fd00::1"])
-    given_addresses = allocate(pool, requests)
-    assert given_addresses == allocate(pool, list(reversed(requests)))
+    given_addresses = allocate(requests)
+    assert given_addresses == allocate(list(reversed(requests)))
     assigned = [
-        address
+        (request.pool, address)
         for request in requests
         for wanted, address in zip(request.wanted, given_addresses[request.key], strict=True)
         if not wanted and address is not None
     ]
-    assert len(assigned) == len(set(assigned))
-    assert all(address in pool for address in assigned)
+    assert len(assigned) == len({address for _, address in assigned})
+    assert all(address in pool_of(pool) for pool, address in assigned)
     # The younger can go without moving the older.
     older = [request for request in requests if request.created == "2024-01-01T00:00:00Z"]
-    assert allocate(pool, older).items() <= given_addresses.items()
+    assert allocate(older).items() <= given_addresses.items()

@@ -1,33 +1,38 @@
 """Weft into a cluster and out of it: manifests, permissions, and what is checked before."""
 
 import asyncio
-import contextlib
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from apiserver.server import ApiServer
 from click.testing import CliRunner
+from controller_world import World
 from kube_world import (
     CRDS,
     GROUP,
     KUBECTL,
-    following,
+    cilium_crds,
     gateway,
+    gateway_class,
+    needs_cilium_crds,
     needs_crds,
     needs_kubectl,
+    policy,
     quick,
-    route,
+    tls_secret,
 )
 
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
 from mesh.install import manifests
 from mesh.install.cluster import path_of
+from mesh.sources.kubernetes_client import Client, ServerError
 from tests.support.running import PROJECT, running
-from tests.test_controller import World
 
 NAMESPACE = manifests.NAMESPACE
 
@@ -127,15 +132,91 @@ def test_deploy_is_what_install_applies():
     result = CliRunner().invoke(cli, ["install", "--dry-run"])
     printed = list(yaml.safe_load_all(result.output))
     assert printed == manifests.objects()
-    # The chart, as Helm fills it in.
+
+
+def test_the_chart_is_what_install_applies():
+    """By the few rules of Helm's templates that the chart makes use of."""
     chart = PROJECT / "deploy/chart"
     values = yaml.safe_load((chart / "values.yaml").read_text())
+    assert values["agentArgs"] == values["controllerArgs"] == []
     text = "---\n".join(one.read_text() for one in sorted((chart / "templates").glob("*.yaml")))
+    text = re.sub(r"\n *{{- range .*?{{- end }}", "", text, flags=re.S)
+    settings = "".join(f"\n    {line}" for line in yaml.dump(values["settings"]).splitlines())
+    text = text.replace("\n    {{- .Values.settings | toYaml | nindent 4 }}", settings)
     text = text.replace("{{ .Release.Namespace }}", NAMESPACE)
-    text = text.replace("{{ .Values.image }}", values["image"])
+    for name in ("image", "trustDomain"):
+        text = text.replace(f"{{{{ .Values.{name} }}}}", values[name])
     assert "{{" not in text
-    filled = sorted(yaml.safe_load_all(text), key=path_of)
-    assert filled == sorted((one for one in printed if one["kind"] != "Namespace"), key=path_of)
+    _as_installed(yaml.safe_load_all(text))
+
+
+def test_the_chart_as_helm_renders_it():
+    """With Helm's own library (pip install helm-python-sdk, 240 MB), where it is there."""
+    pytest.importorskip("helm_python")
+    done = subprocess.run(
+        [sys.executable, "-c", _RENDER, str(PROJECT / "deploy/chart"), NAMESPACE],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    plain, other = json.loads(done.stdout)
+    _as_installed(one for text in plain.values() for one in yaml.safe_load_all(text))
+    objects = [one for text in other.values() for one in yaml.safe_load_all(text)]
+    by_kind = {one["kind"]: one for one in objects if one["kind"] in ("DaemonSet", "Deployment")}
+    for kind, wanted in (("DaemonSet", ["--x", "a b"]), ("Deployment", ["--load-balancer"])):
+        (container,) = by_kind[kind]["spec"]["template"]["spec"]["containers"]
+        assert container["args"][-1 - len(wanted) :] == ["--trust-domain=other.example", *wanted]
+        assert container["image"] == "other:1"
+    (settings,) = [one for one in objects if one["kind"] == "ConfigMap"]
+    assert yaml.safe_load(settings["data"]["settings.yaml"]) == {"access_log": "off", "n": [1]}
+
+
+_RENDER = """
+import sys, json, helm_python
+chart = helm_python.Chart.load(sys.argv[1])
+other = {
+    "image": "other:1",
+    "trustDomain": "other.example",
+    "settings": {"access_log": "off", "n": [1]},
+    "agentArgs": ["--x", "a b"],
+    "controllerArgs": ["--load-balancer"],
+}
+found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in ({}, other)]
+print(json.dumps([{k: v for k, v in one.items() if k.endswith(".yaml")} for one in found]))
+"""
+
+
+def _as_installed(objects):
+    # Weft's own namespace is Helm's to make.
+    own = path_of({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
+    wanted = (one for one in manifests.objects() if path_of(one) != own)
+    assert sorted(objects, key=path_of) == sorted(wanted, key=path_of)
+
+
+@needs_crds
+@needs_kubectl
+async def test_kubectl_applies_the_kustomization(server, tmp_path):
+    """As a user does who has no weft: checked by kubectl first, made, and the same as installed."""
+    server.install_crds(CRDS)
+    config = server.kubeconfig(tmp_path / "kubeconfig")
+    for dry_run in (["--dry-run=client"], []):
+        process = await asyncio.create_subprocess_exec(
+            *(KUBECTL, f"--kubeconfig={config}", f"--cache-dir={tmp_path}/cache", "apply"),
+            *("-k", str(PROJECT / "deploy/manifests"), *dry_run),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        assert process.returncode == 0, said.decode()
+        assert said.decode().count(" created") == len(manifests.objects())
+    made = stored(server)
+    assert {(one["kind"], one["metadata"]["name"]) for one in manifests.objects()} <= made
+    revision = server.store.revision
+    code, said = await weft("install", f"--kubeconfig={config}")
+    assert code == 0, said
+    pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)
+    assert pod["metadata"]["generation"] == 1
+    assert stored(server) == made
+    assert server.store.revision > revision
 
 
 @needs_kubectl
@@ -147,14 +228,62 @@ def test_the_kustomization_is_whole():
 
 
 @needs_crds
-async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
-    """Agent and controller as they are, on a server that enforces the roles of the manifests."""
+@needs_cilium_crds
+async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
+    """Agent and controller as they are, on a server that enforces the roles of the manifests, doing
+    everything once. Each verb of each resource in each role is made use of."""
     server.install_crds(CRDS)
-    for obj in manifests.objects():
+    for crd in cilium_crds(conditions=True):
+        server.create(crd)
+    for obj in (*manifests.objects(), *_one_of_each()):
         server.create(obj)
-    for obj in (gateway(), route("r")):
-        server.create(obj)
-    agent, controller = "agent-token", "controller-token"
+    # Each status is in conflict once.
+    for plural in (*_WITH_STATUS, "ciliumnetworkpolicies", "ciliumclusterwidenetworkpolicies"):
+        server.faults.once[f"/{plural}/one/status"] = 409
+    agent, controller = (f"system:serviceaccount:{NAMESPACE}:weft-{n}" for n in _COMPONENTS)
+    await _let_in(server)
+    of_agent = server.kubeconfig(tmp_path / "agent", token="agent")
+    of_controller = server.kubeconfig(tmp_path / "controller", token="controller")
+    world = World(server, tmp_path)
+    options = (f"--kubeconfig={of_agent}", "--workers=1", "--admin=off", "--node=a")
+    options += ("--authority=cluster", f"--secrets-namespace={NAMESPACE}-secrets")
+    about = ControllerOptions(
+        of_controller,
+        NAMESPACE,
+        "one",
+        trust_domain="cluster.local",
+        mesh=True,
+        load_balancer=True,
+        secrets_namespace=f"{NAMESPACE}-secrets",
+    )
+    used = server.auth.used
+    with running(tmp_path / "run", *options) as process:
+        found = Controller(about, backoff=quick)
+        task = asyncio.get_running_loop().create_task(found.run())
+        try:
+            await asyncio.to_thread(process.await_status, lambda status: status["ready"])
+            await world.until(lambda: world.conditions("httproutes", "one")["Accepted"] == "True")
+            await _everything(world, found)
+            await world.until(
+                lambda: server.auth.granted(agent) | server.auth.granted(controller) <= used
+            )
+        except TimeoutError:
+            unused = (server.auth.granted(agent) | server.auth.granted(controller)) - used
+            pytest.fail(f"never asked for: {sorted(unused)}")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    assert server.auth.denied == []
+
+
+_COMPONENTS = ("agent", "controller")
+_WITH_STATUS = (
+    *("gatewayclasses", "gateways", "listenersets", "httproutes", "grpcroutes"),
+    "backendtlspolicies",
+)
+
+
+async def _let_in(server):
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -166,38 +295,98 @@ async def test_roles_allow_what_is_done_and_nothing_is_denied(server, tmp_path):
         "authentication.kubernetes.io/pod-name": ["weft-agent-a"],
         "authentication.kubernetes.io/pod-uid": [uid],
     }
-    server.auth.service_account(agent, NAMESPACE, "weft-agent", extra=bound)
-    server.auth.service_account(controller, NAMESPACE, "weft-controller")
+    server.auth.service_account("agent", NAMESPACE, "weft-agent", extra=bound)
+    server.auth.service_account("controller", NAMESPACE, "weft-controller")
     server.auth.token("admin", "admin", groups=["system:masters"])
     server.auth.rbac = True
-    of_agent = server.kubeconfig(tmp_path / "agent", token=agent)
-    of_controller = server.kubeconfig(tmp_path / "controller", token=controller)
-    world = World(server, tmp_path)
-    options = (f"--kubeconfig={of_agent}", "--workers=1", "--admin=off", "--node=a")
-    options += ("--authority=cluster",)
-    about = ControllerOptions(of_controller, NAMESPACE, "one", trust_domain="cluster.local")
-    with running(tmp_path / "run", *options) as process:
-        task = asyncio.get_running_loop().create_task(Controller(about, backoff=quick).run())
-        try:
-            await asyncio.to_thread(process.await_status, lambda status: status["ready"])
-            await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
-            request = "certificates.k8s.io/certificatesigningrequests"
-            await world.until(
-                lambda: [
-                    one
-                    for _, one in server.store.list(request, None, server.store.revision)
-                    if one["status"]["certificate"]
-                ]
-            )
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-    assert server.auth.denied == []
-    # What an agent may not do, or another account.
-    async with following(server, tmp_path, wait=False, token=agent) as source:
-        await source.until(lambda: source.complete)
-        with contextlib.suppress(Exception):
-            path = f"/apis/{GROUP}/v1/namespaces/default/httproutes/r"
-            await source.source.client.request("DELETE", path)
-    assert [one for one in server.auth.denied if "delete" in one]
-    assert server.get(f"{GROUP}/httproutes", "r")
+
+
+def _one_of_each():
+    """Objects named "one" of every kind that has a status."""
+    yield tls_secret("one")
+    server = gateway("one", port=8443)
+    tls = {"certificateRefs": [{"name": "one"}]}
+    https = {"name": "https", "port": 8443, "protocol": "HTTPS", "tls": tls}
+    http = {"name": "http", "port": 8080, "protocol": "HTTP"}
+    server["spec"]["listeners"] = [https, http]
+    server["spec"]["allowedListeners"] = {"namespaces": {"from": "Same"}}
+    yield gateway_class("one")
+    server["spec"]["gatewayClassName"] = "one"
+    yield server
+    parent = {"parentRefs": [{"name": "one"}]}
+    rule = {"backendRefs": [{"name": "one", "port": 80}]}
+    specs = {
+        "HTTPRoute": {**parent, "hostnames": ["a.example"], "rules": [rule]},
+        "GRPCRoute": {**parent, "hostnames": ["b.example"], "rules": [rule]},
+        "ListenerSet": {
+            "parentRef": {"name": "one"},
+            "listeners": [{"name": "more", "port": 8081, "protocol": "HTTP"}],
+        },
+        "BackendTLSPolicy": {
+            "targetRefs": [{"group": "", "kind": "Service", "name": "one"}],
+            "validation": {"hostname": "one.example", "wellKnownCACertificates": "System"},
+        },
+    }
+    for kind, spec in specs.items():
+        metadata = {"name": "one", "namespace": "default"}
+        yield {"apiVersion": f"{GROUP}/v1", "kind": kind, "metadata": metadata, "spec": spec}
+    yield {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "one", "namespace": "default"},
+        "spec": {"ports": [{"port": 80}]},
+    }
+    for kind in ("NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"):
+        yield policy(kind, "one")
+
+
+async def _everything(world, controller):
+    """What happens seldom: an Event again, a Service and a copy of a Secret that are not needed any
+    more, another root."""
+    server = world.server
+    obj = {
+        "apiVersion": f"{GROUP}/v1",
+        "kind": "HTTPRoute",
+        "metadata": {"name": "one", "namespace": "default"},
+    }
+    for name, holds in (("nowhere", "False"), ("one", "True"), ("nowhere", "False")):
+        backend = {"rules": [{"backendRefs": [{"name": name, "port": 80}]}]}
+        server.change(obj, {"spec": backend})
+        await world.until(
+            lambda holds=holds: world.conditions("httproutes", "one")["ResolvedRefs"] == holds
+        )
+    await world.until(lambda: server.get("/services", "weft-one"))
+    await world.until(lambda: server.get("/secrets", "default.one", f"{NAMESPACE}-secrets"))
+    listeners = [{"name": "http", "port": 8080, "protocol": "HTTP"}]
+    address = [{"type": "IPAddress", "value": "127.0.0.1"}]
+    server.change(gateway("one"), {"spec": {"listeners": listeners, "addresses": address}})
+    await world.until(lambda: server.get("/services", "weft-one") is None)
+    authority = controller.certificates.authority
+    authority._authority.rotate_root(time.time())
+    authority.look_again()
+
+
+@needs_crds
+async def test_an_agent_reads_no_secrets_but_the_copies(server, tmp_path):
+    server.install_crds(CRDS)
+    for obj in manifests.objects():
+        server.create(obj)
+    await _let_in(server)
+    client = Client(server.kubeconfig(tmp_path / "agent", token="agent"))
+    await client.open()
+    try:
+        copies = f"/api/v1/namespaces/{NAMESPACE}-secrets/secrets"
+        assert (await client.request("GET", copies))["items"] == []
+        for method, path in (
+            ("GET", "/api/v1/secrets"),
+            ("GET", f"/api/v1/namespaces/{NAMESPACE}/secrets"),
+            ("GET", f"/api/v1/namespaces/{NAMESPACE}/secrets/weft-authority"),
+            ("GET", "/api/v1/namespaces/default/secrets/one"),
+            ("DELETE", f"{copies}/one"),
+            ("DELETE", f"/apis/{GROUP}/v1/namespaces/default/httproutes/one"),
+        ):
+            with pytest.raises(ServerError) as refused:
+                await client.request(method, path)
+            assert refused.value.status == 403
+    finally:
+        await client.close()

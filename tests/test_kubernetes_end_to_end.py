@@ -39,7 +39,8 @@ def create(server, *texts):
 
 
 @asynccontextmanager
-async def controller(kubeconfig):
+async def controller(kubeconfig, *, ends=0):
+    """`ends`: its exit code, once it has been ended."""
     process = await asyncio.create_subprocess_exec(
         *(Path(sys.executable).with_name("weft"), "controller", f"--kubeconfig={kubeconfig}"),
         "--advertise=192.0.2.1",
@@ -49,9 +50,10 @@ async def controller(kubeconfig):
     try:
         yield process
     finally:
-        process.terminate()
+        if process.returncode is None:
+            process.terminate()
         async with asyncio.timeout(WAIT_S):
-            assert await process.wait() == 0
+            assert await process.wait() == ends
 
 
 async def until(server, plural, name, holds):

@@ -18,70 +18,116 @@ pytestmark = needs_root
 
 WEB, CART = (f"spiffe://lab.test/ns/shop/sa/{name}" for name in ("web", "cart"))
 GATEWAY = "spiffe://lab.test/ns/weft-system/sa/weft-gateway"
-CONNECTIONS = 64
+CONNECTIONS, LONG = 64, 8
+# `make rotation` has them live longer.
+LIFE = os.environ.get("WEFT_TEST_SVID_LIFE", "6s")
 
-CONFIG = """
-nodes: [{name: a}, {name: b}]
+CONFIG = f"""
+nodes: [{{name: a}}, {{name: b}}]
 trustDomain: lab.test
-svidLife: 6s
+svidLife: {LIFE}
 pods:
-- {name: web, namespace: shop, node: a, serviceAccount: web}
+- {{name: web, namespace: shop, node: a, serviceAccount: web}}
 - name: cart
   namespace: shop
   node: b
   serviceAccount: cart
   command: [python3, serve.py]
-  ports: [{name: http, port: 8080}]
+  ports: [{{name: http, port: 8080}}, {{name: tcp, port: 9000}}]
 services:
-- {name: cart, namespace: shop, ports: [{name: http, port: 80, targetPort: http}]}
+- name: cart
+  namespace: shop
+  ports: [{{name: http, port: 80, targetPort: http}}, {{name: tcp, port: 90, targetPort: tcp}}]
 """
 
+# HTTP says on which of its connections it was asked. TCP is an echo.
 SERVE = """
-import asyncio
+import asyncio, itertools
+
+numbers = itertools.count(10000)
 
 async def serve(reader, writer):
+    number = next(numbers)
     while (await reader.readuntil(b"\\r\\n\\r\\n")):
-        writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nhello")
+        writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\n%d" % number)
+
+async def echo(reader, writer):
+    while data := await reader.read(1000):
+        writer.write(data)
+    writer.close()
 
 async def main():
+    await asyncio.start_server(echo, None, 9000)
     await (await asyncio.start_server(serve, None, 8080)).serve_forever()
 
 asyncio.run(main())
 """
 
-# Requests on so many connections until standard input ends; then what came of them.
+# Requests on so many connections, and bytes on so many others, each of which stays the same; until
+# standard input ends. Then what came of them. `first`, `last`: the connections of the backend
+# that had the first and the last request of each.
 LOAD = """
 import asyncio, json, sys
 
-async def one(done, bad):
+async def asks(done):
     reader, writer = await asyncio.open_connection("cart", 80)
-    count = 0
+    seen = []
     while not done.is_set():
         writer.write(b"GET / HTTP/1.1\\r\\nHost: cart\\r\\n\\r\\n")
-        try:
-            head = await asyncio.wait_for(reader.readuntil(b"\\r\\n\\r\\n"), 20)
-            body = await reader.readexactly(5)
-        except Exception as error:
-            bad.append(repr(error))
-            return count
-        if not head.startswith(b"HTTP/1.1 200") or body != b"hello":
-            bad.append(repr(head + body))
-            return count
-        count += 1
+        head = await asyncio.wait_for(reader.readuntil(b"\\r\\n\\r\\n"), 20)
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise ValueError(head)
+        seen.append(int(await reader.readexactly(5)))
         await asyncio.sleep(0.25)
     writer.close()
-    return count
+    return seen
+
+async def echoes(done):
+    reader, writer = await asyncio.open_connection("cart", 90)
+    seen = []
+    while not done.is_set():
+        word = b"%d." % len(seen)
+        writer.write(word)
+        if await asyncio.wait_for(reader.readexactly(len(word)), 20) != word:
+            raise ValueError(word)
+        seen.append(0)
+        await asyncio.sleep(0.25)
+    writer.write_eof()
+    if await reader.read():
+        raise ValueError("more than was said")
+    return seen
 
 async def main():
-    done, bad = asyncio.Event(), []
-    work = [asyncio.ensure_future(one(done, bad)) for _ in range(int(sys.argv[1]))]
+    done = asyncio.Event()
+    work = [asyncio.ensure_future(asks(done)) for _ in range(int(sys.argv[1]))]
+    long = [asyncio.ensure_future(echoes(done)) for _ in range(int(sys.argv[2]))]
     print("begun", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     done.set()
-    counts = await asyncio.gather(*work)
-    print(json.dumps({"requests": sum(counts), "least": min(counts), "bad": bad[:5]}))
+    seen = await asyncio.gather(*work, *long, return_exceptions=True)
+    bad = [repr(one) for one in seen if isinstance(one, BaseException)]
+    asked = [] if bad else seen[:len(work)]
+    print(json.dumps({
+        "bad": bad[:5],
+        "least": 0 if bad else min(map(len, seen)),
+        "first": [one[0] for one in asked],
+        "last": [one[-1] for one in asked],
+    }))
 
 asyncio.run(main())
+"""
+
+# Says what it does with a connection that stays open: each line of its input is echoed there.
+HOLD = """
+import socket, sys
+try:
+    with socket.create_connection(("cart", 90), timeout=60) as connection:
+        for line in sys.stdin:
+            connection.sendall(line.encode())
+            print("same" if connection.recv(100) == line.encode() else "ended", flush=True)
+        print("closed" if not connection.recv(100) else "more", flush=True)
+except OSError as error:
+    print(type(error).__name__, flush=True)
 """
 
 
@@ -120,8 +166,20 @@ def issuers(lab, name):
 
 
 def fetch(lab):
-    done = lab.run("web", "curl", "-sS", "--max-time", "10", "http://cart/")
-    return done.stdout
+    """The status of a request."""
+    ask = ("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "10")
+    return lab.run("web", *ask, "http://cart/").stdout
+
+
+def outliving(lab):
+    """How many tunnels the nodes say are older than a certificate they were made with."""
+    return {name: node(lab, name)["tunnels"]["outliving"] for name in ("a", "b")}
+
+
+def metric(lab, name, label):
+    """Of node a, by a label."""
+    found = node(lab, "a", "/metrics-json")["items"]
+    return {one["labels"][label]: one["value"] for one in found if one["name"] == name}
 
 
 def test_every_node_has_the_identities_of_its_own_pods(lab):
@@ -133,15 +191,17 @@ def test_every_node_has_the_identities_of_its_own_pods(lab):
         sections = node(lab, name, "/config")["sections"]
         assert "BEGIN CERTIFICATE" in sections["bundle/lab.test"]["roots_pem"]
         assert sections["settings"]["gateway_spiffe_id"] == GATEWAY
-    assert fetch(lab) == "hello"
+    assert fetch(lab) == "200"
     assert "the authority of lab.test runs" in lab.weft("status").stdout
 
 
 def test_replaced_under_load(lab):
-    """SVIDs many times, the intermediate and the root, and nobody notices."""
+    """SVIDs, the intermediate and the root: no request fails, HTTP is on other tunnels at the end,
+    and those of TCP are the same ones, older than their certificates, as status says."""
     before = roots(lab)
+    counts = (str(CONNECTIONS), str(LONG))
     with subprocess.Popen(
-        [*lab.arguments("exec"), "web", "--", "python3", "-c", LOAD, str(CONNECTIONS)],
+        [*lab.arguments("exec"), "web", "--", "python3", "-c", LOAD, *counts],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -153,33 +213,61 @@ def test_replaced_under_load(lab):
         authority(lab, "POST", "/v1/rotate/root")
         until(lambda: "retiring" in roots(lab).values())
         until(lambda: len(roots(lab)) == 1)
+        until(lambda: outliving(lab) == {"a": LONG, "b": LONG})
+        shown = lab.node("a", "status").stdout
         said, _ = load.communicate(timeout=LIMIT_S)
     told = json.loads(said)
     assert told["bad"] == []
     assert told["least"] > 0
+    assert not set(told["first"]) & set(told["last"])
+    assert f"older than their certificates: {LONG}" in shown
     assert not set(before) & set(roots(lab))
     for name in ("a", "b"):
         pem = node(lab, name, "/config")["sections"]["bundle/lab.test"]["roots_pem"]
         assert pem.count("BEGIN CERTIFICATE") == 1
         assert not any("SVID" in text for text in node(lab, name)["degraded"])
+    until(lambda: outliving(lab) == {"a": 0, "b": 0})
 
 
 def test_without_the_authority(lab):
-    """What is held stays in use; what has expired is gone, and status says why; then it is back."""
+    """What is held stays in use, and people see the time count down; what has expired is gone, open
+    connections with it, and status says why; then it is back."""
     cgroup = f"{cgroup_root()}/{lab.name}/_system/_authority"
     (pid,) = members(cgroup)
     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
     os.kill(pid, signal.SIGKILL)
-    assert fetch(lab) == "hello"
+    expires = f"the SVID of {WEB} cannot be renewed, it expires in"
 
     def degraded():
         return " ".join(node(lab, "a")["degraded"])
 
-    until(lambda: f"the SVID of {WEB} cannot be renewed, it expires in" in degraded())
-    assert lab.weft("status").returncode == 1
-    until(lambda: f"{WEB} has no valid SVID, so its connections" in degraded())
+    with subprocess.Popen(
+        [*lab.arguments("exec"), "web", "--", "python3", "-c", HOLD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as held:
+
+        def echoed():
+            held.stdin.write("word\n")
+            return held.stdout.readline()
+
+        assert echoed() == "same\n"
+        until(lambda: expires in degraded())
+        assert fetch(lab) == "200"
+        assert echoed() == "same\n"
+        first = degraded()
+        until(lambda: expires in degraded() and degraded() != first)
+        assert lab.weft("status").returncode == 1
+        until(lambda: f"{WEB} has no valid SVID, so its connections" in degraded())
+        held.stdin.close()
+        assert held.stdout.readline() == "ConnectionResetError\n"
     assert "Connection refused" in degraded()
     assert f"svid/{WEB}" not in node(lab, "a", "/config")["sections"]
+    assert fetch(lab) == "503"
+    assert metric(lab, "weft_svid_expiry_seconds", "spiffe_id")[WEB] == 0
+    assert metric(lab, "weft_svid_issuance_failures_total", "reason")["no_answer"] > 0
 
     with subprocess.Popen(
         command,
@@ -189,5 +277,5 @@ def test_without_the_authority(lab):
     ) as process:
         until(lambda: all(one["notAfter"] for one in node(lab, "a")["svids"]))
         until(lambda: "SVID" not in degraded())
-        until(lambda: fetch(lab) == "hello")
+        until(lambda: fetch(lab) == "200")
         process.kill()

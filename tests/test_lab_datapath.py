@@ -16,12 +16,16 @@ import pytest
 from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
 
+from bpf import maps
+from bpf.reasons import Reason
 from mesh.lab.cgroups import cgroup_root, members
+from mesh.lab.state import LabDir
 
 pytestmark = [needs_root, needs_bpf]
 
 # HTTP/1.0: the proxy makes a connection for each request.
 _SERVE = """
+import socketserver, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -29,7 +33,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", "100000")
         self.end_headers()
         self.wfile.write(bytes(100000))
-ThreadingHTTPServer(("", 8080), Handler).serve_forever()
+threading.Thread(target=ThreadingHTTPServer(("", 8080), Handler).serve_forever).start()
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self):
+        while data := self.request.recv(1000):
+            self.request.sendall(data)
+socketserver.ThreadingTCPServer(("", 7000), Echo).serve_forever()
 """
 CONFIG = f"""
 nodes: [{{name: a}}]
@@ -37,9 +46,11 @@ outside: [{{name: client}}]
 pods:
   - name: web
     command: [python3, -c, {json.dumps(_SERVE)}]
-    ports: [{{name: http, port: 8080}}]
+    ports: [{{name: http, port: 8080}}, {{name: echo, port: 7000}}]
   - {{name: idle}}
-services: [{{name: web, ports: [{{name: http, port: 80, targetPort: http}}]}}]
+services:
+  - {{name: web, ports: [{{name: http, port: 80, targetPort: http}}]}}
+  - {{name: echo, selector: {{app: web}}, ports: [{{name: echo, port: 7, targetPort: echo}}]}}
 manifests: [gateway.yaml]
 """
 _GATEWAY = """
@@ -81,7 +92,28 @@ while not select.select([sys.stdin], [], [], 0)[0]:
     connection.close()
 print(json.dumps(said))
 """
-NODE, VIP = "172.18.0.2", "10.96.0.10"
+# At each line of standard input something by the connection of the beginning, and by a new one.
+_KEEP = """
+import socket, sys
+def echoed(connection):
+    connection.sendall(b"x")
+    return connection.recv(1) == b"x" and connection.getpeername() == (sys.argv[1], 7)
+with socket.create_connection((sys.argv[1], 7)) as kept:
+    print(echoed(kept), flush=True)
+    for line in sys.stdin:
+        with socket.create_connection((sys.argv[1], 7)) as new:
+            print(echoed(kept), echoed(new), flush=True)
+"""
+_SPOOF = """
+import socket, sys
+from pyroute2 import IPRoute
+with IPRoute() as netlink:
+    netlink.addr("add", index=netlink.link_lookup(ifname="eth0")[0], address=sys.argv[1], mask=32)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    client.bind((sys.argv[1], 0))
+    client.sendto(b"x", (sys.argv[2], 7))
+"""
+NODE, VIP, ECHO_VIP = "172.18.0.2", "10.96.0.10", "10.96.0.11"
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +187,57 @@ def test_requests_through_the_gateway_while_weft_starts_anew(lab: Lab, patch: st
         until(lambda: counters(lab)["REDIRECTED"] > 0)
     assert since_the_first(said) == ["ok"]
     assert lab.weft("status").returncode == 0
+
+
+def test_a_pod_that_could_not_be_filtered_is_tried_again(lab: Lab) -> None:
+    files = LabDir(lab.run_dir, lab.name).weft("a")
+    record = next(files.pods.glob("*.json"))
+    [link] = [
+        one for one in (files.pins / "links").iterdir() if one.name == f"{record.stem}_pod_egress"
+    ]
+    link.unlink()
+    link.mkdir()  # in its place
+    end_weft(lab)
+
+    def degraded() -> list[str]:
+        found = json.loads(lab.node("a", "status", "-o", "json").stdout or "{}")
+        return list(found.get("degraded", ["not there"]))
+
+    until(lambda: any(f"attach the filter to {record.stem}" in text for text in degraded()))
+    link.rmdir()
+    until(lambda: degraded() == [])
+    assert link.is_file()
+
+
+def test_the_kernel_goes_on_when_all_of_weft_is_killed(lab: Lab) -> None:
+    files = LabDir(lab.run_dir, lab.name)
+    node, pod = files.existing_plan().node("a"), "default/web"
+    [address] = [one.addresses[0] for one in files.existing_plan().pods if one.key == pod]
+    keeper = int(json.loads((files.nodes / "a.json").read_text())["pid"])
+    command = lab.arguments("exec", "idle", "--", "python3", "-c", _KEEP, ECHO_VIP)
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        assert client.stdout.readline() == "True\n"
+        os.kill(keeper, signal.SIGSTOP)  # else it starts another at once
+        try:
+            for pid in members(cgroup_root() / node.proxy_cgroup):
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: not members(cgroup_root() / node.proxy_cgroup))
+            client.stdin.write("\n")
+            assert client.stdout.readline() == "True True\n"
+            before = maps.counters(files.weft("a").pins)[Reason.SPOOFED]
+            lab.python("idle", _SPOOF, "192.0.2.99", address)
+            assert maps.counters(files.weft("a").pins)[Reason.SPOOFED] == before + 1
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+        until(lambda: lab.weft("status").returncode == 0)
+        client.stdin.write("\n")
+        assert client.stdout.readline() == "True True\n"
+        client.stdin.close()
+    assert client.returncode == 0
 
 
 def test_a_data_path_that_comes_late(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
 pytestmark = [needs_root, needs_bpf]
 
 MARKER = "in-plain-sight"
-ECHO, STRICT, ALONE = "10.244.1.3", "10.244.1.4", "10.244.1.5"
+ECHO, STRICT, ALONE, ASKED = "10.244.1.3", "10.244.1.4", "10.244.1.5", "10.244.1.6"
 # HTTP: the path is the answer. TCP: an echo.
 _WEB = """
 import http.server
@@ -92,18 +92,37 @@ pods:
     ports: [{{name: tcp-echo, port: 9000}}]
   # No Service leads to it.
   - {{name: alone, node: b, command: [python3, -c, {json.dumps(_ECHO)}]}}
+  # A policy asks for what it does not want itself.
+  - name: asked
+    node: b
+    annotations: {{weft.dev/mtls: DISABLE}}
+    command: [python3, -c, {json.dumps(_ECHO)}]
+    ports: [{{name: tcp-echo, port: 9000}}]
   - {{name: client, node: a, serviceAccount: client}}
   - {{name: plain, node: a, labels: {{app: plain, weft.dev/mesh: disabled}}}}
 services:
   - {{name: web, ports: [{{name: http, port: 80, targetPort: http}}]}}
   - {{name: echo, ports: [{{name: tcp, port: 9000, targetPort: tcp-echo}}]}}
   - {{name: strict, ports: [{{name: tcp, port: 9000, targetPort: tcp-echo}}]}}
+manifests: [policies]
+"""
+_REQUIRED = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: asked}
+spec:
+  endpointSelector: {matchLabels: {app: asked}}
+  ingress:
+  - authentication: {mode: required}
+    toPorts: [{ports: [{port: tcp-echo, protocol: TCP}]}]
 """
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with lab_of(tmp_path_factory.mktemp("lab"), "tn", CONFIG) as lab:
+    directory = tmp_path_factory.mktemp("lab")
+    (directory / "policies").mkdir()
+    with lab_of(directory, "tn", CONFIG) as lab:
         done = lab.up()
         assert done.returncode == 0, done.stderr
         yield lab
@@ -167,10 +186,35 @@ def test_plain_clients_are_seen_and_taken_by_permissive_pods_only(lab: Lab, plai
     with captured(lab) as packets:
         assert say(lab, plain, ECHO) == f"same {len(MARKER)}"
     assert [packet for packet in packets if MARKER.encode() in packet]  # so the capture can see
+    if plain == "plain":  # who is no workload leaves no record of what succeeds
+        way = ("--from", "default/plain", "--to", "default/echo")
+        until(lambda: [one.get("encryption", "none") for one in flows(lab, "a", *way)] == ["none"])
     assert say(lab, "client", "strict") == f"same {len(MARKER)}"
     before = refused(lab)
     assert say(lab, plain, STRICT) in ("ConnectionResetError", "ConnectionRefusedError")
     until(lambda: refused(lab) > before)
+
+
+def test_policy_may_ask_for_mutual_tls(lab: Lab) -> None:
+    """A port at which it is required is STRICT, whatever the pod says of itself."""
+    file = lab.file.parent / "policies" / "asked.yaml"
+    with captured(lab) as packets:
+        assert say(lab, "client", ASKED) == f"same {len(MARKER)}"
+    assert [packet for packet in packets if MARKER.encode() in packet]
+    file.write_text(_REQUIRED)
+    try:
+        until(lambda: say(lab, "plain", ASKED) != f"same {len(MARKER)}")
+        with captured(lab) as packets:
+            assert say(lab, "client", ASKED) == f"same {len(MARKER)}"
+        assert not [packet for packet in packets if MARKER[:8].encode() in packet]
+        before = refused(lab)
+        assert say(lab, "plain", ASKED) in ("ConnectionResetError", "ConnectionRefusedError")
+        until(lambda: refused(lab) > before)
+        # The node's own connections, such as a kubelet's probes, are none of others.
+        assert say(lab, "node/b", ASKED) == f"same {len(MARKER)}"
+    finally:
+        file.unlink()
+    until(lambda: say(lab, "plain", ASKED) == f"same {len(MARKER)}")
 
 
 def test_both_nodes_tell_who_it_was(lab: Lab) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from bpf_world import needs_bpf
-from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
+from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, pod_world
 
 from bpf import events, layout, maps, settings
@@ -75,7 +75,15 @@ def test_the_rules_of_the_pod_that_is_connected_to(world: PodWorld, version: int
     world.enforce({**KNOWN, **policy("a", ingress=only(allow(WORLD)))})
     with world.listen("a", A[version]) as server:
         assert world.attempt("b", server) == DENIED
-        world.enforce({**KNOWN, **policy("a", ingress=only(allow(authenticated=True)))})
+        proven = {**KNOWN, **policy("a", ingress=only(allow(authenticated=True)))}
+        world.enforce(proven)
+        assert world.attempt("b", server) == DENIED
+        world.enforce({**proven, **SVIDS})
+        assert world.attempt("b", server) == ANSWERED
+        proven = {**KNOWN, **policy(egress=only(allow(authenticated=True)))}
+        world.enforce(proven)
+        assert world.attempt("b", server) == DENIED
+        world.enforce({**proven, **SVIDS})
         assert world.attempt("b", server) == ANSWERED
 
 

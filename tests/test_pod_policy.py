@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from bpf_world import needs_bpf
-from pod_policies import A_ONLY, KNOWN, VERSIONS, WORLD, allow, only, policy, tcp
+from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, arrived, checksum, pod_world
 
 from bpf.enforcement import Enforcement
@@ -46,6 +46,7 @@ _INGRESS = {
     "deny above allow": (only(allow(), allow(A_ONLY, deny=True)), False, True),
     "deny everybody above allow": (only(allow(A_ONLY), allow(deny=True)), False, False),
     "by mutual TLS or here": (only(allow(authenticated=True)), True, False),
+    "unproven": (only(allow(authenticated=True)), False, False),
     "only requests": (only(PolicyRule("x", None, (), http=())), False, False),
     "audit": (Direction(default_deny=True, audit=True), True, True),
 }
@@ -55,7 +56,8 @@ _INGRESS = {
 @pytest.mark.parametrize("case", _INGRESS)
 def test_ingress(world: PodWorld, case: str, version: int) -> None:
     ingress, pod, elsewhere = _INGRESS[case]
-    world.enforce({**KNOWN, **policy(ingress=ingress)})
+    svids = {} if case == "unproven" else SVIDS
+    world.enforce({**KNOWN, **svids, **policy(ingress=ingress)})
     told = ("answered", {"POLICY_AUDIT": 1}) if case == "audit" else ANSWERED
     with world.listen("b", B[version]) as server:
         assert world.attempt("a", server) == (told if pod else DENIED)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
+from pod_policies import KNOWN, SPIFFE, SVIDS
 from pod_world import NODE, OUT, A, B, PodWorld, arrived, pod_world
 
-from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.nodeconfig import SvidSection
 
 pytestmark = needs_bpf
 
@@ -23,17 +25,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PodWorld]:
         yield world
 
 
-def section(name: str, **more: object) -> WorkloadSection:
-    addresses = tuple({"a": A, "b": B}[name].values())
-    return WorkloadSection("shop", name, addresses, node="n1", local=True, identity=300, **more)
-
-
 def sections(**of_b: object) -> dict[str, object]:
-    return {
-        "workload/shop/a": section("a"),
-        "workload/shop/b": section("b", **of_b),
-        "node/n1": NodeSection("n1", tuple(NODE.values())),
+    strict = {
+        key: msgspec.structs.replace(KNOWN[key], **changes)
+        for key, changes in (("workload/shop/a", {"mtls": "STRICT"}), ("workload/shop/b", of_b))
     }
+    return {**KNOWN, **SVIDS, **strict}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -51,6 +48,26 @@ def test_who_reaches_a_strict_port(world: PodWorld, version: int) -> None:
     world.enforce(sections(mtls="PERMISSIVE"))
     with world.listen("b", B[version]) as server:
         assert world.attempt("out", server) == ANSWERED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("lacking", SPIFFE.values())
+def test_pods_of_one_node_need_valid_svids_both(
+    world: PodWorld, version: int, lacking: str
+) -> None:
+    """One that has expired is no section any more."""
+    world.enforce(sections(mtls="STRICT"))
+    with world.listen("b", B[version]) as server:
+        assert world.attempt("a", server) == ANSWERED
+        assert world.enforcement.apply({}, (f"svid/{lacking}",)) == {}
+        assert world.attempt("a", server) == REFUSED
+        assert world.attempt("node", server) == ANSWERED
+        # An SVID of somebody else is of no use.
+        other = SvidSection("spiffe://cluster.local/ns/shop/sa/c", "", "", 0)
+        assert world.enforcement.apply({"svid/" + other.spiffe_id: other}) == {}
+        assert world.attempt("a", server) == REFUSED
+        assert world.enforcement.apply({f"svid/{lacking}": SVIDS[f"svid/{lacking}"]}) == {}
+        assert world.attempt("a", server) == ANSWERED
 
 
 @pytest.mark.parametrize("version", VERSIONS)

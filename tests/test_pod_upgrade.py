@@ -27,7 +27,7 @@ if sys.argv[1] == "--pin":
     del sys.argv[2]
     sys.exit(loader.main())
 Enforcement(pin, "n1").replace({**KNOWN, **policy(ingress=only())})
-versions.take_over_flows(pin)
+versions.take_over(pin)
 assert podfilter.renew(pin, records) == []
 """
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import msgspec
 import pytest
 from support.http1 import raw_backend
 from support.mesh import CLIENT, MeshProxy, ask, connected, mesh_proxy, mesh_route, service
@@ -21,6 +22,7 @@ from support.proxy import (
     to,
 )
 from support.proxy import rule as route_rule
+from support.two_nodes import Authority, spiffe
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo, relayed
 
@@ -190,9 +192,19 @@ async def test_a_section_that_cannot_be_in_force_refuses_everything_until_it_goe
 
 
 async def test_what_only_authenticated_peers_may_do_is_for_those_of_this_node():
+    """Those with SVIDs, both of them."""
+    authority = Authority()
     async with mesh_proxy() as mesh, backend() as web:
         port = serve(mesh, web.port, ingress=closed(rule("P", authenticated=True)))
         mesh.origins.steer("127.0.1.9")
+        named = {
+            key: msgspec.structs.replace(section, spiffe_id=spiffe(section.name))
+            for key, section in WHO.items()
+        }
+        assert mesh.apply(named | authority.bundle()) == {}
+        for account in ("client", "web"):
+            assert (await ask(port)).status == 403
+            assert mesh.apply(authority.svid(spiffe(account))) == {}
         assert (await ask(port)).status == 200
         assert (await ask(port, client="127.0.1.9")).status == 403
 

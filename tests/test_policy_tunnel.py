@@ -111,6 +111,25 @@ async def test_in_audit_mode_requests_are_told_of_and_bytes_are_left_alone():
             assert await reader.readexactly(11) == b"\x00no request"
 
 
+async def test_what_a_relayed_client_says_of_itself_is_taken_off_where_requests_are_read():
+    """Its own node has not read them."""
+    forged = ("X-Forwarded-Client-Cert: URI=forged", "X-Forwarded-For: 6.6.6.6")
+    told = [("x-forwarded-for", CLIENT), ("x-forwarded-client-cert", f"URI={spiffe('client')}")]
+    async with two_nodes() as nodes, backend() as web:
+        identify(nodes)
+        port = nodes.relay(web.port)
+        ingress(nodes, rule("P", ME, http=http(path="/public")))
+        for asks in (False, True):
+            section = nodes.b.config.sections[workload_key("shop", "web")]
+            section = msgspec.structs.replace(section, client_headers=asks)
+            assert nodes.b.apply({workload_key("shop", "web"): section}) == {}
+            async with connected(port) as (reader, writer):
+                writer.write(get("/public", "web", *forged).encode())
+                assert (await read_message(reader)).status == 200
+            found = web.requests[-1].headers
+            assert found == [("host", "web"), *(told if asks else [("x-forwarded-for", "6.6.6.6")])]
+
+
 async def test_bytes_that_are_no_request_do_not_pass_there():
     async with two_nodes() as nodes, raw_backend(echo) as web:
         identify(nodes)

@@ -277,6 +277,41 @@ async def test_fields_of_newer_versions_are_passed_over_in_built_in_kinds(server
         assert obj.spec.ports[0].port == 80
 
 
+async def test_of_pods_and_namespaces_only_what_is_needed(server, tmp_path):
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "p",
+            "labels": {"app": "p"},
+            "annotations": {"weft.dev/sockmap": "disabled", "example.com/big": "x" * 1000},
+        },
+        "spec": {"nodeName": "b", "serviceAccountName": "s", "containers": [{"name": "c"}]},
+    }
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "n"}}
+    server.create(pod)
+    server.create(namespace)
+    kinds = frozenset(("Pod", "Namespace"))
+    async with following(server, tmp_path, kinds=kinds) as source:
+        (found,) = source.state["Pod"].values()
+        assert found.metadata.annotations == {"weft.dev/sockmap": "disabled"}
+        assert (found.spec.node_name, found.metadata.labels) == ("b", {"app": "p"})
+        before = len(source.told)
+        server.change(pod, {"metadata": {"annotations": {"example.com/big": "y"}}})
+        server.change(pod, {"metadata": {"labels": {"app": "q"}}})
+        await source.until(lambda: len(source.told) > before)
+        assert [name for kind, name, _ in source.told[before:]] == ["p"]
+        # Of namespaces nothing but metadata is asked for.
+        server.change(namespace, {"metadata": {"labels": {"weft.dev/mesh": "disabled"}}})
+        key = ObjectKey("", "n")
+        await source.until(
+            lambda: source.state["Namespace"][key].metadata.labels.get("weft.dev/mesh")
+        )
+    asked = [accept for path, accept in server.accepted if "/namespaces" in path]
+    assert asked
+    assert all("PartialObjectMetadata" in accept for accept in asked)
+
+
 async def test_large_objects_survive(server, tmp_path):
     big = config_map("big")
     big["data"]["ca.crt"] = "x" * 1_500_000

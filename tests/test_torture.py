@@ -23,7 +23,7 @@ from torture.programs import Programs, build
 from torture.run import Goal, torture
 from torture.scene import Target, make_scene
 from torture.sockets import Sockets
-from torture.verdict import QUEUE_BOUND, Evidence, Paths, problems
+from torture.verdict import QUEUE_BOUND, REDIRECT_BOUND, Evidence, Paths, problems
 
 from bpf.reasons import Reason
 from mesh.lab.kernel import create_netns, inside, remove_netns, write_sysctls
@@ -196,7 +196,7 @@ GOOD = Evidence(
     paths={"r/echo": Paths(3, 3), "r/off": Paths(0, 6)},
     pairs={"r/echo": 10},
     queue=(QUEUE_BOUND, "r/echo"),
-    redirect_queue=(0, ""),
+    redirect_queue=(REDIRECT_BOUND, "r/echo"),
     counts={"a": {**dict.fromkeys(Reason, 0), Reason.REDIRECT_MISSED: 1}},
 )
 TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), False))
@@ -207,6 +207,10 @@ TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), Fa
     [
         ({}, None),
         ({"queue": (QUEUE_BOUND + 1, "r/echo")}, "a connection of r/echo was charged for 4096 KiB"),
+        (
+            {"redirect_queue": (REDIRECT_BOUND + 1, "r/echo")},
+            "a connection of r/echo was charged for 1024 KiB that came by redirect",
+        ),
         ({"mixed": ["r/c: 5 bytes"]}, "by redirect and by TCP: r/c: 5 bytes"),
         ({"totals": GOOD.totals._replace(by_redirect=0)}, "no client got anything by redirect"),
         ({"totals": GOOD.totals._replace(broken=0)}, "1 redirects missed, and only 0 transfers"),

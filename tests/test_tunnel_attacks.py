@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -33,6 +34,7 @@ from certs.spiffe import parse, to_sni
 from l7proxy import metrics, tunnel_wire
 from l7proxy.tunnel_wire import Preface
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings, SvidSection
+from mesh.model.section import svid_key
 
 CLIENT_ID, WEB_ID, OTHER_ID = spiffe("client"), spiffe("web"), spiffe("other")
 ASKED = to_sni(parse(WEB_ID))
@@ -273,29 +275,113 @@ async def test_who_says_nothing_is_not_waited_for():
         assert nodes.b.proxy._admission.total == 0
 
 
-async def test_nothing_is_resumed_and_no_data_comes_early(tmp_path):
-    """OpenSSL's own client gets no ticket to come back with, and so cannot send early data."""
+async def test_no_data_comes_early(tmp_path):
+    """OpenSSL's own client gets a ticket, which allows none."""
     async with two_nodes(FAST) as nodes:
         section = svid(nodes.authority)
-        chain, session = tmp_path / "chain", tmp_path / "session"
+        chain, session, early = (tmp_path / name for name in ("chain", "session", "early"))
         chain.write_text(section.key_pem + section.chain_pem)
-        process = await asyncio.create_subprocess_exec(
-            "openssl", "s_client", "-connect", f"{nodes.addresses['b']}:{MESH_TUNNEL_PORT}",
-            "-bind", f"{nodes.addresses['a']}:0", "-servername", ASKED, "-alpn", "weft/1",
-            "-cert", str(chain), "-cert_chain", str(chain), "-sess_out", str(session),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        # An answer has come, and with it whatever else the server had to say.
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"WEFT\x02\x00\x01\xc0")
-        output = await process.stdout.read()
-        await process.wait()
-        assert b"ALPN protocol: weft/1" in output
-        assert b"tunnel version 2 is not spoken here" in output
-        assert b"Session Ticket" not in output
-        assert b"Early data was not sent" in output
-        assert not session.exists()
+        early.write_bytes(tunnel_wire.encode(Preface("shop/client", WEB, 1)))
+
+        async def client(*more: str) -> bytes:
+            process = await asyncio.create_subprocess_exec(
+                "openssl", "s_client", "-connect", f"{nodes.addresses['b']}:{MESH_TUNNEL_PORT}",
+                "-bind", f"{nodes.addresses['a']}:0", "-servername", ASKED, "-alpn", "weft/1",
+                "-cert", str(chain), "-cert_chain", str(chain), *more,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            # An answer has come, and with it whatever else the server had to say.
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"WEFT\x02\x00\x01\xc0")
+            output = await process.stdout.read()
+            await process.wait()
+            assert b"ALPN protocol: weft/1" in output
+            assert b"tunnel version 2 is not spoken here" in output
+            return output
+
+        first = await client("-sess_out", str(session))
+        assert b"Max Early Data: 0" in first
+        again = await client("-sess_in", str(session), "-early_data", str(early))
+        assert b"Reused, TLSv1.3" in again
+        assert b"Early data was not sent" in again
+
+
+class Resuming:
+    """A peer that is not Weft and keeps its sessions."""
+
+    def __init__(self, nodes: TwoNodes, section: SvidSection) -> None:
+        self.nodes = nodes
+        self.context = peer_context(nodes.authority, section)
+        self.session: ssl.SSLSession | None = None
+
+    def _ask(self, preface: Preface, sni: str) -> tuple[bool, str]:
+        there = (self.nodes.addresses["b"], MESH_TUNNEL_PORT)
+        plain = socket.create_connection(there, 5, (self.nodes.addresses["a"], 0))
+        with self.context.wrap_socket(
+            plain, server_hostname=sni, session=self.session
+        ) as connection:
+            connection.sendall(tunnel_wire.encode(preface))
+            try:
+                answer = connection.recv(1000)
+            except OSError:
+                answer = b""
+            self.session = connection.session
+            reused = bool(connection.session_reused)
+            return reused, str(tunnel_wire.msgspec.msgpack.decode(answer[7:])) if answer else "cut"
+
+    async def ask(self, preface: Preface, sni: str = ASKED) -> tuple[bool, str]:
+        """Whether the session before was resumed, and what was answered; "cut": nothing."""
+        return await asyncio.to_thread(self._ask, preface, sni)
+
+
+async def test_sessions_are_resumed_between_the_same_two_only():
+    async with two_nodes(FAST) as nodes, backend() as web, agent_of(nodes.b) as agent:
+        nodes.pod("db", "127.0.1.9", "b")
+        nodes.hold("b", "db")
+        peer = Resuming(nodes, svid(nodes.authority))
+        to_web = Preface("shop/client", WEB, web.port)
+        assert await peer.ask(to_web) == (False, "{}")
+        assert await peer.ask(to_web) == (True, "{}")
+        # Who it is and where to is judged as ever.
+        for preface, reason in (
+            (Preface("shop/web", WEB, web.port), "pod_node"),
+            (Preface("shop/client", "127.0.1.9", web.port), "target_identity"),
+            (Preface("shop/client", WEB, web.port, "proof"), "session"),
+        ):
+            reused, answer = await peer.ask(preface)
+            assert reused
+            assert reason in answer
+        # Another identity's session, to an identity that this peer has never shown itself to.
+        reused, answer = await peer.ask(
+            Preface("shop/client", "127.0.1.9", web.port), to_sni(parse(spiffe("db")))
+        )
+        assert (reused, answer) == (True, "cut")
+        reasons = [flow.reason for flow in await agent.records(6)]
+        assert reasons[-1] == "wrong_identity"
+
+
+@pytest.mark.parametrize("change", ["roots", "svid", "expired"])
+async def test_sessions_end_with_what_they_were_made_with(change):
+    async with two_nodes(FAST) as nodes, backend() as web, agent_of(nodes.b) as agent:
+        until = life(1.5 if change == "expired" else 3600)
+        peer = Resuming(nodes, svid(nodes.authority, valid=until))
+        preface = Preface("shop/client", WEB, web.port)
+        assert await peer.ask(preface) == (False, "{}")
+        if change == "roots":
+            new = Authority()
+            nodes.b.apply(nodes.authority.bundle(new))
+            assert await peer.ask(preface) == (False, "{}")
+            return
+        if change == "svid":
+            nodes.b.apply({}, (svid_key(WEB_ID),))
+            with pytest.raises(ssl.SSLError):
+                await peer.ask(preface)
+            return
+        while time.time() < until.not_after.timestamp():
+            await asyncio.sleep(0.05)
+        assert await peer.ask(preface) == (True, "cut")
+        assert (await agent.records(2))[-1].reason == "expired"
 
 
 # --- who is connected to --------------------------------------------------------------------------

@@ -122,12 +122,23 @@ async def test_modes_say_what_is_plain():
         assert await encryption() == "none"
         nodes.pod("web", WEB, "b", mtls="STRICT")
         assert await encryption() == "mtls_required"
-        # Both on one node: attested by its kernel.
+        # Both on one node: attested by its kernel, if both have SVIDs.
         nodes.pod("client", CLIENT, "a")
+        nodes.hold("a", "web")
         nodes.pod("web", WEB, "a", mtls="STRICT")
         assert await encryption() == "local"
+        for account in ("client", "web"):
+            nodes.hold("a", account, life(-1))
+            assert await encryption() == "svid_expired"
+            nodes.pod("web", WEB, "a")
+            assert await encryption() == "none"
+            nodes.pod("web", WEB, "a", mtls="STRICT")
+            nodes.hold("a", account)
+            assert await encryption() == "local"
         nodes.pod("web", WEB, "a", spiffe_id="")
         assert await encryption() == "none"
+        nodes.pod("web", WEB, "a", spiffe_id="", mtls="STRICT")
+        assert await encryption() == "mtls_required"
 
 
 async def test_a_node_without_an_authority_connects_plainly_but_not_to_strict_ports():
@@ -235,6 +246,49 @@ async def test_http_ends_after_the_request_in_flight():
         assert web.connections == 2
 
 
+# --- sessions -------------------------------------------------------------------------------------
+
+
+async def test_a_tunnel_after_another_resumes_its_session_while_the_identities_stay():
+    async with two_nodes() as nodes, raw_backend(echo) as web:
+        port = nodes.relay(web)
+
+        async def resumed() -> list[bool]:
+            """At each end of a new tunnel."""
+            async with connected(port) as (reader, writer):
+                writer.write(b"a")
+                assert await reader.read(1) == b"a"
+                found = [
+                    tunnel.stream.ssl.session_reused
+                    for proxy in (nodes.a, nodes.b)
+                    for tunnel in set().union(*proxy.proxy.tunnels._by_key.values())
+                ]
+            while tunnels("out") or tunnels("in"):
+                await asyncio.sleep(0)
+            return found
+
+        assert await resumed() == [False, False]
+        assert await resumed() == [True, True]
+        assert await resumed() == [True, True]
+        nodes.hold("a", "client")
+        assert await resumed() == [False, False]
+        assert await resumed() == [True, True]
+        new = Authority()
+        nodes.a.apply(nodes.authority.bundle(new))
+        assert await resumed() == [False, False]
+        nodes.b.apply(nodes.authority.bundle(new))
+        assert await resumed() == [False, False]
+        assert await resumed() == [True, True]
+        # As long as the other end is to be expected to have another SVID.
+        credentials = nodes.a.proxy._credentials
+        (key,) = credentials._sessions
+        kept = credentials._sessions[key]
+        left = credentials.until(key.own) - kept.until
+        assert 1500 < left < 2100
+        credentials._sessions[key] = kept._replace(until=0)
+        assert await resumed() == [False, False]
+
+
 # --- renewal --------------------------------------------------------------------------------------
 
 
@@ -280,6 +334,18 @@ async def test_tcp_ends_with_a_certificate_that_is_not_renewed(node: str, accoun
         nodes.hold(node, account, life(2))
         async with echoing(nodes) as (reader, _):
             assert await ended_by_reset(reader)
+
+
+async def test_tcp_ends_where_a_renewal_cannot_be_proved():
+    """What the other end is not shown does not count there."""
+    async with two_nodes() as nodes:
+        nodes.hold("a", "client", life(2))
+        async with echoing(nodes) as (reader, _):
+            nodes.b.proxy.unlisten((nodes.addresses["b"], MESH_TUNNEL_PORT))
+            nodes.hold("a", "client")
+            before = counted("not_renewed")
+            assert await ended_by_reset(reader)
+            assert counted("not_renewed") > before
 
 
 async def test_everything_is_rotated_under_load_and_no_request_fails():

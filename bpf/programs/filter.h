@@ -1,5 +1,6 @@
 /* The filter on each pod's interface on the node: a pod sends from its own addresses only; what
- * comes to one that takes nothing but mutual TLS comes from this node; and policy is kept.
+ * comes to one that takes nothing but mutual TLS comes from this node, from pods only if both are
+ * proven; and policy is kept.
  *
  * A packet that the node's own stack made has come in by no interface: the proxy's, a probe's. Its
  * senders are trusted with all pods, and the proxy has judged what it passes on. A packet of a pod
@@ -108,7 +109,10 @@ static __always_inline u32 refusal(const struct flow_key *flow, u16 port, u32 fl
 	pod = ingress ? pod_at(peer->address) : pod_at(opener->address);
 	if (!pod)
 		return 0;
-	safe = ingress ? flags & FLOW_FROM_POD : is_local_pod(peer);
+	if (ingress)
+		safe = flags & FLOW_FROM_POD && are_proven(pod, opener->address);
+	else
+		safe = are_proven(pod, peer->address);
 	if (unreadable) {
 		policed = ingress ? POD_POLICED << POD_INGRESS_SHIFT : POD_POLICED;
 		if (ingress && !safe)

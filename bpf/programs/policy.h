@@ -8,14 +8,6 @@
 /* One bit for each direction, from the left. */
 #define POLICY_KEY_BITS 96
 
-static __always_inline int is_local_pod(const struct target *end)
-{
-	struct address address = {};
-
-	__builtin_memcpy(address.words, end->address, sizeof(address.words));
-	return interfaces.lookup(&address) != 0;
-}
-
 static __always_inline u32 identity_of(const u32 *address)
 {
 	struct prefix key = whole(address);
@@ -34,8 +26,19 @@ static __always_inline struct pod *pod_at(const u32 *address)
 	return pods.lookup(&key);
 }
 
+/* Whether both ends are pods of this node that hold valid SVIDs: who they are the kernel knows. */
+static __always_inline int are_proven(const struct pod *pod, const u32 *other)
+{
+	struct pod *found;
+
+	if (!(pod->flags & POD_PROVEN))
+		return 0;
+	found = pod_at(other);
+	return found && found->flags & POD_PROVEN;
+}
+
 /* Why a pod's policy refuses it, or would (POLICY_AUDIT); 0: it does not. `safe`: both ends are
- * pods of this node, or it goes by mutual TLS. */
+ * proven, here or by mutual TLS. */
 static __always_inline u32 policy_refusal(const struct pod *pod, u32 direction, u32 identity,
 					  u8 protocol, u16 port, int safe, u32 *rule)
 {

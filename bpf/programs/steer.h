@@ -69,13 +69,13 @@ static __always_inline u32 socket_refusal(const struct client *client, const str
 		return 0;
 	if (pod)
 		reason = policy_refusal(pod, EGRESS, identity_of(to->address), to->protocol,
-					to->port, relayed || is_local_pod(to), rule);
+					to->port, relayed || are_proven(pod, to->address), rule);
 	if (reason != REASON_POLICY_DENIED) {
 		pod = relayed ? 0 : pod_at(to->address);
 		reason = 0;
 		if (pod)
 			reason = policy_refusal(pod, INGRESS, client->identity, to->protocol,
-						to->port, 1, rule);
+						to->port, are_proven(pod, client->from.words), rule);
 	}
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }

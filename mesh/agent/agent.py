@@ -232,7 +232,7 @@ def _source(options: AgentOptions) -> tuple[Source, Client | None]:
     # 12 MB that nobody needs who has no cluster; so also below.
     from mesh.sources.kubernetes import KubernetesSource
 
-    source = KubernetesSource(options.kubeconfig)
+    source = KubernetesSource(options.kubeconfig, secrets_namespace=options.secrets_namespace)
     return source, source.client
 
 

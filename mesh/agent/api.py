@@ -116,6 +116,10 @@ class Api:
         if not node.synced:
             degraded += [problem.message for problem in node.problems]
         address = self._admin.address
+        tunnels = None
+        if node.svids is not None:
+            found = await asyncio.to_thread(metrics.tunnels, self._run_dir.metrics)
+            tunnels = {"out": found.out, "in": found.in_, "outliving": found.outliving}
         return _json(
             {
                 "agent": {"pid": os.getpid(), "started": self._started},
@@ -156,6 +160,7 @@ class Api:
                 "datapath": {reason.name: count for reason, count in node.kernel.counters().items()}
                 if node.kernel is not None
                 else None,
+                "tunnels": tunnels,
                 "svids": svid_status.identities(node.svids) if node.svids is not None else None,
                 "problems": dict(Counter(problem.level for problem in self._all_problems())),
             }

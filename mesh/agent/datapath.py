@@ -77,13 +77,15 @@ class Datapath:
         self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._enforced: dict[SectionKey, EnforcedSection] = {}
-        # What is not as it should be: in all, of sending by redirect, of pods.
+        # What is not as it should be: in all, of sending by redirect, of requests that pass by the
+        # proxy, of pods.
         self._broken: str | None = None
         self._by_tcp: str | None = None
+        self._through: str | None = None
         self._unfiltered: list[str] = []
         self._tests = 0
         self._tested = False
-        self._redirects = False
+        self._redirects = self._pairs = False
         self._loaded = False
         # Everything that the kernel is to send to is there; it was told so.
         self._ready = False
@@ -116,7 +118,7 @@ class Datapath:
 
     @property
     def _settled(self) -> bool:
-        return self._broken is None and self._tested
+        return self._broken is None and self._tested and not self._unfiltered
 
     async def _attempt(self) -> None:
         """Whatever is still to be done."""
@@ -152,6 +154,8 @@ class Datapath:
         self._tests += 1
         mode = self._options.mode
         self._redirects = mode != "proxy" and verdict.redirect is None
+        self._pairs = self._options.pairs and self._redirects and verdict.pairs is None
+        self._through = verdict.pairs if self._options.pairs else None
         if not self._redirects:
             # Programs that are attached by now may have been told otherwise.
             left = pins.other_versions(self.pins)
@@ -218,6 +222,8 @@ class Datapath:
             result.append(f"{what}: {self._broken}")
         if self._by_tcp is not None:
             result.append(f"the proxy sends to workloads by TCP, not by redirect: {self._by_tcp}")
+        if self._through is not None:
+            result.append(f"all requests go through the proxy: {self._through}")
         return [*result, *self._unfiltered]
 
     def _break(self, error: Exception) -> None:
@@ -282,10 +288,12 @@ class Datapath:
                 self.pins,
                 self._options.cgroup,
                 self._options.proxy_cgroup,
-                pairs=self._options.pairs and self._redirects,
+                pairs=self._pairs,
             )
-            versions.take_over_flows(self.pins)
+            versions.take_over(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
+            if self._unfiltered:
+                self._again.set()
         except (DatapathError, OSError) as error:
             self._break(error)
             self._again.set()

@@ -53,13 +53,15 @@ class Steering(NamedTuple):
 
 class AgentOptions(NamedTuple):
     """`manifests` None: objects come from the API server that `kubeconfig` (None: the environment,
-    or the pod's service account) leads to, and `namespace` is Weft's own there. `admin` None: no
+    or the pod's service account) leads to, and `namespace` is Weft's own there; Secrets are
+    the copies in `secrets_namespace`, unless that is "". `admin` None: no
     admin port; `steer` None: no eBPF; `flow_buffer`: flow records held; `authority`: its socket for
     this node, or CLUSTER; None: there is none."""
 
     manifests: Path | None
     kubeconfig: Path | None
     namespace: str
+    secrets_namespace: str
     run_dir: Path
     control_fd: int
     workers: int
@@ -77,6 +79,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--manifests", type=Path)
     parser.add_argument("--kubeconfig", type=Path)
     parser.add_argument("--namespace", default=DEFAULT_NAMESPACE)
+    parser.add_argument("--secrets-namespace", default="")
     parser.add_argument("--run-dir", type=Path, default=default_run_dir())
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--workers", type=int, default=1)
@@ -102,6 +105,7 @@ def parse(arguments: list[str]) -> AgentOptions:
         manifests=manifests(args),
         kubeconfig=args.kubeconfig,
         namespace=args.namespace,
+        secrets_namespace=args.secrets_namespace,
         run_dir=args.run_dir,
         control_fd=args.control_fd,
         workers=args.workers,

@@ -47,6 +47,13 @@ import click
     help="Gateways that name no address get a Service of type LoadBalancer in front of the nodes,"
     " and show its address.",
 )
+@click.option(
+    "--secrets-namespace",
+    metavar="NAMESPACE",
+    default="",
+    help="Copy the Secrets that listeners refer to into this namespace, where the nodes' weft up"
+    " --secrets-namespace read them.  [default: they read the Secrets themselves]",
+)
 @click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
 def controller(
     kubeconfig: Path | None,
@@ -57,6 +64,7 @@ def controller(
     mesh: bool,
     trust_domain: str,
     load_balancer: bool,
+    secrets_namespace: str,
 ) -> None:
     """Write the statuses of a cluster's Gateway API objects.
 
@@ -87,6 +95,7 @@ def controller(
             advertise=tuple(check_address("--advertise", text) for text in advertise),
             mesh=mesh,
             load_balancer=load_balancer,
+            secrets_namespace=secrets_namespace,
             trust_domain=check_trust_domain(trust_domain) if trust_domain else "",
         )
     except (OptionError, BadSpiffeId) as error:

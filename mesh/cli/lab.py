@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -76,9 +77,19 @@ def lab() -> None:
     help="Put the lab's objects on this API server and let the nodes read from there; they stay"
     " when the lab goes.",
 )
+@click.option(
+    "--kubernetes",
+    is_flag=True,
+    help="The same with the API server of $KUBECONFIG, or else of ~/.kube/config.",
+)
 @_run_dir_option
 def up(
-    file: Path | None, name: str | None, wait: float, kubeconfig: Path | None, run_dir: Path
+    file: Path | None,
+    name: str | None,
+    wait: float,
+    kubeconfig: Path | None,
+    kubernetes: bool,
+    run_dir: Path,
 ) -> None:
     """Make the lab that FILE describes, and leave it running.
 
@@ -93,6 +104,10 @@ def up(
         if not _EXAMPLE.exists():
             raise UsageError("say which FILE describes the lab: no example is installed")
         file = _EXAMPLE
+    if kubernetes and kubeconfig is None:
+        kubeconfig = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
+        if not kubeconfig.is_file():
+            raise UsageError(f"{kubeconfig} is no file: say with --kubeconfig where the cluster is")
     start = time.monotonic()
     status = make(file, run_dir, name, wait, kubeconfig)
     plan = status.plan

@@ -104,6 +104,12 @@ def cli() -> None:
     help="Weft's own namespace in the cluster, where the node's Lease is.",
 )
 @click.option(
+    "--secrets-namespace",
+    metavar="NAMESPACE",
+    help="Read Secrets there, as weft controller --secrets-namespace copies them, and nowhere else."
+    "  [default: in all namespaces]",
+)
+@click.option(
     "--workers",
     type=click.IntRange(1, 256),
     help="Proxy processes.  [default: one per core]",

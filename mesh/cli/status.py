@@ -48,6 +48,8 @@ def _show(status: dict[str, Any]) -> None:
     click.echo(f"flows:      {_flows(status['flows'])}")
     if status["datapath"] is not None:
         click.echo(f"datapath:   {_counts(status['datapath'])}")
+    if status["tunnels"] is not None:
+        click.echo(f"tunnels:    {_tunnels(status['tunnels'])}")
     click.echo()
     table(
         ["WORKER", "PID", "CONFIGURATION", "STATE"],
@@ -90,6 +92,12 @@ def _flows(flows: dict[str, Any]) -> str:
     seen = _counts(flows["seen"])
     lost = _counts(flows["lost"])
     return f"{seen}; lost: {lost}" if lost != "none" else seen
+
+
+def _tunnels(tunnels: dict[str, int]) -> str:
+    told = f"{tunnels['out']} to other nodes, {tunnels['in']} from them"
+    outliving = tunnels["outliving"]
+    return f"{told}; older than their certificates: {outliving}" if outliving else told
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -1,5 +1,5 @@
-"""The cluster's authority: kept in a Secret, published in a ConfigMap, in the hands of the one
-controller that leads.
+"""The cluster's authority: kept in a Secret, published in a ConfigMap for agents and by
+mesh.controller.bundles for pods, in the hands of the one controller that leads.
 
 What is done is written to the Secret before anybody sees it: a bundle is published and a
 certificate signed only once the state they belong to is on the server. Knows where things are kept;
@@ -25,7 +25,8 @@ from certs.authority import Authority, Issued, Lives
 from certs.errors import AuthorityError
 from certs.spiffe import SpiffeId
 from certs.wire import BundleAnswer
-from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME, SIGNER
+from mesh.controller.bundles import KEY, Bundles
+from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME
 from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
 
 _log = logging.getLogger("weft.controller")
@@ -45,6 +46,7 @@ class ClusterAuthority:
         namespace: str,
         trust_domain: str,
         have_it: Callable[[str], bool],
+        bundles: Bundles,
         lives: Lives | None = None,
     ) -> None:
         self.ready = asyncio.Event()
@@ -52,6 +54,7 @@ class ClusterAuthority:
         self._namespace = namespace
         self._trust_domain = trust_domain
         self._have_it = have_it
+        self._bundles = bundles
         self._lives = lives or Lives()
         self._authority: Authority | None = None
         self._version = ""
@@ -158,36 +161,15 @@ class ClusterAuthority:
             "metadata": {"name": BUNDLE_NAME, "namespace": self._namespace},
             "data": {
                 BUNDLE_KEY: msgspec.json.encode(answer).decode(),
-                **{f"{name}.pem": pem for name, pem in bundles.items()},
+                KEY: own.to_pem(),
             },
         }
         path = f"/api/v1/namespaces/{self._namespace}/configmaps/{BUNDLE_NAME}"
         query = {"fieldManager": MANAGER, "force": "true"}
         await self._client.request("PATCH", path, query, body, content_type=APPLY)
-        await self._publish_for_pods(own.trust_domain, own.to_pem())
+        await self._bundles.publish(own.trust_domain, own.to_pem())
         self._tag = tag
         _log.info("trust bundle of %s: %d roots", own.trust_domain, own.to_pem().count("BEGIN"))
-
-    async def _publish_for_pods(self, trust_domain: str, pem: str) -> None:
-        """As a ClusterTrustBundle, which pods can mount, where the cluster has them."""
-        # Bundles of a signer begin with its name, a colon in place of the slash.
-        name = f"{SIGNER.replace('/', ':')}:{trust_domain}"
-        for version in ("v1", "v1beta1", "v1alpha1"):
-            body = {
-                "apiVersion": f"certificates.k8s.io/{version}",
-                "kind": "ClusterTrustBundle",
-                "metadata": {"name": name},
-                "spec": {"signerName": SIGNER, "trustBundle": pem},
-            }
-            path = f"/apis/certificates.k8s.io/{version}/clustertrustbundles/{name}"
-            query = {"fieldManager": MANAGER, "force": "true"}
-            try:
-                await self._client.request("PATCH", path, query, body, content_type=APPLY)
-            except ServerError as error:
-                if error.status == 404:
-                    continue
-                raise
-            return
 
 
 def _read(file: Path) -> bytes:

@@ -35,12 +35,19 @@ _MAX_ADDRESSES = 16
 
 
 class Balancers:
-    """Made while `enabled`. `wants(key)`: whether a Gateway is to have one."""
+    """Made while `enabled`. `wants(key)`: whether a Gateway is to have one; `ports(key)`: those of
+    its listeners."""
 
-    def __init__(self, source: KubernetesSource, wants: Callable[[ObjectKey], bool]) -> None:
+    def __init__(
+        self,
+        source: KubernetesSource,
+        wants: Callable[[ObjectKey], bool],
+        ports: Callable[[ObjectKey], tuple[int, ...]],
+    ) -> None:
         self.enabled = False
         self._source = source
         self._wants = wants
+        self._ports = ports
         self._nodes: tuple[str, ...] = ()
         self._dirty: set[ObjectKey] = set()
         self._applied: dict[str, Json] = {}
@@ -60,7 +67,10 @@ class Balancers:
         addresses = self._addresses(key)
         if addresses:
             return msgspec.structs.replace(status, addresses=addresses[:_MAX_ADDRESSES])
-        why = f"Service {key.namespace}/{service_name(key.name)} has been given no address yet"
+        name = f"Service {key.namespace}/{service_name(key.name)}"
+        why = f"{name} has been given no address yet"
+        if self._foreign(key):
+            why = f"{name} is somebody else's: rename it, and the Gateway gets one of its own"
         conditions = tuple(
             make("Programmed", "False", "AddressNotAssigned", why, one.observed_generation)
             if one.type == "Programmed" and one.status == "True"
@@ -69,7 +79,14 @@ class Balancers:
         )
         return msgspec.structs.replace(status, addresses=(), conditions=conditions)
 
+    def _foreign(self, key: ObjectKey) -> bool:
+        """Whether there is a Service of the name that Weft has not made."""
+        there = self._source.get("Service", ObjectKey(key.namespace, service_name(key.name)))
+        return there is not None and there.metadata.labels.get(_MANAGED_LABEL) != _MANAGED_BY
+
     def _addresses(self, key: ObjectKey) -> tuple[GatewayStatusAddress, ...]:
+        if self._foreign(key):
+            return ()
         written = self._source.written("Service", ObjectKey(key.namespace, service_name(key.name)))
         ingress = ((written.status if written else {}).get("loadBalancer") or {}).get("ingress")
         return tuple(
@@ -100,21 +117,24 @@ class Balancers:
                     backoff.reset()
 
     async def _bring_about(self, key: ObjectKey) -> None:
+        if self._foreign(key):
+            return
         gateway = self._source.get("Gateway", key)
         name = service_name(key.name)
         there = self._source.get("Service", ObjectKey(key.namespace, name))
-        if isinstance(gateway, Gateway) and self._wants(key):
+        # A Service has to have a port.
+        if isinstance(gateway, Gateway) and self._wants(key) and self._ports(key):
             if there is None:
                 # Deleted by somebody, or not there yet.
                 self._applied.pop(_path("v1", "services", key.namespace, name), None)
-            for path, body in _objects(gateway, self._nodes):
+            for path, body in _objects(gateway, self._ports(key), self._nodes):
                 if self._applied.get(path) != body:
                     query = {"fieldManager": MANAGER, "force": "true"}
                     await self._source.client.request(
                         "PATCH", path, query, body, content_type=APPLY
                     )
                     self._applied[path] = body
-        elif there is not None and there.metadata.labels.get(_MANAGED_LABEL) == _MANAGED_BY:
+        elif there is not None:
             path = _path("v1", "services", key.namespace, name)
             await self._source.client.request("DELETE", path)
             self._applied.pop(path, None)
@@ -133,7 +153,9 @@ def _path(version: str, plural: str, namespace: str, name: str) -> str:
     return object_path(version, plural, {"namespace": namespace, "name": name})
 
 
-def _objects(gateway: Gateway, nodes: tuple[str, ...]) -> list[tuple[str, Json]]:
+def _objects(
+    gateway: Gateway, ports: tuple[int, ...], nodes: tuple[str, ...]
+) -> list[tuple[str, Json]]:
     """The Service, and an EndpointSlice for each family of addresses."""
     name, namespace = service_name(gateway.metadata.name), gateway.metadata.namespace
     infrastructure = gateway.spec.infrastructure
@@ -155,7 +177,6 @@ def _objects(gateway: Gateway, nodes: tuple[str, ...]) -> list[tuple[str, Json]]
             }
         ],
     }
-    ports = sorted({listener.port for listener in gateway.spec.listeners})
     service: Json = {
         "apiVersion": "v1",
         "kind": "Service",

@@ -10,6 +10,7 @@ from pathlib import Path
 from l7proxy.tasks import spawn
 from mesh.authority.pods import Placement
 from mesh.controller.authority import ClusterAuthority
+from mesh.controller.bundles import Bundles
 from mesh.controller.signer import PATH, QUERY, Signer
 from mesh.sources.kubernetes import KubernetesSource
 from mesh.sources.kubernetes_client import Backoff
@@ -32,7 +33,10 @@ class Certificates:
         backoff: Callable[[], Backoff],
     ) -> None:
         client = source.client
-        self.authority = ClusterAuthority(client, namespace, trust_domain, have_bundle)
+        self.bundles = Bundles(source, namespace, backoff)
+        self.authority = ClusterAuthority(
+            client, namespace, trust_domain, have_bundle, self.bundles
+        )
         self._placement = Placement(trust_domain)
         self._signer = Signer(client, namespace, self.authority, self._placement, source.get)
         self._requests = Reflector(client, PATH, self._signer, query=QUERY, backoff=backoff)
@@ -46,7 +50,7 @@ class Certificates:
         self._tend()
 
     def led(self, leading: bool) -> None:
-        self._leading = leading
+        self._leading = self.bundles.enabled = leading
         self._tend()
 
     def _tend(self) -> None:
@@ -64,6 +68,7 @@ class Certificates:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._requests.run(), name="requests")
                 group.create_task(self._signer.run(), name="signer")
+                group.create_task(self.bundles.run(), name="trust bundles")
         finally:
             if self._tending is not None:
                 self._tending.cancel()

@@ -25,12 +25,14 @@ from mesh.controller.certificates import Certificates
 from mesh.controller.election import Election
 from mesh.controller.events import Recorder
 from mesh.controller.nodes import Nodes
-from mesh.controller.writer import Ident, Writer
+from mesh.controller.secrets import Copies
+from mesh.controller.writer import Ident, Wanted, Writer
 from mesh.model.gateway import GatewayStatus, GatewayStatusAddress
 from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import LABELS
 from mesh.model.references import ParentReference, RouteStatus
 from mesh.model.section import SectionKey
+from mesh.policy.spec import KINDS as POLICY_KINDS
 from mesh.sources.kubernetes import KubernetesSource
 from mesh.sources.kubernetes_client import Backoff
 from mesh.sources.kubernetes_watch import Reflector
@@ -51,7 +53,8 @@ class ControllerOptions(NamedTuple):
     """`kubeconfig` None: the environment's, or the pod's service account. `identity`: this
     controller's, unlike any other's. `mesh`: nodes run with --steer. `trust_domain`: whose
     identities are signed, "" none's. `load_balancer`: Gateways that name no address get a Service
-    of that type, not the nodes' addresses."""
+    of that type, not the nodes' addresses. `secrets_namespace`: where nodes find copies of the
+    Secrets that they need; "": they read the Secrets themselves."""
 
     kubeconfig: Path | None
     namespace: str
@@ -62,13 +65,14 @@ class ControllerOptions(NamedTuple):
     mesh: bool = False
     trust_domain: str = ""
     load_balancer: bool = False
+    secrets_namespace: str = ""
 
 
 class _Held(NamedTuple):
     """Statuses that become true once the nodes have these versions in force."""
 
     needed: Mapping[str, int]
-    statuses: Mapping[Ident, msgspec.Struct | None]
+    statuses: Mapping[Ident, Wanted]
 
 
 class Controller:
@@ -88,8 +92,10 @@ class Controller:
         self.nodes = Nodes(self._wake.set)
         self._source = KubernetesSource(
             options.kubeconfig,
-            kinds=frozenset((*INPUTS, *ROUTE_KINDS)),
+            # Without a mesh, policies are somebody else's to enforce, and to speak of.
+            kinds=frozenset((*INPUTS, *ROUTE_KINDS, *(POLICY_KINDS if options.mesh else ()))),
             seen=self._seen,
+            secrets_namespace=options.secrets_namespace,
             backoff=backoff,
         )
         client = self._source.client
@@ -102,7 +108,11 @@ class Controller:
             backoff,
         )
         self.balancers = (
-            Balancers(self._source, lambda key: ("Gateway", key) in self._on_nodes)
+            Balancers(
+                self._source,
+                lambda key: ("Gateway", key) in self._on_nodes,
+                self._plane.gateway_ports,
+            )
             if options.load_balancer
             else None
         )
@@ -118,6 +128,11 @@ class Controller:
             if options.trust_domain
             else None
         )
+        self.copies = (
+            Copies(self._source, options.secrets_namespace, self._wake.set, backoff)
+            if options.secrets_namespace
+            else None
+        )
         self._leases = Reflector(
             client,
             f"/apis/coordination.k8s.io/v1/namespaces/{options.namespace}/leases",
@@ -130,7 +145,10 @@ class Controller:
         self._binds: Mapping[PortKey, str] = {}
         self._refusals: Mapping[SectionKey, str] = {}
         self._held: list[_Held] = []
-        self._on_nodes: dict[Ident, GatewayStatus] = {}
+        self._on_nodes: dict[Ident, Wanted] = {}
+        # Of the objects that statuses are derived from.
+        self._uids: dict[Ident, str] = {}
+        self._derived: dict[Ident, msgspec.Struct | None] = {}
         self._addresses: tuple[str, ...] = ()
         self._addresses_changed = False
 
@@ -152,6 +170,8 @@ class Controller:
             group.create_task(self._watch_over(), name="waiting")
             if self.balancers is not None:
                 group.create_task(self.balancers.run(), name="load balancers")
+            if self.copies is not None:
+                group.create_task(self.copies.run(), name="secrets")
             if self.certificates is not None:
                 group.create_task(self.certificates.run(), name="certificates")
 
@@ -176,12 +196,19 @@ class Controller:
         if kind == "Service" and self.balancers is not None:
             self._addresses_changed = True
             self._wake.set()
+        if self.copies is not None and kind == "Secret":
+            self.copies.look_again()
+        if self.certificates is not None:
+            self.certificates.bundles.seen(kind, key)
 
     def _led(self, leading: bool) -> None:
         self.writer.enabled = leading
         if self.balancers is not None:
             self.balancers.enabled = leading
             self.balancers.look_again([key for _, key in self._on_nodes])
+        if self.copies is not None:
+            self.copies.enabled = leading
+            self.copies.look_again()
         if self.certificates is not None:
             self.certificates.led(leading)
         if leading:
@@ -194,7 +221,8 @@ class Controller:
             self._wake.clear()
             if self._synced:
                 self._derive()
-                self._release()
+                if self.copies is None or self.copies.settled():
+                    self._release()
                 if self.certificates is not None:
                     self.certificates.authority.look_again()
 
@@ -204,7 +232,7 @@ class Controller:
             held = self._held[0] if self._held else None
             await asyncio.sleep(_LONG_S)
             if held is not None and self._held and self._held[0] is held:
-                who = "; ".join(self.nodes.lagging(held.needed))
+                who = "; ".join(self.nodes.lagging(self._still(held.needed)))
                 _log.warning("statuses have waited for %g s for %s", _LONG_S, who)
 
     def _derive(self) -> None:
@@ -216,36 +244,70 @@ class Controller:
             binds=_difference(self._binds, answer.binds),
         )
         self._refusals, self._binds = answer.refusals, answer.binds
+        if self.copies is not None:
+            self.copies.derived(changes.get("Secret", {}))
+            self.copies.want(self._plane.wanted_secrets())
         for cell, error in outcome.failures.items():
             _log.error("defect in deriving %s of %s", *cell, exc_info=error)
-        if outcome.statuses:
-            self._held.append(_Held(self._needed, outcome.statuses))
+        if statuses := self._whose(changes, outcome.statuses):
+            self._held.append(_Held(self._needed, statuses))
+
+    def _whose(
+        self,
+        changes: Mapping[str, Mapping[ObjectKey, Any]],
+        statuses: Mapping[Ident, msgspec.Struct | None],
+    ) -> dict[Ident, Wanted]:
+        """Statuses that are new, or those of another object now that has taken the name."""
+        result = {}
+        for ident, status in statuses.items():
+            self._derived[ident] = status
+            result[ident] = Wanted(status, "")
+        for kind, objects in changes.items():
+            for key, obj in objects.items():
+                ident = kind, key
+                uid = "" if obj is None else obj.metadata.uid or ""
+                if self._uids.get(ident, "") != uid and ident in self._derived:
+                    result[ident] = Wanted(self._derived[ident], "")
+                self._uids[ident] = uid
+                if not uid:
+                    del self._uids[ident]
+        for ident, wanted in result.items():
+            result[ident] = wanted._replace(uid=self._uids.get(ident, ""))
+            if wanted.status is None:
+                del self._derived[ident]
+        return result
 
     def _release(self) -> None:
         """Statuses that have become true, the newest of each object."""
-        true: dict[Ident, msgspec.Struct | None] = {}
-        while self._held and self.nodes.have(self._held[0].needed):
+        true: dict[Ident, Wanted] = {}
+        while self._held and self.nodes.have(self._still(self._held[0].needed)):
             true.update(self._held.pop(0).statuses)
-        addresses = self.nodes.addresses()
+        # With no node that serves nothing is said, not even this.
+        addresses = self.nodes.addresses() or self._addresses
         if addresses != self._addresses or self._addresses_changed:
             self._addresses, self._addresses_changed = addresses, False
             true = {**self._on_nodes, **true}
         if self.balancers is not None:
             self.balancers.nodes_changed(addresses)
             self.balancers.look_again([key for kind, key in true if kind == "Gateway"])
-        for ident, status in true.items():
+        for ident, wanted in true.items():
+            status = wanted.status
             self._on_nodes.pop(ident, None)
             if isinstance(status, GatewayStatus) and any(
                 one.value == _NODES for one in status.addresses
             ):
-                self._on_nodes[ident] = status
-                true[ident] = self._placed(ident[1], status)
+                self._on_nodes[ident] = wanted
+                true[ident] = wanted._replace(status=self._placed(ident[1], status))
             elif isinstance(status, RouteStatus):
-                true[ident] = self._answered(ident, status)
+                true[ident] = wanted._replace(status=self._answered(ident, status))
         if true:
             self.writer.want(true)
         if self.election.leading and not self._held:
             self._clear_left()
+
+    def _still(self, needed: Mapping[str, int]) -> dict[str, int]:
+        """Without kinds that are not served any more: no node will ever have those in force."""
+        return {kind: version for kind, version in needed.items() if kind in self._needed}
 
     def _answered(self, ident: Ident, status: RouteStatus) -> RouteStatus:
         """Without the parents that nobody, or another mesh, may have something to say of: in a
@@ -275,14 +337,14 @@ class Controller:
         if self._cleared:
             return
         self._cleared = True
-        left: dict[Ident, None] = {}
+        left: dict[Ident, Wanted] = {}
         for kind in (*ROUTE_KINDS, "BackendTLSPolicy"):
             for key, written in self._source.all_written(kind).items():
                 entries = written.status.get("parents") or written.status.get("ancestors") or ()
                 if (kind, key) not in self.writer.wanted and any(
                     one.get("controllerName") == self._name for one in entries
                 ):
-                    left[kind, key] = None
+                    left[kind, key] = Wanted(None, written.uid)
         self.writer.want(left)
 
     _cleared = False

@@ -27,7 +27,10 @@ _DEFAULT_LEASE_S = 40.0
 
 
 class _Seen(NamedTuple):
+    """`lasts`: seconds that a renewal counts for."""
+
     report: NodeReport
+    lasts: float
     until: float
 
 
@@ -45,6 +48,7 @@ class Nodes:
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
         self._seen: dict[str, _Seen] = {}
+        self._blind = False
         self._loop = asyncio.get_running_loop()
 
     # --- what the reflector tells ----------------------------------------------------------------
@@ -60,8 +64,7 @@ class Nodes:
             return
         lasts = float((raw.get("spec") or {}).get("leaseDurationSeconds") or _DEFAULT_LEASE_S)
         before = self._seen.get(key.name)
-        self._seen[key.name] = _Seen(report, self._loop.time() + lasts)
-        self._loop.call_later(lasts, self._expire, key.name)
+        self._count(key.name, report, lasts)
         if before is None or before.report != report:
             self._changed()
 
@@ -73,12 +76,23 @@ class Nodes:
         pass
 
     def failing(self, why: ServerError | None) -> None:
+        """While Leases cannot be followed, nodes may not be able to renew them either: each has its
+        time again afterwards."""
         if why is not None:
+            self._blind = True
             _log.warning("the nodes' Leases cannot be followed: %s", why)
+        elif self._blind:
+            self._blind = False
+            for name, seen in list(self._seen.items()):
+                self._count(name, seen.report, seen.lasts)
+
+    def _count(self, name: str, report: NodeReport, lasts: float) -> None:
+        self._seen[name] = _Seen(report, lasts, self._loop.time() + lasts)
+        self._loop.call_later(lasts, self._expire, name)
 
     def _expire(self, name: str) -> None:
         seen = self._seen.get(name)
-        if seen is not None and seen.until <= self._loop.time():
+        if seen is not None and not self._blind and seen.until <= self._loop.time():
             _log.warning("node %s does not renew its Lease: it counts no more", seen.report.node)
             del self._seen[name]
             self._changed()

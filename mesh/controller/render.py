@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gateway.status import with_transition_times
+from mesh.model.ciliumnetworkpolicy import CiliumPolicyStatus
 from mesh.model.decode import InvalidObject, encode
 from mesh.model.schema import read
 
@@ -38,7 +39,7 @@ def render(status: msgspec.Struct | None, actual: Json, controller: str, now: st
         return _render_shared(shared, status, actual, controller, now)
     if status is None:
         return Body({}, False) if actual else None
-    new = _encoded(_timed(status, actual, now))
+    new = rendered(_timed(status, actual, now))
     return None if _there(status, new, actual) else Body(new, False)
 
 
@@ -50,7 +51,7 @@ def _render_shared(
     ours = [one for one in listed if one.get("controllerName") == controller]
     new: list[Json] = []
     if status is not None:
-        new = _encoded(_timed(status, {name: ours}, now)).get(name, [])
+        new = rendered(_timed(status, {name: ours}, now)).get(name, [])
     new = new[: max(0, _SHARED[name] - len(others))]
     if new == ours:
         return None
@@ -65,11 +66,16 @@ def _timed(status: msgspec.Struct, actual: Json, now: str) -> msgspec.Struct:
     return with_transition_times(old, status, now)
 
 
-def _encoded(status: Any) -> Json:
+def rendered(status: Any) -> Json:
+    """A status as plain data, as its schema has it."""
     new = encode(status)
     for listener in new.get("listeners", ()):
         # Required by the schema, empty or not (Gateway API v1.4).
         listener.setdefault("supportedKinds", [])
+    if isinstance(status, CiliumPolicyStatus):
+        # Their conditions have no such field: the server would drop it each time.
+        for one in new.get("conditions", ()):
+            one.pop("observedGeneration", None)
     return new
 
 

@@ -1,6 +1,8 @@
 """Writes statuses to the API server: only where they differ, one object at a time, many at once.
 
-Knows requests and conflicts, not what a status says (`render`).
+Where a kind has no place for them, as NetworkPolicy since Kubernetes 1.28 and Cilium's kinds in
+older CustomResourceDefinitions, what is true is told in Events alone. Knows requests and conflicts,
+not what a status says (`render`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesh.controller.events import Recorder, news
-from mesh.controller.render import render
+from mesh.controller.render import render, rendered
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written
@@ -30,6 +32,8 @@ from mesh.sources.kubernetes_client import (
 _log = logging.getLogger("weft.controller")
 
 _AT_ONCE = 8
+# Of built-in kinds it is known.
+_WITHOUT_STATUS = ("NetworkPolicy",)
 _INFO = {kind: (group, info) for (group, kind), info in KINDS.items()}
 
 Ident = tuple[str, ObjectKey]
@@ -40,6 +44,14 @@ class Place(NamedTuple):
 
     api_version: str
     path: str
+
+
+class Wanted(NamedTuple):
+    """What is true of an object, of this uid: one that takes its name is another, of which nothing
+    is known yet. `status` None: the object has none of ours."""
+
+    status: msgspec.Struct | None
+    uid: str
 
 
 def place(kind: str, key: ObjectKey, version: str) -> Place:
@@ -63,7 +75,7 @@ class Writer:
     ) -> None:
         self.enabled = False
         self.writes = 0
-        self.wanted: dict[Ident, msgspec.Struct | None] = {}
+        self.wanted: dict[Ident, Wanted] = {}
         self._client = client
         self._controller = controller
         self._written = written
@@ -72,12 +84,15 @@ class Writer:
         self._backoff = backoff
         # What this process wrote and has not seen come back yet.
         self._own: dict[Ident, Written] = {}
+        self._without_status = set(_WITHOUT_STATUS)
+        # What was told of objects that have no place for it.
+        self._told: dict[Ident, Written] = {}
         self._queue: asyncio.Queue[Ident] = asyncio.Queue()
         self._queued: set[Ident] = set()
         self._busy: set[Ident] = set()
 
-    def want(self, statuses: Mapping[Ident, msgspec.Struct | None]) -> None:
-        """Statuses that are true now (None: the object has none of ours any more)."""
+    def want(self, statuses: Mapping[Ident, Wanted]) -> None:
+        """Statuses that are true now."""
         self.wanted.update(statuses)
         self.look_again(statuses)
 
@@ -140,11 +155,17 @@ class Writer:
             wanted = self.wanted.get(ident)
             if actual is None:
                 # Gone, or not seen yet; it will be told of when it comes.
-                if wanted is None:
+                if wanted is None or wanted.status is None:
                     self.wanted.pop(ident, None)
+                self._told.pop(ident, None)
+                return
+            if wanted is None or (wanted.uid and wanted.uid != actual.uid):
+                return
+            if ident[0] in self._without_status:
+                await self._only_tell(ident, actual, wanted.status)
                 return
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            body = render(wanted, actual.status, self._controller, now)
+            body = render(wanted.status, actual.status, self._controller, now)
             if body is None:
                 return
             kind, key = ident
@@ -176,22 +197,38 @@ class Writer:
                 raise
             self.writes += 1
             self._keep(ident, answer)
-            await self._tell(ident, where, actual, answer)
+            status = answer.get("status") or {}
+            if "conditions" in body.status and "conditions" not in status:
+                _log.info("the cluster's %s keeps no conditions: Events tell them", kind)
+                self._without_status.add(kind)
+                continue
+            version = answer["metadata"]["resourceVersion"]
+            await self._tell(ident, actual, Written(version, actual.uid, status))
             return
 
-    async def _tell(
-        self, ident: Ident, where: Place, before: Written, answer: dict[str, Any]
+    async def _only_tell(
+        self, ident: Ident, actual: Written, wanted: msgspec.Struct | None
     ) -> None:
+        """By Events; what a controller before this one has told is told again, and counted."""
+        before = self._told.get(ident)
+        if before is None or before.uid != actual.uid:
+            before = actual._replace(status={})
+        now = actual._replace(status=rendered(wanted) if wanted is not None else {})
+        self._told[ident] = now
+        await self._tell(ident, before, now)
+
+    async def _tell(self, ident: Ident, before: Written, now: Written) -> None:
         """What is new in our part of the status, as Events."""
-        told = news(self._ours(before.status), self._ours(answer.get("status") or {}))
+        told = news(self._ours(before.status), self._ours(now.status))
         if told:
+            kind, key = ident
             reference = {
-                "apiVersion": where.api_version,
-                "kind": ident[0],
-                "uid": before.uid,
-                "resourceVersion": answer["metadata"]["resourceVersion"],
+                "apiVersion": place(kind, key, self._version(kind)).api_version,
+                "kind": kind,
+                "uid": now.uid,
+                "resourceVersion": now.version,
             }
-            await self._recorder.record(reference, ident[1], told)
+            await self._recorder.record(reference, key, told)
 
     def _ours(self, status: dict[str, Any]) -> dict[str, Any]:
         shared = {

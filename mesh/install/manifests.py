@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,15 +16,57 @@ IMAGE = "weft:0.1.0"
 NAMES = ("namespace", "rbac", "agent", "controller", "gatewayclass")
 
 
-def rendered(name: str, *, namespace: str = NAMESPACE, image: str = IMAGE) -> str:
+class Values(NamedTuple):
+    """What differs from cluster to cluster. `settings` and the arguments begin with a line end,
+    where there are any, and are indented as they stand."""
+
+    namespace: str = NAMESPACE
+    image: str = IMAGE
+    trust_domain: str = "cluster.local"
+    settings: str = "\n    access_log: json"
+    agent_args: str = ""
+    controller_args: str = ""
+
+
+def _more(name: str) -> str:
+    """Arguments out of a list."""
+    lines = ("{{- range .Values." + name + " }}", "- {{ . | quote }}", "{{- end }}")
+    return "".join(f"\n        {line}" for line in lines)
+
+
+# As the chart's templates have them, and what of them its values.yaml says.
+CHART = Values(
+    namespace="{{ .Release.Namespace }}",
+    image="{{ .Values.image }}",
+    trust_domain="{{ .Values.trustDomain }}",
+    settings="\n    {{- .Values.settings | toYaml | nindent 4 }}",
+    agent_args=_more("agentArgs"),
+    controller_args=_more("controllerArgs"),
+)
+CHART_VALUES = f"""\
+# The image of Weft: built with deploy/Dockerfile, in a registry that the nodes reach.
+image: {IMAGE}
+# Whose identities workloads have: spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT.
+trustDomain: cluster.local
+# Limits and habits of the proxy: README.md, "Settings".
+settings:
+  access_log: json
+# More arguments of "weft up" and of "weft controller", such as --load-balancer of the latter.
+agentArgs: []
+controllerArgs: []
+"""
+
+
+def rendered(name: str, values: Values) -> str:
     """One template's text."""
     text = (files("mesh.install") / "templates" / f"{name}.yaml").read_text()
-    return Template(text).substitute(namespace=namespace, image=image)
+    return Template(text).substitute(values._asdict())
 
 
 def everything(*, namespace: str = NAMESPACE, image: str = IMAGE) -> str:
     """All of it, as one stream of documents."""
-    return "---\n".join(rendered(name, namespace=namespace, image=image) for name in NAMES)
+    values = Values(namespace, image)
+    return "---\n".join(rendered(name, values) for name in NAMES)
 
 
 def objects(*, namespace: str = NAMESPACE, image: str = IMAGE) -> list[dict[str, Any]]:

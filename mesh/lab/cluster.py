@@ -3,9 +3,10 @@
     python -m mesh.lab.cluster RUN_DIR LAB
 
 Writes what the lab knows (nodes, namespaces, Services, pods and how they are, endpoints, the
-manifests of lab.yaml) to the server, and keeps it so; lets the nodes, which have no way out of
-their namespaces, reach the server at a port of their own loopback; runs `weft controller`. Objects
-that others write there, with kubectl say, are theirs. What the lab wrote stays when it goes.
+manifests of lab.yaml) to the server, and keeps it so; has pods that others create there run on its
+nodes (`kubelet`); lets the nodes, which have no way out of their namespaces, reach the server at a
+port of their own loopback; runs `weft controller`. Objects that others write there, with kubectl
+say, are theirs. What the lab wrote stays when it goes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 
 from l7proxy.tasks import spawn
 from mesh.lab.kernel import inside
+from mesh.lab.kubelet import Kubelet, own_pods
 from mesh.lab.plan import Plan
 from mesh.lab.state import LabDir
 from mesh.model.core import Secret
@@ -41,7 +43,7 @@ _MANAGER = "weft-lab"
 _PORT = 16443
 _CHUNK = 65536
 # The server's own.
-_SERVERS = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
+_SERVERS = ("resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
 # Whose statuses are the lab's to write, as kubelet's.
 _WITH_STATUS = ("Node", "Pod")
 # Namespaces before what is in them.
@@ -104,10 +106,11 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 class Mirror:
-    """The objects of a directory, on the server."""
+    """The objects of a directory, on the server. Of pods that are not `own` only how they are."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, own: frozenset[ObjectKey]) -> None:
         self._client = client
+        self._own = own
 
     async def run(self, manifests: Path) -> None:
         """Until cancelled. What cannot be written now is tried again."""
@@ -117,6 +120,8 @@ class Mirror:
                 kinds = sorted(update.changes, key=lambda kind: (kind not in _ORDER, kind))
                 for kind in kinds:
                     for key, obj in update.changes[kind].items():
+                        if obj is None and kind == "Pod" and key not in self._own:
+                            continue
                         await self._retried(_plain(obj) if obj is not None else None, kind, key)
 
     async def _retried(self, raw: dict[str, Any] | None, kind: str, key: ObjectKey) -> None:
@@ -125,7 +130,7 @@ class Mirror:
             try:
                 return await (self._apply(raw) if raw is not None else self._delete(kind, key))
             except ServerError as error:
-                if error.status in (400, 403, 404, 422):
+                if error.status in (400, 403, 404, 409, 422):
                     _log.error("%s %s cannot be written: %s", kind, key, error)
                     return None
                 _log.warning("%s %s: %s; trying again", kind, key, error)
@@ -136,9 +141,13 @@ class Mirror:
         path = object_path(raw["apiVersion"], _plural(raw), metadata)
         query = {"fieldManager": _MANAGER, "force": "true"}
         status = raw.pop("status", None)
-        await self._client.request("PATCH", path, query, raw, content_type=APPLY)
+        about = {"name": metadata["name"], "namespace": metadata.get("namespace", "")}
+        if raw["kind"] == "Pod" and ObjectKey(about["namespace"], about["name"]) not in self._own:
+            about["uid"] = metadata.get("uid", "")
+        else:
+            metadata.pop("uid", None)
+            await self._client.request("PATCH", path, query, raw, content_type=APPLY)
         if status is not None and raw["kind"] in _WITH_STATUS:
-            about = {"name": metadata["name"], "namespace": metadata.get("namespace", "")}
             body = {"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": about}
             body["status"] = status
             await self._client.request("PATCH", f"{path}/status", query, body, content_type=APPLY)
@@ -174,7 +183,8 @@ async def run(lab: LabDir, plan: Plan) -> None:
     client = Client(Path(plan.kubeconfig))
     await client.open()
     spawn(Forward(client.url).serve(plan), name="forward")
-    mirror = spawn(Mirror(client).run(lab.manifests), name="mirror")
+    mirror = spawn(Mirror(client, own_pods(plan)).run(lab.manifests), name="mirror")
+    spawn(Kubelet(client, lab, plan).run(), name="kubelet")
     program = "from mesh.cli.main import main; main()"
     await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-c", program, "controller", f"--kubeconfig={plan.kubeconfig}"),

@@ -237,13 +237,13 @@ def _guard_by_routing(node: Any, host: str, config: CniConfig) -> None:
 
 def _unguarded(node: Any, host: str, config: CniConfig, cookie: int) -> str | None:
     """Why the pod could send from other addresses than its own; None: it cannot."""
+    rules = node.get_rules(family=socket.AF_INET6, iifname=host)
+    if tuple(sorted(rule.get("priority") for rule in rules)) == _RULE_PRIORITIES:
+        return None  # ADD came before the data path
     where = config.datapath
     if where is not None and podfilter.loaded(where.pins):
         return podfilter.check(where.pins, _pod(host, config, cookie))
-    rules = node.get_rules(family=socket.AF_INET6, iifname=host)
-    if tuple(sorted(rule.get("priority") for rule in rules)) != _RULE_PRIORITIES:
-        return "the rules against spoofing are gone"
-    return None
+    return "the rules against spoofing are gone"
 
 
 def _flags(family: int) -> int:

@@ -95,6 +95,8 @@ class ContainerPort(Model, frozen=True, kw_only=True):
 
 
 class PodConfig(Model, frozen=True, kw_only=True):
+    """`uid`: of a pod that an API server has, which no file says."""
+
     name: Name
     namespace: Name = "default"
     replicas: Annotated[int, Meta(ge=1, le=500)] | None = None
@@ -105,6 +107,7 @@ class PodConfig(Model, frozen=True, kw_only=True):
     command: tuple[str, ...] = ()
     env: dict[str, str] = msgspec.field(default_factory=dict)
     ports: tuple[ContainerPort, ...] = ()
+    uid: str = ""
 
     def names(self) -> tuple[str, ...]:
         if self.replicas is None:

@@ -157,13 +157,14 @@ def _start_supervisor(lab: LabDir, node: NodePlan) -> subprocess.Popen[bytes]:
 
 
 def _wait(lab: LabDir, plan: Plan, wait_s: float) -> None:
-    """Until all pods are settled and all Wefts run. LabError: a supervisor or the authority ended;
-    why."""
+    """Until all pods are settled and all Wefts are ready. LabError: a supervisor or the authority
+    ended; why."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         statuses = [lab.node_status(node.name) for node in plan.nodes]
-        settled = all(node and all(pod.settled for pod in node.pods) for node in statuses)
-        if settled and all(lab.weft(node.name).holder() for node in plan.nodes):
+        if all(
+            node and node.weft_ready and all(pod.settled for pod in node.pods) for node in statuses
+        ):
             return
         if not members(plan.authority_cgroup):
             raise LabError(f"the authority ended:\n{lab.authority_log.read_text().strip()}")

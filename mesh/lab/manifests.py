@@ -80,6 +80,8 @@ def pods(plan: Plan, node: str, statuses: Mapping[str, PodStatus]) -> Iterator[O
             "labels": pod.labels,
             "annotations": pod.annotations,
         }
+        if pod.uid:
+            metadata["uid"] = pod.uid
         if status.deletion_timestamp is not None:
             metadata["deletionTimestamp"] = status.deletion_timestamp
         ports = [

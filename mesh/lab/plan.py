@@ -11,6 +11,8 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import TypeAlias
 
+import msgspec
+
 from mesh.lab.config import (
     MAX_PODS_PER_NODE,
     NODE_PREFIXES,
@@ -38,7 +40,8 @@ Addresses: TypeAlias = tuple[str, str]
 
 
 class PodPlan(Model, frozen=True, kw_only=True):
-    """`netns` and `cgroup` are paths; `container_id` is what CNI calls so."""
+    """`netns` and `cgroup` are paths; `container_id` is what CNI calls so; `uid`: of one that was
+    created on the API server, "" of the lab's own."""
 
     namespace: str
     name: str
@@ -53,6 +56,7 @@ class PodPlan(Model, frozen=True, kw_only=True):
     container_id: str
     netns: str
     cgroup: str
+    uid: str = ""
 
     @property
     def key(self) -> str:
@@ -270,25 +274,42 @@ def _pods(config: LabConfig, lab: str, nodes: tuple[NodePlan, ...]) -> tuple[Pod
             raise LabError(
                 f"node {node.name} would get more than {MAX_PODS_PER_NODE} pods: add nodes"
             )
-        pods.append(
-            PodPlan(
-                namespace=pod.namespace,
-                name=name,
-                node=node.name,
-                addresses=_addresses(node.pod_ranges, count[node.name] + 1),
-                labels=pod.all_labels(),
-                annotations=pod.annotations,
-                service_account=pod.service_account,
-                command=pod.command,
-                env=pod.env,
-                ports=pod.ports,
-                container_id=f"{lab}.{pod.namespace}.{name}",
-                netns=_netns(lab, "pod", pod.namespace, name),
-                cgroup=f"{node.cgroup}/{pod.namespace}.{name}",
-            )
-        )
+        pods.append(_pod(lab, node, pod, name, _addresses(node.pod_ranges, count[node.name] + 1)))
 
     for pod in config.pods:
         for name in pod.names():
             add(pod, name)
     return tuple(pods)
+
+
+def _pod(lab: str, node: NodePlan, pod: PodConfig, name: str, addresses: Addresses) -> PodPlan:
+    return PodPlan(
+        namespace=pod.namespace,
+        name=name,
+        node=node.name,
+        addresses=addresses,
+        labels=pod.all_labels(),
+        annotations=pod.annotations,
+        service_account=pod.service_account,
+        command=pod.command,
+        env=pod.env,
+        ports=pod.ports,
+        container_id=f"{lab}.{pod.namespace}.{name}",
+        netns=_netns(lab, "pod", pod.namespace, name),
+        cgroup=f"{node.cgroup}/{pod.namespace}.{name}",
+        uid=pod.uid,
+    )
+
+
+def with_pod(plan: Plan, node: NodePlan, pod: PodConfig) -> tuple[Plan, PodPlan]:
+    """The plan with one pod more, which gets the first addresses of its node that are free.
+    LabError: there are none, or there is a pod of that name."""
+    taken = {one.addresses for one in plan.pods}
+    for number in range(2, MAX_PODS_PER_NODE + 2):
+        addresses = _addresses(node.pod_ranges, number)
+        if addresses not in taken:
+            made = _pod(plan.name, node, pod, pod.name, addresses)
+            if any(one.key == made.key for one in plan.pods):
+                raise LabError(f"{made.key} is there already")
+            return msgspec.structs.replace(plan, pods=(*plan.pods, made)), made
+    raise LabError(f"node {node.name} has {MAX_PODS_PER_NODE} pods already")

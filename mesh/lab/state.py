@@ -5,6 +5,7 @@
     manifests/       Namespaces, Services, Pods and EndpointSlices, for Weft's directory source; and
                      links to the manifests that lab.yaml names
     nodes/<node>.json  what the node's supervisor last said of its pods
+    nodes/<node>.pods  its pods that are not in the journal: created on the API server
     nodes/<node>.log   what went wrong in the supervisor
     nodes/<node>.sock  where the supervisor takes orders
     nodes/<node>.weft/, nodes/<node>.weft.log
@@ -73,9 +74,11 @@ class PodStatus(Model, frozen=True, kw_only=True):
 
 
 class NodeStatus(Model, frozen=True, kw_only=True):
-    """`pid` is the supervisor's; `weft_stopped`: the node's Weft has ended on order."""
+    """`pid` is the supervisor's; `weft_ready`: the node's Weft has said that it is; `weft_stopped`:
+    it has ended on order."""
 
     pid: int
+    weft_ready: bool = False
     weft_stopped: bool = False
     pods: tuple[PodStatus, ...]
 
@@ -193,9 +196,16 @@ class LabDir:
             self.path.rmdir()
 
     def plan(self) -> Plan | None:
-        """The journal; None: there is no such lab, not even half of one."""
+        """The journal, with pods that came later; None: there is no such lab, not even half of
+        one."""
         try:
-            return msgspec.json.decode(self._plan.read_bytes(), type=Plan)
+            plan = msgspec.json.decode(self._plan.read_bytes(), type=Plan)
+            late = [
+                pod
+                for file in sorted(self.nodes.glob("*.pods"))
+                for pod in msgspec.json.decode(file.read_bytes(), type=tuple[PodPlan, ...])
+            ]
+            return msgspec.structs.replace(plan, pods=(*plan.pods, *late))
         except FileNotFoundError:
             return None
         except msgspec.DecodeError as error:
@@ -217,6 +227,9 @@ class LabDir:
             return msgspec.json.decode(self._node_file(node).read_bytes(), type=NodeStatus)
         except FileNotFoundError:
             return None
+
+    def write_late_pods(self, node: str, pods: tuple[PodPlan, ...]) -> None:
+        self.write(self.nodes / f"{node}.pods", msgspec.json.encode(pods))
 
     def write_node_status(self, node: str, status: NodeStatus) -> None:
         self.write(self._node_file(node), msgspec.json.encode(status))

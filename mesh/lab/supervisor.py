@@ -27,12 +27,13 @@ import msgspec
 from l7proxy.tasks import spawn
 from mesh.lab import cni
 from mesh.lab.cgroups import remove_tree
+from mesh.lab.config import PodConfig
 from mesh.lab.dns import Names, serve
 from mesh.lab.enter import enter_pod, pod_env, write_etc
 from mesh.lab.errors import LabError
 from mesh.lab.kernel import CLONE_NEWNET, create_netns, join, remove_netns
 from mesh.lab.manifests import endpoint_slices, pods, to_yaml
-from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan, PodPlan, ServicePlan
+from mesh.lab.plan import DNS_ADDRESS, Addresses, NodePlan, Plan, PodPlan, ServicePlan, with_pod
 from mesh.lab.state import LabDir, NodeStatus, PodStatus
 from mesh.lab.weft import NodeWeft
 
@@ -99,13 +100,18 @@ class Supervisor:
         await asyncio.gather(server.serve_forever(), keeping)
 
     async def _take_order(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One line, "stop KEY" or "start KEY", KEY being a pod's, or this node's for its Weft; the
-        answer is what went wrong, or nothing."""
-        order, key = (await reader.readline()).decode().split()
+        """One line, "stop KEY" or "start KEY", KEY being a pod's, or this node's for its Weft; "add
+        POD" (mesh.lab.config.PodConfig as JSON), "remove KEY"; the answer is what went wrong, or
+        nothing."""
+        order, key = (await reader.readline()).decode().rstrip().split(maxsplit=1)
         answer = ""
         async with self._ordered:
             try:
-                if key == self._node.key:
+                if order == "add":
+                    await self._admit(msgspec.json.decode(key, type=PodConfig))
+                elif order == "remove":
+                    await self._forget(self._pods[key])
+                elif key == self._node.key:
                     await (self._stop_weft if order == "stop" else self._start_weft_again)()
                 else:
                     await (self._stop if order == "stop" else self._start_again)(self._pods[key])
@@ -168,6 +174,32 @@ class Supervisor:
         await self._until(lambda: self._status[pod.key].settled, START_S)
         self._publish()
 
+    async def _admit(self, config: PodConfig) -> None:
+        """One pod more, with addresses that are free."""
+        self._plan, pod = with_pod(self._plan, self._node, config)
+        self._pods[pod.key] = pod
+        self._status[pod.key] = PodStatus(key=pod.key, phase="Pending")
+        self._remember()
+        try:
+            await asyncio.to_thread(self._add, pod)
+            self._start(pod)
+        except (cni.CniError, OSError, subprocess.SubprocessError) as error:
+            self._set(pod.key, phase="Failed", message=str(error))
+            raise
+
+    async def _forget(self, pod: PodPlan) -> None:
+        """End it, and have no such pod any more."""
+        await self._stop(pod)
+        left = tuple(one for one in self._plan.pods if one.key != pod.key)
+        self._plan = msgspec.structs.replace(self._plan, pods=left)
+        del self._pods[pod.key], self._status[pod.key]
+        self._remember()
+
+    def _remember(self) -> None:
+        late = tuple(pod for pod in self._pods.values() if pod.uid)
+        self._lab.write_late_pods(self._node.name, late)
+        self._publish()
+
     async def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
         """Wait for something, and no longer than that."""
         with contextlib.suppress(TimeoutError):
@@ -185,7 +217,9 @@ class Supervisor:
     def _add(self, pod: PodPlan) -> None:
         Path(pod.cgroup).mkdir()
         create_netns(Path(pod.netns))
-        cni.add(pod.container_id, pod.netns, IFNAME, self._network(pod))
+        network = pod.container_id, pod.netns, IFNAME, self._network(pod)
+        cni.add(*network)
+        cni.check(*network)
         write_etc(self._lab, pod)
 
     def _network(self, pod: PodPlan) -> cni.CniConfig:
@@ -265,7 +299,10 @@ class Supervisor:
             file = self._lab.manifests / f"{what}.{self._node.name}.yaml"
             self._lab.write(file, to_yaml(objects(self._plan, self._node.name, self._status)))
         status = NodeStatus(
-            pid=os.getpid(), weft_stopped=self._weft.stopped, pods=tuple(self._status.values())
+            pid=os.getpid(),
+            weft_ready=self._weft.ready,
+            weft_stopped=self._weft.stopped,
+            pods=tuple(self._status.values()),
         )
         self._lab.write_node_status(self._node.name, status)
 

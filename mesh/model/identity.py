@@ -32,7 +32,3 @@ class Reserved(enum.IntEnum):
     REMOTE_NODE = 6  # own addresses of the cluster's other nodes
     KUBE_APISERVER = 7
     INGRESS = 8  # a Gateway's proxy, on any node
-
-
-def is_cidr(identity: int) -> bool:
-    return identity >= FIRST_CIDR

@@ -1,9 +1,9 @@
 """The tables of policy in the derivation: what they are keyed by, and in which order they follow.
 
 They build on tables of gateway.control: `identities` (by set of labels), `holders` (by address),
-`workloads` (by pod) and `nodes`. Of policies it reads `Policy`, all kinds in one table. A changed
-policy is computed again, and the sections of the pods that it selects or did; a new set of labels
-makes those selectors think again that name one of its labels.
+`pods` and `workloads` (by pod), and `nodes`. Of policies it reads `Policy`, all kinds in one table.
+A changed policy is computed again, and the sections of the pods that it selects or did; a new set
+of labels makes those selectors think again that name one of its labels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mesh.model.derive import Index, Rule, View
 from mesh.model.meta import ObjectKey
 from mesh.model.networkpolicy import NetworkPolicy
 from mesh.model.section import SectionKey, cidr_key, policy_key
-from mesh.policy import audit, cilium, judged, kubernetes, peers, sections, status
+from mesh.policy import audit, cilium, demands, judged, kubernetes, peers, sections, status
 from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey
 
 # The tables whose entries are sections.
@@ -25,8 +25,8 @@ SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
 }
 
 
-def rules(node: str, mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
-    """`node`: this node's name; `mesh`: there is one on it."""
+def before_workloads(node: str, everything_audited: bool) -> tuple[Rule, ...]:
+    """Whom policies name, and what workloads depend on. `node`: this node's name."""
     return (
         Rule("rulebooks", "Policy", rulebook),
         Rule("specs", "spec_keys", spec),
@@ -37,8 +37,16 @@ def rules(node: str, mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
         Rule("api_places", "api_range", peers.api_places(node)),
         Rule("cidr_sections", "ranges", sections.cidr_sections),
         Rule("selected", "selectors", peers.selected),
-        # What is in force.
+        # At which ports they want mutual TLS.
         Rule("port_names", "pods", sections.port_names),
+        Rule("demands", "spec_keys", demands.demands(everything_audited)),
+        Rule("demanded", "pods", demands.demanded),
+    )
+
+
+def rules(mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
+    """What is in force. `mesh`: there is one on this node."""
+    return (
         Rule("subjects", "spec_keys", sections.subjects),
         Rule("resolved", "spec_keys", sections.resolved(everything_audited)),
         Rule("judged", "spec_keys", judged.judged),
@@ -66,6 +74,7 @@ INDEXES = (
     Index("refused_policies", "refusals", status.refused_sections),
     Index("judged_at", "judged", judged.places),
     Index("specs_on", "subjects", sections.subject_identities),
+    Index("demands_on", "demands", lambda key, demand: demand.whom),
 )
 
 

@@ -23,6 +23,7 @@ from mesh.model.references import GROUP
 from mesh.sources.documents import ObjectId, Problem
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError, SourceError
 from mesh.sources.kubernetes_objects import PLACE, problems, read
+from mesh.sources.kubernetes_secrets import OTHERS, TLS, CopiedSecrets, OtherSecrets
 from mesh.sources.kubernetes_watch import Reflector
 from mesh.sources.update import SourceUpdate
 
@@ -32,8 +33,8 @@ _log = logging.getLogger("weft.source")
 _DISCOVERY_S = 15.0
 # Groups that every cluster has; all others are defined by CustomResourceDefinitions.
 _BUILT_IN = frozenset(("", "discovery.k8s.io", "networking.k8s.io"))
-# Other Secrets hold nothing that a listener may refer to; that they are there is all that is read.
-_TLS = "kubernetes.io/tls"
+# Of these nothing but metadata is read.
+_METADATA = frozenset(("Namespace",))
 
 
 class Written(NamedTuple):
@@ -138,16 +139,18 @@ class _Kind:
         self.api_version = f"{self.group}/{version}" if self.group else version
         root = "/apis" if self.group else "/api"
         path = f"{root}/{self.api_version}/{self.info.plural}"
-        if self.info.kind == "Secret":
-            select = {"fieldSelector": f"type={_TLS}"}
-            rest = {"fieldSelector": f"type!={_TLS}"}
-            others = _OtherSecrets(self)
-            self.reflectors = [
-                Reflector(client, path, self, query=select, backoff=backoff),
-                Reflector(client, path, others, query=rest, metadata=True, backoff=backoff),
-            ]
+        if self.info.kind != "Secret":
+            metadata = self.info.kind in _METADATA
+            self.reflectors = [Reflector(client, path, self, metadata=metadata, backoff=backoff)]
+        elif namespace := self._source.secrets_namespace:
+            path = f"{root}/{self.api_version}/namespaces/{namespace}/{self.info.plural}"
+            self.reflectors = [Reflector(client, path, CopiedSecrets(self), backoff=backoff)]
         else:
-            self.reflectors = [Reflector(client, path, self, backoff=backoff)]
+            others = OtherSecrets(self)
+            self.reflectors = [
+                Reflector(client, path, self, query=TLS, backoff=backoff),
+                Reflector(client, path, others, query=OTHERS, metadata=True, backoff=backoff),
+            ]
         self.tasks = [spawn(one.run(), name=f"watch {self.info.plural}") for one in self.reflectors]
 
     def stop(self) -> None:
@@ -159,31 +162,11 @@ class _Kind:
         self.version = self.newest = 0
 
 
-class _OtherSecrets:
-    """Secrets that hold nothing for a listener: their metadata, and that they are of another type.
-    No data plane depends on them, so no version of them is waited for."""
-
-    def __init__(self, kind: _Kind) -> None:
-        self._kind = kind
-
-    def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
-        metadata = {**raw["metadata"], "resourceVersion": ""}
-        self._kind.changed(key, {**raw, "metadata": metadata, "type": "other"})
-
-    def gone(self, key: ObjectKey, uid: str, version: str) -> None:
-        self._kind.gone(key, uid, "")
-
-    def reached(self, version: str) -> None:
-        self._kind.listed()
-
-    def failing(self, why: ServerError | None) -> None:
-        self._kind.failing(why)
-
-
 class KubernetesSource:
     """`updates()` yields first the whole content, then every change. `kinds`: which ones, all if
     None. `seen`, where there is one, is called with kind and key of every object that is new, gone
-    or has changed in any way, and `written` then tells what status it has on the server."""
+    or has changed in any way, and `written` then tells what status it has on the server.
+    `secrets_namespace`: Secrets are the copies there (mesh.model.secretcopy); "": themselves."""
 
     def __init__(
         self,
@@ -191,11 +174,13 @@ class KubernetesSource:
         *,
         kinds: frozenset[str] | None = None,
         seen: Callable[[str, ObjectKey], None] | None = None,
+        secrets_namespace: str = "",
         discovery_s: float = _DISCOVERY_S,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.client = Client(kubeconfig)
         self.seen = seen
+        self.secrets_namespace = secrets_namespace
         self.wrong: dict[ObjectId, list[Problem]] = {}
         self.wake = asyncio.Event()
         self._pending: dict[str, dict[ObjectKey, Object | None]] = {}

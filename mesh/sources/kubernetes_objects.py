@@ -14,6 +14,7 @@ from typing import Any
 from mesh.model.core import ConfigMap, Secret
 from mesh.model.decode import InvalidObject, Object, decode, parse
 from mesh.model.errors import FieldError
+from mesh.model.pod import Pod
 from mesh.sources.documents import Problem
 
 # Where problems and objects of a cluster are said to be, as files are of a directory.
@@ -23,6 +24,7 @@ PLACE = "cluster"
 _STATUS_IS_INPUT = frozenset(("Node", "Pod"))
 # What TLS is made of. Other values, up to a megabyte each, are not kept.
 _TLS_KEYS = frozenset(("ca.crt", "tls.crt", "tls.key"))
+_OURS = "weft.dev/"
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 
@@ -48,6 +50,10 @@ def _slim(raw: Mapping[str, Any]) -> dict[str, Any]:
         metadata["annotations"] = {
             k: v for k, v in metadata["annotations"].items() if k != _LAST_APPLIED
         }
+    if kind == Pod.__name__:
+        # Of a pod's many annotations only these are asked for; the others may be large, and change.
+        annotations = metadata.get("annotations") or {}
+        metadata["annotations"] = {k: v for k, v in annotations.items() if k.startswith(_OURS)}
     slim["metadata"] = metadata
     if kind in (ConfigMap.__name__, Secret.__name__):
         slim["data"] = {k: v for k, v in (raw.get("data") or {}).items() if k in _TLS_KEYS}

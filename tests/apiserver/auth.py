@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from apiserver.errors import ApiError
 from apiserver.store import Raw, Store
@@ -17,15 +18,40 @@ ANONYMOUS: dict[str, Any] = {
 _GROUP = "rbac.authorization.k8s.io"
 
 
+class Right(NamedTuple):
+    """A rule of a role as it is bound to a user. `role`: NAMESPACE/NAME, of a ClusterRole /NAME."""
+
+    user: str
+    role: str
+    groups: tuple[str, ...]
+    resources: tuple[str, ...]
+    verbs: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def allows(self, verb: str, target: Target) -> bool:
+        def has(listed: tuple[str, ...], wanted: str) -> bool:
+            return "*" in listed or wanted in listed
+
+        return (
+            has(self.verbs, verb)
+            and has(self.groups, target.resource.group)
+            and has(self.resources, _resource(target))
+            # "Referring to resources": a name restricts, and create has none to compare with.
+            and (not self.names or target.name in self.names)
+        )
+
+
 class Auth:
     """`tokens`: user and the time (time.monotonic) at which a token expires; while there are none,
-    everybody is an administrator."""
+    everybody is an administrator. `denied`, `used`: what was refused, and the rights that were
+    made use of."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.tokens: dict[str, tuple[dict[str, Any], float]] = {}
         self.rbac = False
         self.denied: list[str] = []
+        self.used: set[Right] = set()
 
     def token(self, token: str, username: str, *, lasts_s: float = 1e9, **user: Any) -> None:
         """Let a token in, for a while. `user`: groups, extra (of TokenReview's UserInfo)."""
@@ -55,11 +81,12 @@ class Auth:
         """403: no role that is bound to the user has a rule for this."""
         if not self.rbac or "system:masters" in user["groups"]:
             return
-        if any(_allows(rule, verb, target) for rule in self._rules(user, target.namespace)):
-            return
-        resource = target.resource.plural
-        if target.subresource:
-            resource += f"/{target.subresource}"
+        for right in self._rights(user, target.namespace):
+            if right.allows(verb, target):
+                used = right._replace(verbs=(verb,), resources=(_resource(target),))
+                self.used.add(used)
+                return
+        resource = _resource(target)
         where = (
             f'in the namespace "{target.namespace}"' if target.namespace else "at the cluster scope"
         )
@@ -69,12 +96,28 @@ class Auth:
         message = f'{about} is forbidden: User "{user["username"]}" cannot {what}'
         raise ApiError(403, "Forbidden", message)
 
-    def _rules(self, user: dict[str, Any], namespace: str | None) -> list[Raw]:
-        rules: list[Raw] = []
+    def granted(self, username: str) -> set[Right]:
+        """Every single right that roles give to a user, one verb of one resource each."""
+        return {
+            right._replace(verbs=(verb,), resources=(resource,))
+            for right in self._rights({"username": username, "groups": []}, None, everywhere=True)
+            for verb in right.verbs
+            for resource in right.resources
+        }
+
+    def _rights(
+        self, user: dict[str, Any], namespace: str | None, *, everywhere: bool = False
+    ) -> Iterator[Right]:
+        """In a namespace, or for what is in none; those of the whole cluster first."""
         revision = self._store.revision
+        within = None if everywhere else namespace
         bindings = [
             *self._store.list(f"{_GROUP}/clusterrolebindings", None, revision),
-            *(self._store.list(f"{_GROUP}/rolebindings", namespace, revision) if namespace else ()),
+            *(
+                self._store.list(f"{_GROUP}/rolebindings", within, revision)
+                if namespace or everywhere
+                else ()
+            ),
         ]
         for key, binding in bindings:
             if not any(_is(subject, user) for subject in binding.get("subjects") or ()):
@@ -83,9 +126,16 @@ class Auth:
             where = key.namespace if ref["kind"] == "Role" else ""
             plural = "roles" if ref["kind"] == "Role" else "clusterroles"
             for other, role in self._store.list(f"{_GROUP}/{plural}", where, revision):
-                if other.name == ref["name"]:
-                    rules += role.get("rules") or ()
-        return rules
+                for rule in role.get("rules") or () if other.name == ref["name"] else ():
+                    named = tuple(rule.get("resourceNames") or ())
+                    about = (tuple(rule[part]) for part in ("apiGroups", "resources", "verbs"))
+                    yield Right(user["username"], f"{where}/{other.name}", *about, named)
+
+
+def _resource(target: Target) -> str:
+    """As roles name it."""
+    subresource = f"/{target.subresource}" if target.subresource else ""
+    return f"{target.resource.plural}{subresource}"
 
 
 def _is(subject: Raw, user: dict[str, Any]) -> bool:
@@ -94,22 +144,3 @@ def _is(subject: Raw, user: dict[str, Any]) -> bool:
     if subject["kind"] == "Group":
         return subject["name"] in user["groups"]
     return bool(subject["name"] == user["username"])
-
-
-def _allows(rule: Raw, verb: str, target: Target) -> bool:
-    resource = target.resource.plural
-    if target.subresource:
-        resource += f"/{target.subresource}"
-
-    def has(name: str, wanted: str) -> bool:
-        listed = rule.get(name) or ()
-        return "*" in listed or wanted in listed
-
-    named = rule.get("resourceNames")
-    return (
-        has("verbs", verb)
-        and has("apiGroups", target.resource.group)
-        and has("resources", resource)
-        # "Referring to resources": a name restricts, and create has none to compare with.
-        and (not named or target.name in named)
-    )

@@ -17,6 +17,7 @@ class Faults:
     `cut_watches`: how many more watches end after a random number of events, up to `cut_after`;
     half of them in the middle of a line. `refuse`: share of requests answered with one of `codes`.
     `delay_s`: before every answer. `away`: connections are closed without an answer.
+    `once`: for a part of a path, the code that the next request for such a path gets.
     `gone_as_status`: a watch from a compacted version gets 410 as its answer, not as an event; real
     servers do either.
     """
@@ -27,6 +28,7 @@ class Faults:
     refuse: float = 0.0
     codes: tuple[int, ...] = (429, 500, 503)
     delay_s: float = 0.0
+    once: dict[str, int] = field(default_factory=dict)
     away: bool = False
     gone_as_status: bool = False
     random: random.Random = field(default_factory=lambda: random.Random(1))
@@ -37,6 +39,8 @@ class Faults:
         """Called with each request. ApiError: it is refused; ConnectionError: nobody answers."""
         if self.away:
             raise ConnectionError("the server is away")
+        for part in [part for part in self.once if part in path]:
+            raise ApiError(self.once.pop(part), "Conflict", "refused on purpose")
         if self.about not in path:
             return
         if self.delay_s:

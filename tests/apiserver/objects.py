@@ -123,7 +123,8 @@ class Objects:
             obj = schema.default(schema.prune(obj, known), known)
             # A default may not be shared between objects.
             obj = copy.deepcopy(obj)
-            body = {name: value for name, value in obj.items() if name != "metadata"}
+            # Of metadata the schema may say no more than that it is there.
+            body = {**obj, "metadata": {}}
             if causes := schema.validate(body, known):
                 raise invalid(resource, obj["metadata"]["name"], causes)
         return obj
@@ -340,6 +341,14 @@ class Objects:
             if with_status
             else (lambda path: True),
         )
+
+    def bind(self, target: Target, binding: Raw) -> None:
+        """POST of a Binding (Pod v1 core, "binding"): a pod gets its node once."""
+        live = self.get(target)
+        if live["spec"].get("nodeName"):
+            raise conflict(target.resource, target.name, "pod is already assigned to a node")
+        spec = {**live["spec"], "nodeName": binding["target"]["name"]}
+        self._put(target, {**live, "spec": spec})
 
     # --- delete ------------------------------------------------------------------------------
 

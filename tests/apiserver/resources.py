@@ -49,13 +49,21 @@ _RBAC = "rbac.authorization.k8s.io"
 BUILT_IN = (
     _core("Namespace", "namespaces", namespaced=False, subresources=("status",), short=("ns",)),
     _core("Node", "nodes", namespaced=False, subresources=("status",), short=("no",)),
-    _core("Pod", "pods", subresources=("status",), short=("po",)),
+    _core("Pod", "pods", subresources=("status", "binding"), short=("po",)),
     _core("Service", "services", subresources=("status",), short=("svc",)),
     _core("ServiceAccount", "serviceaccounts", short=("sa",)),
     _core("Secret", "secrets"),
     _core("ConfigMap", "configmaps", short=("cm",)),
     _core("Event", "events", short=("ev",)),
     Resource(group="discovery.k8s.io", kind="EndpointSlice", plural="endpointslices"),
+    # network-policies: it has no status.
+    Resource(
+        group="networking.k8s.io",
+        kind="NetworkPolicy",
+        plural="networkpolicies",
+        short=("netpol",),
+        generation=True,
+    ),
     Resource(group="coordination.k8s.io", kind="Lease", plural="leases", unconditional=False),
     Resource(
         group="apps",

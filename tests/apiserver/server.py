@@ -43,7 +43,9 @@ class ApiServer:
         self.faults = Faults()
         self.auth = Auth(self.store)
         self.bookmark_s = bookmark_s
+        # Method and path, and path and Accept.
         self.requests: list[tuple[str, str]] = []
+        self.accepted: list[tuple[str, str]] = []
         self.port = port
         self._tls = tls
         self._authority = trustme.CA() if tls else None
@@ -77,9 +79,13 @@ class ApiServer:
         """New connections are refused, and those that are open closed."""
         for site in list(self._runner.sites):
             await site.stop()
-        if self._runner.server is not None:
-            for connection in list(self._runner.server.connections):
-                connection.force_close()
+        self.cut_connections()
+
+    def cut_connections(self) -> None:
+        """All that there are; with `faults.away` new ones are too."""
+        assert self._runner.server is not None
+        for connection in list(self._runner.server.connections):
+            connection.force_close()
 
     @property
     def url(self) -> str:
@@ -138,6 +144,7 @@ class ApiServer:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs))
+        self.accepted.append((request.path, request.headers.get("Accept", "")))
         try:
             await self.faults.before(request.path)
             return await self._answer(request)
@@ -183,6 +190,9 @@ class ApiServer:
         manager = request.query.get("fieldManager") or _manager(request)
         who, dry_run = Who(manager, user), request.query.get("dryRun") == "All"
         if verb == "create":
+            if target.subresource == "binding":
+                self.objects.bind(target, await _body(request))
+                return _json(_success(target, self.objects.get(target)), status=201)
             if target.name:
                 raise ApiError(405, "MethodNotAllowed", "the server does not allow this method")
             made = self._create(target, await _body(request), who, dry_run)

@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     peers = parser.add_argument_group("peers and mtls")
     peers.add_argument(
-        "--only", action="append", choices=HOPS, help="this hop of peers; repeatable"
+        "--only", action="append", choices=HOPS, help="this hop of peers, and no file; repeatable"
     )
     peers.add_argument("--seconds", type=float, default=3.0, help="of each run (default 3)")
     peers.add_argument("--rounds", type=int, default=3, help="the median is reported (default 3)")
@@ -124,11 +124,13 @@ def main() -> int:
         if args.what in ("peers", "all"):
             with scratch() as directory:
                 rows += run_peers(args, directory)
+            if not args.only:
+                write("bench.json", [row.published() for row in rows])
         if args.what in ("mtls", "all"):
             with scratch() as directory:
                 rows += run_mtls(args, directory)
-        if rows:
-            write("bench.json", [row.published() for row in rows])
+            if not args.only:
+                write("bench.json", [row.published() for row in rows])
         for what, run in (("routes", run_routes), ("cluster", run_cluster)):
             if args.what in (what, "all"):
                 with scratch() as directory:

@@ -18,6 +18,7 @@ handshake of its own. CPU and memory are those of both hops.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,11 +43,13 @@ from bench.world import (
     pod_of,
     start,
     tail,
+    until,
     wait_for,
     write_files,
 )
 from bpf.maps import counters
 from bpf.reasons import Reason
+from mesh.cli.client import ask, ask_stream
 from mesh.lab import lab as labs
 from mesh.lab.enter import enter_pod
 from mesh.lab.plan import Plan
@@ -213,7 +216,7 @@ def _hop(
 
 
 def _check_tunnels(lab: LabDir) -> None:
-    """After a request to each port. BenchFailed: it went another way than through the proxy."""
+    """After requests to each port. BenchFailed: they went another way than between proxies."""
     counted = counters(lab.weft("weft-near").pins)
     for reason in (Reason.TO_PROXY, Reason.TO_RELAY):
         if not counted[reason]:
@@ -221,3 +224,23 @@ def _check_tunnels(lab: LabDir) -> None:
                 f"weft-kernel: no connection of the client was counted as {reason.name}:"
                 f"{tail(lab.weft_log('weft-near'))}"
             )
+    # HTTP's tunnels stay; those of the other port have ended, and have left records at both ends.
+    for node, end in (("weft-near", "out"), ("weft-far", "in")):
+        run_dir = lab.weft(node).path
+        until(
+            lambda run_dir=run_dir, end=end: bool(ask(run_dir, "/status")["tunnels"][end]),
+            f"weft-kernel: node {node} has no tunnel {end}",
+            lab.weft_log(node),
+        )
+        until(
+            lambda run_dir=run_dir: "mtls" in _relayed(run_dir),
+            f"weft-kernel: no connection that node {node} relayed was by mutual TLS",
+            lab.weft_log(node),
+        )
+
+
+def _relayed(run_dir: Path) -> set[str]:
+    """How connections were encrypted that this node did not take for HTTP."""
+    lines = ask_stream(run_dir, "/flows")
+    flows = [json.loads(line).get("flow") for line in lines if line]
+    return {one.get("encryption", "none") for one in flows if one and "http" not in one}

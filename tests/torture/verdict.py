@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from bpf.reasons import Reason
+from l7proxy.redirect import LONG
 from torture.clients import Loss, Totals, unexplained
 from torture.kills import Kill
 from torture.scene import Target
@@ -15,6 +16,9 @@ from torture.scene import Target
 # kept far below it, by run.TCP_RMEM in pods and by the proxy for its own sockets (l7proxy.dial), so
 # that what is more has come by redirect or to a proxy that lets it.
 QUEUE_BOUND = 4 << 20
+# What comes by redirect is bounded by the proxy (l7proxy.redirect): twice LONG and one write, as
+# sock_diag charges it.
+REDIRECT_BOUND = 4 * LONG
 # Each is a bug wherever it happens.
 _NEVER = (Reason.UNPAIRED, Reason.ENROL_FAILED, Reason.STALE_TABLE, Reason.NO_ORIGIN)
 
@@ -71,6 +75,12 @@ def problems(evidence: Evidence, targets: Sequence[Target]) -> Iterator[str]:
         yield (
             f"a connection of {whose} was charged for {queue >> 10} KiB that were not read, more "
             f"than {QUEUE_BOUND >> 10} KiB"
+        )
+    by_redirect, whose = evidence.redirect_queue
+    if by_redirect > REDIRECT_BOUND:
+        yield (
+            f"a connection of {whose} was charged for {by_redirect >> 10} KiB that came by "
+            f"redirect and were not read, more than {REDIRECT_BOUND >> 10} KiB"
         )
     for text in evidence.mixed:
         yield f"by redirect and by TCP: {text}"
