@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
+from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
 from mesh.model.identity import Reserved
@@ -541,6 +542,7 @@ RESPONSE_HEAD_MAX = 2048
 EVENT_PAGES = 128
 # Tables that requests are judged by, and the arenas they stand in: twice what the largest table
 # takes and a header (bpf/programs/automaton.h), in bytes; 4 MB for each that is in use.
+AUTOMATON_SOURCE = Path(__file__).parent / "programs" / "automaton.h"
 AUTOMATA = 1 << 12
 AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (4 << 20) + 512
 
@@ -621,7 +623,8 @@ _CONSTANTS = (
 def description() -> str:
     """Everything that must be the same where maps are shared."""
     structs = "".join(f"{one.name} {one.format.format} {one.fields}\n" for one in Layout.all)
-    return structs + c_header()
+    # Tables of the automaton are read by the programs of the version that reads them so.
+    return structs + c_header() + AUTOMATON_SOURCE.read_text()
 
 
 def c_header() -> str:

@@ -10,10 +10,13 @@ The reference for what rules mean is l7proxy.routing and l7proxy.http_policy.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from bpf import layout
 from l7proxy.automaton_rules import PUNT, Condition, Limits, Rule
 from l7proxy.route_compile import (
     NO_ROUTE,
@@ -30,8 +33,7 @@ from mesh.model.policyconfig import HttpRule, PolicyRule
 # Rules of one direction of policies, of which one must hold (Rules.for_kernel).
 HttpRules: TypeAlias = tuple[PolicyRule, ...]
 
-# Goes into the generation: another grammar or meaning of conditions is another table.
-_EDITION = 1
+_HERE = Path(__file__).parent
 # Of longer heads the proxy decides (bpf/programs/automaton.h).
 _HEAD_MAX = 8000
 _PATHS = ("Exact", "RegularExpression", "PathPrefix")
@@ -88,11 +90,18 @@ def plan(
         min(settings.max_head_bytes, _HEAD_MAX), settings.max_headers, settings.max_body_bytes
     )
     names = [(one.result.route, one.result.rule.index) for one in rules]
-    text = repr((_EDITION, listener, names, [*map(_text, lists)], everything, limits))
+    text = repr((_edition(), listener, names, [*map(_text, lists)], everything, limits))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return Plan(
         listener, tuple(rules), lists, everything, limits, int.from_bytes(digest, "big") | 1
     )
+
+
+@functools.cache
+def _edition() -> str:
+    """Goes into the generation: what compiles or walks tables in another way makes others."""
+    sources = (*sorted(_HERE.glob("automaton*.py")), layout.AUTOMATON_SOURCE)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def _text(rules: HttpRules) -> str:

@@ -116,7 +116,11 @@ class Plans:
     def all(self) -> dict[int, Plan]:
         """By generation, of all that pods of this node may be asked for."""
         here = self._here()
-        found = {one.generation: one for one in self._of("", _NOTHING)}
+        asked = {_NOTHING}
+        if self._policies.any:  # also pods that are asked for by their own addresses
+            clusters = self._clusters.values()
+            asked |= self._asked({one for cluster in clusters for one in cluster.endpoints}, "")
+        found = {one.generation: one for one in self._of("", *asked)}
         for service in self._services.values():
             found |= {one.generation: one for one in self._planned(service, here)}
         return found

@@ -15,6 +15,7 @@ from l7proxy.automaton import Automaton, compile_rules
 from l7proxy.automaton_plan import Plan
 from l7proxy.automaton_plans import Plans
 from l7proxy.automaton_rules import Condition
+from l7proxy.native import Native, available
 from l7proxy.route_compile import RouteMatchResult
 from mesh.model.nodeconfig import Section, ServiceSection, Settings
 from mesh.model.section import SETTINGS_KEY, SectionKey
@@ -67,8 +68,10 @@ def kernel_words(
     service: ServiceSection,
     listener: str,
     match: RouteMatchResult | None,
+    head: bytes,
 ) -> str:
-    """Whether the kernel decides requests that get this rule (None: that no route is about)."""
+    """Whether the kernel decides a request that gets this rule (None: that no route is about).
+    `head`: as its client sends it; without a compiled automaton only the rule is looked at."""
     plan = next(one for one in Plans(sections).of(service) if one.listener == listener)
     number = 1
     if match is not None:
@@ -76,6 +79,8 @@ def kernel_words(
         number = names.index((match.route, match.rule.index)) + 1
     automaton = compile_rules(plan.ordered, plan.limits)
     why = _why(plan, automaton, number)
+    if not why and not available() and Native(automaton.table).judge(head).rule != number:
+        why = "something in this request's head is the proxy's to read"
     if why:
         return f"no: {why}"
     settings = sections.get(SETTINGS_KEY)

@@ -73,7 +73,9 @@ def explain_mesh(
     if service is None:
         way = "a pod is asked for itself: no routes count"
         return msgspec.structs.replace(base, way=way, backends=tuple(_straight(sections, entry)))
-    return _routed(sections, service, workload.namespace, head, base)
+    fields = "".join(f"{name}: {value}\r\n" for name, value in (("host", host), *headers))
+    raw = f"{method} {path} HTTP/1.1\r\n{fields}\r\n".encode()
+    return _routed(sections, service, workload.namespace, head, raw, base)
 
 
 class _Place(NamedTuple):
@@ -87,6 +89,7 @@ def _routed(
     service: ServiceSection,
     client: str,
     head: RequestHead,
+    raw: bytes,
     base: Explanation,
 ) -> Explanation:
     own = (service.namespace, service.name, service.port)
@@ -103,7 +106,7 @@ def _routed(
     if selected is None:
         backend = explain_backend(sections, WeightedBackend(service.cluster), 1)
         way = "no route is attached that counts for this client: the Service's own endpoints"
-        kernel = kernel_words(sections, service, "", None)
+        kernel = kernel_words(sections, service, "", None, raw)
         return msgspec.structs.replace(base, way=way, kernel=kernel, backends=(backend,))
     kind = "producer routes, of the Service's namespace"
     if selected != producers:
@@ -111,7 +114,7 @@ def _routed(
     base = msgspec.structs.replace(base, way=kind, listener=selected)
     if found is None:
         return msgspec.structs.replace(base, status=404, detail="no route matches")
-    kernel = kernel_words(sections, service, selected, found)
+    kernel = kernel_words(sections, service, selected, found, raw)
     base = msgspec.structs.replace(base, kernel=kernel)
     return answer(sections, found, head, _Place(service.port), base)
 

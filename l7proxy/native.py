@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bpf import layout
 from l7proxy.automaton_table import HEADER_SIZE, WORDS
 
 _HERE = Path(__file__).parent
-_SOURCES = (_HERE / "native.c", _HERE.parent / "bpf" / "programs" / "automaton.h")
+_SOURCES = (_HERE / "native.c", layout.AUTOMATON_SOURCE)
 LIBRARY = _HERE / "libweft.so"
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
 # clang's pragmas are the kernel's half.

@@ -110,13 +110,26 @@ def test_no_such_service(weft):
     assert CliRunner().invoke(cli, ["bpf", "automaton", "a/b/c"]).exit_code == 2
 
 
+COULD = "it could (--http-in-kernel is off), between pods of one node"
+HEAD = "no: something in this request's head is the proxy's to read"
+
+
 @pytest.mark.parametrize(
     ("path", "kernel"),
     [
-        ("/api/x", "it could (--http-in-kernel is off), between pods of one node"),
+        ("/%61pi/x", HEAD),
+        ("/api/x?a=%20", COULD),
+        ("/api/x", COULD),
         ("/slow", "no: it has a timeout"),
     ],
 )
 def test_explain_says_whether_the_kernel_decides(weft, path, kernel):
     code, found = weft("explain", "--from", "shop/web-0", "GET", f"http://cart{path}")
     assert (code, found["kernel"]) == (0, kernel)
+
+
+def test_explain_reads_the_head_as_the_kernel_does(weft):
+    ask = ("explain", "--from", "shop/web-0", "GET", "http://cart/api", "-H")
+    assert weft(*ask, "X-Version: v2")[1]["kernel"] == COULD
+    assert weft(*ask, "Connection: close")[1]["kernel"] == HEAD
+    assert weft(*ask, "X-Version: v2", "-H", "x-version: v1")[1]["kernel"] == HEAD

@@ -125,7 +125,9 @@ def test_an_agent_plans_what_its_workers_ask_for():
     # A policy's rules, for who may come; endpoints of other nodes are nothing to the kernel.
     assert plans.apply({"policy/shop/cart-0": policy("GET")}, ())
     rules = policy("GET").ingress.rules
-    assert plans.all().keys() == {straight, of_worker(SECTIONS), of_worker(SECTIONS, (), rules)}
+    judged = plan("", RouteIndex(), ((), rules), Settings()).generation
+    routed = of_worker(SECTIONS), of_worker(SECTIONS, (), rules)
+    assert plans.all().keys() == {straight, judged, *routed}
     # What no pod of this node is asked for is nothing to this kernel.
     plans.apply({CLUSTER: ClusterSection((Endpoint("10.0.9.9", 8080),))}, ())
     assert plans.all().keys() == {straight}
