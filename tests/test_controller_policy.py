@@ -3,7 +3,14 @@ has no place for it."""
 
 import pytest
 from controller_world import controller_world
-from kube_world import CILIUM, cilium_crds, needs_cilium_crds, needs_crds, policy
+from kube_world import (
+    CILIUM,
+    cilium_crds,
+    gateway_class,
+    needs_cilium_crds,
+    needs_crds,
+    policy,
+)
 
 pytestmark = [needs_crds, needs_cilium_crds]
 
@@ -82,10 +89,9 @@ async def test_without_a_mesh_policies_are_somebody_elses(world):
     world.server.create(policy("CiliumNetworkPolicy", fqdn=True))
     world.server.create(policy("NetworkPolicy", "n"))
     world.report()
-    controller, _ = world.start()
-    lease = "coordination.k8s.io/leases"
-    await world.until(lambda: world.server.get(lease, "weft-controller", "weft-system"))
-    await world.until(lambda: controller._synced and not controller._held)
+    world.server.create(gateway_class())
+    world.start()
+    await world.until(lambda: world.conditions("gatewayclasses", "weft", "")["Accepted"] == "True")
     assert not [path for _, path in world.server.requests if "policies" in path and CILIUM in path]
     assert not conditions(world, "ciliumnetworkpolicies")
 

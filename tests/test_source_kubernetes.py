@@ -6,9 +6,10 @@ import random
 
 import pytest
 from apiserver.server import ApiServer
-from kube_world import CRDS, config_map, following, needs_crds, route
+from kube_world import CRDS, WAIT_S, config_map, following, needs_crds, route
 
 from mesh.model.meta import ObjectKey
+from mesh.sources.kubernetes_client import Backoff, Client, ServerError
 
 ONLY = frozenset(("ConfigMap",))
 
@@ -369,3 +370,26 @@ async def test_a_relist_while_many_routes_change(server, tmp_path):
         )
         told = [name for _, name, obj in source.told[before:] if obj is not None]
         assert len(source.told) - before == len(told) == len(set(told)) == 1000
+
+
+async def test_what_waits_for_a_server_goes_on_with_the_first_that_finds_it(server, tmp_path):
+    """However long each would have waited by itself."""
+    client = Client(server.kubeconfig(tmp_path / "kubeconfig"))
+    await client.open()
+    try:
+        await client.request("GET", "/version")
+        await server.stop_listening()
+        with pytest.raises(ServerError):
+            await client.request("GET", "/version")
+        waiting = asyncio.ensure_future(Backoff(3600.0).wait(until=client.reachable))
+        await server.listen()
+        await client.request("GET", "/version")
+        async with asyncio.timeout(WAIT_S):
+            await waiting
+        # While it answers, every one waits for itself.
+        waiting = asyncio.ensure_future(Backoff(3600.0, 3600.0).wait(until=client.reachable))
+        await client.request("GET", "/version")
+        assert not waiting.done()
+        waiting.cancel()
+    finally:
+        await client.close()

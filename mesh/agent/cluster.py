@@ -85,7 +85,7 @@ class Reporter:
                 if failing != str(error):
                     failing = str(error)
                     _log.error("cannot report to the cluster: %s", error)
-                await backoff.wait(error.retry_after_s)
+                await backoff.wait(error.retry_after_s, until=self._client.reachable)
                 continue
             failing = ""
             backoff.reset()

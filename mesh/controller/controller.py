@@ -44,6 +44,12 @@ _log = logging.getLogger("weft.controller")
 # changing.
 _NODES = "nodes.weft.invalid"
 _MAX_ADDRESSES = 16
+_WITH_STATUS = frozenset(
+    (
+        *("GatewayClass", "Gateway", "ListenerSet", "BackendTLSPolicy"),
+        *(*ROUTE_KINDS, *POLICY_KINDS),
+    )
+)
 _LONG_S = 30.0
 # The mesh's own addresses differ from node to node; reports name them so (mesh.model.nodereport).
 _MESH_ADDRESSES = ("127.0.0.1", "::1")
@@ -262,8 +268,8 @@ class Controller:
         for ident, status in statuses.items():
             self._derived[ident] = status
             result[ident] = Wanted(status, "")
-        for kind, objects in changes.items():
-            for key, obj in objects.items():
+        for kind in changes.keys() & _WITH_STATUS:
+            for key, obj in changes[kind].items():
                 ident = kind, key
                 uid = "" if obj is None else obj.metadata.uid or ""
                 if self._uids.get(ident, "") != uid and ident in self._derived:

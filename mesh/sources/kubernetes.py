@@ -302,7 +302,7 @@ class KubernetesSource:
                 await asyncio.sleep(self._discovery_s)
             except ServerError as error:
                 self._server_trouble(f"{self.client.url} cannot be asked what it serves: {error}")
-                await backoff.wait(error.retry_after_s)
+                await backoff.wait(error.retry_after_s, until=self.client.reachable)
 
     async def _connect(self, backoff: Backoff) -> None:
         while True:

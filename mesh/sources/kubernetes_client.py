@@ -61,10 +61,19 @@ class Backoff:
     def reset(self) -> None:
         self._next_s = self._first_s
 
-    async def wait(self, at_least_s: float | None = None) -> None:
+    async def wait(
+        self, at_least_s: float | None = None, *, until: asyncio.Event | None = None
+    ) -> None:
+        """`until` ends it early, unless it is set already."""
         pause = self._next_s * random.uniform(0.5, 1.0)
         self._next_s = min(2 * self._next_s, self._most_s)
-        await asyncio.sleep(max(pause, min(at_least_s or 0.0, self._most_s)))
+        pause = max(pause, min(at_least_s or 0.0, self._most_s))
+        if until is None or until.is_set():
+            await asyncio.sleep(pause)
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await until.wait()
 
 
 class Client:
@@ -72,6 +81,8 @@ class Client:
     ~/.kube/config), or the service account of the pod that this runs in."""
 
     def __init__(self, kubeconfig: Path | None) -> None:
+        # Whether the server answered last: who waits for it need not wait longer than the first.
+        self.reachable = asyncio.Event()
         self._kubeconfig = kubeconfig
         self._configuration = Configuration()
         self._api: ApiClient | None = None
@@ -173,7 +184,12 @@ class Client:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            answer = await api.call_api(method, url, headers, body, _request_timeout=limits)
+            try:
+                answer = await api.call_api(method, url, headers, body, _request_timeout=limits)
+            except (aiohttp.ClientError, OSError, TimeoutError):
+                self.reachable.clear()
+                raise
+        self.reachable.set()
         response: aiohttp.ClientResponse = answer.response
         return response
 

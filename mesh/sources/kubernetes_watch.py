@@ -97,7 +97,7 @@ class Reflector:
                 else:
                     self._sink.failing(error)
                     pause = error.retry_after_s
-            await self._backoff.wait(pause)
+            await self._backoff.wait(pause, until=self._client.reachable)
 
     def forget(self) -> None:
         """The server does not have the kind any more."""

@@ -23,6 +23,8 @@ from acceptance.gateway import POLL_S, Agent, GatewayFailed, GatewayProcess
 from acceptance.manifests import Ident, Json, Manifests
 
 NAMESPACE = "weft-system"
+# As in deploy/: nodes read the controller's copies of Secrets.
+_SECRETS = "weft-system-secrets"
 _TESTS = Path(__file__).resolve().parents[1]
 _VERSIONS = {
     **dict.fromkeys(("Namespace", "Service", "Secret", "ConfigMap", "Pod", "Node"), "v1"),
@@ -154,10 +156,11 @@ class ClusterGateway(GatewayProcess):
     """`weft up` on a cluster, and the controller beside it."""
 
     def __init__(self, api: Api, kubeconfig: Path, run_dir: Path, pool: str, *options: str) -> None:
-        super().__init__(None, run_dir, f"--kubeconfig={kubeconfig}", pool, *options)
+        both = (f"--kubeconfig={kubeconfig}", f"--secrets-namespace={_SECRETS}", pool)
+        super().__init__(None, run_dir, *both, *options)
         self._api = api
         weft = str(Path(sys.executable).with_name("weft"))
-        self._controller_command = [weft, "controller", f"--kubeconfig={kubeconfig}", pool]
+        self._controller_command = [weft, "controller", *both]
         self._controller: asyncio.subprocess.Process | None = None
 
     @property
@@ -169,6 +172,7 @@ class ClusterGateway(GatewayProcess):
         return _written(super().objects(kind, namespace, name), self._api, kind, namespace, name)
 
     async def start(self, within_s: float = 20.0) -> None:
+        self._api.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _SECRETS}})
         await super().start(within_s)
         with self.log_file.with_name("controller.log").open("wb") as log:
             self._controller = await asyncio.create_subprocess_exec(
