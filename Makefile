@@ -44,6 +44,7 @@ rotation: setup-dev
 	@WEFT_TEST_SVID_LIFE=20s .venv/bin/pytest tests/test_lab_certs.py --durations=3
 
 torture: setup-dev
+	@WEFT_STRESS_S=60 .venv/bin/pytest -q tests/test_pairs_stress.py
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
 
 matrix: setup-dev

@@ -24,15 +24,22 @@ def is_member(cgroup: Path, pid: int) -> bool:
         return False
 
 
-def attach(directory: Path, cgroup: Path, proxy_cgroup: Path | None = None) -> None:
+def attach(
+    directory: Path, cgroup: Path, proxy_cgroup: Path | None = None, *, pairs: bool = False
+) -> None:
     """Attach the programs pinned in `directory`: to the workloads' cgroup and, if it is given, to
-    the proxy's, without which nothing is enrolled. Those first that serve sockets, then those that
+    the proxy's, without which nothing is enrolled. `pairs`: what workloads send may go past the
+    proxy; sockets stay as they were enrolled. Those first that serve sockets, then those that
     decide for new ones: each of these finds the others of its version there, however far this gets.
     DatapathError: what could not be attached; what was attached before still is."""
     cgroups = {Place.WORKLOADS: cgroup}
     if proxy_cgroup is not None:
         cgroups[Place.PROXIES] = proxy_cgroup
-        _attach_verdict(directory)
+        _attach_to_sockets(directory, "verdict", "proxy_sockets")
+        if pairs:
+            _attach_to_sockets(directory, "exchange", "workload_sockets")
+        else:
+            _path(directory, "exchange").unlink(missing_ok=True)
     for path in cgroups.values():
         check_cgroup(path)
     for name, program in sorted(PROGRAMS.items(), key=lambda one: not one[1].stays):
@@ -115,21 +122,21 @@ def _attach(directory: Path, name: str, cgroup: Path, of: str | None = None) -> 
             ) from error
 
 
-def _attach_verdict(directory: Path) -> None:
-    path = _path(directory, "verdict")
+def _attach_to_sockets(directory: Path, name: str, map_name: str) -> None:
+    path = _path(directory, name)
     with (
-        opened(open_program(directory, "verdict")) as program,
-        opened(syscall.pinned(str(pins.map_path(directory, "proxy_sockets")))) as sockets,
+        opened(open_program(directory, name)) as program,
+        opened(syscall.pinned(str(pins.map_path(directory, map_name)))) as sockets,
     ):
         try:
             if path.exists():
                 with opened(syscall.pinned(str(path))) as link:
                     syscall.update_link(link, program)
                 return
-            with opened(syscall.link(program, sockets, PROGRAMS["verdict"].attach_type)) as link:
+            with opened(syscall.link(program, sockets, PROGRAMS[name].attach_type)) as link:
                 syscall.pin(link, str(path))
         except OSError as error:
             raise DatapathError(
-                f"cannot attach verdict to the map proxy_sockets: {error.strerror}: it takes a "
+                f"cannot attach {name} to the map {map_name}: {error.strerror}: it takes a "
                 "kernel with links for sockmaps (6.10)"
             ) from error

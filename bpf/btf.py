@@ -102,6 +102,21 @@ class Btf:
 
 
 def c_header() -> str:
-    """Offsets that the programs need, as C: SK_RMEM_ALLOC in struct tcp_sock, whose first member
-    is, by way of others, its struct sock. DatapathError."""
-    return f"#define SK_RMEM_ALLOC {Btf().offset('sock', 'sk_backlog', 'rmem_alloc')}\n"
+    """Offsets that the programs need, as C: all in struct tcp_sock, whose first member is, by way
+    of others, its struct sock. Of timers: of what is 0 while they are not pending.
+    DatapathError."""
+    btf = Btf()
+    pending = btf.offset("timer_list", "entry", "pprev")
+    armed = btf.offset("hrtimer", "state")
+    sock, connection = "sock", "inet_connection_sock"
+    offsets = {
+        "SK_RMEM_ALLOC": btf.offset(sock, "sk_backlog", "rmem_alloc"),
+        "SK_REFCNT": btf.offset(sock, "__sk_common", "skc_refcnt"),
+        "SK_TIMER": btf.offset(sock, "sk_timer") + pending,
+        "TCP_RETRANSMIT_TIMER": btf.offset(connection, "icsk_retransmit_timer") + pending,
+        "TCP_DELACK_TIMER": btf.offset(connection, "icsk_delack_timer") + pending,
+        "TCP_PACING_TIMER": btf.offset("tcp_sock", "pacing_timer") + armed,
+        "TCP_COMPRESSED_ACK_TIMER": btf.offset("tcp_sock", "compressed_ack_timer") + armed,
+        "TCP_WRITE_SEQ": btf.offset("tcp_sock", "write_seq"),
+    }
+    return "".join(f"#define {name} {at}\n" for name, at in offsets.items())

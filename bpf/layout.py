@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
+from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
 from mesh.model.identity import FIRST_CIDR as FIRST_CIDR
@@ -255,11 +256,69 @@ class Event(NamedTuple):
     rule: int
 
 
+class Pair(NamedTuple):
+    """struct pair: what the proxy offers to a client's socket."""
+
+    offer: int
+    backend: int
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
+    received: int
+    handed: int
+    until: int
+    expires_ns: int
+    offer_again: int
+
+
+class Paired(NamedTuple):
+    """struct paired: of a backend's socket."""
+
+    client: int
+    received: int
+
+
+class Exchange(NamedTuple):
+    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
+    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of
+    it are still to come, as the first ones came."""
+
+    started_ns: int
+    bytes_in: int
+    bytes_out: int
+    elapsed_ns: int
+    faster: bytes
+    forwarded: int
+    answered: int
+    handed: int
+    bodiless: int
+    left: int
+
+    @property
+    def outstanding(self) -> bool:
+        """A request was forwarded, and nothing of its response has come."""
+        return (self.answered + self.handed - self.forwarded) & 0xFFFFFFFF != 0
+
+
+class AutomatonPlace(NamedTuple):
+    """struct automaton_place: the arena that a table stands in, and the word where it begins."""
+
+    arena: int
+    word: int
+
+
 class Number(NamedTuple):
     """A bare u32 or u64: indices, slots, counters."""
 
     value: int
 
+
+# Of the tables of bpf/response.py; a power of two. In a cell above the next state: the byte is a
+# digit of Content-Length; the head goes on with it. The first state, and that of a whole head.
+RESPONSE_STATES = 512
+RESPONSE_DIGIT, RESPONSE_ALIVE = 14, 15
+RESPONSE_START, RESPONSE_DONE = 1, 2
 
 T = TypeVar(
     "T",
@@ -285,6 +344,10 @@ T = TypeVar(
     Flow,
     Addresses,
     Event,
+    Pair,
+    Paired,
+    Exchange,
+    AutomatonPlace,
     Number,
 )
 
@@ -394,6 +457,50 @@ EVENT = Layout(
         "zero": "4x",
     },
 )
+# As those of the proxy's histogram, in ns.
+PAIR_BOUNDS = tuple(
+    int(ms * 1_000_000)
+    for ms in (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
+)
+PAIR_BUCKETS = len(PAIR_BOUNDS)
+PAIR = Layout(
+    "pair",
+    "=",
+    {
+        "offer": "Q",
+        "backend": "Q",
+        "generation": "Q",
+        "egress": "I",
+        "ingress": "I",
+        "rule": "I",
+        "received": "I",
+        "handed": "I",
+        "until": "I",
+        "expires_ns": "Q",
+        "offer_again": "Q",
+    },
+)
+PAIRED = Layout("paired", "=", {"client": "Q", "received": "I", "zero": "4x"})
+EXCHANGE = Layout(
+    "exchange",
+    "=",
+    {
+        "started_ns": "Q",
+        "bytes_in": "Q",
+        "bytes_out": "Q",
+        "elapsed_ns": "Q",
+        "faster": f"{8 * PAIR_BUCKETS}s",
+        "forwarded": "I",
+        "answered": "I",
+        "handed": "I",
+        "bodiless": "I",
+        "left": "I",
+        "zero": "4x",
+    },
+)
+WORKLOAD = Layout("workload", "=", {"cookie": "Q", "base": "I", "is_backend": "I"})
+RESPONSES = Layout("responses", "=", {"raw": f"{RESPONSE_STATES * 256 * 2}s"})
+AUTOMATON_PLACE = Layout("automaton_place", "=", {"arena": "I", "word": "I"})
 U32 = Layout("u32", "=", {"value": "I"})
 U64 = Layout("u64", "=", {"value": "Q"})
 
@@ -460,8 +567,20 @@ FRAGMENTS = 1 << 12
 FRAGMENT_S = 30
 # Refusals of packets that are told of in one second, on each CPU.
 TOLD_MAX = 500
+# Pairs, and what went past the proxy by them. A response that does is no longer than this, and its
+# client has read all before: so that all pairs' hold no more than 512 MiB.
+PAIRS_MAX = 1 << 13
+EXCHANGES_MAX = 1 << 14
+RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
+# Of its head; a power of two.
+RESPONSE_HEAD_MAX = 2048
 # Of 4 KiB; a power of two.
 EVENT_PAGES = 128
+# Tables that requests are judged by, and the arenas they stand in: twice what the largest table
+# takes and a header (bpf/programs/automaton.h), in bytes; 4 MB for each that is in use.
+AUTOMATON_SOURCE = Path(__file__).parent / "programs" / "automaton.h"
+AUTOMATA = 1 << 12
+AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (4 << 20) + 512
 
 # What C is told by these names.
 _CONSTANTS = (
@@ -522,18 +641,35 @@ _CONSTANTS = (
     "FRAGMENT_S",
     "TOLD_MAX",
     "EVENT_PAGES",
+    "PAIR_BUCKETS",
+    "PAIRS_MAX",
+    "EXCHANGES_MAX",
+    "RESPONSE_MAX",
+    "REQUEST_MAX",
+    "RESPONSE_HEAD_MAX",
+    "RESPONSE_STATES",
+    "RESPONSE_DIGIT",
+    "RESPONSE_ALIVE",
+    "RESPONSE_START",
+    "RESPONSE_DONE",
+    "AUTOMATA",
+    "AUTOMATON_ARENAS",
+    "AUTOMATON_ARENA",
 )
 
 
 def description() -> str:
     """Everything that must be the same where maps are shared."""
     structs = "".join(f"{one.name} {one.format.format} {one.fields}\n" for one in Layout.all)
-    return structs + c_header()
+    # Tables of the automaton are read by the programs of the version that reads them so.
+    return structs + c_header() + AUTOMATON_SOURCE.read_text()
 
 
 def c_header() -> str:
     """Sizes and flags as C."""
-    return "".join(f"#define {name} {globals()[name]:d}\n" for name in _CONSTANTS)
+    bounds = " ".join(f"X({bound}ULL)" for bound in PAIR_BOUNDS)
+    numbers = "".join(f"#define {name} {globals()[name]:d}\n" for name in _CONSTANTS)
+    return f"{numbers}#define PAIR_BOUNDS(X) {bounds}\n"
 
 
 def c_checks() -> str:

@@ -15,9 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bpf import attach, pins, syscall
+from bpf import attach, layout, pins, syscall
 from bpf.errors import DatapathError
+from bpf.layout import Number
+from bpf.maps import INNER
 from bpf.programs import LICENCE, PROGRAMS
+from bpf.response import tables
 
 _LOG_LINES = 20
 
@@ -34,6 +37,7 @@ def load(directory: Path) -> None:
     programs = {
         name: _program(name, program.instructions(maps)) for name, program in made.programs.items()
     }
+    syscall.update(maps["responses"], layout.U32.pack(Number(0)), tables())
     pins.prepare(directory)
     for name, fd in maps.items():
         if adopted[name] is None:
@@ -44,7 +48,12 @@ def load(directory: Path) -> None:
 
 def _create(name: str, info: syscall.MapInfo) -> int:
     try:
-        return syscall.create_map(name, info)
+        inner = syscall.create_map(name, INNER[name]) if name in INNER else None
+        try:
+            return syscall.create_map(name, info, inner)
+        finally:
+            if inner is not None:
+                os.close(inner)
     except OSError as error:
         raise DatapathError(
             f"cannot make the map {name}: {error.strerror}: it takes root (CAP_BPF), and memory"
@@ -113,6 +122,9 @@ def main() -> int:
     parser.add_argument(
         "--remove", action="store_true", help="detach and unpin everything in --pin"
     )
+    parser.add_argument(
+        "--pairs", action="store_true", help="let requests and responses pass by the proxy"
+    )
     args = parser.parse_args()
     if args.remove and (args.cgroup or args.proxy_cgroup):
         parser.error("--remove goes with --pin only")
@@ -126,7 +138,7 @@ def main() -> int:
             attach.check_cgroup(cgroup)
         load(args.pin)
         if args.cgroup is not None:
-            attach.attach(args.pin, args.cgroup, args.proxy_cgroup)
+            attach.attach(args.pin, args.cgroup, args.proxy_cgroup, pairs=args.pairs)
     except DatapathError as error:
         print(f"weft: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,7 @@ from bpf.layout import (
     AffinityKey,
     Backend,
     Config,
+    Exchange,
     Flow,
     FlowKey,
     Frontend,
@@ -31,6 +32,7 @@ from bpf.layout import (
     Origin,
     OriginKey,
     Outgoing,
+    Pair,
     Pod,
     Policy,
     PolicyKey,
@@ -68,8 +70,14 @@ V = TypeVar(
     Pod,
     Policy,
     Flow,
+    Pair,
+    Exchange,
     Number,
 )
+
+
+# BPF_F_MMAPABLE.
+_MMAPABLE = 1 << 10
 
 
 class Spec(NamedTuple):
@@ -97,6 +105,11 @@ MAPS = {
     "plain": Spec(layout.TARGET, layout.U64, layout.PLAIN),
     "workload_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
     "proxy_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
+    "workload": Spec(layout.U32, layout.WORKLOAD, 0),
+    "pairs": Spec(layout.U64, layout.PAIR, layout.PAIRS_MAX),
+    "paired": Spec(layout.U64, layout.PAIRED, layout.PAIRS_MAX),
+    "exchanges": Spec(layout.U64, layout.EXCHANGE, layout.EXCHANGES_MAX),
+    "responses": Spec(layout.U32, layout.RESPONSES, 1),
     "interfaces": Spec(layout.ADDRESS, layout.U32, layout.PODS),
     "namespaces": Spec(layout.U64, layout.ADDRESSES, layout.PODS),
     "identities": Spec(layout.PREFIX, layout.IDENTITY, layout.IDENTITIES),
@@ -108,8 +121,12 @@ MAPS = {
     "fragments": Spec(layout.FRAGMENT, layout.U64, layout.FRAGMENTS),
     "told": Spec(layout.U32, layout.TOLD, 1),
     "events": Spec(None, None, layout.EVENT_PAGES * 4096),
+    "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, layout.AUTOMATA),
+    "automaton_arenas": Spec(layout.U32, layout.U32, layout.AUTOMATON_ARENAS),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }
+# What is in maps of maps, as programs expect it.
+INNER = {"automaton_arenas": syscall.MapInfo(2, 4, layout.AUTOMATON_ARENA, 1, _MMAPABLE)}
 
 
 def open_pinned(directory: Path, name: str, of: str | None = None) -> int:

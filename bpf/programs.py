@@ -22,6 +22,7 @@ class Place(enum.Enum):
     WORKLOADS = "the cgroup of the workloads"
     PROXIES = "the cgroup of the proxy"
     PROXY_SOCKETS = "the map proxy_sockets"
+    WORKLOAD_SOCKETS = "the map workload_sockets, where pairs are wanted"
     NONE = "nothing: it is run, or attached to each pod's interface"
 
 
@@ -47,7 +48,9 @@ PROGRAMS = {
     "workloads": Program(_SOCK_OPS, 3, Place.WORKLOADS, stays=True),
     "proxies": Program(_SOCK_OPS, 3, Place.PROXIES, stays=True),
     "verdict": Program(_SK_MSG, 7, Place.PROXY_SOCKETS, stays=True),
+    "exchange": Program(_SK_MSG, 7, Place.WORKLOAD_SOCKETS, stays=True),
     "pod_egress": Program(_SCHED_CLS, 46, Place.NONE),
     "pod_ingress": Program(_SCHED_CLS, 47, Place.NONE),
     "queue": Program(_SCHED_CLS, 0, Place.NONE),
+    "holders": Program(_SCHED_CLS, 0, Place.NONE),
 }

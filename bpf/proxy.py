@@ -9,6 +9,8 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import struct
 import time
@@ -19,13 +21,17 @@ from typing import NamedTuple
 from bpf import layout, pins, syscall
 from bpf.attach import open_program
 from bpf.errors import DatapathError
-from bpf.layout import Number, Proxied, Target
+from bpf.layout import Exchange, Number, Pair, Paired, Proxied, Target
 from bpf.maps import open_pinned
 
 # Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
+# Of this version only.
+PAIR_HANDLES = ("pairs", "paired", "exchanges", "holders")
+_PROGRAMS = frozenset(("queue", "holders"))
 
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
+_U32 = 0xFFFFFFFF
 _FRAME = struct.Struct("=Q56x")
 
 
@@ -37,8 +43,9 @@ def descriptors(directory: Path) -> dict[str, int]:
     for version in (pins.version(), *pins.other_versions(directory)):
         own: dict[str, int] = {}
         try:
-            for name in HANDLES:
-                opened = open_program if name == "queue" else open_pinned
+            names = HANDLES + PAIR_HANDLES if version == pins.version() else HANDLES
+            for name in names:
+                opened = open_program if name in _PROGRAMS else open_pinned
                 own[f"{version}/{name}"] = opened(directory, name, version)
         except DatapathError:
             for fd in own.values():
@@ -69,6 +76,36 @@ class _Version(NamedTuple):
     queue: int
 
 
+class _PairMaps(NamedTuple):
+    """Descriptors, as PAIR_HANDLES."""
+
+    pairs: int
+    paired: int
+    exchanges: int
+    holders: int
+
+
+class Offer(NamedTuple):
+    """A pair, by the cookies of both workloads' sockets: requests that the table of `generation`
+    lets pass by `rule`, and its lists `egress` and `ingress` too (0: none is asked), go straight to
+    the backend, until `until` have been forwarded for the client, or CLOCK_MONOTONIC is at
+    `expires_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
+    from each since the connection was established, and is done with (modulo 2^32); `handed`:
+    likewise responses."""
+
+    client: int
+    backend: int
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
+    client_received: int
+    backend_received: int
+    handed: int
+    until: int
+    expires_ns: int
+
+
 class ProxyHandles:
     """The descriptors are the instance's from now on. Each socket is one version's, that whose
     programs were attached when it was connected."""
@@ -80,6 +117,9 @@ class ProxyHandles:
             _Version(*(descriptors[f"{version}/{name}"] for name in HANDLES))
             for version in versions
         ]
+        own = [descriptors.get(f"{pins.version()}/{name}") for name in PAIR_HANDLES]
+        found = [fd for fd in own if fd is not None]
+        self._pairs = _PairMaps(*found) if len(found) == len(own) else None
 
     def origin(self, fd: int) -> Origin | None:
         """What is known of a connection that the proxy accepted; None: no workload steered here
@@ -126,6 +166,78 @@ class ProxyHandles:
         now = layout.U64.pack(Number(time.monotonic_ns()))
         for version in self._versions:
             syscall.update(version.plain, layout.TARGET.pack(backend), now)
+
+    # Pairs are of sockets of this version: those of others do not find them.
+
+    def prepare(self, offer: Offer) -> bool:
+        """Everything but the client's end, from which on requests pass. False: there is no room."""
+        maps = self._pairs
+        if maps is None:
+            return False
+        client, backend = (layout.U64.pack(Number(one)) for one in (offer.client, offer.backend))
+        paired = Paired(offer.client, offer.backend_received & _U32)
+        nothing = bytes(layout.EXCHANGE.size)
+        with contextlib.suppress(FileExistsError):
+            syscall.update(maps.exchanges, client, nothing, syscall.BPF_NOEXIST)
+        return self._put(maps.paired, backend, layout.PAIRED.pack(paired))
+
+    def offer(self, offer: Offer) -> bool:
+        """From now on what the offer says passes by the proxy. False: there is no room."""
+        maps = self._pairs
+        assert maps is not None
+        number = time.monotonic_ns()
+        pair = Pair(
+            number,
+            offer.backend,
+            offer.generation,
+            offer.egress,
+            offer.ingress,
+            offer.rule,
+            offer.client_received & _U32,
+            offer.handed & _U32,
+            offer.until & _U32,
+            offer.expires_ns,
+            number,
+        )
+        client = layout.U64.pack(Number(offer.client))
+        return self._put(maps.pairs, client, layout.PAIR.pack(pair))
+
+    def _put(self, fd: int, key: bytes, value: bytes) -> bool:
+        try:
+            syscall.update(fd, key, value)
+        except OSError as error:
+            if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
+                raise
+            return False
+        return True
+
+    def withdraw(self, client: int) -> None:
+        """No request passes any more; one that is outstanding stays so."""
+        if self._pairs is not None:
+            syscall.delete(self._pairs.pairs, layout.U64.pack(Number(client)))
+
+    def forget(self, backend: int) -> None:
+        """Responses do not pass any more either."""
+        if self._pairs is not None:
+            syscall.delete(self._pairs.paired, layout.U64.pack(Number(backend)))
+
+    @staticmethod
+    def settle() -> None:
+        """Blocks until all programs have ended that may have seen an offer that was withdrawn."""
+        syscall.wait_for_programs()
+
+    def delivered(self, client: int) -> bool:
+        """No message is on its way into this socket's queue that has already been counted. May be
+        wrong if it says no; for as long as something else holds the socket."""
+        return self._pairs is None or syscall.run(self._pairs.holders, _FRAME.pack(client)) <= 0
+
+    def passed(self, client: int) -> Exchange | None:
+        """What has passed by the proxy, for a client's socket; None: nothing is known."""
+        if self._pairs is None:
+            return None
+        key = layout.U64.pack(Number(client))
+        data = syscall.lookup(self._pairs.exchanges, key, layout.EXCHANGE.size)
+        return None if data is None else layout.EXCHANGE.unpack(Exchange, data)
 
     def _look(self, fd: int) -> tuple[_Version, Proxied | None]:
         key = layout.U32.pack(Number(fd))

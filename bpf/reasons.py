@@ -41,6 +41,11 @@ class Reason(enum.IntEnum):
     FORGED = 23, None, "it came from elsewhere in the name of a pod of this node; dropped"
     UNTOLD = 24, None, "a refusal was not told of: too many in one second"
 
+    PAIR_REQUEST = 25, None, "a request went straight to its backend's socket"
+    PAIR_RESPONSE = 26, None, "a response went straight to its client's socket"
+    PAIR_HANDED = 27, None, "the response to such a request was left to the proxy"
+    PAIR_BROKEN = 28, None, "a backend sent what was no part of its response; send fails"
+
     errno: int | None
     meaning: str
 

@@ -49,6 +49,7 @@ FACTS = {
     "backend": "a backend's socket is enrolled before the proxy sends to it, and found",
     "deferred": "a backend with TCP_DEFER_ACCEPT is noticed before anything is sent to it",
     "miss": "a redirect that misses fails, and never goes by TCP",
+    "pairs": "a workload's message goes to another workload's socket or to the proxy, by numbers",
     "filter": "a program can be attached to an interface, both ways",
     "refusals": "a refused connection is answered at once, and the longest prefix decides which is",
     "own_stack": "a packet of the node's own is told from one that came in by an interface",
@@ -68,6 +69,8 @@ REDIRECT_FACTS = frozenset(
         "miss",
     )
 )
+# Those that only requests which pass by the proxy rely on, beside these.
+PAIR_FACTS = frozenset(("pairs",))
 _NAME = "selftest"
 _LOADER_S = 60
 _PROBE_S = 30
@@ -145,7 +148,7 @@ def _own_pins(path: Path) -> Iterator[Path]:
 
 def _load(pin: Path, cgroup: Path, proxy_cgroup: Path) -> None:
     command = [sys.executable, "-P", "-m", "bpf.loader", "--pin", str(pin)]
-    command += ["--cgroup", str(cgroup), "--proxy-cgroup", str(proxy_cgroup)]
+    command += ["--cgroup", str(cgroup), "--proxy-cgroup", str(proxy_cgroup), "--pairs"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_LOADER_S)
     except subprocess.TimeoutExpired:

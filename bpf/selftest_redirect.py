@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import pins, settings, syscall
+from bpf import maps, pins, settings, syscall
 from bpf.attach import open_program
 from bpf.balancer import Balancer
-from bpf.layout import Target
-from bpf.proxy import Origin, ProxyHandles, descriptors
+from bpf.layout import Exchange, Number, Target
+from bpf.proxy import Offer, Origin, ProxyHandles, descriptors
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -38,6 +38,7 @@ NODE = {"4": "198.51.100.1", "6": "2001:db8:1::1"}
 _SERVICE = {"4": "192.0.2.2", "6": "2001:db8::2"}
 _HTTP, _TCP = 80, 5432
 _MANY = bytes(range(251)) * 4000
+_RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nweft"
 _SIOCSIFADDR, _FIONREAD = 0x8916, 0x541B
 _TCX_INGRESS, _TCX_EGRESS = 46, 47
 _LOOPBACK_INDEX = 1
@@ -116,6 +117,7 @@ def checks(cgroup: Path, proxy_cgroup: Path, pin: Path) -> dict[str, Callable[[]
         "backend": lambda: _backend(world),
         "deferred": lambda: _deferred(world),
         "miss": lambda: _miss(world),
+        "pairs": lambda: _pairs(world),
         "filter": lambda: _filter(world),
         "events": lambda: _events(world),
     }
@@ -218,6 +220,48 @@ def _miss(world: _World) -> str:
         except OSError:
             return ""
         return "what is sent to a socket that is gone is not refused"
+
+
+def _pairs(world: _World) -> str:
+    """Without requests, which take tables: their responses go the same way."""
+    with contextlib.closing(world.taken("4")) as pair, _server(NODE["4"]) as backend:
+        port = backend.getsockname()[1]
+        world.frontend(NODE["4"], port, EntryBackend(NODE["4"], port, sockmap=True))
+        with world.as_proxy():
+            proxy = connected(NODE["4"], port)
+        with proxy, backend.accept()[0] as taken:
+            for sock in (proxy, taken):
+                sock.settimeout(TIMEOUT_S)
+            handles, client = world.handles, pair.origin.cookie
+            cookie = handles.pair(proxy.fileno()) or 0
+            if not handles.prepare(Offer(client, cookie, 0, 0, 0, 0, 0, 0, 0, 0, 0)):
+                return "there is no room for a pair"
+            _forward(world, client, 1)
+            taken.sendall(_RESPONSE)
+            if _received(pair.workload, len(_RESPONSE)) != _RESPONSE:
+                return "a response did not come to its client as it was"
+            if not handles.delivered(client):
+                return "a response that was read counts as being on its way"
+            taken.sendall(b"weft")
+            if _received(proxy, 4) != b"weft":
+                return "what was no response did not come to the proxy"
+            # Four bytes that nobody is done with.
+            _forward(world, client, 2)
+            taken.sendall(_RESPONSE)
+            if _received(proxy, len(_RESPONSE)) != _RESPONSE:
+                return "a response behind something else passed the proxy by"
+            passed = handles.passed(client)
+            right = passed is not None and (passed.answered, passed.handed) == (1, 1)
+            return "" if right else f"it was counted wrongly: {passed}"
+
+
+def _forward(world: _World, client: int, requests: int) -> None:
+    """As if so many had been."""
+    exchanges = maps.PinnedMap(world.pin, "exchanges", Number, Exchange)
+    with contextlib.closing(exchanges):
+        before = exchanges.get(Number(client))
+        if before is not None:
+            exchanges.put(Number(client), before._replace(forwarded=requests))
 
 
 def _filter(world: _World) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "s390x": 356, "ppc64le": 365}
+_MEMBARRIER_CMD_GLOBAL = 1
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
 _PROG_RUN = 10
@@ -23,7 +25,7 @@ _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 _SK_STORAGE = 24  # enum bpf_map_type
 
-BPF_ANY = 0
+BPF_ANY, BPF_NOEXIST = 0, 1
 # Entries read at a time; more than any bucket of a hash map has.
 _BATCH = 1 << 12
 # The verifier's log: the end is kept, which is where the reason stands (log_level 1 is enough).
@@ -191,8 +193,8 @@ def map_info(fd: int) -> MapInfo:
     return MapInfo(kind, key_size, value_size, max_entries, flags)
 
 
-def create_map(name: str, info: MapInfo) -> int:
-    """A descriptor."""
+def create_map(name: str, info: MapInfo, inner: int | None = None) -> int:
+    """A descriptor. `inner`: of a map like those that are to be in a map of maps."""
     types = 0, 0, 0
     if info.type == _SK_STORAGE:
         types = _bytes_type(info.value_size)
@@ -205,7 +207,7 @@ def create_map(name: str, info: MapInfo) -> int:
             info.value_size,
             info.max_entries,
             info.flags,
-            0,
+            inner or 0,
             0,
             name.encode()[:15],
             0,
@@ -325,3 +327,12 @@ def cgroup_of_link(link_fd: int) -> int:
     _bpf(_INFO_BY_FD, "=IIQ", link_fd, len(info), ctypes.addressof(info))
     number: int = struct.unpack_from("=Q", info, 16)[0]
     return number
+
+
+def wait_for_programs() -> None:
+    """Until every program that runs now, and may have seen what maps held before, has ended: a
+    grace period of RCU (membarrier(2), MEMBARRIER_CMD_GLOBAL). Blocks for some milliseconds."""
+    number = ctypes.c_long(_MEMBARRIER[platform.machine()])
+    if _libc.syscall(number, ctypes.c_int(_MEMBARRIER_CMD_GLOBAL), ctypes.c_uint(0), 0) < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))

@@ -53,12 +53,13 @@ class Attempt:
         self._go_on: asyncio.Event | None = None
         self._client_error: ClientGone | ProtocolError | None = None
 
-    async def response(self, head: RequestHead) -> ResponseHead | Failure:
-        """Send the request; the final response head (1xx ones are passed on), or why there is none.
-        ClientGone, and ProtocolError of the client's body, come through."""
+    async def response(self, head: RequestHead, *, sent: bool = False) -> ResponseHead | Failure:
+        """Send the request, unless it was; the final response head (1xx ones are passed on), or why
+        there is none. ClientGone, and ProtocolError of the client's body, come through."""
         upstream = self.lease.stream
         try:
-            await upstream.request(head)
+            if not sent:
+                await upstream.request(head)
             if head.body is not Framing.NONE:
                 if head.expect_continue:
                     self._go_on = asyncio.Event()

@@ -34,12 +34,15 @@ async def connect_to(
 ) -> tuple[ClientConnection, select.poll]:
     """A connection, and a poll that tells when its peer is gone. ConnectFailed."""
     try:
-        sock, unread = await reach(kernel, *member.target, settings.connect_timeout_s)
+        sock, unread, cookie = await reach(kernel, *member.target, settings.connect_timeout_s)
     except DialFailed as error:
         raise ConnectFailed(member.id, error.reason, str(error)) from None
 
     def protocol() -> Http1Client | Http2Client:
-        return _protocol(settings, on_change, unread, tls=tls is not None, http2=http2)
+        made = _protocol(settings, on_change, unread, tls=tls is not None, http2=http2)
+        if isinstance(made, Http1Client) and tls is None:
+            made.cookie = cookie
+        return made
 
     loop = asyncio.get_running_loop()
     try:

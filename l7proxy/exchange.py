@@ -14,10 +14,12 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
-from l7proxy.attempt import Attempt
+from l7proxy.attempt import Attempt, Failure
 from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
@@ -25,8 +27,10 @@ from l7proxy.flows import FlowLog
 from l7proxy.guard import DENIED, POLICY_DENIED, Guard
 from l7proxy.message import ProtocolError, ResponseHead
 from l7proxy.mirror import Mirrors
+from l7proxy.pairing import Follower
+from l7proxy.pairs import Pairs, Refusal
 from l7proxy.policies import Policies
-from l7proxy.record import Record
+from l7proxy.record import Record, Series
 from l7proxy.request_body import ClientGone, RequestBody
 from l7proxy.routing import (
     CompiledBackend,
@@ -35,8 +39,8 @@ from l7proxy.routing import (
     RouteMatchResult,
     pick_backend,
 )
-from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
-from l7proxy.upstream import Clusters
+from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
+from l7proxy.upstream import Clusters, Lease
 from mesh.model.nodeconfig import CertificateSection, Settings
 from mesh.model.section import SectionKey
 
@@ -45,6 +49,17 @@ _log = logging.getLogger("weft.exchange")
 # The only protocol that is upgraded to (RFC 6455): of others nobody could say what passes in the
 # tunnel, HTTP requests that no route has judged among them.
 _WEBSOCKET = b"websocket"
+
+
+class Sent(NamedTuple):
+    """A request that has gone to its backend past the proxy, as one before it. `lease`: for its
+    response, or the reply if there will be none; `responded`: a part has come."""
+
+    selected: Selection
+    backend: CompiledBackend
+    before: Lease
+    lease: Lease | Reply
+    responded: bool = False
 
 
 class Exchanges:
@@ -58,6 +73,7 @@ class Exchanges:
         log: AccessLog,
         flows: FlowLog,
         policies: Policies,
+        pairs: Pairs,
     ) -> None:
         self.version = 0
         self.routes = routes
@@ -67,26 +83,41 @@ class Exchanges:
         self.log = log
         self.flows = flows
         self.policies = policies
+        self.pairs = pairs
         self.mirrors = Mirrors(clusters)
 
     async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
         """The `Handler` of the connections that come in by `entry`."""
-        exchange = _Exchange(self, entry, stream, info)
+        await self._serve(_Exchange(self, entry, stream, info))
+
+    async def resume(
+        self, entry: Entry, sent: Sent, stream: ServerStream, info: ConnectionInfo
+    ) -> None:
+        """The same for a request that has gone to its backend past the proxy."""
+        await self._serve(_Exchange(self, entry, stream, info, sent))
+
+    async def _serve(self, exchange: _Exchange) -> None:
         try:
             await exchange.run()
         finally:
             exchange.record.close(self.log)
-            self.flows.request(exchange.record, info)
+            self.flows.request(exchange.record, exchange.info)
 
 
 class _Exchange:
     def __init__(
-        self, shared: Exchanges, entry: Entry, stream: ServerStream, info: ConnectionInfo
+        self,
+        shared: Exchanges,
+        entry: Entry,
+        stream: ServerStream,
+        info: ConnectionInfo,
+        sent: Sent | None = None,
     ) -> None:
         self._shared = shared
         self._entry = entry
         self._stream = stream
-        self._info = info
+        self.info = info
+        self._went = sent
         self._body = RequestBody(stream)
         self._responded = False
         client = entry.arrive(stream.head, info, shared.settings)
@@ -95,7 +126,7 @@ class _Exchange:
 
     async def run(self) -> None:
         try:
-            await self._run()
+            await (self._run() if self._went is None else self._resume(self._went))
         except Reply as reply:
             await self._reply(reply.status, reply.reason, reply.detail)
         except ProtocolError as error:  # of the client's body
@@ -148,7 +179,7 @@ class _Exchange:
     async def _run(self) -> None:
         # With the rule comes what is told to backends.
         self._sent = dataclasses.replace(self._stream.head)
-        selected = self._entry.select(self._stream.head, self._info, self._shared.routes)
+        selected = self._entry.select(self._stream.head, self.info, self._shared.routes)
         match = selected.match
         self.record.selected(selected)
         if match is None:
@@ -199,7 +230,66 @@ class _Exchange:
         )
         self._forwarded = head
         attempt, response = await attempts.run(head, rule, backend, prefer)
+        self._propose(selected, rule, backend, attempt.lease)
         await self._relay(attempt, response, rule, backend)
+
+    # --- past the proxy ---------------------------------------------------------------------------
+
+    def _propose(
+        self, selected: Selection, rule: CompiledRule, backend: CompiledBackend, lease: Lease
+    ) -> None:
+        """Requests like this one, to the same endpoint, may pass by the proxy from now on."""
+        pairing, shared = self.info.pairing, self._shared
+        if pairing is None or not lease.endpoint.name:
+            return
+        caller = self._entry.caller(self.record.client)
+        allowed = shared.pairs.allowed(
+            selected, rule, backend, caller, lease.way, lease.endpoint, endpoints=lease.endpoints
+        )
+        if isinstance(allowed, Refusal):
+            return
+        version = shared.pairs.version
+        series = Series(self.record)
+
+        def handler(lease: Lease | Reply, responded: bool = False) -> Handler:
+            sent = Sent(selected, backend, before, lease, responded)
+            return partial(shared.resume, self._entry, sent)
+
+        before = lease
+        pairing.propose(
+            lease.stream,
+            Follower(
+                allowed,
+                self.record.head.authority,
+                current=lambda: shared.pairs.version == version,
+                passed=series.passed,
+                resume=lambda stream: handler(before.again(stream)),
+                fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
+                broken=lambda reason, detail: handler(Reply(502, reason, detail), True),
+            ),
+        )
+
+    async def _resume(self, sent: Sent) -> None:
+        """Relay the response to a request that was judged, and sent, by the kernel."""
+        record, before = self.record, sent.before
+        match = sent.selected.match
+        assert match is not None
+        self._sent = self._forwarded = self._stream.head
+        record.selected(sent.selected)
+        record.backend, record.attempts = sent.backend.label, 1
+        record.endpoint, record.destination = before.endpoint_id, before.endpoint
+        record.way = before.way
+        if isinstance(sent.lease, Reply):
+            self._responded = sent.responded
+            raise sent.lease
+        attempt = Attempt(sent.lease, self._stream, self._body, None)
+        timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
+        async with within(timeout) as self._timeout:
+            response = await attempt.response(self._sent, sent=True)
+            if isinstance(response, Failure):
+                raise Reply(response.status, response.reason, response.detail)
+            self._propose(sent.selected, match.rule, sent.backend, sent.lease)
+            await self._relay(attempt, response, match.rule, sent.backend)
 
     def _choose(
         self, rule: CompiledRule, prefer: str | None
@@ -246,7 +336,7 @@ class _Exchange:
                 rule.session,
                 attempt.lease.endpoint_id,
                 time.time(),
-                secure=self._info.tls,
+                secure=self.info.tls,
                 request=self._stream.head,
             )
             if header is not None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from l7proxy import forwarding
+from l7proxy.explain_automaton import kernel_words
 from l7proxy.explain_rules import (
     ExplainedBackend,
     Explanation,
@@ -72,7 +73,9 @@ def explain_mesh(
     if service is None:
         way = "a pod is asked for itself: no routes count"
         return msgspec.structs.replace(base, way=way, backends=tuple(_straight(sections, entry)))
-    return _routed(sections, service, workload.namespace, head, base)
+    fields = "".join(f"{name}: {value}\r\n" for name, value in (("host", host), *headers))
+    raw = f"{method} {path} HTTP/1.1\r\n{fields}\r\n".encode()
+    return _routed(sections, service, workload.namespace, head, raw, base)
 
 
 class _Place(NamedTuple):
@@ -86,6 +89,7 @@ def _routed(
     service: ServiceSection,
     client: str,
     head: RequestHead,
+    raw: bytes,
     base: Explanation,
 ) -> Explanation:
     own = (service.namespace, service.name, service.port)
@@ -102,13 +106,16 @@ def _routed(
     if selected is None:
         backend = explain_backend(sections, WeightedBackend(service.cluster), 1)
         way = "no route is attached that counts for this client: the Service's own endpoints"
-        return msgspec.structs.replace(base, way=way, backends=(backend,))
+        kernel = kernel_words(sections, service, "", None, raw)
+        return msgspec.structs.replace(base, way=way, kernel=kernel, backends=(backend,))
     kind = "producer routes, of the Service's namespace"
     if selected != producers:
         kind = f"consumer routes of namespace {client}"
     base = msgspec.structs.replace(base, way=kind, listener=selected)
     if found is None:
         return msgspec.structs.replace(base, status=404, detail="no route matches")
+    kernel = kernel_words(sections, service, selected, found, raw)
+    base = msgspec.structs.replace(base, kernel=kernel)
     return answer(sections, found, head, _Place(service.port), base)
 
 

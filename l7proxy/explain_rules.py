@@ -81,12 +81,13 @@ class Explanation(msgspec.Struct, frozen=True):
     """What a request gets. `status` is set where the proxy answers itself, with `detail` saying
     why; then the fields below what was not reached are "" or empty. `route` is
     "<kind>/<namespace>/<name>", `rule` its name or index; `candidates` have the nearest first. In
-    the mesh, `service` is the Service port asked for, "<ns>/<name>:<port>", and `way` says whose
-    routes count or why none do."""
+    the mesh, `service` is the Service port asked for, "<ns>/<name>:<port>", `way` says whose
+    routes count or why none do, and `kernel` whether the kernel decides such requests."""
 
     gateway: str = ""
     service: str = ""
     way: str = ""
+    kernel: str = ""
     listener: str = ""
     route: str = ""
     rule: str = ""

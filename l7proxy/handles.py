@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from bpf.layout import Target
 
 if TYPE_CHECKING:
-    from bpf.proxy import Origin
+    from bpf.layout import Exchange
+    from bpf.proxy import Offer, Origin
 
 
 _log = logging.getLogger("weft.handles")
@@ -38,6 +39,27 @@ class Handles(Protocol):
     def mark_plain(self, backend: Target) -> None:
         """Connections to it are not enrolled from now on."""
 
+    def prepare(self, offer: Offer) -> bool:
+        """All of an offer but what makes it stand. False: there is no room."""
+
+    def offer(self, offer: Offer) -> bool:
+        """From now on requests pass by the proxy. False: there is no room."""
+
+    def withdraw(self, client: int) -> None:
+        """No request of this socket passes any more."""
+
+    def forget(self, backend: int) -> None:
+        """No response of this socket passes any more."""
+
+    def settle(self) -> None:
+        """Blocks until nothing is done any more by offers that were withdrawn."""
+
+    def delivered(self, client: int) -> bool:
+        """All that was counted as passed is in this socket's queue; may say no although it is."""
+
+    def passed(self, client: int) -> Exchange | None:
+        """What has passed by the proxy; None: nothing is known."""
+
 
 class Destination(NamedTuple):
     """An address as text, IPv4-mapped ones as IPv4, and a TCP port."""
@@ -49,11 +71,12 @@ class Destination(NamedTuple):
 class Steered(NamedTuple):
     """Of a workload's connection: what it asked for, and the backend that the kernel has chosen
     (None: the proxy chooses). `unread`: what the proxy sends goes by redirect, and this tells how
-    many bytes of memory the workload's socket holds of it."""
+    many bytes of memory the workload's socket holds of it; `cookie` is that socket's, else 0."""
 
     asked: Destination
     backend: Destination | None = None
     unread: Callable[[], int] | None = None
+    cookie: int = 0
 
 
 class Kernel:
@@ -79,6 +102,7 @@ class Kernel:
             _text(origin.asked),
             _text(origin.backend) if origin.backend is not None else None,
             functools.partial(handles.queued, origin.cookie) if origin.enrolled else None,
+            origin.cookie if origin.enrolled else 0,
         )
 
 

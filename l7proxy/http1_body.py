@@ -198,6 +198,11 @@ class BodyWriter:
         """Nothing in the bytes tells their end."""
         return self._length is Framing.CLOSE and not self._silent
 
+    @property
+    def complete(self) -> bool:
+        """All bytes that were declared have come."""
+        return isinstance(self._length, int) and not self._left
+
     def data(self, data: bytes) -> Sequence[bytes]:
         """The pieces to send for some body bytes. ValueError: more than was declared."""
         if self._silent or not data:

@@ -41,6 +41,9 @@ class Http1Client(Link):
         self.codec = ClientCodec(settings)
         self.broken = False  # by an error, not by an orderly close
         self.answered = False  # a byte came since the request was sent
+        self.cookie = 0  # of the far socket, where requests can reach it past the proxy
+        self.held = False  # by whoever keeps it: no requests come from the pool
+        self._keeper: Callable[[], None] | None = None
         self._on_change = on_change
         self._stream: _Stream | None = None
         self._streams = 0
@@ -48,7 +51,7 @@ class Http1Client(Link):
 
     @property
     def capacity(self) -> int:
-        return 0 if self._stream is not None or self.closed else 1
+        return 0 if self._stream is not None or self.held or self.closed else 1
 
     @property
     def closed(self) -> bool:
@@ -56,7 +59,7 @@ class Http1Client(Link):
 
     @property
     def active(self) -> int:
-        return 0 if self._stream is None else 1
+        return 0 if self._stream is None and not self.held else 1
 
     def open(self) -> ClientStream:
         self.answered = False
@@ -66,12 +69,44 @@ class Http1Client(Link):
 
     def close(self) -> None:
         self._closing = True
-        if self._stream is None:
+        if not self.active:
             self.close_now()
+
+    # --- while it is kept (`ClientStream.keep`) ---------------------------------------------------
+
+    def keep(self, keeper: Callable[[], None]) -> None:
+        self._keeper = keeper
+
+    @property
+    def unread(self) -> int:
+        """Bytes that have come while it was held."""
+        return self.codec.buffer.left
+
+    def resume(self, head: RequestHead) -> ClientStream:
+        """For the response to a request that was sent past the proxy. ValueError: as `request`."""
+        self.held = False
+        self._keeper = None
+        self.answered = False
+        self.codec.request(head)
+        self._stream = _Stream(self, reused=True, sent=True)
+        return self._stream
+
+    def let_go(self, *, reusable: bool) -> None:
+        """Back to the pool, or closed; also if it is not held (any more)."""
+        self._keeper = None
+        if self.held:
+            self.held = False
+            self.release(reusable=reusable)
 
     # --- from the event loop ---------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
+        self.received += len(data)
+        if self.held:
+            self.codec.receive(data)
+            self.hold_input(self.codec.buffer.left)
+            self._tell_keeper()
+            return
         if self._stream is None or not self.codec.response_due:
             self._closing = True
             self.abort()
@@ -84,6 +119,9 @@ class Http1Client(Link):
     def eof_received(self) -> bool | None:
         self.eof = True
         self.wake()
+        if self.held:
+            self._tell_keeper()
+            return True
         if self._stream is None:
             self._on_change(self)
             return False
@@ -92,7 +130,13 @@ class Http1Client(Link):
     def connection_lost(self, exc: Exception | None) -> None:
         self.broken = exc is not None
         super().connection_lost(exc)
+        if self.held:
+            self._tell_keeper()
         self._on_change(self)
+
+    def _tell_keeper(self) -> None:
+        if self._keeper is not None:
+            self._keeper()
 
     # --- from the stream -------------------------------------------------------------------------
 
@@ -108,21 +152,31 @@ class Http1Client(Link):
             self.close_now()
         else:
             self.hold_input(0)
+            self.held = self._keeper is not None
+            if self.held:
+                return
         self._on_change(self)
 
 
 class _Stream:
     """One request on the connection (`ClientStream`)."""
 
-    def __init__(self, connection: Http1Client, *, reused: bool) -> None:
+    def __init__(self, connection: Http1Client, *, reused: bool, sent: bool = False) -> None:
         self.trailers: Headers = []
         self._connection = connection
         self._reused = reused
-        self._written = False
-        self._sent = False
+        self._written = sent
+        self._sent = sent
         self._received = False
         self._released = False
         self._tunnel = False
+
+    def keep(self, keeper: Callable[[], None]) -> Http1Client | None:
+        connection = self._connection
+        if not connection.cookie or self._released:
+            return None
+        connection.keep(keeper)
+        return connection
 
     async def request(self, head: RequestHead) -> None:
         connection = self._connection

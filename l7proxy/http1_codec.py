@@ -61,6 +61,7 @@ class ServerCodec:
         self.buffer = ReceiveBuffer()
         self.keep_alive = True
         self.request_complete = False
+        self.raw_head = b""  # of the request
         self._scheme = scheme
         self._settings = settings
         self._reader: BodyReader | None = None
@@ -80,6 +81,12 @@ class ServerCodec:
     def ends_by_close(self) -> bool:
         """The client knows the end of the response by the connection's only: HTTP/1.0, tunnels."""
         return self._writer.ends_by_close
+
+    @property
+    def request_whole(self) -> bool:
+        """All of the request has come, and nothing behind it."""
+        nothing_due = isinstance(self._reader, LengthReader) and not self._reader.left
+        return not self.buffer.left and (self.request_complete or nothing_due)
 
     @property
     def cut_short(self) -> bool:
@@ -122,7 +129,8 @@ class ServerCodec:
         if length < 0:
             check_incomplete(buffer.data, buffer.position, searched)
             return None
-        head, wanted = parse_request(buffer.take(length), self._scheme, self._settings)
+        self.raw_head = buffer.take(length)
+        head, wanted = parse_request(self.raw_head, self._scheme, self._settings)
         self._head = head
         self.keep_alive = self.keep_alive and wanted
         if head.body is Framing.STREAM:
@@ -136,6 +144,12 @@ class ServerCodec:
         self._head = None
         self._empty_line_skipped = False
         self.request_complete = False
+
+    def resume(self, head: RequestHead) -> None:
+        """A request that has come another way is to be answered; only between requests."""
+        self._head = head
+        self._reader = None
+        self.request_complete = True
 
     def informational(self, head: ResponseHead) -> bytes:
         """A 1xx response other than 101; nothing for a client that does not know them."""
@@ -174,6 +188,11 @@ class ServerCodec:
         content = [(b"content-type", b"text/plain; charset=utf-8")]
         head = self.response(ResponseHead(error.status, content, len(text)))
         return b"".join((head, *self._writer.data(text)))
+
+    @property
+    def response_complete(self) -> bool:
+        """Nothing is left of a response whose length was declared."""
+        return self._writer.complete
 
     def data(self, data: bytes) -> Sequence[bytes]:
         return self._writer.data(data)

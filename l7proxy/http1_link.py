@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -74,6 +75,7 @@ class Link(asyncio.Protocol):
         self.lost = False
         self.eof = False
         self.tls = False
+        self.received = 0  # bytes, since it was established
         self._input: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self.write_paused = False
@@ -192,6 +194,21 @@ class Link(asyncio.Protocol):
         self.transport.writelines(pieces)
         if self._redirect is not None:
             self._redirect.sent(sum(map(len, pieces)))
+
+    def write_through(self, data: bytes) -> bool:
+        """Hand bytes to the kernel now, all of them, or none (False). Not for TLS."""
+        transport = self.transport
+        if transport is None or self.gone or self.write_paused or transport.get_write_buffer_size():
+            return False
+        try:
+            sent = os.write(transport.get_extra_info("socket").fileno(), data)
+        except OSError:
+            return False
+        if sent < len(data):  # by redirect there is always room
+            transport.write(data[sent:])
+        if self._redirect is not None:
+            self._redirect.sent(len(data))
+        return True
 
     async def room(self) -> None:
         """Wait until more may be written, or the connection is lost."""

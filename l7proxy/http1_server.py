@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from l7proxy.http1_codec import ServerCodec
 from l7proxy.http1_link import Deadline, Link
 from l7proxy.message import Data, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
+from l7proxy.pairing import Pairing
 from l7proxy.streams import ConnectionInfo, Handler, StreamReset
 from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Settings
@@ -64,6 +65,10 @@ class Http1Server(Link):
         self._draining = False
         self._grace_over = False
         self._lingering: int | None = None
+        self._pairing = info.pairing
+        if self._pairing is not None:
+            self._pairing.wake = self.wake
+            self._pairing.active = self._note_activity
 
     # --- from the event loop ---------------------------------------------------------------------
 
@@ -73,6 +78,7 @@ class Http1Server(Link):
         self._task = spawn(self._run(), name="http1 connection")
 
     def data_received(self, data: bytes) -> None:
+        self.received += len(data)
         if self._lingering is not None:
             self._lingering -= len(data)
             if self._lingering < 0:
@@ -93,8 +99,11 @@ class Http1Server(Link):
         return not self.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
+        ended = self.eof and exc is None
         super().connection_lost(exc)
         self.timer.close()
+        if self._pairing is not None:
+            self._pairing.close(ended=ended)
         if self._stream is not None and self._stream.open:
             self._cancel()
         self._on_closed()
@@ -107,6 +116,8 @@ class Http1Server(Link):
         if self._draining:
             return
         self._draining = True
+        if self._pairing is not None:
+            self._pairing.dissolve()
         if self._stream is None:
             self._start_grace()
         elif not self._stream.responded:
@@ -147,16 +158,47 @@ class Http1Server(Link):
 
     async def _run(self) -> None:
         try:
-            while (head := await self._next_head()) is not None and await self._serve(head):
+            while (head := await self._next_head()) is not None and await self._serve(
+                head, self._handler
+            ):
                 pass
             await self._linger()
         except BaseException:
             self.abort()
             raise
 
+    def _note_activity(self) -> None:
+        """Requests have passed by here."""
+        if self._stream is None and self.codec.between_requests:
+            self.timer.set(self.settings.idle_timeout_s)
+
+    async def _take_over(self, pairing: Pairing) -> bool:
+        """Let nothing pass by here any more, and answer what is outstanding; whether the connection
+        goes on."""
+        self.timer.clear()
+        moved = self.eof or not self.codec.between_requests
+        handler = await pairing.take_over(moved=moved)
+        if self.lost:
+            return False
+        if handler is not None:
+            self.codec.resume(pairing.head)
+            if pairing.lost:
+                self.codec.keep_alive = False
+            return await self._serve(pairing.head, handler)
+        self._head_started = False
+        self.timer.set(self.settings.idle_timeout_s)
+        return True
+
     async def _next_head(self) -> RequestHead | None:
         """The next request's head; None at the end of the connection."""
+        pairing = self._pairing
         while True:
+            if pairing is not None and pairing.offered:
+                over = self.eof or self._draining or self.failure is not None
+                if (over or pairing.due or not self.codec.between_requests) and (
+                    not await self._take_over(pairing)
+                ):
+                    return None
             try:
                 if self.failure is not None:
                     raise self.failure
@@ -176,17 +218,19 @@ class Http1Server(Link):
             self.hold_input(self.codec.buffer.left)
             await self.more_input()
 
-    async def _serve(self, head: RequestHead) -> bool:
-        """Run the handler; whether the connection goes on."""
+    async def _serve(self, head: RequestHead, handler: Handler) -> bool:
+        """Run a handler; whether the connection goes on."""
         self._served += 1
         limit = self.settings.max_requests_per_connection
         if self._draining or (limit is not None and self._served >= limit):
             self.codec.keep_alive = False
         stream = self._stream = _Stream(self, head)
         try:
-            await self._handler(stream, self._info)
+            await handler(stream, self._info)
         except Exception:
             _log.exception("the handler of a request failed")
+        if self._pairing is not None and self._pairing.proposed:
+            self._pairing.decline()
         if not stream.finished:
             if stream.responded or stream.aborted or self.lost:
                 self.abort()
@@ -202,6 +246,14 @@ class Http1Server(Link):
         if self._draining:
             self._start_grace()
         return True
+
+    @property
+    def pairing(self) -> Pairing | None:
+        """Where the request that is served may be followed by others past the proxy."""
+        pairing, codec = self._pairing, self.codec
+        if pairing is None or not pairing.proposed or self._draining or self.eof or self.gone:
+            return None
+        return pairing if codec.keep_alive and codec.request_whole else None
 
     async def _discard_body(self) -> bool:
         """Take what is left of the request off the connection; whether that came to its end."""
@@ -269,6 +321,7 @@ class _Stream:
         self._continue_due = head.expect_continue
         self._ended = False
         self._held = b""  # a response head that waits for its body's first bytes
+        self._last = False  # what is held is all that is left of the response
 
     @property
     def open(self) -> bool:
@@ -344,12 +397,21 @@ class _Stream:
             self._connection.loop.call_soon(self._send_held)
 
     def _send_held(self) -> None:
+        if self._last:
+            return
         if self._held and not self._connection.gone:
             self._connection.write((self._held,))
         self._held = b""
 
     async def write(self, data: bytes) -> None:
-        await self._send(self._connection.codec.data(data))
+        codec = self._connection.codec
+        pieces = codec.data(data)
+        if codec.response_complete and self._connection.pairing is not None:
+            # With the last bytes an offer goes to the kernel (`finish`, at once).
+            self._held = b"".join((self._held, *pieces))
+            self._last = True
+            return
+        await self._send(pieces)
 
     async def finish(self, trailers: Headers) -> None:
         connection = self._connection
@@ -357,9 +419,23 @@ class _Stream:
             if connection.tls and connection.transport is not None:
                 connection.transport.close()
             await connection.half_close()
-        elif (tail := connection.codec.end(trailers)) or self._held:
+        elif ((tail := connection.codec.end(trailers)) or self._held) and (
+            not self._offer(connection.pairing, self._held + tail)
+        ):
+            self._last = False
             await self._send((tail,))
         self.finished = True
+
+    def _offer(self, pairing: Pairing | None, last: bytes) -> bool:
+        """Send the response's last bytes, and let the client's next request pass by the proxy;
+        whether they were sent."""
+        connection = self._connection
+        if pairing is None:
+            return False
+        sent = pairing.offer(connection.received, lambda: connection.write_through(last))
+        if sent:
+            self._held = b""
+        return sent
 
     async def _send(self, pieces: Sequence[bytes]) -> None:
         connection = self._connection

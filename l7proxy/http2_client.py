@@ -51,6 +51,9 @@ class Http2ClientStream(Http2Stream):
             reused=not self._first and not self._answered,
         )
 
+    def keep(self, keeper: Callable[[], None]) -> None:
+        return None
+
     async def request(self, head: RequestHead) -> None:
         await self.room()
         if self._write_failure is not None:

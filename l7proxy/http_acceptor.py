@@ -7,6 +7,7 @@ HTTP/1.1. This module knows connections, not requests.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import ssl
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from l7proxy.acceptor import Acceptor, Admission, Client, Drainable, count_refus
 from l7proxy.handles import Steered
 from l7proxy.http1_server import Http1Server
 from l7proxy.http2_server import Http2Server
+from l7proxy.pairing import Pairing
 from l7proxy.streams import ConnectionInfo, Handler
 from l7proxy.tls_server import ServerTLS
 from mesh.model.nodeconfig import Settings
@@ -38,10 +40,12 @@ class HttpAcceptor(Acceptor):
         admission: Admission,
         context: ssl.SSLContext | None = None,
         identify: Callable[[int], Steered | None] | None = None,
+        pairing: Callable[[ConnectionInfo], Pairing | None] = lambda _: None,
     ) -> None:
         super().__init__(settings=settings, admission=admission, identify=identify)
         self.handler = handler
         self.context = context
+        self.pairing = pairing
 
     def protocol(self, client: Client) -> asyncio.Protocol:
         """For a connection that somebody else has accepted."""
@@ -128,9 +132,12 @@ class _Undecided(asyncio.Protocol):
             self._timer.cancel()
         scheme = b"https" if self._info.tls else b"http"
         kind = Http2Server if http2 else Http1Server
+        info = self._info
+        if not http2 and (pairing := self._port.pairing(info)) is not None:
+            info = dataclasses.replace(info, pairing=pairing)
         connection: Http1Server | Http2Server = kind(
             self._port.handler,
-            self._info,
+            info,
             self._settings,
             scheme=scheme,
             on_refused=count_refused,

@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from l7proxy.automaton_plan import HttpRules
 from l7proxy.field_rules import Refused
 from l7proxy.message import RequestHead
 from l7proxy.peers import Caller, Peers, Tunnelled
@@ -232,6 +233,25 @@ class Policies:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = pod.ingress.request(asker.identities, port, head, authenticated=proved)
         return _both(first, second)
+
+    def for_kernel(
+        self, asker: Asker, address: str, port: int
+    ) -> tuple[HttpRules, HttpRules] | None:
+        """What `request` comes to where nothing but heads is looked at: the rules of the client and
+        those of the pod it goes to, of which one each must hold (none: nothing is asked); None: the
+        proxy has to judge."""
+        address = plain(address)
+        if not self._pods or asker.address == address:
+            return (), ()
+        first: HttpRules | None = ()
+        second: HttpRules | None = ()
+        if asker.egress is not None:
+            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            first = asker.egress.for_kernel(identities, port, authenticated=proved)
+        if (pod := self._at.get(address)) is not None:
+            proved = asker.authenticated or self._are_here(asker.address, address)
+            second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
+        return None if first is None or second is None else (first, second)
 
     def _proved(self, asker: Asker, address: str, port: int) -> bool:
         """Whether who is asked is known by more than its address."""

@@ -109,6 +109,28 @@ class Rules:
         told = self._told(relevant.all_deny, matched, False)
         return Verdict(True, verdict.source, audit=told, mends=mends)
 
+    def for_kernel(
+        self, identities: Identities, port: int, *, authenticated: bool = False
+    ) -> tuple[PolicyRule, ...] | None:
+        """What `request` comes to where nothing but heads is looked at: the rules of which one must
+        hold, () none must; None: that is not all (something is refused, mended, or to be told)."""
+        relevant = self._relevant(identities, "TCP", port, authenticated)
+        told = relevant[:3] != relevant[3:] or (self.direction.default_deny and not self._closed)
+        if relevant.deny is not None or told:
+            return None
+        if relevant.allow is not None:
+            return ()
+        rules = tuple(one.rule for one in relevant.http)
+        if self._closed:
+            return rules or None
+        mends = any(
+            header.on_mismatch in ("ADD", "DELETE", "REPLACE")
+            for rule in rules
+            for http in rule.http or ()
+            for header in http.headers
+        )
+        return None if mends else ()
+
     @property
     def _closed(self) -> bool:
         return self.direction.default_deny and not self.direction.audit

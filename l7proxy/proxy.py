@@ -26,6 +26,7 @@ from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import Mesh
+from l7proxy.pairs import Pairs
 from l7proxy.peers import Peers
 from l7proxy.policies import Policies
 from l7proxy.relay import RelayAcceptor
@@ -117,8 +118,15 @@ class Proxy:
         self._admission.idle.set()
         self._access_log = log
         self._policies = Policies(self._peers)
+        self._pairs = Pairs(self._kernel, self._routes, self._policies, self._peers)
         self._exchanges = Exchanges(
-            self._routes, self._clusters, self._state.settings, log, flows, self._policies
+            self._routes,
+            self._clusters,
+            self._state.settings,
+            log,
+            flows,
+            self._policies,
+            self._pairs,
         )
         self._direct = Direct(self._clusters)
         self._mesh = Mesh(self._direct, self._peers)
@@ -170,6 +178,7 @@ class Proxy:
         self._policies.told()
         self._peers.told()
         self.tunnels.changed((*delta.put, *gone))
+        self._pairs.changed()
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -180,7 +189,7 @@ class Proxy:
             case Settings():
                 forwarding.check(section)
                 state.settings = self._exchanges.settings = section
-                self._clusters.settings = self._peers.settings = section
+                self._clusters.settings = self._peers.settings = self._pairs.settings = section
                 self._access_log.format = section.access_log
             case CertificateSection():
                 ServerTLS.check_certificate(key, section)
@@ -310,6 +319,7 @@ class Proxy:
             settings=lambda: self._state.settings,
             admission=self._admission,
             identify=self._kernel.steered,
+            pairing=self._pairs.pairing,
         )
 
     def _retire(self, acceptor: Acceptor, bind: Bind) -> None:

@@ -25,10 +25,11 @@ _STEPS_S = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.006)
 
 class Reached(NamedTuple):
     """A connected socket. `unread`: what is sent goes by redirect, and this tells how many bytes of
-    memory the receiver holds of it."""
+    memory the receiver holds of it, whose socket's cookie is `cookie`."""
 
     sock: socket.socket
     unread: Callable[[], int] | None = None
+    cookie: int = 0
 
 
 async def reach(kernel: Kernel, address: str, port: int, timeout_s: float) -> Reached:
@@ -46,7 +47,7 @@ async def reach(kernel: Kernel, address: str, port: int, timeout_s: float) -> Re
         if cookie is None:
             _abort(sock)
             raise DialFailed("connect_unpaired", "the kernel does not tell whom it redirects to")
-    return Reached(sock, functools.partial(handles.queued, cookie) if cookie else None)
+    return Reached(sock, functools.partial(handles.queued, cookie) if cookie else None, cookie)
 
 
 async def _paired(handles: Handles, sock: socket.socket) -> int | None:

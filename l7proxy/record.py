@@ -11,6 +11,7 @@ from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
 from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
+from l7proxy.pairing import Passed
 from l7proxy.peers import Direct, Tunnelled, identities
 from l7proxy.route_compile import NO_ROUTE
 from mesh.model.flow import Encryption, Verdict
@@ -32,6 +33,25 @@ def _series(known: dict[tuple[str, ...], Any], metric: Any, *labels: str) -> Any
             labels = tuple(one if name in ("gateway", "code") else _OTHER for name, one in names)
         series = known[labels] = metric.labels(*labels)
     return series
+
+
+class Series:
+    """Where requests like one that was recorded are counted, if they pass by the proxy."""
+
+    def __init__(self, record: Record) -> None:
+        self._gateway, self._route, self._rule = record.gateway, record.route, record.rule
+        self._backend = record.backend
+
+    def passed(self, passed: Passed) -> None:
+        """They were answered 200."""
+        place = self._gateway, self._route, self._rule, self._backend
+        _series(_requests, metrics.REQUESTS, *place, "200").inc(passed.requests)
+        series = _series(_durations, metrics.DURATION, self._gateway, self._backend)
+        *bounded, slower = series._buckets
+        for bucket, count in zip(bounded, passed.faster, strict=True):
+            bucket.inc(count)
+        slower.inc(passed.requests - sum(passed.faster))
+        series._sum.inc(passed.elapsed_s)
 
 
 class Record:

@@ -116,6 +116,11 @@ class _HostRoutes:
         if not matches and match.path_type != "RegularExpression":
             del (self.exact if match.path_type == "Exact" else self.prefix)[match.path]
 
+    def matches(self) -> Iterator[CompiledMatch]:
+        """All, in no order."""
+        for matches in (*self.exact.values(), self.regex, *self.prefix.values()):
+            yield from matches
+
     @property
     def empty(self) -> bool:
         return not (self.exact or self.prefix or self.regex)
@@ -165,6 +170,12 @@ class RouteIndex:
     def routes(self) -> Iterator[CompiledRoute]:
         """The routes in force, in the order of their keys."""
         return (self._routes[key] for key in sorted(self._routes))
+
+    def placed(self, listener: str) -> Iterator[tuple[bytes, CompiledMatch]]:
+        """What stands on a listener, under which host pattern."""
+        for pattern, routes in self._listeners.get(listener, {}).items():
+            for match in routes.matches():
+                yield pattern, match
 
     def match(self, listener: str, head: RequestHead) -> RouteMatchResult | None:
         """The rule for a request on a listener (its id); None: 404."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from l7proxy.handles import Steered
 from l7proxy.message import Headers, RequestHead, ResponseHead
+
+if TYPE_CHECKING:
+    from l7proxy.pairing import Pairing
 
 
 class StreamReset(Exception):
@@ -78,9 +81,36 @@ class ClientStream(Reader, Writer, Protocol):
     async def request(self, head: RequestHead) -> None:
         """Send the request head. With `expect_continue` the Expect field goes along."""
 
+    def keep(self, keeper: Callable[[], None]) -> Kept | None:
+        """When the stream has ended in good order its connection is held for whoever calls this,
+        who is told by `keeper` of whatever happens to it. None: it cannot be kept, because
+        nothing could reach the endpoint past the proxy."""
+
     async def response(self) -> ResponseHead:
         """The next response head: 1xx ones as they come, then the final one. A 101 only where the
         request asked for an upgrade; then `read` and `write` carry the tunnel's bytes."""
+
+
+class Kept(Protocol):
+    """A connection to an endpoint that may be held for one client."""
+
+    cookie: int  # of the endpoint's socket
+    held: bool  # nothing is on its way; only then it can be resumed or let go
+    received: int  # bytes, since it was established
+
+    @property
+    def unread(self) -> int:
+        """Bytes that have come while it was held."""
+
+    @property
+    def closed(self) -> bool:
+        """The endpoint sends no more."""
+
+    def resume(self, head: RequestHead) -> ClientStream:
+        """For the response to a request that was sent past the proxy."""
+
+    def let_go(self, *, reusable: bool) -> None:
+        """Back to the pool, or closed."""
 
 
 class ClientConnection(Protocol):
@@ -110,7 +140,8 @@ class ClientConnection(Protocol):
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
     """What is known of a client's connection. Addresses are (address, port), IPv4-mapped IPv6
-    addresses as IPv4. `steered`: a workload's that the kernel sent here."""
+    addresses as IPv4. `steered`: a workload's that the kernel sent here; `pairing`: its requests
+    may pass by the proxy."""
 
     peer: tuple[str, int]
     local: tuple[str, int]
@@ -118,6 +149,7 @@ class ConnectionInfo:
     sni: str | None = None
     tls_version: str | None = None
     steered: Steered | None = None
+    pairing: Pairing | None = None
 
 
 # Serves one request to its end; never raises (CancelledError aside).

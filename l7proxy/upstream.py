@@ -110,6 +110,17 @@ class Lease:
     def endpoint(self) -> Endpoint:
         return self._member.endpoint
 
+    @property
+    def endpoints(self) -> int:
+        """How many there are to choose from."""
+        return self._cluster.endpoints
+
+    def again(self, stream: ClientStream) -> Lease:
+        """For a further stream of its connection."""
+        self._member.load += 1
+        way = self.way
+        return Lease(self._cluster, self._member, self._pool, stream, way, reused=True)
+
     def succeeded(self, status: int) -> None:
         """The endpoint answered: 502, 503 and 504 count toward its ejection."""
         if status in _GATEWAY_ERRORS:
@@ -241,6 +252,10 @@ class Cluster:
     def has(self, endpoint: str) -> bool:
         """`endpoint` is the id of one of the endpoints in force."""
         return endpoint in self._balancer.members
+
+    @property
+    def endpoints(self) -> int:
+        return len(self._balancer.members)
 
     @property
     def in_use(self) -> bool:

@@ -24,11 +24,12 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # --- Debian packages -----------------------------------------------------------------------------
 # python3-venv: to make .venv. python3-bpfcc: bcc exists for Debian's own Python only, which is why
 # .venv is made from /usr/bin/python3 and sees the system's packages. linux-libc-dev: the kernel's
-# headers that eBPF programs are compiled with. curl: the client outside in `make run`. Tests use
-# other people's HTTP clients as peers and attackers: nghttp and slowhttptest. The torture test
-# compiles its clients and backends (gcc), and has nginx and HAProxy as backends too.
-packages="python3-venv python3-bpfcc linux-libc-dev curl"
-[ "$what" = run ] || packages="$packages nghttp2-client slowhttptest gcc libc6-dev nginx haproxy"
+# headers that eBPF programs are compiled with. gcc and libc6-dev: the automaton of requests for the
+# proxy's own process (l7proxy/native.c), and the clients and backends of the torture test. curl: the
+# client outside in `make run`. Tests use other people's HTTP clients as peers and attackers: nghttp
+# and slowhttptest. The torture test has nginx and HAProxy as backends too.
+packages="python3-venv python3-bpfcc linux-libc-dev gcc libc6-dev curl"
+[ "$what" = run ] || packages="$packages nghttp2-client slowhttptest nginx haproxy"
 # wrk is the client of the comparison with peers, of which nginx and haproxy are two.
 [ "$what" != bench ] || packages="$packages wrk"
 if command -v dpkg-query >/dev/null 2>&1; then
@@ -63,8 +64,12 @@ fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$python is $("$python" --version), Weft needs 3.11 or newer (Debian 12 has it)"
 
+# What is compiled for the proxy, if it is not newer than its sources; the proxy goes on without.
+compile() { "$venv/bin/python" -m l7proxy.native || true; }
+
 # --- .venv ---------------------------------------------------------------------------------------
 if [ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml; then
+    compile
     exit 0
 fi
 if ! "$venv/bin/python" -c '' 2>/dev/null; then
@@ -84,6 +89,7 @@ say "installing the project and its dependencies into $venv (a minute or two the
 "$venv/bin/python" -m pip install -qq --disable-pip-version-check -e "$target" ||
     fail "pip could not install the dependencies of pyproject.toml" \
         "If there is no network: give pip a directory of wheels (PIP_FIND_LINKS=DIR PIP_NO_INDEX=1)."
+compile
 cp pyproject.toml "$stamp"
 # What tests need, running needs too; and bench has all.
 [ "$what" = run ] || cp pyproject.toml "$venv/.stamp-run"

@@ -29,6 +29,7 @@ from mesh.model.section import entry_key, workload_key
 
 # Documentation addresses (RFC 5737, RFC 3849), on the namespace's loopback interface.
 NODE, NODE6 = "198.51.100.1", "2001:db8:1::1"
+OTHER = "198.51.100.2"
 VIP, VIP6, MAPPED = "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"
 TIMEOUT_S = 5
 _SIOCSIFADDR = 0x8916
@@ -82,8 +83,10 @@ class World:
 
     def _addresses(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            address = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(NODE))
-            fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("16s16s8x", b"lo:0", address))
+            for number, text in enumerate((NODE, OTHER)):
+                address = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(text))
+                label = f"lo:{number}".encode()
+                fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("16s16s8x", label, address))
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
             packed = socket.inet_pton(socket.AF_INET6, NODE6)
             fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("=16sIi", packed, 128, 1))
@@ -153,8 +156,9 @@ def received(sock: socket.socket, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def redirect_world(parent: Path) -> Iterator[World]:
+def redirect_world(parent: Path, *options: str) -> Iterator[World]:
+    """`options`: of the loader."""
     with new_cgroup() as workloads, new_cgroup() as proxies, pin_directory(parent) as pin:
-        done = loader("--pin", pin, "--cgroup", workloads, "--proxy-cgroup", proxies)
+        done = loader("--pin", pin, "--cgroup", workloads, "--proxy-cgroup", proxies, *options)
         assert done.returncode == 0, done.stderr
         yield World(pin, workloads, proxies)

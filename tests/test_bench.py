@@ -23,8 +23,9 @@ def test_rows_of_one_hop(tmp_path: Path) -> None:
     rows = compare(["nginx"], 1, 0.5, directory, tmp_path / "run", name, connections=(2,))
     published = [row.published() for row in rows]
     assert [(row["scenario"], row["hop"], row["connections"]) for row in published] == [
-        ("small", "nginx", 2),
-        ("1MiB", "nginx", 2),
+        ("http-45", "nginx", 2),
+        ("http-650", "nginx", 2),
+        ("http-1m", "nginx", 2),
     ]
     for row in published:
         assert list(row) == [

@@ -17,7 +17,7 @@ from support.mesh import mesh_route, service, workload
 from support.proxy import WorkerProcess, get, ok, read_message, rule, to
 
 from bpf import settings
-from bpf.proxy import HANDLES, descriptors
+from bpf.proxy import HANDLES, PAIR_HANDLES, descriptors
 from bpf.reasons import Reason
 from l7proxy.redirect import LONG
 from mesh.model.channel import Handles, Listen, PortAddress, send_control
@@ -126,7 +126,7 @@ async def client(
 
 def scenario(world: World, test: Callable[[World], Awaitable[None]]) -> None:
     async def limited(world: World) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(60 + float(os.environ.get("WEFT_STRESS_S", "0"))):
             await test(world)
 
     world.run(lambda world: asyncio.run(limited(world)))
@@ -285,14 +285,15 @@ def test_handles_are_replaced_and_let_go_after_their_last_connection(world):
             async with client() as (reader, writer):
                 writer.write(get("/1", "web").encode())
                 await read_message(reader)
-                assert held() == len(HANDLES)
+                assert held() == len(HANDLES + PAIR_HANDLES)
                 hand_over(world, here.proxy)
                 writer.write(get(f"/{MIB}", "web").encode())
                 message = await read_message(reader)
                 assert message is not None
                 assert len(message.body) == MIB
-                assert held() == 2 * len(HANDLES)
-            while held() != len(HANDLES):  # connections to backends stay for some seconds
+                assert held() == 2 * len(HANDLES + PAIR_HANDLES)
+            # Connections to backends stay for some seconds.
+            while held() != len(HANDLES + PAIR_HANDLES):
                 hand_over(world, here.proxy)
                 await asyncio.sleep(0.2)
 

@@ -1,6 +1,8 @@
 /* All programs of the data path; PROGRAMS in bpf/programs.py says what each is and where it goes. */
 #include "enrol.h"
 #include "filter.h"
+#include "pair.h"
+#include "judge.h"
 #include "queue.h"
 #include "steer.h"
 #include "verdict.h"
@@ -101,9 +103,19 @@ int verdict(struct sk_msg_md *message)
 	return redirect(message);
 }
 
+int exchange(struct sk_msg_md *message)
+{
+	return exchange_message(message);
+}
+
 int queue(struct __sk_buff *skb)
 {
 	return queued(skb);
+}
+
+int holders(struct __sk_buff *skb)
+{
+	return held(skb);
 }
 
 /* What they do not drop, others at the interface may. */

@@ -62,6 +62,16 @@ static __always_inline long enrol_workload(struct bpf_sock_ops *ctx, u64 cookie)
 	return result;
 }
 
+/* What it sends by TCP from now on is known by number; without it nothing of it passes the proxy by. */
+static __always_inline void number_workload(struct bpf_sock_ops *ctx, u64 cookie, u32 is_backend)
+{
+	struct workload own = {.cookie = cookie, .base = ctx->snd_nxt, .is_backend = is_backend};
+	struct bpf_sock *sk = ctx->sk;
+
+	if (sk)
+		workload.sk_storage_get(sk, &own, BPF_SK_STORAGE_GET_F_CREATE);
+}
+
 static __always_inline long enrol_proxy(struct bpf_sock_ops *ctx, u64 cookie)
 {
 	long result;
@@ -117,6 +127,7 @@ static __always_inline void establish_workload(struct bpf_sock_ops *ctx)
 		count(REASON_ENROL_FAILED);
 		return;
 	}
+	number_workload(ctx, value->cookie, 0);
 	value->state = STATE_ENROLLED;
 }
 
@@ -213,6 +224,7 @@ static __always_inline void take_proxy(struct bpf_sock_ops *ctx)
 		count(REASON_ENROL_FAILED);
 		return;
 	}
+	number_workload(ctx, cookie, 1);
 	if (accepted.update(&theirs, &cookie))
 		count(REASON_ENROL_FAILED);
 	else

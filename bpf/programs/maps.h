@@ -48,6 +48,18 @@ SOCKETS(workload_sockets);
 /* What is sent on one of these goes through the program `verdict`. */
 SOCKETS(proxy_sockets);
 
+/* With an enrolled socket of a workload, for as long as that lives. */
+BPF_SK_STORAGE(workload, struct workload);
+/* By the client's socket's cookie; the proxy writes. */
+BPF_F_TABLE("hash", u64, struct pair, pairs, PAIRS_MAX, BPF_F_NO_PREALLOC);
+/* By the backend's socket's cookie; the proxy writes. */
+BPF_F_TABLE("hash", u64, struct paired, paired, PAIRS_MAX, BPF_F_NO_PREALLOC);
+/* By the client's socket's cookie; the proxy makes them, then only the programs write. Evicted when
+ * long unused, never deleted: a program may still count in one. */
+BPF_F_TABLE("lru_hash", u64, struct exchange, exchanges, EXCHANGES_MAX, 0);
+/* The automaton over response heads: by state and byte, what follows (bpf/response.py). */
+BPF_F_TABLE("array", u32, struct responses, responses, 1, 0);
+
 /* Address of a local pod -> interface index of its end of the veth on the node. */
 BPF_F_TABLE("hash", struct address, u32, interfaces, PODS, BPF_F_NO_PREALLOC);
 /* Cookie of a pod's network namespace -> its addresses. */

@@ -93,6 +93,58 @@ struct outgoing {
 	u32 zero;
 };
 
+/* With a workload's enrolled socket. */
+struct workload {
+	u64 cookie;
+	u32 base; /* its TCP sequence number when the connection was established */
+	u32 is_backend;
+};
+
+/* What a proxy offers to a client's socket: requests that these tables and lists of policy rules let
+ * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` stands at both
+ * ends, so that who reads it while another takes its place notices. */
+struct pair {
+	u64 offer;
+	u64 backend; /* its socket's cookie */
+	u64 generation;
+	u32 egress;
+	u32 ingress;
+	u32 rule;
+	u32 received; /* bytes that the proxy has received from the client's socket, and is done with */
+	u32 handed;   /* as in struct exchange: those that the proxy is done with */
+	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
+	u64 expires_ns; /* CLOCK_MONOTONIC */
+	u64 offer_again;
+};
+
+/* Of a backend's socket that is part of a pair. */
+struct paired {
+	u64 client;   /* its socket's cookie */
+	u32 received; /* as in struct pair, from the backend's socket */
+	u32 zero;
+};
+
+/* What went past the proxy between a client's socket and its pairs' backends. Requests that were
+ * forwarded are answered, or their responses were handed to the proxy; or one is outstanding. */
+struct exchange {
+	u64 started_ns; /* of the last request: CLOCK_MONOTONIC */
+	u64 bytes_in;	/* of requests */
+	u64 bytes_out;	/* of the responses that were answered, as the next ones */
+	u64 elapsed_ns; /* sum */
+	u64 faster[PAIR_BUCKETS]; /* by the bounds of a histogram; slower ones are in none */
+	u32 forwarded;
+	u32 answered;
+	u32 handed;
+	u32 bodiless; /* the last request was HEAD */
+	u32 left;     /* bytes of the response to it that are still to come past the proxy */
+	u32 zero;
+};
+
+/* The tables of bpf/response.py. (bcc makes code for each element of an array of numbers.) */
+struct responses {
+	char raw[RESPONSE_STATES * 256 * 2];
+};
+
 /* A range of addresses, as key of a trie: the first `bits` of 128 are compared. */
 struct prefix {
 	u32 bits;
@@ -176,6 +228,12 @@ struct fragment {
 struct told {
 	u64 second;
 	u64 events;
+};
+
+/* Where a table for judging requests stands. */
+struct automaton_place {
+	u32 arena;
+	u32 word; /* even */
 };
 
 /* What happened to a connection or datagram, for flow records. */

@@ -23,6 +23,7 @@ from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.authority import AuthorityClient, SocketClient
+from mesh.agent.automata import KernelAutomata
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore
@@ -80,6 +81,7 @@ class Agent:
             flows=flows,
             kernel=KernelFlows(datapath.pins, flows, datapath.rule) if datapath else None,
             svids=self._svids(options, run_dir),
+            automata=self._automata(options),
         )
         self._reporter = _reporter(options, client, self._node, self._authority)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
@@ -95,6 +97,10 @@ class Agent:
             self._datapath_changed,
             options.plane.node,
         )
+
+    def _automata(self, options: AgentOptions) -> KernelAutomata | None:
+        steer = options.steer
+        return KernelAutomata(steer.pins) if steer is not None and steer.pairs else None
 
     def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
         if self._authority is None:
@@ -118,6 +124,8 @@ class Agent:
                 work.append(group.create_task(self._reporter.run(), name="reports"))
             if (datapath := self._node.datapath) is not None:
                 work.append(group.create_task(datapath.run(), name="datapath"))
+            if self._node.automata is not None:
+                work.append(group.create_task(self._node.automata.run(), name="automata"))
             if self._node.svids is not None:
                 work.append(group.create_task(self._node.svids.run(), name="SVIDs"))
             await self._stop.wait()
@@ -130,6 +138,8 @@ class Agent:
             await self._authority.close()
         if self._node.kernel is not None:
             self._node.kernel.close()
+        if self._node.automata is not None:
+            self._node.automata.close()
         if datapath is not None:
             datapath.close()
 
@@ -140,8 +150,11 @@ class Agent:
 
     def _datapath_changed(self) -> None:
         node = self._node
-        if node.kernel is not None and node.datapath is not None and node.datapath.opened:
-            node.kernel.start()
+        if node.datapath is not None and node.datapath.opened:
+            if node.kernel is not None:
+                node.kernel.start()
+            if node.automata is not None:
+                node.automata.open()
         node.look_again()
 
     def _workers_changed(self) -> None:

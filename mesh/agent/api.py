@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import msgspec
 from aiohttp import web
 
+from l7proxy.explain_automaton import describe
 from mesh.agent import flow_stream, metrics, policies, svid_status
 from mesh.agent.admin import Admin
 from mesh.agent.datapath import Datapath
@@ -22,7 +23,13 @@ from mesh.agent.flow_filter import FilterError
 from mesh.agent.node import Node
 from mesh.agent.options import AgentOptions
 from mesh.agent.rundir import RunDir
-from mesh.agent.target import TargetError, explained, parse_client, parse_target
+from mesh.agent.target import (
+    TargetError,
+    explained,
+    parse_client,
+    parse_service,
+    parse_target,
+)
 from mesh.agent.unmet import warnings
 from mesh.model.decode import Object, encode
 from mesh.model.meta import ObjectKey
@@ -55,6 +62,7 @@ class Api:
         app.router.add_get("/status", self._status)
         app.router.add_get("/problems", self._problems)
         app.router.add_get("/explain", self._explain)
+        app.router.add_get("/bpf/automaton", self._automaton)
         app.router.add_get("/certs", self._certs)
         app.router.add_get("/policies", self._policies)
         app.router.add_get("/policy/explain", self._policy_explain)
@@ -123,6 +131,7 @@ class Api:
                 else None,
                 "ready": not not_ready,
                 **_steered(node.datapath),
+                "kernelRules": node.automata.rules() if node.automata is not None else None,
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {
@@ -182,6 +191,25 @@ class Api:
             explained, sections, target, address=query.get("address"), client=client
         )
         return _json(msgspec.to_builtins(found))
+
+    async def _automaton(self, request: web.Request) -> web.Response:
+        """?service=NAMESPACE/NAME:PORT."""
+        try:
+            service = parse_service(request.query.get("service", ""))
+        except TargetError as error:
+            return _json({"error": str(error)}, status=400)
+        sections = self._node.rollout.config.sections
+        found = await asyncio.to_thread(describe, sections, *service)
+        automata = self._node.automata
+        in_force = {f"{one:016x}" for one in automata.in_force} if automata is not None else set()
+        return _json(
+            {
+                "items": [
+                    {**msgspec.to_builtins(one), "in_force": one.generation in in_force}
+                    for one in found
+                ]
+            }
+        )
 
     async def _certs(self, _request: web.Request) -> web.Response:
         svids = self._node.svids

@@ -78,13 +78,15 @@ class Datapath:
         self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._enforced: dict[SectionKey, EnforcedSection] = {}
-        # What is not as it should be: in all, of sending by redirect, of pods.
+        # What is not as it should be: in all, of sending by redirect, of requests that pass by the
+        # proxy, of pods.
         self._broken: str | None = None
         self._by_tcp: str | None = None
+        self._through: str | None = None
         self._unfiltered: list[str] = []
         self._tests = 0
         self._tested = False
-        self._redirects = False
+        self._redirects = self._pairs = False
         self._loaded = False
         # Everything that the kernel is to send to is there; it was told so.
         self._ready = False
@@ -153,6 +155,8 @@ class Datapath:
         self._tests += 1
         mode = self._options.mode
         self._redirects = mode != "proxy" and verdict.redirect is None
+        self._pairs = self._options.pairs and self._redirects and verdict.pairs is None
+        self._through = verdict.pairs if self._options.pairs else None
         if not self._redirects:
             # Programs that are attached by now may have been told otherwise.
             left = pins.other_versions(self.pins)
@@ -219,6 +223,8 @@ class Datapath:
             result.append(f"{what}: {self._broken}")
         if self._by_tcp is not None:
             result.append(f"the proxy sends to workloads by TCP, not by redirect: {self._by_tcp}")
+        if self._through is not None:
+            result.append(f"all requests go through the proxy: {self._through}")
         return [*result, *self._unfiltered]
 
     def _break(self, error: Exception) -> None:
@@ -280,7 +286,12 @@ class Datapath:
             if not self._loaded:
                 return
             versions.stop_redirects(self.pins, pins.other_versions(self.pins))
-            attach.attach(self.pins, self._options.cgroup, self._options.proxy_cgroup)
+            attach.attach(
+                self.pins,
+                self._options.cgroup,
+                self._options.proxy_cgroup,
+                pairs=self._pairs,
+            )
             versions.take_over(self.pins)
             self._unfiltered = podfilter.renew(self.pins, self._options.pods)
             if self._unfiltered:

@@ -22,11 +22,12 @@ _log = logging.getLogger("weft.agent")
 
 
 class Verdict(NamedTuple):
-    """Why nothing can be steered on this kernel, and why nothing can be sent by redirect, with the
-    name of the check; None: it can."""
+    """Why nothing can be steered on this kernel, why nothing can be sent by redirect, and why no
+    request can pass by the proxy, with the name of the check; None: it can."""
 
     steering: str | None
     redirect: str | None
+    pairs: str | None
 
 
 def check_places(options: Steering) -> None:
@@ -60,8 +61,9 @@ async def test(options: Steering) -> Verdict:
     wrong = [one for one in msgspec.json.decode(said, type=list[selftest.Check]) if not one.ok]
     for check in wrong:
         _log.error("self-test: %s: %s: %s", check.name, selftest.FACTS[check.name], check.why)
-    basic = [check for check in wrong if check.name not in selftest.REDIRECT_FACTS]
-    return Verdict(_first(basic), _first(wrong))
+    redirect = [check for check in wrong if check.name not in selftest.PAIR_FACTS]
+    basic = [check for check in redirect if check.name not in selftest.REDIRECT_FACTS]
+    return Verdict(_first(basic), _first(redirect), _first(wrong))
 
 
 async def load(pins: Path) -> None:

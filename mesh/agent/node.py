@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
+from mesh.agent.automata import KernelAutomata
 from mesh.agent.datapath import Datapath
 from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
@@ -54,12 +55,14 @@ class Node:
         flows: FlowStore,
         kernel: KernelFlows | None = None,
         svids: Svids | None = None,
+        automata: KernelAutomata | None = None,
     ) -> None:
         self.rollout = rollout
         self.flows = flows
         self.kernel = kernel
         self.datapath = datapath
         self.svids = svids
+        self.automata = automata
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
         # What the control plane says of objects that statuses do not say.
@@ -228,6 +231,8 @@ class Node:
         if put or remove:
             self.flows.peers.publish(put, remove)
             self.rollout.publish(put, remove)
+            if self.automata is not None:
+                self.automata.publish(put, remove)
             self._keep_for_kernel(put, remove)
 
     def _keep_for_kernel(

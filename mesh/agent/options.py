@@ -40,13 +40,15 @@ class OptionError(Exception):
 class Steering(NamedTuple):
     """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
     and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
-    self-test says so, "kernel" insists on it, "proxy" never does."""
+    self-test says so, "kernel" insists on it, "proxy" never does. `pairs`: where it does, requests
+    may pass by the proxy."""
 
     cgroup: Path
     proxy_cgroup: Path
     pins: Path
     pods: Path
     mode: Literal["auto", "kernel", "proxy"]
+    pairs: bool = False
 
 
 class AgentOptions(NamedTuple):
@@ -93,6 +95,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
+    parser.add_argument("--http-in-kernel", choices=("on", "off"), default="off")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     parser.add_argument("--authority", type=Path)
     parser.add_argument("--policy-audit", choices=("on", "off"), default="off")
@@ -135,7 +138,16 @@ def steering(args: argparse.Namespace) -> Steering | None:
         return None
     run_dir = RunDir(args.run_dir)
     pins = args.pins or run_dir.pins
-    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath)
+    pairs = _pairs(args)
+    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, pairs)
+
+
+def _pairs(args: argparse.Namespace) -> bool:
+    """OptionError: there is nothing that requests could pass by."""
+    wanted = getattr(args, "http_in_kernel", "off") == "on"
+    if wanted and (not _steered(args) or args.datapath == "proxy"):
+        raise OptionError("--http-in-kernel=on goes with --steer, and not with --datapath=proxy")
+    return wanted
 
 
 def parse_admin(text: str) -> tuple[str, int] | None:
@@ -164,7 +176,9 @@ def plane_options(args: argparse.Namespace) -> Options:
         addresses=tuple(check_pool(pool) for pool in args.address_pool),
         bind_address=bind_address,
         advertise=advertise or reached_at(bind_address),
-        settings=read_settings(args.settings, access_log=args.access_log),
+        settings=msgspec.structs.replace(
+            read_settings(args.settings, access_log=args.access_log), http_in_kernel=_pairs(args)
+        ),
         node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
         mesh_addresses=mesh_addresses(args),
         authority=getattr(args, "authority", None) is not None,
@@ -226,7 +240,8 @@ def read_settings(path: Path | None, *, access_log: str | None = None) -> Settin
             raise OptionError(f"{where}: must be one mapping of names to values, each given once")
         for document in documents:
             values = document.value
-        known = {field.name for field in msgspec.structs.fields(Settings)}
+        # What has an option of its own is none.
+        known = {field.name for field in msgspec.structs.fields(Settings)} - {"http_in_kernel"}
         if unknown := sorted(values.keys() - known):
             raise OptionError(
                 f"{where}: there is no setting {', '.join(unknown)}; the settings are "

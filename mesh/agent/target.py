@@ -72,6 +72,20 @@ def parse_client(text: str) -> tuple[str, str]:
     return namespace or "default", name
 
 
+def parse_service(text: str) -> tuple[str, str, int | None]:
+    """A Service as NAME, NAMESPACE/NAME, either with :PORT: its namespace, name and port."""
+    whole, colon, number = text.partition(":")
+    namespace, slash, name = whole.rpartition("/")
+    if (
+        not name
+        or "/" in namespace
+        or (slash and not namespace)
+        or (colon and not number.isdigit())
+    ):
+        raise TargetError(f"{text!r}: not a Service; write NAMESPACE/NAME or NAMESPACE/NAME:PORT")
+    return namespace or "default", name, int(number) if colon else None
+
+
 def explained(
     sections: Mapping[SectionKey, Section],
     target: Target,

@@ -69,7 +69,7 @@ def _served(answer: Answer) -> bool:
 
 
 def _show(answer: Answer) -> None:
-    for name in ("gateway", "service", "way", "listener", "route"):
+    for name in ("gateway", "service", "way", "kernel", "listener", "route"):
         if answer[name]:
             click.echo(f"{name + ':':<10}{answer[name]}")
     if answer["rule_index"] is not None:

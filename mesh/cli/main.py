@@ -152,6 +152,14 @@ def cli() -> None:
     " if this kernel passes the self-test, by that or nothing, or by TCP.",
 )
 @click.option(
+    "--http-in-kernel",
+    type=click.Choice(["on", "off"]),
+    default="off",
+    show_default=True,
+    help="on, with --steer: after a connection's first request later ones go straight from workload"
+    " to workload of this node, routed and judged in the kernel. Experimental.",
+)
+@click.option(
     "--authority",
     metavar="SOCKET",
     help="Where 'weft authority' answers this node, or 'cluster': asked by"
@@ -356,6 +364,31 @@ def explain(
     from mesh.cli.explain import run
 
     run(run_dir, method, url, header, address, client, manifests, output, options)
+
+
+@cli.group()
+def bpf() -> None:
+    """Look at what is in the kernel. Exit codes: see each command."""
+
+
+@bpf.command()
+@click.argument("service")
+@click.option("--manifests", type=_MANIFESTS, help="Of this directory; no gateway need run.")
+@_plane_options
+@output_option
+@run_dir_option
+def automaton(
+    service: str, manifests: Path | None, output: str, run_dir: Path, **options: object
+) -> None:
+    """Show the tables by which the kernel judges requests to a Service: their size, what they read,
+    which rules run in the kernel and why the others do not.
+
+    SERVICE is NAMESPACE/NAME or NAMESPACE/NAME:PORT. Exit codes: 0, 1 no HTTP port of that name, 2
+    wrong usage, 3 no gateway runs.
+    """
+    from mesh.cli.bpf import automaton as run
+
+    run(run_dir, service, manifests, output, options)
 
 
 @cli.command()

@@ -37,6 +37,8 @@ def _show(status: dict[str, Any]) -> None:
         click.echo(f"steered:    workloads in {status['steered']}")
     elif status["notSteered"] is not None:
         click.echo(f"steered:    {status['notSteered']}")
+    if status["kernelRules"] is not None:
+        _show_rules(status["kernelRules"])
     objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
     click.echo(f"objects:    {objects or 'none'}")
     problems = status["problems"]
@@ -70,6 +72,15 @@ def _show(status: dict[str, Any]) -> None:
         click.echo()
         for text in dict.fromkeys(reasons):
             click.echo(f"! {text}")
+
+
+def _show_rules(rules: dict[str, str]) -> None:
+    """Which run in the kernel; why the others do not."""
+    own = sum(not why for why in rules.values())
+    click.echo(f"kernel:     {own} of {len(rules)} rules of routes between pods of this node")
+    for rule, why in sorted(rules.items()):
+        if why:
+            click.echo(f"            not {rule}: {why}")
 
 
 def _count(level: str, count: int) -> str:

@@ -144,6 +144,7 @@ class Plan(Model, frozen=True, kw_only=True):
     namespaces: tuple[NamespaceConfig, ...]
     manifests: tuple[str, ...]
     trust_domain: str
+    http_in_kernel: bool
     svid_life: str
     kubeconfig: str = ""
 
@@ -226,6 +227,7 @@ def make_plan(
         namespaces=config.namespaces,
         manifests=tuple(os.path.abspath(directory / path) for path in config.manifests),
         trust_domain=config.trust_domain,
+        http_in_kernel=config.http_in_kernel,
         svid_life=config.svid_life,
         kubeconfig=os.path.abspath(kubeconfig) if kubeconfig is not None else "",
     )

@@ -1,6 +1,6 @@
 """`make bench`: prints tables; writes build/bench.json (hops beside peers, on one node and, with
 mutual TLS, between two), build/bench-routes.json (routes) and build/bench-cluster.json (routes
-through an API server). What policies cost is only printed.
+through an API server). What policies and automata cost is only printed.
 
 All take twelve minutes. `make bench ARGS="peers --only envoy --only weft-kernel --rounds 1"` is
 faster. Exit codes: 0 measured, 1 it could not be measured, 2 wrong usage.
@@ -21,9 +21,9 @@ from pathlib import Path
 
 from acceptance.gateway import GatewayFailed
 
-from bench import cluster, mtls, policies, routes, table
-from bench.peers import CONNECTIONS, Row, compare
-from bench.world import HOPS, PROGRAMS, SCENARIOS, BenchFailed
+from bench import automaton, cluster, mtls, policies, routes, table
+from bench.peers import CONNECTIONS, WORKS, Row, compare
+from bench.world import HOPS, PROGRAMS, BenchFailed
 from bench.wrk import LoadFailed
 from mesh.lab.errors import LabError
 from mesh.lab.state import DEFAULT_RUN_DIR
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("peers", "mtls", "routes", "cluster", "policies", "all"),
+        choices=("peers", "mtls", "routes", "cluster", "policies", "automaton", "all"),
         default="all",
     )
     peers = parser.add_argument_group("peers and mtls")
@@ -58,7 +58,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_peers(args: argparse.Namespace, scratch: Path) -> list[Row]:
     # In the order of HOPS, each once.
     hops = [hop for hop in HOPS if hop in (args.only or HOPS)]
-    runs = args.rounds * len(hops) * len(SCENARIOS) * len(CONNECTIONS)
+    runs = args.rounds * len(hops) * len(WORKS) * len(CONNECTIONS)
     print(f"{', '.join(hops)}: {runs} runs of {args.seconds:g} s", flush=True)
     rows = compare(
         hops,
@@ -137,6 +137,8 @@ def main() -> int:
                     run(args, directory)
         if args.what in ("policies", "all"):
             policies.run()
+        if args.what in ("automaton", "all"):
+            automaton.run()
     except (BenchFailed, LoadFailed, LabError, GatewayFailed) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

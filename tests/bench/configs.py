@@ -16,6 +16,8 @@ Object: TypeAlias = dict[str, Any]
 
 # One client's connections, several times over: no hop closes an upstream connection of its pool.
 POOL = 128
+# Rules of the route: all but the last by this header.
+ROUTES, ROUTE_HEADER = 20, "x-route"
 # nginx closes a connection after 1,000 requests unless told otherwise.
 _FOR_EVER = 1_000_000_000
 
@@ -179,7 +181,13 @@ def http_filter(cluster: str) -> Object:
                 {
                     "name": "all",
                     "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": cluster}}],
+                    "routes": [
+                        *(
+                            {"match": _by_header(number), "route": {"cluster": cluster}}
+                            for number in range(ROUTES - 1)
+                        ),
+                        {"match": {"prefix": "/"}, "route": {"cluster": cluster}},
+                    ],
                 }
             ]
         },
@@ -194,6 +202,11 @@ def http_filter(cluster: str) -> Object:
         ],
     }
     return {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+
+
+def _by_header(number: int) -> Object:
+    exact = {"string_match": {"exact": f"value-{number}"}}
+    return {"prefix": "/", "headers": [{"name": ROUTE_HEADER, **exact}]}
 
 
 def tcp_filter(cluster: str) -> Object:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.processes import usage
-from bench.world import SCENARIOS, Hop, world
+from bench.world import Hop, world
 from bench.wrk import load
 
 CONNECTIONS = (1, 32)
@@ -54,6 +54,14 @@ class Work(NamedTuple):
     headers: tuple[str, ...] = ()
 
 
+# By the bytes of a request's head, and of a response's body.
+WORKS = (
+    Work("http-45", "small"),
+    Work("http-650", "small", (f"x-filler: {'y' * 590}",)),
+    Work("http-1m", "1MiB"),
+)
+
+
 def compare(
     hops: Sequence[str],
     rounds: int,
@@ -68,7 +76,7 @@ def compare(
     `run_dir` and `name` are the lab's. BenchFailed, LoadFailed, LabError: there is nothing to
     measure, or requests fail."""
     with world(hops, directory, run_dir, name) as made:
-        works = [(Work(scenario, scenario), made) for scenario in SCENARIOS]
+        works = [(work, made) for work in WORKS]
         return alternate(works, rounds, seconds, directory, connections, progress)
 
 

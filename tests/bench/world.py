@@ -23,6 +23,8 @@ So that the comparison is fair:
   them is asked at a time.
 - Hops have one worker each, keep connections alive on both sides, and write no log of requests.
   What Weft does beside that, metrics and flow records, it does here too.
+- Weft and Envoy have the same 20 rules of a route, by header, of which the last one is for requests
+  without that header; Weft has a policy about methods and paths besides.
 - That a request to Weft goes through its proxy, and by redirect or not as the hop's name says, is
   read from the counters of the eBPF programs before anything is measured.
 - The hop's CPU and memory are those of all its processes: for Weft worker, agent and supervisor,
@@ -41,7 +43,7 @@ from typing import NamedTuple
 
 import yaml
 
-from bench.configs import PEERS, nginx_backend
+from bench.configs import PEERS, ROUTE_HEADER, ROUTES, nginx_backend
 from bpf import pins
 from bpf.maps import counters
 from bpf.reasons import Reason
@@ -56,8 +58,8 @@ from mesh.lab.status import look
 WEFT = {"weft-kernel": "kernel", "weft-proxy": "proxy"}
 WEFT_NODES = {node: node for node in WEFT.values()}
 HOPS = ("direct", *WEFT, *PEERS)
-# Bytes of the response's body.
-SCENARIOS = {"small": 300, "1MiB": 2**20}
+# Files, and their bytes.
+FILES = {"small": 300, "1MiB": 2**20}
 PROGRAMS = ("wrk", "nginx", "haproxy", "curl")
 
 _PLAIN = "plain"
@@ -90,6 +92,7 @@ def world(hops: Sequence[str], directory: Path, run_dir: Path, name: str) -> Ite
     write_files(directory / "files")
     file = directory / "lab.yaml"
     file.write_text(yaml.safe_dump(_lab(hops, directory)))
+    (directory / "rules.yaml").write_text(yaml.safe_dump_all(_rules(hops)))
     labs.up(file, run_dir, name, WITHIN_S)
     try:
         lab = LabDir(run_dir, name)
@@ -113,7 +116,7 @@ def _node_of(hop: str) -> str:
 
 def write_files(directory: Path) -> None:
     directory.mkdir()
-    for name, size in SCENARIOS.items():
+    for name, size in FILES.items():
         (directory / name).write_bytes((b"0123456789abcdef" * (size // 16 + 1))[:size])
 
 
@@ -144,7 +147,44 @@ def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
             }
             for node in nodes
         ],
+        "manifests": ["rules.yaml"],
     }
+
+
+def _rules(hops: Sequence[str]) -> Iterator[dict[str, object]]:
+    """A route and a policy for each backend."""
+    for node in sorted({_node_of(hop) for hop in hops}):
+        about = {"name": f"backend-{node}", "namespace": "default"}
+        backend = {"name": f"backend-{node}", "port": 80}
+        by_header = [
+            {"headers": [{"name": ROUTE_HEADER, "value": f"value-{number}"}]}
+            for number in range(ROUTES - 1)
+        ]
+        yield {
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "HTTPRoute",
+            "metadata": about,
+            "spec": {
+                "parentRefs": [{"group": "", "kind": "Service", **backend}],
+                "rules": [
+                    {"matches": [match], "backendRefs": [backend]} for match in (*by_header, {})
+                ],
+            },
+        }
+        allowed = {"method": "GET", "path": "/(small|1MiB)"}
+        to_ports = {
+            "ports": [{"port": str(_PORT), "protocol": "TCP"}],
+            "rules": {"http": [allowed, {"method": "HEAD"}]},
+        }
+        yield {
+            "apiVersion": "cilium.io/v2",
+            "kind": "CiliumNetworkPolicy",
+            "metadata": about,
+            "spec": {
+                "endpointSelector": {"matchLabels": {"app": f"backend-{node}"}},
+                "ingress": [{"toPorts": [to_ports]}],
+            },
+        }
 
 
 def change_weft(
@@ -163,7 +203,8 @@ def change_weft(
         pins.remove(run_dir.pins)
         return
     # The others keep what is pinned: the filters on the pods' veths belong to a mesh.
-    options = ("--access-log=off", f"--datapath={datapath}")
+    pairs = "on" if datapath == "kernel" else "off"
+    options = ("--access-log=off", f"--datapath={datapath}", f"--http-in-kernel={pairs}")
     start((*argv, *options), node, lab.weft_log(node.name), stack)
 
     def ready() -> bool:
@@ -238,7 +279,7 @@ def wait_for(hop: Hop, files: Path) -> None:
         got = subprocess.run(curl, stdout=subprocess.PIPE, preexec_fn=hop.enter).stdout
         return got == (files / name).read_bytes()
 
-    for name in SCENARIOS:
+    for name in FILES:
         failure = f"{hop.name}: {hop.url}/{name} is not answered"
         until(functools.partial(right, name), failure, hop.log)
 

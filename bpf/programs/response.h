@@ -1,0 +1,74 @@
+/* Whether a message begins a response that may pass by the proxy: a walk over the tables of
+ * bpf/response.py, which say what that is. */
+#ifndef WEFT_RESPONSE_H
+#define WEFT_RESPONSE_H
+
+#include "maps.h"
+
+/* Bytes at once between two looks at the end: the verifier keeps a state for each look. */
+#define RESPONSE_CHUNK 8
+
+struct response {
+	u32 state;
+	u32 size;   /* of the head, as far as it was read */
+	u32 length; /* Content-Length */
+};
+
+/* Without branches, as the verifier follows each of them in each step. */
+static __always_inline void response_step(const u16 *table, u8 byte, struct response *response)
+{
+	u16 cell = table[(response->state & (RESPONSE_STATES - 1)) << 8 | byte];
+	u32 digit = cell >> RESPONSE_DIGIT & 1;
+
+	response->length += digit * (9 * response->length + (byte - '0'));
+	response->size += cell >> RESPONSE_ALIVE & 1;
+	response->state = cell & (RESPONSE_STATES - 1);
+}
+
+/* A message with the whole head of a response: the bytes of the response that are still to come, or
+ * negative: it is the proxy's. */
+static __always_inline s64 response_left(struct sk_msg_md *message, int bodiless)
+{
+	struct response response = {.state = RESPONSE_START};
+	const u8 *data, *end;
+	u32 zero = 0, i, j;
+	const u16 *table;
+
+	table = (void *)responses.lookup(&zero);
+	if (!table)
+		return -1;
+	data = (void *)(long)message->data;
+	end = (void *)(long)message->data_end;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < RESPONSE_HEAD_MAX; i += RESPONSE_CHUNK) {
+		if (data + i + RESPONSE_CHUNK > end)
+			break;
+#pragma clang loop unroll(full)
+		for (j = 0; j < RESPONSE_CHUNK; j++)
+			response_step(table, data[i + j], &response);
+		if (response.state == RESPONSE_DONE)
+			break;
+	}
+	data = (void *)(long)message->data;
+	end = (void *)(long)message->data_end;
+	i = (u32)(end - data);
+	if (response.state != RESPONSE_DONE && i > RESPONSE_HEAD_MAX)
+		return -1;
+	/* The last few; if the head has ended they change nothing. */
+	i &= 2 * RESPONSE_HEAD_MAX - RESPONSE_CHUNK;
+	data += i;
+	asm volatile("" : "+r"(data));
+#pragma clang loop unroll(full)
+	for (j = 0; j < RESPONSE_CHUNK - 1; j++) {
+		if (data + j + 1 > end)
+			break;
+		response_step(table, data[j], &response);
+	}
+	if (response.state != RESPONSE_DONE)
+		return -1;
+	if (!bodiless)
+		response.size += response.length;
+	return response.size <= RESPONSE_MAX ? (s64)response.size - message->size : -1;
+}
+
+#endif

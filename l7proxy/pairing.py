@@ -1,0 +1,313 @@
+"""One client's connection whose requests may pass by the proxy, and the connection to the backend
+that they go to.
+
+While an offer stands, requests and their responses may go between the two far sockets without being
+seen here. The first byte that the client sends here ends that by itself: the kernel passes nothing
+while bytes of the client are not known to be done with. So before anything that was sent here is
+looked at, `take_over` finds out what is outstanding: nothing; or a response that the kernel left to
+the proxy; or one that is still to come. Only then the connections are the proxy's again. Knows
+counters and cookies, no HTTP but heads it is given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from bpf.layout import PAIR_BOUNDS, Exchange
+from bpf.proxy import Offer
+from l7proxy.handles import Handles
+from l7proxy.message import RequestHead
+from l7proxy.streams import ClientStream, Handler, Kept
+
+# How soon what is outstanding is looked for again, in seconds; doubling from the first to the last.
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.0002, 0.01
+# A response that was answered is on its way for no longer.
+_DELIVERY_S = 0.1
+_NS = 1e-9
+# No limit to requests.
+_MANY = 1 << 31
+_U32 = 0xFFFFFFFF
+
+
+class Allowed(NamedTuple):
+    """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `requests`: how many at most,
+    None: any number."""
+
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
+    expires_ns: int
+    requests: int | None
+
+
+class Passed(NamedTuple):
+    """What has passed since it was last asked: requests and their latencies (by PAIR_BOUNDS, and in
+    all, seconds), bytes of requests and responses."""
+
+    requests: int
+    faster: tuple[int, ...]
+    elapsed_s: float
+    bytes_in: int
+    bytes_out: int
+
+
+class Follower(NamedTuple):
+    """How requests that follow one that was answered are treated. `current`: nothing that this was
+    decided by has changed. `passed` is told what has passed.
+    `resume` makes a handler for a response that comes through the proxy after all, on this stream;
+    `fail` one for a request without a response (status, reason, detail), `broken` for one whose
+    response has begun and will not end (reason, detail)."""
+
+    allowed: Allowed
+    authority: bytes
+    current: Callable[[], bool]
+    passed: Callable[[Passed], None]
+    resume: Callable[[ClientStream], Handler]
+    fail: Callable[[int, str, str], Handler]
+    broken: Callable[[str, str], Handler]
+
+
+class Pairing:
+    """`opened` and `closed` are told when offers stand and when none does any more. `settled` waits
+    until nothing is done any more by offers that were withdrawn before."""
+
+    def __init__(
+        self,
+        handles: Handles,
+        client: int,
+        opened: Callable[[Pairing], None],
+        closed: Callable[[Pairing], None],
+        settled: Callable[[], Awaitable[None]],
+    ) -> None:
+        self.offered = False  # requests may pass, or one may be outstanding
+        self.due = False  # `take_over` is
+        self.lost = False  # a response has not come and could still: nothing may follow its answer
+        self.head = RequestHead(b"GET", b"http", b"", b"/", None, [])  # of what `take_over` gives
+        self.wake: Callable[[], None] = lambda: None
+        self.active: Callable[[], None] = lambda: None
+        self._handles = handles
+        self._client = client
+        self._opened = opened
+        self._closed = closed
+        self._settled = settled
+        self._kept: Kept | None = None
+        self._follower: Follower | None = None
+        self._counted = _NOTHING
+        self._seen = 0  # of `forwarded`
+        self._handed = 0
+        self._overdue = False
+        self._happened = asyncio.Event()
+
+    # --- offers -----------------------------------------------------------------------------------
+
+    def propose(self, stream: ClientStream, follower: Follower) -> None:
+        """While a response is relayed from `stream`: such requests may pass once it has ended."""
+        self._kept = stream.keep(self._on_backend)
+        self._follower = follower
+
+    @property
+    def proposed(self) -> bool:
+        return self._kept is not None and not self.offered
+
+    def offer(self, received: int, send: Callable[[], bool]) -> bool:
+        """A request was served but for the last bytes of its response, which `send` gives to the
+        kernel, all of them, or none (False). The client has sent `received` bytes here, all of them
+        done with. Whether they were sent."""
+        kept, follower = self._kept, self._follower
+        assert kept is not None
+        assert follower is not None
+        if not kept.held:
+            self._kept = self._follower = None
+            return False
+        if kept.closed or kept.unread or not follower.current():
+            self._let_go(reusable=not kept.closed and not kept.unread)
+            return False
+        passed = self._handles.passed(self._client) or _NOTHING
+        allowed = follower.allowed
+        offer = Offer(
+            self._client,
+            kept.cookie,
+            *allowed[:4],
+            client_received=received,
+            backend_received=kept.received,
+            handed=passed.handed,
+            until=passed.forwarded + (allowed.requests or _MANY),
+            expires_ns=allowed.expires_ns,
+        )
+        # The client's next request may come at once: what can be done before goes first.
+        ready = not passed.outstanding and self._handles.prepare(offer)
+        sent = ready and send()
+        if not sent or not self._handles.offer(offer):
+            self._handles.forget(kept.cookie)
+            self._let_go(reusable=not passed.outstanding)
+            return sent
+        self._counted = passed
+        self._seen, self._handed = passed.forwarded, passed.handed
+        self.offered = True
+        self.due = self._overdue = False
+        self._opened(self)
+        return True
+
+    def decline(self) -> None:
+        """There will be no offer after this request."""
+        if self._kept is not None:
+            self._let_go(reusable=True)
+
+    def dissolve(self) -> None:
+        """No request passes any more, and `take_over` is due."""
+        if self.offered:
+            self._handles.withdraw(self._client)
+            self._be_due()
+
+    def close(self, *, ended: bool) -> None:
+        """The client's connection is gone; `ended`: the client had said that it sends no more."""
+        if self.offered:
+            self._handles.withdraw(self._client)
+            passed = self._count()
+            self._withdrawn()
+            self._let_go(reusable=ended and passed is not None and not passed.outstanding)
+        else:
+            self.decline()
+
+    # --- what is outstanding ----------------------------------------------------------------------
+
+    async def take_over(self, *, moved: bool) -> Handler | None:
+        """From now on everything comes here. When nothing passes by the proxy any more: None, or
+        what answers the request that is outstanding (`head`), and nothing else may be answered
+        before. `moved`: the client has sent something here since the offer, or its end."""
+        kept, follower = self._kept, self._follower
+        assert kept is not None
+        assert follower is not None
+        self._handles.withdraw(self._client)
+        wait_s = _FIRST_LOOK_S
+        while True:
+            passed = self._count()
+            if passed is None or passed.outstanding:
+                failure = self._failure(passed, kept)
+                if failure is not None:
+                    self.lost = True
+                    self._withdrawn()
+                    self._let_go(reusable=False)
+                    self._tell_head(passed, follower)
+                    if passed is not None and passed.left:
+                        return follower.broken(*failure[1:])
+                    return follower.fail(*failure)
+                await self._wait(wait_s)
+                wait_s = min(2 * wait_s, _LAST_LOOK_S)
+                continue
+            if not moved and passed.handed == self._handed:
+                # A request could be passing just now, by the offer as it was; by numbers it could
+                # not if the client had sent something here, or a response had come here.
+                await self._settled()
+                moved = True
+                continue
+            await self._delivery()
+            self._withdrawn()
+            if passed.handed != self._handed:
+                self._tell_head(passed, follower)
+                self._kept = self._follower = None
+                return follower.resume(kept.resume(self.head))
+            self._let_go(reusable=not kept.unread and not kept.closed)
+            return None
+
+    async def _delivery(self) -> None:
+        """A response that counts as answered is in the client's queue only a moment later, or much
+        later if who sends it is interrupted there; nothing of ours may come before it."""
+        wait_s = _FIRST_LOOK_S
+        while wait_s < _DELIVERY_S and not self._handles.delivered(self._client):
+            await asyncio.sleep(wait_s)
+            wait_s *= 2
+
+    def _failure(self, passed: Exchange | None, kept: Kept) -> tuple[int, str, str] | None:
+        """Why what is outstanding will not come."""
+        if passed is None:
+            return 502, "pair_lost", "the kernel does not know any more what has passed"
+        if self._overdue:
+            return 504, "request_timeout", "the request timeout has passed"
+        if kept.closed:
+            return 502, "upstream_reset", "the backend closed before its response was whole"
+        return None
+
+    def _tell_head(self, passed: Exchange | None, follower: Follower) -> None:
+        method = b"HEAD" if passed is not None and passed.bodiless else b"GET"
+        self.head = RequestHead(method, b"http", follower.authority, b"/", None, [])
+
+    async def _wait(self, seconds: float) -> None:
+        self._happened.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._happened.wait()
+        except TimeoutError:
+            pass
+
+    def look(self, timeout_s: float | None) -> None:
+        """Count what has passed; a request that has been outstanding for so long is given up."""
+        passed = self._count()
+        if passed is None:
+            self._be_due()
+            return
+        if passed.forwarded != self._seen:
+            self._seen = passed.forwarded
+            self.active()
+        if not passed.outstanding:
+            return
+        if timeout_s is not None and ((time.monotonic_ns() - passed.started_ns) * _NS > timeout_s):
+            self._overdue = True
+            self._be_due()
+
+    # --- counting ---------------------------------------------------------------------------------
+
+    def _count(self) -> Exchange | None:
+        passed = self._handles.passed(self._client)
+        before = self._counted
+        if passed is None or passed.answered == before.answered or self._follower is None:
+            return passed
+        self._follower.passed(
+            Passed(
+                passed.answered - before.answered & _U32,
+                tuple(
+                    new - old
+                    for new, old in zip(_words(passed.faster), _words(before.faster), strict=True)
+                ),
+                (passed.elapsed_ns - before.elapsed_ns) * _NS,
+                passed.bytes_in - before.bytes_in,
+                passed.bytes_out - before.bytes_out,
+            )
+        )
+        self._counted = passed
+        return passed
+
+    # --- states -----------------------------------------------------------------------------------
+
+    def _on_backend(self) -> None:
+        """The backend has sent something here, or closed."""
+        self._happened.set()
+        if self.offered:
+            self._be_due()
+
+    def _be_due(self) -> None:
+        self.due = True
+        self._happened.set()
+        self.wake()
+
+    def _withdrawn(self) -> None:
+        if self._kept is not None:
+            self._handles.forget(self._kept.cookie)
+        self.offered = self.due = False
+        self._closed(self)
+
+    def _let_go(self, *, reusable: bool) -> None:
+        kept, self._kept, self._follower = self._kept, None, None
+        if kept is not None:
+            kept.let_go(reusable=reusable)
+
+
+def _words(packed: bytes) -> Any:
+    return memoryview(packed).cast("Q")
+
+
+_NOTHING = Exchange(0, 0, 0, 0, bytes(8 * len(PAIR_BOUNDS)), 0, 0, 0, 0, 0)

@@ -1,0 +1,171 @@
+"""Requests and responses that pass by the proxy: which ones may, and for how long.
+
+After a request of a workload to a workload of this node the sockets at both far ends are offered to
+the kernel as a pair (`pairing`). This module decides whether, by the automaton's plan of the
+destination, and takes all pairs back when anything in force has changed: each connection's next
+request comes to the proxy, and what is right then is offered anew. It looks after pairs now and
+then: what has passed is counted, what takes too long is given up. Knows sections, no sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import NamedTuple
+
+from l7proxy.automaton_plan import HttpRules, Plan, plan
+from l7proxy.entry import Selection
+from l7proxy.handles import Kernel
+from l7proxy.pairing import Allowed, Pairing
+from l7proxy.peers import Caller, Direct, Peers, Tunnelled
+from l7proxy.policies import Policies
+from l7proxy.route_compile import NO_ROUTE
+from l7proxy.routing import CompiledBackend, CompiledRule, RouteIndex
+from l7proxy.streams import ConnectionInfo
+from l7proxy.tasks import spawn
+from mesh.model.nodeconfig import Endpoint, Settings
+
+# How often pairs are looked after, in seconds.
+_LOOK_S = 0.25
+# Where a connection's requests are for several endpoints, so many go to one before the proxy
+# chooses again: in the long run each gets its share.
+_FEW = 64
+_FOR_EVER_NS = 2**63
+
+
+class Refusal(NamedTuple):
+    """Why requests do not pass by the proxy."""
+
+    why: str
+
+
+class Pairs:
+    """Those of a worker."""
+
+    def __init__(
+        self, kernel: Kernel, routes: RouteIndex, policies: Policies, peers: Peers
+    ) -> None:
+        self.settings = Settings()
+        self.version = 0  # of all that pairs are decided by
+        self._kernel = kernel
+        self._routes = routes
+        self._policies = policies
+        self._peers = peers
+        self._open: set[Pairing] = set()
+        self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
+        self._look_at: asyncio.TimerHandle | None = None
+        self._settling: asyncio.Task[None] | None = None
+
+    def pairing(self, info: ConnectionInfo) -> Pairing | None:
+        """For a new connection over HTTP/1.1; None: its requests all go through the proxy."""
+        steered, handles = info.steered, self._kernel.handles
+        settings = self.settings
+        if not settings.http_in_kernel or steered is None or not steered.cookie:
+            return None
+        if handles is None or info.tls or settings.max_requests_per_connection is not None:
+            return None
+        return Pairing(handles, steered.cookie, self._opened, self._open.discard, self._settled)
+
+    def changed(self) -> None:
+        """Something in force has changed: all requests come to the proxy again."""
+        self.version += 1
+        self._plans.clear()
+        for pairing in tuple(self._open):
+            pairing.dissolve()
+
+    def allowed(
+        self,
+        selected: Selection,
+        rule: CompiledRule,
+        backend: CompiledBackend,
+        caller: Caller,
+        way: Direct | Tunnelled,
+        endpoint: Endpoint,
+        *,
+        endpoints: int,
+    ) -> Allowed | Refusal:
+        """What may follow a request that went to `endpoint`, one of so many of the backend."""
+        if not isinstance(way, Direct) or way.destination is None or not way.destination.local:
+            return Refusal("the endpoint is no workload of this node")
+        if way.destination.client_headers:
+            return Refusal("the endpoint is told who its clients are")
+        expires_ns = self._expiry_ns(caller, way)
+        if isinstance(expires_ns, Refusal):
+            return expires_ns
+        asker = self._policies.asker(caller)
+        asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port)
+        if asked is None:
+            return Refusal("a policy refuses, mends or tells of requests")
+        match = selected.match
+        if match is None:
+            return Refusal("no rule was selected")
+        found = self._plan(selected.listener if match.route is not NO_ROUTE else "", *asked)
+        egress, ingress = map(found.list_of, asked)
+        if egress is None or ingress is None:
+            return Refusal("a policy's rules are not in the kernel")
+        number = 1
+        if match.route is not NO_ROUTE:
+            name = match.route, rule.index
+            numbers = (
+                number
+                for number, one in enumerate(found.rules, 1)
+                if (one.result.route, one.result.rule.index) == name
+            )
+            number = next(numbers, 0)
+            if not number:
+                return Refusal("the rule is not in the kernel")
+        if why := found.rules[number - 1].why:
+            return Refusal(why)
+        several = selected.prefer is None and (endpoints > 1 or len(rule.backends) > 1)
+        return Allowed(
+            found.generation, egress, ingress, number, expires_ns, _FEW if several else None
+        )
+
+    def _expiry_ns(self, caller: Caller, way: Direct) -> int | Refusal:
+        """Until when, by CLOCK_MONOTONIC, both ends have valid identities."""
+        if not self._peers.has_authority:
+            return _FOR_EVER_NS
+        workload = self._peers.at(caller.client)
+        ends = (workload, way.destination)
+        if any(one is None or not one.spiffe_id for one in ends):
+            return Refusal("one end has no identity")
+        until = min(self._peers.credentials.until(one.spiffe_id) for one in ends if one is not None)
+        left = until - time.time()
+        if left <= 0:
+            return Refusal("one end's certificate is not valid")
+        return time.monotonic_ns() + int(left * 1e9)
+
+    def _plan(self, listener: str, egress: HttpRules, ingress: HttpRules) -> Plan:
+        key = listener, egress, ingress
+        found = self._plans.get(key)
+        if found is None:
+            found = plan(listener, self._routes, (egress, ingress), self.settings)
+            self._plans[key] = found
+        return found
+
+    async def _settled(self) -> None:
+        """One wait is for all that have begun to wait before it."""
+        if self._settling is None:
+            self._settling = spawn(self._settle(), name="settle")
+        await asyncio.shield(self._settling)
+
+    async def _settle(self) -> None:
+        handles = self._kernel.handles
+        await asyncio.sleep(0)
+        self._settling = None
+        if handles is not None:
+            await asyncio.to_thread(handles.settle)
+
+    # --- looking after ----------------------------------------------------------------------------
+
+    def _opened(self, pairing: Pairing) -> None:
+        self._open.add(pairing)
+        if self._look_at is None:
+            self._look_at = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._look_at = None
+        for pairing in tuple(self._open):
+            pairing.look(self.settings.request_timeout_s)
+        if self._open:
+            self._look_at = asyncio.get_running_loop().call_later(_LOOK_S, self._look)

@@ -1,0 +1,106 @@
+"""The automata of requests in the kernel, kept in step with the configuration.
+
+A generation that is no longer planned is taken out at once, before anything is compiled: what names
+it is the proxy's then. New ones are compiled one by one in a thread, the smallest lists first, and
+put in force as they are done; until then their requests go through the proxy as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from bpf.automaton import Automata, Full
+from bpf.errors import DatapathError
+from l7proxy.automaton import compile_rules
+from l7proxy.automaton_plan import Plan
+from l7proxy.automaton_plans import Plans
+from mesh.model.nodeconfig import Section
+from mesh.model.section import SectionKey
+
+_log = logging.getLogger("weft.agent")
+
+
+class KernelAutomata:
+    """`in_force`: generations that the kernel judges by."""
+
+    def __init__(self, directory: Path) -> None:
+        """The pin directory."""
+        self.in_force: set[int] = set()
+        self._directory = directory
+        self._plans = Plans()
+        self._wanted: dict[int, Plan] = {}
+        self._maps: Automata | None = None
+        self._again = asyncio.Event()
+
+    def publish(self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
+        """A step from one version to the next, the first one whole."""
+        if self._plans.apply(put, remove) or not self._wanted:
+            self._wanted = self._plans.all()
+            self._let_go()
+            self._again.set()
+
+    def rules(self) -> dict[str, str]:
+        """The rules of routes between this node's workloads, "<kind>/<ns>/<name> rule <label>", and
+        why each is the proxy's; "": it is not."""
+        return {
+            f"{one.result.route.label} rule {one.result.rule.label}": one.why
+            for plan in self._wanted.values()
+            for one in plan.rules
+            if plan.listener
+        }
+
+    def open(self) -> None:
+        """The maps are there, maybe with what an agent before this one left."""
+        if self._maps is None:
+            try:
+                self._maps = Automata(self._directory)
+                self.in_force = self._maps.generations()
+            except (DatapathError, OSError) as error:
+                _log.error("requests are not judged in the kernel: %s", error)
+        self._let_go()
+        self._again.set()
+
+    def close(self) -> None:
+        """What is in force stays so."""
+        if self._maps is not None:
+            self._maps.close()
+
+    async def run(self) -> None:
+        """For ever: compile what is planned."""
+        while True:
+            await self._again.wait()
+            self._again.clear()
+            while self._maps is not None and (missing := self._missing()) is not None:
+                automaton = await asyncio.to_thread(
+                    compile_rules, missing.ordered, missing.limits, missing.generation
+                )
+                # The configuration may have changed meanwhile.
+                if missing.generation in self._wanted:
+                    self._put(missing.generation, automaton.table)
+
+    def _missing(self) -> Plan | None:
+        missing = [one for number, one in self._wanted.items() if number not in self.in_force]
+        return min(missing, key=lambda one: sum(map(len, one.ordered)), default=None)
+
+    def _put(self, generation: int, table: bytes) -> None:
+        assert self._maps is not None
+        # One that cannot be put is not tried again before the configuration changes.
+        self.in_force.add(generation)
+        try:
+            self._maps.put(generation, table)
+        except (Full, OSError) as error:
+            _log.error("an automaton of requests is not in the kernel: %s", error)
+
+    def _let_go(self) -> None:
+        if self._maps is None or not self._wanted:
+            return
+        for generation in self.in_force - self._wanted.keys():
+            try:
+                self._maps.remove(generation)
+            except OSError as error:
+                _log.error("an old automaton of requests stays in the kernel: %s", error)
+            else:
+                self.in_force.discard(generation)

@@ -1,0 +1,184 @@
+"""Tables in the kernel: their arenas, generations, and that they follow the configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+
+import pytest
+from automaton_world import kernel
+from bpf_world import needs_bpf
+
+from bpf.automaton import Automata
+from l7proxy.automaton import compile_rules
+from l7proxy.automaton_plan import plan
+from l7proxy.automaton_plans import Plans
+from l7proxy.automaton_rules import Limits, Rule
+from l7proxy.native import Judged
+from l7proxy.routing import RouteIndex
+from mesh.agent.automata import KernelAutomata
+from mesh.model.nodeconfig import (
+    ClusterSection,
+    Endpoint,
+    Section,
+    ServiceSection,
+    Settings,
+    WorkloadSection,
+)
+from mesh.model.policyconfig import Direction, HttpRule, PolicyRule, PolicySection
+from mesh.model.routeconfig import Attachment, PathMatch, RouteMatch, RouteRule, RouteSection
+from mesh.model.routeconfig import WeightedBackend as Backend
+
+LIMITS = Limits(8000, 100, None)
+CLUSTER = "cluster/Service/shop/cart/80"
+LISTENER = "Service/shop/cart/80"
+GET = b"GET /a HTTP/1.1\r\nHost: cart\r\n\r\n"
+POST = GET.replace(b"GET", b"POST")
+
+
+@pytest.fixture
+def real(tmp_path):
+    with kernel(tmp_path) as one:
+        yield one
+
+
+def a_table(generation: int, verdict: int, size: int = 0) -> bytes:
+    automaton = compile_rules([[Rule((), verdict)]], LIMITS, generation)
+    return automaton.table + bytes(4 * size)
+
+
+@needs_bpf
+def test_a_table_is_in_force_until_it_is_removed(real):
+    real.automata.put(1, a_table(1, 7))
+    real.automata.put(2, a_table(2, 8))
+    assert real.automata.generations() == {1, 2}
+    assert (real.judge(1, GET).rule, real.judge(2, GET).rule) == (7, 8)
+    real.automata.remove(1)
+    assert (real.judge(1, GET), real.judge(2, GET).rule) == (Judged(), 8)
+    real.automata.remove(1)
+    assert real.automata.generations() == {2}
+
+
+@needs_bpf
+def test_arenas_are_let_go_with_their_last_table(real):
+    """Large tables, each but the last in an arena of its own; and one who comes after another."""
+    for generation in range(1, 6):
+        real.automata.put(generation, a_table(generation, generation, size=(1 << 19) - 40_000))
+    assert len(list(real.automata._indices())) == 3
+    assert [real.judge(one, GET).rule for one in range(1, 6)] == [1, 2, 3, 4, 5]
+    with contextlib.closing(Automata(real.directory)) as after:
+        assert after.generations() == {1, 2, 3, 4, 5}
+        after.put(6, a_table(6, 9))
+        for generation in (1, 2, 4):
+            after.remove(generation)
+        assert len(list(after._indices())) == 3
+        assert [real.judge(one, GET).rule for one in range(1, 7)] == [0, 0, 3, 0, 5, 9]
+
+
+@needs_bpf
+def test_a_place_in_an_arena_that_is_another_by_now(real):
+    """Who looked the place up before finds no table of another generation there."""
+    real.automata.put(1, a_table(2, 7))
+    assert real.judge(1, GET) == Judged()
+
+
+# --- the agent ------------------------------------------------------------------------------------
+
+
+def route(path: str) -> RouteSection:
+    rule = RouteRule((RouteMatch(PathMatch("PathPrefix", path)),), backends=(Backend(CLUSTER),))
+    attachment = Attachment(LISTENER, ("*",))
+    return RouteSection("HTTPRoute", "shop", "cart", "", (attachment,), (rule,))
+
+
+def pod(name: str, address: str, identity: int) -> WorkloadSection:
+    return WorkloadSection("shop", name, (address,), "here", local=True, identity=identity)
+
+
+def policy(method: str) -> PolicySection:
+    rule = PolicyRule("CiliumNetworkPolicy shop/cart ingress[0]", http=(HttpRule(method),))
+    ingress = Direction(default_deny=True, selected_by=("shop/cart",), rules=(rule,))
+    return PolicySection("shop", "cart-0", 2, ("10.0.0.2",), ingress)
+
+
+SECTIONS: dict[str, Section] = {
+    LISTENER.lower(): ServiceSection("shop", "cart", 80, ("10.96.0.1",), CLUSTER, producers=True),
+    CLUSTER: ClusterSection((Endpoint("10.0.0.2", 8080), Endpoint("10.0.9.9", 8080))),
+    "workload/shop/web-0": pod("web-0", "10.0.0.1", 1),
+    "workload/shop/cart-0": pod("cart-0", "10.0.0.2", 2),
+    "route/HTTPRoute/shop/cart": route("/a"),
+}
+
+
+def of_worker(sections: Mapping[str, Section], *asked) -> int:
+    """What a worker comes to (l7proxy.pairs)."""
+    routes = RouteIndex()
+    routes.put("route/HTTPRoute/shop/cart", sections["route/HTTPRoute/shop/cart"])
+    return plan(LISTENER, routes, asked or ((), ()), Settings()).generation
+
+
+def test_an_agent_plans_what_its_workers_ask_for():
+    plans = Plans(SECTIONS)
+    straight = plan("", RouteIndex(), ((), ()), Settings()).generation
+    assert plans.all().keys() == {straight, of_worker(SECTIONS)}
+    # A policy's rules, for who may come; endpoints of other nodes are nothing to the kernel.
+    assert plans.apply({"policy/shop/cart-0": policy("GET")}, ())
+    rules = policy("GET").ingress.rules
+    judged = plan("", RouteIndex(), ((), rules), Settings()).generation
+    routed = of_worker(SECTIONS), of_worker(SECTIONS, (), rules)
+    assert plans.all().keys() == {straight, judged, *routed}
+    # What no pod of this node is asked for is nothing to this kernel.
+    plans.apply({CLUSTER: ClusterSection((Endpoint("10.0.9.9", 8080),))}, ())
+    assert plans.all().keys() == {straight}
+    plans.apply({CLUSTER: SECTIONS[CLUSTER]}, ("policy/shop/cart-0",))
+    assert plans.all().keys() == {straight, of_worker(SECTIONS)}
+    assert plans.apply({}, ("route/HTTPRoute/shop/cart",))
+    assert of_worker(SECTIONS) not in plans.all()
+    assert not plans.apply({}, ("node/other",))
+
+
+@needs_bpf
+async def test_the_kernel_follows_the_configuration(real):
+    automata = KernelAutomata(real.directory)
+    automata.publish(SECTIONS, ())
+    automata.open()
+    work = asyncio.create_task(automata.run())  # noqa: TID251
+    before = of_worker(SECTIONS)
+    await _until(lambda: before in automata.in_force)
+    assert real.judge(before, GET).rule == 1
+
+    changed = {"route/HTTPRoute/shop/cart": route("/b")}
+    automata.publish(changed, ())
+    # At once, though nothing is compiled yet.
+    assert real.judge(before, GET) == Judged()
+    after = of_worker({**SECTIONS, **changed})
+    await _until(lambda: after in automata.in_force)
+    assert real.judge(after, GET) == Judged()
+    assert real.judge(after, GET.replace(b"/a", b"/b")).rule == 1
+
+    automata.publish({"policy/shop/cart-0": policy("GET")}, ())
+    rules = policy("GET").ingress.rules
+    judging = of_worker({**SECTIONS, **changed}, (), rules)
+    await _until(lambda: judging in automata.in_force)
+    get, post = (one.replace(b"/a", b"/b") for one in (GET, POST))
+    assert real.judge(judging, get, 0, 1) == Judged(1, 0, 1, len(get))
+    assert real.judge(judging, post, 0, 1) == Judged()
+    automata.publish({"policy/shop/cart-0": policy("POST")}, ())
+    assert real.judge(judging, get, 0, 1) == Judged()
+
+    work.cancel()
+    automata.close()
+    # What an agent leaves stays in force; the next one takes away what is not planned any more.
+    assert real.judge(after, get).rule == 1
+    following = KernelAutomata(real.directory)
+    following.publish({}, ())
+    following.open()
+    assert real.judge(after, get) == Judged()
+    following.close()
+
+
+async def _until(holds) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.01)

@@ -1,0 +1,618 @@
+"""Requests that pass by the proxy: a real worker, real programs, workloads' real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import re
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from bpf_world import needs_bpf
+from redirect_world import NODE, OTHER, VIP, World, redirect_world
+from support import policy as policies
+from support.mesh import mesh_route, service, workload
+from support.proxy import Message, get, ok, read_message, rule, to
+from support.two_nodes import Authority, life
+from test_mesh_kernel import Node, node, scenario, served
+
+from bpf import maps
+from bpf.automaton import Automata
+from bpf.layout import Number, Pair
+from bpf.reasons import Reason
+from l7proxy.automaton import compile_rules
+from l7proxy.automaton_plans import Plans
+from mesh.model.nodeconfig import (
+    ClusterSection,
+    Endpoint,
+    EntryBackend,
+    Section,
+    Settings,
+    WorkloadSection,
+)
+from mesh.model.routeconfig import PathMatch, RouteMatch
+from mesh.model.section import SETTINGS_KEY, cluster_key, policy_key, svid_key
+
+pytestmark = needs_bpf
+FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
+# What /denied is not among.
+_PATHS = (
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|hint|kept|long|other|p"
+    "|parts|size|slow|status|two|twice|up|x"
+)
+MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with redirect_world(tmp_path_factory.mktemp("pairs"), "--pairs") as made:
+        yield made
+
+
+async def configure(here: Node, port: int, *more: dict[str, Section], **rest: object) -> None:
+    """Service shop/web at VIP:80 with a backend at `port`; clients are pods of another address."""
+    here.world.frontend(VIP, 80, http=True, sockmap=True)
+    own = EntryBackend(NODE, port, sockmap=True)
+    here.world.frontend(NODE, port, own, http=True, sockmap=True)
+    here.world.know(True, WorkloadSection("front", "client", (OTHER,), identity=301))
+    endpoints = (Endpoint(NODE, port, "web-0"),)
+    put = (
+        service("web", VIP, producers=True)
+        | mesh_route("r", rule(to("web"), matches=MATCHES))
+        | workload("client", OTHER, "front", local=True, node="n", identity=301, spiffe_id=FRONT)
+        | workload("web-0", NODE, "shop", local=True, node="n", identity=300, spiffe_id=SHOP)
+        | {cluster_key("Service", "default", "web", 80): ClusterSection(endpoints)}
+        | {SETTINGS_KEY: Settings(http_in_kernel=True, **rest)}  # type: ignore[arg-type]
+    )
+    for one in more:
+        put |= one
+    here.plans = Plans()  # type: ignore[attr-defined]
+    await change(here, put)
+
+
+async def change(here: Node, put: dict[str, Section], remove: tuple[str, ...] = ()) -> None:
+    """In force, and the kernel has the tables for it."""
+    plans: Plans = here.plans  # type: ignore[attr-defined]
+    plans.apply(put, remove)
+    with contextlib.closing(Automata(here.world.pin)) as automata:
+        known = automata.generations()
+        for generation, made in plans.all().items():
+            if generation in known:
+                continue
+            table = compile_rules(made.ordered, made.limits, generation).table
+            automata.put(generation, table)
+    assert await here.proxy.apply(put, remove) == {}
+
+
+class Backend:
+    """A workload's server that answers by the path, and remembers what reached it."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+        self.go_on = asyncio.Event()  # for /slow
+        self.reached = asyncio.Event()  # a /slow has come
+        self.lingers = False  # with its own end, when the other one has ended
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (message := await read_message(reader)) is not None:
+            method, target, version = message.start.split(" ")
+            assert version == "HTTP/1.1"
+            self.targets.append(target)
+            what, _, rest = target[1:].partition("/")
+            if what == "slow":
+                self.reached.set()
+                await self.go_on.wait()
+            if what == "close":
+                writer.write(ok(b"x" * 100)[: int(rest)])
+                await writer.drain()
+                return
+            answer = self._answer(method, what, rest, target, message)
+            if isinstance(answer, list):
+                for part in answer:
+                    writer.write(part)
+                    await writer.drain()
+                    await asyncio.sleep(0.001)  # so that they are messages of their own
+            else:
+                writer.write(answer)
+                await writer.drain()
+        if self.lingers:
+            await self.go_on.wait()
+
+    def _answer(
+        self, method: str, what: str, rest: str, target: str, message: Message
+    ) -> bytes | list[bytes]:
+        head = b"HTTP/1.1 200 OK\r\n"
+        match what:
+            case "size":
+                body = target.encode() * (int(rest) // len(target) + 1)
+                return (
+                    ok(body[: int(rest)])
+                    if method != "HEAD"
+                    else ok(body[: int(rest)])[: -int(rest)]
+                )
+            case "chunked":
+                head += b"transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
+                return [head + b"3\r\nabc\r\n", b"0\r\nx-sum: 1\r\n", b"\r\n"]
+            case "body":  # after its head, as by sendfile(2)
+                whole = ok(target.encode() * 4000)
+                return [whole[:50], whole[50:9000], whole[9000:]]
+            case "more":  # than was told
+                whole = ok(target.encode())
+                return [whole[:-2], whole[-2:], b"smuggled"]
+            case "over":
+                whole = ok(target.encode())
+                return [whole[:-2], whole[-2:] + b"smuggled"]
+            case "parts":
+                return [*(bytes([byte]) for byte in ok(target.encode()))]
+            case "hint":
+                return b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" + ok(target.encode())
+            case "status":
+                if rest in ("204", "304"):
+                    return f"HTTP/1.1 {rest} No\r\n\r\n".encode()
+                return ok(target.encode(), status=f"{rest} What")
+            case "two":  # more than what was asked for
+                return ok(target.encode()) + ok(b"smuggled")
+            case "twice":
+                return head + b"content-length: 1\r\ncontent-length: 2\r\n\r\nab"
+            case "bye":
+                return ok(target.encode(), "connection: close")
+        return ok(message.body or target.encode())
+
+
+class Counts:
+    """What has passed by the proxy since this was made."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._before = self._now()
+
+    def _now(self) -> tuple[int, ...]:
+        reasons = (Reason.PAIR_REQUEST, Reason.PAIR_RESPONSE, Reason.PAIR_HANDED)
+        return tuple(self._world.counted(one) for one in reasons)
+
+    @property
+    def since(self) -> tuple[int, ...]:
+        """Requests, responses, responses that were left to the proxy."""
+        return tuple(now - before for now, before in zip(self._now(), self._before, strict=True))
+
+
+class Paired:
+    """A client's connection; `pair` returns once its next request may pass by the proxy."""
+
+    def __init__(
+        self, world: World, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.reader, self.writer = reader, writer
+        self._world = world
+        sock = writer.get_extra_info("socket")
+        self._cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+    async def ask(self, request: str | bytes) -> Message:
+        self.writer.write(request if isinstance(request, bytes) else request.encode())
+        return await self.answer(head=request[:4] in ("HEAD", b"HEAD"))
+
+    async def answer(self, *, head: bool = False) -> Message:
+        message = await read_message(self.reader, head_only=head)
+        assert message is not None
+        return message
+
+    async def pair(self) -> None:
+        assert (await self.ask(get("/first", "web"))).body == b"/first"
+        await self.offered()
+
+    async def offered(self, *, stands: bool = True) -> None:
+        pairs = maps.PinnedMap(self._world.pin, "pairs", Number, Pair)
+        with contextlib.closing(pairs):
+            async with asyncio.timeout(5):
+                while (pairs.get(Number(self._cookie)) is not None) is not stands:
+                    await asyncio.sleep(0.001)
+
+    @property
+    def delivered(self) -> bool:
+        return self._world.handles().delivered(self._cookie)
+
+    async def ended(self) -> bool:
+        """Whether nothing more came before the end."""
+        try:
+            return await self.reader.read() == b""
+        except ConnectionResetError:
+            return True
+
+
+@contextlib.asynccontextmanager
+async def paired(world: World) -> AsyncIterator[Paired]:
+    reader, writer = await asyncio.open_connection(VIP, 80, local_addr=(OTHER, 0))
+    try:
+        made = Paired(world, reader, writer)
+        await made.pair()
+        yield made
+    finally:
+        writer.transport.abort()
+
+
+Test = Callable[[Node, Backend], Awaitable[None]]
+
+
+def with_backend(world: World, test: Test, **settings: object) -> None:
+    async def run(world: World) -> None:
+        backend = Backend()
+        async with node(world) as here, served(backend) as port:
+            here.own_port = port  # type: ignore[attr-defined]
+            await configure(here, port, **settings)
+            await test(here, backend)
+
+    scenario(world, run)
+
+
+def test_later_requests_pass_by_the_proxy(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for number in range(50):
+                message = await own.ask(get(f"/size/{number}", "web"))
+                assert message.status == 200
+                assert len(message.body) == number
+                assert own.delivered
+            assert counts.since == (50, 50, 0)
+            await own.ask(get("/denied", "web"))  # which it has sent by TCP
+            assert own.delivered
+        place = 'gateway="mesh",route="HTTPRoute/shop/r",rule="0"'
+        cluster = 'backend="cluster/Service/default/web/80"'
+        name = f'weft_http_requests_total{{{cluster},code="200",{place}}}'
+        await here.proxy.metric(name, lambda value: value == 51)
+        name = f'weft_http_request_duration_seconds_count{{{cluster},gateway="mesh"}}'
+        assert here.proxy.metrics()[name] == 51
+
+    with_backend(world, test)
+
+
+def test_a_denied_request_behind_a_slow_one_waits_its_turn(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/denied", "web").encode() + get("/after", "web").encode())
+            own.writer.write(get("/again", "web").encode())
+            await asyncio.sleep(0.05)  # for an answer that must not come
+            assert counts.since[0] == 1
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert (await own.answer()).status == 404
+            assert (await own.answer()).body == b"/after"
+            assert (await own.answer()).body == b"/again"
+        assert "/denied" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_requests_of_every_form_get_their_own_answers(world):
+    """Twice each: on a pair, whatever came of it before."""
+    requests: list[tuple[bytes, int, bytes | None]] = [
+        (get("/status/204", "web").encode(), 204, b""),
+        (get("/status/304", "web").encode(), 304, b""),
+        (get("/status/404", "web").encode(), 404, None),
+        (get("/status/503", "web").encode(), 503, None),
+        (get("/chunked", "web").encode(), 200, b"abc"),
+        (get("/parts", "web").encode(), 200, b"/parts"),
+        (b"HEAD /size/10 HTTP/1.1\r\nHost: web\r\n\r\n", 200, None),
+        (get("/size/70000", "web").encode(), 200, None),
+        (get("/size/3000000", "web").encode(), 200, None),
+        (get("/denied", "web").encode(), 404, None),
+        (get("/a/../x", "web").encode(), 200, b"/x"),
+        (get("/other", "other").encode(), 200, b"/other"),
+        (b"PUT /p HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc", 200, b"abc"),
+        (
+            b"PUT /p HTTP/1.1\r\nHost: web\r\nContent-Length: 90000\r\n\r\n" + bytes(90000),
+            200,
+            bytes(90000),
+        ),
+        (
+            b"PUT /p HTTP/1.1\r\nHost: web\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"3\r\nabc\r\n0\r\nx: y\r\n\r\n",
+            200,
+            b"abc",
+        ),
+        (get("/long", "web", "x-long: " + "y" * 7000).encode(), 200, b"/long"),
+        (get("/long", "web", "x-long: " + "y" * 8000).encode(), 200, b"/long"),
+        (get("/up", "web", "Connection: upgrade", "Upgrade: websocket").encode(), 200, b"/up"),
+        (get("/kept", "web", "Connection: keep-alive").encode(), 200, b"/kept"),
+        (get("/claims", "web", "X-Forwarded-Client-Cert: me").encode(), 200, b"/claims"),
+    ]
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            for request, status, body in requests * 2:
+                message = await own.ask(request)
+                assert message.status == status, request
+                assert body is None or message.body == body, request
+                await own.pair()
+        assert "/denied" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_heads_split_at_every_byte(world):
+    request = get("/size/20", "web", "x: y").encode()
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, 1, 1)
+            for at in range(1, len(request)):
+                own.writer.write(request[:at])
+                await asyncio.sleep(0)
+                assert len((await own.ask(request[at:])).body) == 20
+                await own.pair()
+
+    with_backend(world, test)
+
+
+def test_backends_that_close(world):
+    async def test(here: Node, backend: Backend) -> None:
+        for size in (0, 1, 30, 100):
+            async with paired(world) as own:
+                own.writer.write(get(f"/close/{size}", "web").encode())
+                if not size:
+                    assert (await own.answer()).status == 502
+                    assert await own.ended()
+                else:
+                    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionResetError):
+                        assert (await own.answer()).status == 502
+        for target in ("/bye", "/two", "/twice"):
+            async with paired(world) as own:
+                message = await own.ask(get(target, "web"))
+                if target == "/twice":
+                    assert message.status == 502
+                else:
+                    assert message.body == target.encode()
+                await own.pair()  # by another connection
+        # One that closes while nothing is asked of it.
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/close/140", "web"))).body == b"x" * 100
+            await own.offered(stands=False)
+            await own.pair()
+            assert counts.since[0] == 1
+
+    with_backend(world, test)
+
+
+def test_a_response_may_come_in_parts(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for _ in range(5):
+                assert (await own.ask(get("/body", "web"))).body == b"/body" * 4000
+            assert counts.since == (5, 5, 0)
+            message = await own.ask(get("/more", "web"))
+            assert message.body == b"/more"
+            await own.offered(stands=False)
+            await own.pair()  # by another connection
+        for target in ("/close/90", "/over"):
+            async with paired(world) as own:
+                own.writer.write(get(target, "web").encode())
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await own.answer()
+
+    with_backend(world, test)
+
+
+def test_the_client_s_end_of_sending_does_not_lose_the_answer(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            own.writer.write_eof()
+            await backend.reached.wait()
+            await asyncio.sleep(0.02)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert await own.ended()
+            assert counts.since[0] == 1
+
+    with_backend(world, test)
+
+
+def test_a_change_dissolves_all_pairs(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own, paired(world) as other:
+            counts = Counts(world)
+            other.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            await change(here, mesh_route("r", rule(to("web", weight=0))))
+            assert (await own.ask(get("/a", "web"))).status == 500
+            assert counts.since[0] == 1
+            other.writer.write(get("/b", "web").encode())
+            backend.go_on.set()
+            assert (await other.answer()).body == b"/slow"
+            assert (await other.answer()).status == 500
+        assert "/a" not in backend.targets
+        assert "/b" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_what_takes_too_long_is_given_up(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            message = await own.ask(get("/slow", "web"))
+            assert message.status == 504
+            assert counts.since[0] == 1
+            assert await own.ended()
+
+    with_backend(world, test, request_timeout_s=0.3)
+
+
+def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            until = time.monotonic() + 1.5
+            asked = 0
+            while time.monotonic() < until:
+                assert (await own.ask(get("/busy", "web"))).body == b"/busy"
+                asked += 1
+                await asyncio.sleep(0.05)
+            assert counts.since[0] == asked
+            assert await own.ended()
+
+    with_backend(world, test, idle_timeout_s=0.8)
+
+
+def test_nothing_passes_once_the_worker_is_gone(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            backend.lingers = True
+            here.proxy.process.kill()
+            await here.proxy.process.wait()
+            before = len(backend.targets)
+            counts = Counts(world)
+            own.writer.write(get("/a", "web").encode())
+            assert await own.ended()
+            assert counts.since == (0, 0, 0)
+            assert len(backend.targets) == before
+            backend.go_on.set()
+
+    with_backend(world, test)
+
+
+def allowed(*rules: policies.PolicyRule) -> dict[str, Section]:
+    return policies.policy("web-0", NODE, 300, ingress=policies.closed(*rules))
+
+
+def test_policies_judge_every_request(world):
+    readers = policies.rule("get", 301, http=policies.http(method="GET", path="/(first|a|slow)"))
+    others = policies.rule("other", 301, http=policies.http(method="GET", path="/(first|b)"))
+
+    async def test(here: Node, backend: Backend) -> None:
+        await change(here, allowed(readers))
+        async with paired(world) as own:
+            for _ in range(3):
+                counts = Counts(world)
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+                assert counts.since == (1, 1, 0)
+                assert (await own.ask(get("/b", "web"))).status == 403
+                assert (await own.ask("DELETE /a HTTP/1.1\r\nHost: web\r\n\r\n")).status == 403
+                await own.pair()
+            # A slow one, a refused one behind it, and then another policy.
+            own.writer.write(get("/slow", "web").encode() + get("/b", "web").encode())
+            await asyncio.sleep(0.01)
+            own.writer.write(get("/a", "web").encode())
+            backend.go_on.set()
+            assert [(await own.answer()).status for _ in range(3)] == [200, 403, 200]
+            await own.pair()
+            await change(here, allowed(others))
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).status == 403
+            assert (await own.ask(get("/b", "web"))).status == 200
+            await own.pair()
+            assert (await own.ask(get("/b", "web"))).status == 200
+            assert counts.since[0] >= 1
+            # Without a policy everything passes; with one for others nothing does.
+            await change(here, {}, (policy_key("shop", "web-0"),))
+            assert (await own.ask(get("/size/9", "web"))).status == 200
+            await own.pair()
+            await change(here, allowed(policies.rule("get", 999)))
+            assert (await own.ask(get("/first", "web"))).status == 403
+        assert {"/b", "/size/9"} <= set(backend.targets)
+
+    with_backend(world, test)
+
+
+def test_both_ends_have_valid_identities_or_nothing_passes(world):
+    authority = Authority("cluster.local")
+
+    async def test(here: Node, backend: Backend) -> None:
+        until = time.time() + 2.5
+        await change(
+            here,
+            authority.svid(FRONT) | authority.svid(SHOP, life(2.5)) | authority.bundle(),
+        )
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            while time.time() < until:  # it expires by the clock
+                await asyncio.sleep(0.05)
+            for _ in range(3):
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            await change(here, authority.svid(SHOP))
+            await own.pair()
+            await change(here, {}, (svid_key(FRONT),))
+            for _ in range(3):
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+
+    with_backend(world, test)
+
+
+def test_an_endpoint_that_leaves_gets_no_more_requests(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            other = Backend()
+            async with served(other) as port:
+                here.world.frontend(NODE, port, EntryBackend(NODE, port, sockmap=True), http=True)
+                key = cluster_key("Service", "default", "web", 80)
+                await change(here, {key: ClusterSection((Endpoint(NODE, port, "web-0"),))})
+                backend.go_on.set()
+                assert (await own.answer()).body == b"/slow"
+                before = len(backend.targets)
+                for _ in range(5):
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+                assert (len(backend.targets), len(other.targets)) == (before, 5)
+            assert counts.since[0] >= 1
+
+    with_backend(world, test)
+
+
+def test_several_endpoints_get_their_shares(world):
+    async def test(here: Node, backend: Backend) -> None:
+        other = Backend()
+        async with served(other) as port:
+            own_port = here.own_port  # type: ignore[attr-defined]
+            here.world.frontend(
+                NODE, port, EntryBackend(NODE, port, sockmap=True), http=True, sockmap=True
+            )
+            key = cluster_key("Service", "default", "web", 80)
+            both = (Endpoint(NODE, own_port, "web-0"), Endpoint(NODE, port, "web-0"))
+            await change(here, {key: ClusterSection(both)})
+            counts = Counts(world)
+            async with paired(world) as own:
+                for _ in range(600):
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] > 400
+            shares = len(backend.targets), len(other.targets)
+            assert min(shares) >= 64, shares
+
+    with_backend(world, test)
+
+
+def test_smuggling(world):
+    """Published attacks, on a pair: the backend gets nothing that was not judged."""
+    path = Path(__file__).parents[2] / "shared" / "http" / "smuggling-requests.json"
+    if not path.exists():
+        pytest.skip("../shared/http is not there")
+    attacks = [base64.b64decode(text) for text in json.loads(path.read_text())]
+
+    async def test(here: Node, backend: Backend) -> None:
+        for attack in attacks:
+            async with paired(world) as own:
+                own.writer.write(attack)
+                own.writer.write_eof()
+                with contextlib.suppress(ConnectionResetError):
+                    await own.reader.read()
+        # The routes let nothing else pass.
+        expected = re.compile(f"/({_PATHS})(/.*)?")
+        assert [one for one in backend.targets if not expected.fullmatch(one)] == []
+
+    with_backend(world, test)
