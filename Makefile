@@ -1,5 +1,5 @@
 # `make run` and `make test` are all a newcomer needs; both set up what is missing first.
-.PHONY: help run test acceptance rotation faults torture check bench clean setup setup-dev setup-bench
+.PHONY: help run test acceptance rotation faults torture matrix check bench clean setup setup-dev setup-bench
 
 help:
 	@echo "make run         a lab with examples/storefront in it, until Ctrl-C; as root"
@@ -8,6 +8,7 @@ help:
 	@echo "make rotation    certificates of 20 s, all replaced under load (a minute; as root)"
 	@echo "make faults      the API server of a cluster away for minutes, and other faults that take long"
 	@echo "make torture     many transfers between pods, through the proxies, every byte compared"
+	@echo "make matrix      generated policies in a lab, every pair of pods asked, then changes under traffic"
 	@echo "make check       formatting, lint, types, import layers"
 	@echo "make bench       Weft beside Envoy, nginx and HAProxy; route changes, policies, memory (12 minutes)"
 	@echo "make clean       remove what was built, .venv included"
@@ -44,6 +45,9 @@ rotation: setup-dev
 
 torture: setup-dev
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
+
+matrix: setup-dev
+	@PYTHONPATH=tests .venv/bin/python -m matrix $(ARGS)
 
 faults: setup-dev
 	@.venv/bin/pytest -s tests/kubernetes_faults.py $(ARGS)

@@ -1,7 +1,8 @@
 """What the filter judges by: who is behind which address, and what is in force for the node's pods.
 
-One configuration's identities and policies together, in the order in which no packet passes that
-neither it nor the one before it lets pass. Knows maps; what is in them stays in force without us.
+One configuration's identities and policies together: all that changes is written with what it was
+before, and counts from one number on, which is written last. So nothing passes by parts of two
+configurations. Knows maps; what is in them stays in force without us.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class Enforcement:
 
     def __init__(self, directory: Path, node: str | None) -> None:
         """`node`: the name of this one. DatapathError: the maps are not there."""
-        self._identities = Identities(directory, node)
-        self._pods = Pods(directory)
         self._generation = Generation(directory)
+        self._identities = Identities(directory, node, self._generation.now)
+        self._pods = Pods(directory, self._generation.now)
         # Where a rule comes from that the kernel names.
         self.source = self._pods.source
 
@@ -41,9 +42,10 @@ class Enforcement:
 
     def replace(self, sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
-        refused = self._pods.replace(_of_pods(sections))
-        refused |= self._identities.replace(_of_addresses(sections))
-        self._generation.next()
+        since = self._generation.next()
+        refused = self._pods.replace(_of_pods(sections), since)
+        refused |= self._identities.replace(_of_addresses(sections), since)
+        self._generation.begin(since)
         return refused
 
     def apply(
@@ -52,9 +54,10 @@ class Enforcement:
         """Add, change and remove; unknown keys to remove are ignored. Open connections are judged
         by what is in force when this returns."""
         gone = tuple(remove)
-        refused = self._pods.apply(_of_pods(put), gone)
-        refused |= self._identities.apply(_of_addresses(put), gone)
-        self._generation.next()
+        since = self._generation.next()
+        refused = self._pods.apply(_of_pods(put), gone, since)
+        refused |= self._identities.apply(_of_addresses(put), gone, since)
+        self._generation.begin(since)
         return refused
 
 

@@ -11,6 +11,8 @@ import socket
 import struct
 from typing import ClassVar, NamedTuple, TypeVar
 
+from mesh.model.identity import FIRST_CIDR as FIRST_CIDR
+from mesh.model.identity import FIRST_WORKLOAD as FIRST_WORKLOAD
 from mesh.model.identity import Reserved
 
 _MAPPED = bytes(10) + b"\xff\xff"
@@ -141,11 +143,25 @@ class Address(NamedTuple):
         return cls(Target.of(address, 0, "TCP").address)
 
 
-class Identity(NamedTuple):
-    """struct identity: who an address is. `flags`: IDENTITY_…"""
+class Who(NamedTuple):
+    """`number` 0: nobody says. `flags`: IDENTITY_…"""
 
     number: int
     flags: int
+
+
+class Identity(NamedTuple):
+    """struct identity: who an address is from a generation on, and before it (Who's)."""
+
+    since: int
+    number: int
+    flags: int
+    old_number: int
+    old_flags: int
+
+    def at(self, generation: int) -> Who:
+        new = self.since <= generation
+        return Who(self.number, self.flags) if new else Who(self.old_number, self.old_flags)
 
 
 class Prefix(NamedTuple):
@@ -164,11 +180,25 @@ class Prefix(NamedTuple):
         return cls(96 + network.prefixlen, _MAPPED + network.network_address.packed)
 
 
-class Pod(NamedTuple):
-    """struct pod: what is in force for one; `policy` is its set of rules, `flags`: POD_…"""
+class Rules(NamedTuple):
+    """`policy`: a set of rules; `flags`: POD_…; 0: nothing is in force."""
 
     policy: int
     flags: int
+
+
+class Pod(NamedTuple):
+    """struct pod: what is in force for one from a generation on, and before it (Rules)."""
+
+    since: int
+    policy: int
+    flags: int
+    old_policy: int
+    old_flags: int
+
+    def at(self, generation: int) -> Rules:
+        new = self.since <= generation
+        return Rules(self.policy, self.flags) if new else Rules(self.old_policy, self.old_flags)
 
 
 class PolicyKey(NamedTuple):
@@ -319,9 +349,15 @@ PROXIED = Layout(
 )
 OUTGOING = Layout("outgoing", "=", {"cookie": "Q", "state": "I", "zero": "4x"})
 ADDRESS = Layout("address", "=", {"words": "16s"})
-IDENTITY = Layout("identity", "=", {"number": "I", "flags": "I"})
+IDENTITY = Layout(
+    "identity",
+    "=",
+    {"since": "Q", "number": "I", "flags": "I", "old_number": "I", "old_flags": "I"},
+)
 PREFIX = Layout("prefix", "=", {"bits": "I", "address": "16s"})
-POD = Layout("pod", "=", {"policy": "I", "flags": "I"})
+POD = Layout(
+    "pod", "=", {"since": "Q", "policy": "I", "flags": "I", "old_policy": "I", "old_flags": "I"}
+)
 POLICY_KEY = Layout(
     "policy_key",
     "=",
@@ -439,6 +475,8 @@ _CONSTANTS = (
     "IDENTITY_HOST",
     "IDENTITY_WORLD",
     "IDENTITY_INIT",
+    "FIRST_WORKLOAD",
+    "FIRST_CIDR",
     "EGRESS",
     "INGRESS",
     "POD_POLICED",

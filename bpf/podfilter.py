@@ -25,12 +25,13 @@ import msgspec
 from bpf import layout, pins, syscall
 from bpf.attach import open_program, opened
 from bpf.errors import DatapathError
-from bpf.layout import Address, Addresses, Number
+from bpf.layout import Address, Addresses, Identity, Number, Prefix, Who
 from bpf.maps import PinnedMap
 from bpf.programs import PROGRAMS
 
 FILTERS = ("pod_egress", "pod_ingress")
 _SO_NETNS_COOKIE = 71
+_NOBODY = Who(0, 0)
 _ROOT = ": it takes root (CAP_BPF and CAP_NET_ADMIN)"
 _ADVICE = {
     errno.EPERM: _ROOT,
@@ -168,6 +169,10 @@ def _forget(maps: _Maps, pod: Pod) -> None:
         found = maps.interfaces.get(address)
         if found is not None and found.value not in live:
             maps.interfaces.remove(address)
+            # Whoever gets the address is nobody until the agent knows of it.
+            whole = Prefix(8 * len(address.packed), address.packed)
+            if maps.identities.get(whole) is not None:
+                maps.identities.put(whole, Identity(0, *_NOBODY, *_NOBODY))
     maps.namespaces.remove(Number(pod.cookie))
 
 
@@ -194,6 +199,8 @@ class _Maps:
         stack.callback(self.interfaces.close)
         self.namespaces = PinnedMap(directory, "namespaces", Number, Addresses, of)
         stack.callback(self.namespaces.close)
+        self.identities = PinnedMap(directory, "identities", Prefix, Identity, of)
+        stack.callback(self.identities.close)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """What is in force for the pods of this node: how their ports take connections, whether they hold
 SVIDs, and their policy.
 
-All of a pod changes at once: rules are written as a set that nobody uses yet, then the pod gets it.
+All of a pod changes at once: rules are written as a set that nobody uses yet, then the pod gets it,
+from a generation on (bpf.enforcement).
 Pods with the same rules share one. A policy that cannot be taken refuses everything: it fails
 closed, for the pods that it selects and no others. Knows maps; what is in them stays in force
 without us.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from bpf import layout
-from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Target
+from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Rules, Target
 from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
 from mesh.model.nodeconfig import SvidSection, WorkloadSection
@@ -26,13 +27,13 @@ from mesh.model.section import SectionKey
 # Of one pod, so that one huge policy does not take the room of all others.
 MAX_ENTRIES = layout.POLICIES // 4
 
-_Rules: TypeAlias = tuple[Direction, Direction]
 PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
 
 _DENIED = layout.POD_POLICED | layout.POD_DEFAULT_DENY
 _ALL_DENIED = _DENIED | _DENIED << layout.POD_INGRESS_SHIFT
 # The set that has no rules.
 _NO_RULES = 0
+_NOTHING = Rules(_NO_RULES, 0)
 
 
 class _Refused(Exception):
@@ -66,16 +67,18 @@ class _Set(NamedTuple):
 class Pods:
     """The pods of one pin directory. One process at a time may have it."""
 
-    def __init__(self, directory: Path) -> None:
-        """DatapathError: the maps are not there."""
+    def __init__(self, directory: Path, generation: int) -> None:
+        """`generation`: the one that has begun. DatapathError: the maps are not there."""
         self._pods = PinnedMap(directory, "pods", Address, Pod)
         self._ports = PinnedMap(directory, "mtls_ports", Target, Number)
         self._policies = PinnedMap(directory, "policies", PolicyKey, Policy)
-        self._in_force: dict[Address, Pod] = dict(self._pods.items())
+        self._in_force = {address: pod.at(generation) for address, pod in self._pods.items()}
+        # Pods that have nothing in force any more, and are told so until the next change.
+        self._gone: set[Address] = set()
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
         self._held: dict[SectionKey, str] = {}  # the SPIFFE IDs of SVIDs
-        self._sets: dict[_Rules, int] = {}
+        self._sets: dict[tuple[Direction, Direction], int] = {}
         self._written: dict[int, _Set] = {}
         self._uses: Counter[int] = Counter()
         self._left: list[int] = []
@@ -96,10 +99,12 @@ class Pods:
         """Where a rule that the kernel named comes from (PolicyRule.source); "": not of ours."""
         return self._sources.get(rule, "")
 
-    def replace(self, sections: Mapping[SectionKey, PodSection]) -> dict[SectionKey, str]:
+    def replace(
+        self, sections: Mapping[SectionKey, PodSection], since: int
+    ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
         known = self._mtls.keys() | self._policy.keys() | self._held.keys()
-        refused = self._change(sections, known - sections.keys(), set(self._in_force))
+        refused = self._change(sections, known - sections.keys(), since, set(self._in_force))
         self._left += self._adopted
         self._adopted = []
         wanted = self._wanted_ports()
@@ -108,17 +113,18 @@ class Pods:
         return refused
 
     def apply(
-        self, put: Mapping[SectionKey, PodSection], remove: Iterable[SectionKey] = ()
+        self, put: Mapping[SectionKey, PodSection], remove: Iterable[SectionKey], since: int
     ) -> dict[SectionKey, str]:
-        """Add, change and remove; unknown keys to remove are ignored. Returns which could not be
-        taken, and why: then the pod's ports are STRICT, or everything is refused to it and from it
-        but what the node itself opens."""
-        return self._change(put, remove, set())
+        """Add, change and remove, from generation `since` on; unknown keys to remove are ignored.
+        Returns which could not be taken, and why: then the pod's ports are STRICT, or everything is
+        refused to it and from it but what the node itself opens."""
+        return self._change(put, remove, since, set())
 
     def _change(
         self,
         put: Mapping[SectionKey, PodSection],
         remove: Iterable[SectionKey],
+        since: int,
         touched: set[Address],
     ) -> dict[SectionKey, str]:
         self._reclaim()
@@ -152,7 +158,7 @@ class Pods:
         if changed := proven.symmetric_difference(self._held.values()):
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
-        self._settle(touched)
+        self._settle(touched, since)
         for port in set(ports) - self._wanted_ports() if ports else ():
             self._ports.remove(port)
         return refused
@@ -226,6 +232,9 @@ class Pods:
 
     def _reclaim(self) -> None:
         """What earlier changes left: no program is still reading it."""
+        for address in self._gone:
+            self._pods.remove(address)
+        self._gone.clear()
         for number in self._left:
             if not self._uses[number]:
                 del self._uses[number]
@@ -241,23 +250,25 @@ class Pods:
 
     # --- modes and policies together --------------------------------------------------------------
 
-    def _settle(self, touched: Iterable[Address]) -> None:
-        """Puts in force for these addresses what is known now. An address that two pods claim is
-        the later one's."""
+    def _settle(self, touched: Iterable[Address], since: int) -> None:
+        """What is known now is to be in force for these addresses. One that two pods claim is the
+        later one's."""
         modes = {address: one for one in self._mtls.values() for address in one.addresses}
         policies = {address: one for one in self._policy.values() for address in one.addresses}
         held = set(self._held.values())
         for address in touched:
             mode, policy = modes.get(address), policies.get(address)
-            number, flags = (policy.number, policy.flags) if policy else (_NO_RULES, 0)
+            number, flags = (policy.number, policy.flags) if policy else _NOTHING
             if mode is not None:
                 flags |= mode.flags | (layout.POD_PROVEN if mode.spiffe_id in held else 0)
-            pod = Pod(number, flags)
-            if pod.flags:
-                self._pods.put(address, pod)
-                self._in_force[address] = pod
-            elif self._in_force.pop(address, None) is not None:
-                self._pods.remove(address)
+            rules = Rules(number, flags)
+            before = self._in_force.pop(address, _NOTHING)
+            if rules != before:
+                self._pods.put(address, Pod(since, *rules, *before))
+            if rules.flags:
+                self._in_force[address] = rules
+            elif before.flags:
+                self._gone.add(address)
 
 
 def _source(direction: Direction, rule: int) -> str:

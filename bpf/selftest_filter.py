@@ -18,7 +18,7 @@ from bpf.layout import Address, Number
 from bpf.maps import PinnedMap
 from bpf.selftest_probe import TIMEOUT_S
 from bpf.selftest_redirect import NODE
-from mesh.model.identity import FIRST_CIDR
+from mesh.model.identity import FIRST_WORKLOAD
 from mesh.model.nodeconfig import SvidSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 
@@ -37,18 +37,18 @@ def checks(pin: Path) -> dict[str, Callable[[], str]]:
 
 def _refusals(pin: Path) -> str:
     ranges = {
-        f"cidr/{cidr}": CidrSection(cidr, FIRST_CIDR + place)
+        f"cidr/{cidr}": CidrSection(cidr, FIRST_WORKLOAD + place)
         for place, cidr in enumerate(("198.51.0.0/16", f"{_POD}/32", "198.51.100.0/24"))
     }
     with _pod(pin) as enforcement, _attached(pin, "pod_egress", _TCX_INGRESS), _server():
         for why, peer, last in (
-            ("a connection that no rule allows", FIRST_CIDR, _PORT),
-            ("a connection to another port than a rule's", FIRST_CIDR + 1, _PORT - 1),
+            ("a connection that no rule allows", FIRST_WORKLOAD, _PORT),
+            ("a connection to another port than a rule's", FIRST_WORKLOAD + 1, _PORT - 1),
         ):
             enforcement.apply({**ranges, _KEY: _only(peer, PortRange("TCP", 1, last))})
             if not _is_refused():
                 return f"{why} is let through"
-        enforcement.apply({_KEY: _only(FIRST_CIDR + 1, PortRange("TCP", 1, _PORT))})
+        enforcement.apply({_KEY: _only(FIRST_WORKLOAD + 1, PortRange("TCP", 1, _PORT))})
         return "a connection that a rule allows is refused" if _is_refused() else ""
 
 

@@ -64,7 +64,7 @@ class _World:
         _add_addresses()
         self.handles = ProxyHandles(descriptors(pin))
         self._entries = Balancer(pin)
-        workload = WorkloadSection("self-test", "workload", tuple(NODE.values()))
+        workload = WorkloadSection("self-test", "workload", tuple(NODE.values()), identity=256)
         known = {workload_key(workload.namespace, workload.name): workload}
         for why in settings.Identities(pin).apply(known).values():
             raise OSError(0, why)

@@ -6,13 +6,14 @@ Knows maps; what is in them stays in force without us.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from bpf import layout
-from bpf.layout import Config, Identity, Number, Prefix, Target
+from bpf.layout import Config, Identity, Number, Prefix, Target, Who
 from bpf.maps import PinnedMap
 from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, NodeSection, WorkloadSection
@@ -51,19 +52,25 @@ def steer_to_proxy(directory: Path, ports: Iterable[tuple[str, int]], *, sockmap
 
 
 class Generation:
-    """The number that tells the programs that what they judged flows by has changed."""
+    """The number from which on a change of identities and policies counts, all of it at once; the
+    programs judge every flow anew when there is another."""
 
     def __init__(self, directory: Path) -> None:
         """DatapathError: the map is not there."""
         self._map = PinnedMap(directory, "generation", Number, Number)
+        self.now = (self._map.get(Number(0)) or Number(0)).value
 
     def close(self) -> None:
         self._map.close()
 
-    def next(self) -> None:
-        """From now on every flow is judged anew before another packet of it passes. Anybody may do
-        this, at any time: no two numbers are the same."""
-        self._map.put(Number(0), Number(time.monotonic_ns()))
+    def next(self) -> int:
+        """One that has not begun."""
+        return max(self.now + 1, time.monotonic_ns())
+
+    def begin(self, number: int) -> None:
+        """From now on what has come with it is in force."""
+        self._map.put(Number(0), Number(number))
+        self.now = number
 
 
 # What says who is behind addresses; the later ones stand above the earlier ones.
@@ -82,71 +89,96 @@ class _Claim(NamedTuple):
 
     rank: int
     order: int
-    identity: Identity
+    who: Who
+
+
+_NOBODY = Who(0, 0)
+_WHOLE = 128
 
 
 class Identities:
     """Who is behind which address. A range's addresses are those that no longer prefix has: neither
     a pod, nor a node, nor a smaller range."""
 
-    def __init__(self, directory: Path, node: str | None = None) -> None:
-        """`node`: the name of this one. DatapathError: the map is not there."""
+    def __init__(self, directory: Path, node: str | None = None, generation: int = 0) -> None:
+        """`node`: the name of this one; `generation`: the one that has begun. DatapathError: the
+        map is not there."""
         self._map = PinnedMap(directory, "identities", Prefix, Identity)
         self._node = node
         self._by_key: dict[SectionKey, frozenset[Prefix]] = {}
         self._claims: dict[Prefix, dict[SectionKey, _Claim]] = {}
         self._order = 0
+        self._in_force = {prefix: one.at(generation) for prefix, one in self._map.items()}
+        self._lengths = Counter(prefix.bits for prefix in self._in_force)
+        # Prefixes that say what those around them say, until the next change.
+        self._gone: set[Prefix] = set()
 
     def close(self) -> None:
         self._map.close()
 
-    def replace(self, sections: Mapping[SectionKey, IdentitySection]) -> dict[SectionKey, str]:
+    def replace(
+        self, sections: Mapping[SectionKey, IdentitySection], since: int = 0
+    ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
         wanted = {**_ALWAYS, **sections}
-        refused = self.apply(wanted, tuple(self._by_key.keys() - wanted.keys()))
-        for stale in [prefix for prefix, _ in self._map.items() if prefix not in self._claims]:
-            self._map.remove(stale)
-        return refused
+        return self._change(wanted, self._by_key.keys() - wanted.keys(), since, {*self._in_force})
 
     def apply(
-        self, put: Mapping[SectionKey, IdentitySection], remove: Iterable[SectionKey] = ()
+        self,
+        put: Mapping[SectionKey, IdentitySection],
+        remove: Iterable[SectionKey] = (),
+        since: int = 0,
     ) -> dict[SectionKey, str]:
-        """Add, change and remove; unknown keys to remove are ignored. An address that two pods
-        claim is the later one's: the other is on its way out."""
+        """Add, change and remove, from generation `since` on (0: at once); unknown keys to remove
+        are ignored. An address that two pods claim is the later one's: the other is on its way
+        out."""
+        return self._change(put, remove, since, set())
+
+    def _change(
+        self,
+        put: Mapping[SectionKey, IdentitySection],
+        remove: Iterable[SectionKey],
+        since: int,
+        touched: set[Prefix],
+    ) -> dict[SectionKey, str]:
+        for prefix in self._gone:
+            self._map.remove(prefix)
+        self._gone.clear()
         refused: dict[SectionKey, str] = {}
         for key in remove:
-            self._claim(key, frozenset())
+            touched |= self._claim(key, frozenset())
         for key, section in put.items():
+            addresses = (section.cidr,) if isinstance(section, CidrSection) else section.addresses
             try:
-                addresses = (
-                    (section.cidr,) if isinstance(section, CidrSection) else section.addresses
-                )
                 prefixes = frozenset(map(Prefix.of, addresses))
-                self._order += 1
-                rank = _ABOUT.index(type(section))
-                self._claim(key, prefixes, _Claim(rank, self._order, self._who(section)))
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 refused[key] = f"its addresses cannot be told to the kernel: {error}"
-        return refused
+                continue
+            self._order += 1
+            claim = _Claim(_ABOUT.index(type(section)), self._order, self._who(section))
+            touched |= self._claim(key, prefixes, claim)
+        return refused | self._settle(touched, since)
 
-    def _who(self, section: IdentitySection) -> Identity:
+    def _who(self, section: IdentitySection) -> Who:
         # Who is no workload that is known has not said that it may be enrolled.
         if isinstance(section, NodeSection):
             own = section.name == self._node
             number: int = Reserved.HOST if own else Reserved.REMOTE_NODE
-            return Identity(number, layout.IDENTITY_PLAIN)
+            return Who(number, layout.IDENTITY_PLAIN)
         if isinstance(section, CidrSection):
-            return Identity(section.identity, layout.IDENTITY_PLAIN)
+            return Who(section.identity, layout.IDENTITY_PLAIN)
         flags = 0 if section.sockmap else layout.IDENTITY_PLAIN
         if not section.meshed:
             flags |= layout.IDENTITY_APART
         elif section.node and not section.local:
             flags |= layout.IDENTITY_FAR
-        return Identity(section.identity, flags)
+        return Who(section.identity, flags)
 
     def _claim(
         self, key: SectionKey, prefixes: frozenset[Prefix], claim: _Claim | None = None
-    ) -> None:
+    ) -> frozenset[Prefix]:
+        """What a section says of these, and no longer of others; all about which it may say
+        something else now."""
         before = self._by_key.pop(key, frozenset())
         if prefixes:
             self._by_key[key] = prefixes
@@ -155,8 +187,53 @@ class Identities:
             claims.pop(key, None)
             if prefix in prefixes and claim is not None:
                 claims[key] = claim
-            if claims:
-                self._map.put(prefix, max(claims.values()).identity)
-            else:
+            if not claims:
                 del self._claims[prefix]
-                self._map.remove(prefix)
+        return before | prefixes
+
+    def _settle(self, touched: Iterable[Prefix], since: int) -> dict[SectionKey, str]:
+        """Who is behind these from now on. What is new was, and what is gone will be, what it lies
+        in."""
+        changed: dict[Prefix, Identity] = {}
+        touched = tuple(touched)
+        lengths = sorted({*self._lengths, *(one.bits for one in touched)}, reverse=True)
+        for prefix in touched:
+            old, new = self._in_force.get(prefix), self._claimed(prefix)
+            if old is not None and prefix.bits == _WHOLE:
+                # Of a pod that is gone nobody is left (podfilter.remove).
+                now = self._map.get(prefix)
+                old = Who(now.number, now.flags) if now is not None else None
+            if old != new:
+                wider = [_cut(prefix, bits) for bits in lengths if bits < prefix.bits]
+                old = old or next(filter(None, map(self._in_force.get, wider)), _NOBODY)
+                new = new or next(filter(None, map(self._claimed, wider)), _NOBODY)
+                changed[prefix] = Identity(since, *new, *old)
+        refused: dict[SectionKey, str] = {}
+        for prefix, identity in changed.items():
+            claims = self._claims.get(prefix, {})
+            try:
+                self._map.put(prefix, identity)
+            except OSError as error:
+                why = f"its addresses cannot be told to the kernel: {error}"
+                refused |= dict.fromkeys(claims, why)
+                continue
+            if prefix not in self._in_force:
+                self._lengths[prefix.bits] += 1
+            if claims:
+                self._in_force[prefix] = Who(identity.number, identity.flags)
+            else:
+                del self._in_force[prefix]
+                self._lengths -= {prefix.bits: 1}
+                self._gone.add(prefix)
+        return refused
+
+    def _claimed(self, prefix: Prefix) -> Who | None:
+        claims = self._claims.get(prefix)
+        return max(claims.values()).who if claims else None
+
+
+def _cut(prefix: Prefix, bits: int) -> Prefix:
+    """The wider one in which it lies."""
+    rest = 128 - bits
+    number = int.from_bytes(prefix.packed, "big") >> rest << rest
+    return Prefix(bits, number.to_bytes(16, "big"))

@@ -69,6 +69,7 @@ class PodState(NamedTuple):
     mtls_ports: tuple[tuple[int, MtlsMode], ...] = ()
     meshed: bool = True
     client_headers: bool = False
+    uid: str = ""
 
 
 class Holder(NamedTuple):
@@ -149,6 +150,7 @@ def pods(view: View, key: ObjectKey) -> PodState | None:
         may_use_sockmap(pod),
         LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
         client_headers=client_headers(pod),
+        uid=pod.metadata.uid or "",
     )
     namespace = of_namespace(view, key.namespace)
     said = meshed(pod)
@@ -225,6 +227,7 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             mtls_ports=modes,
             meshed=pod.meshed,
             client_headers=pod.client_headers,
+            uid=pod.uid,
         )
 
     return compute

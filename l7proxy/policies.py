@@ -26,6 +26,8 @@ from mesh.model.policyconfig import CidrSection, Direction, PolicySection
 from mesh.model.section import SectionKey
 
 _REMEMBERED = 4096
+# The address that no pod has: what is in force there is for pods that nobody has told of.
+_NOWHERE = "::"
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -182,7 +184,8 @@ class Policies:
         workload = self._peers.at(address)
         # An address is given out again: who has it here need not be who had it elsewhere.
         if workload is None or workload.local == caller.proven:
-            return Asker((int(Reserved.INIT),), None, address)
+            unknown = self._at.get(_NOWHERE) if not caller.proven else None
+            return Asker((int(Reserved.INIT),), unknown and unknown.egress, address)
         pod = self._at.get(address)
         egress = pod.egress if pod is not None else None
         return Asker((workload.identity,), egress, address, caller.proven)

@@ -80,6 +80,7 @@ class PodWorld:
         self.pin = pin
         self.cgroup = cgroup
         self.names = names
+        self.configs: dict[str, cni.CniConfig] = {}
         self.enforcement = Enforcement(pin, "n1")
 
     def enforce(self, sections: Mapping[str, EnforcedSection]) -> None:
@@ -228,6 +229,7 @@ def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
             config = cni.CniConfig(
                 addresses=(v4, v6), node_addresses=(NODE[4], NODE[6]), datapath=datapath
             )
+            world.configs[name] = config
             with world.inside("node"):
                 cni.add(name, str(names[name]), "eth0", config)
                 stack.callback(_delete, world, name, config)

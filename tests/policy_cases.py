@@ -31,6 +31,7 @@ OUTSIDE = [
 SERVICES = {("a", "svc"): ["10.0.0.2", "192.0.2.200"], ("b", "svc"): ["10.1.0.1"]}
 WHAT = [
     ("TCP", 80), ("TCP", 8080), ("TCP", 9090), ("UDP", 53), ("UDP", 80), ("SCTP", 80), ("ICMP", 8),
+    ("ICMPv6", 128),
 ]  # fmt: skip
 
 _APPS = st.sampled_from(["x", "y", "z", "none"])
@@ -139,7 +140,14 @@ _PORTS = st.sampled_from(
         {"port": "0", "protocol": "UDP"},
     ]
 )
-_ICMPS = st.sampled_from([{"type": 8}, {"type": "EchoRequest"}, {"type": 0, "family": "IPv4"}])
+_ICMPS = st.sampled_from(
+    [
+        {"type": 8},
+        {"type": "EchoRequest"},
+        {"type": 0, "family": "IPv4"},
+        {"type": "EchoRequest", "family": "IPv6"},
+    ]
+)
 
 
 @st.composite
@@ -152,6 +160,8 @@ def _cilium_rules(draw: Any, side: str, deny: bool) -> Manifest:
         rule[f"{side}Endpoints"] = draw(endpoints)
     elif kind == 2:
         entities = ["all", "world", "cluster", "host", "remote-node", "none", "ingress"]
+        if deny and side == "from":
+            entities.remove("host")  # is refused
         rule[f"{side}Entities"] = draw(st.lists(st.sampled_from(entities), max_size=2))
     elif kind == 3:
         rule[f"{side}CIDR"] = draw(st.lists(_CIDRS, min_size=1, max_size=2))
@@ -197,8 +207,9 @@ def cilium_policies(draw: Any) -> Manifest:
 
 
 @st.composite
-def policies(draw: Any, most: int = 6) -> list[Manifest]:
-    found = draw(st.lists(st.one_of(network_policies(), cilium_policies()), max_size=most))
+def policies(draw: Any, most: int = 6, least: int = 0) -> list[Manifest]:
+    kinds = st.one_of(network_policies(), cilium_policies())
+    found = draw(st.lists(kinds, min_size=least, max_size=most))
     for number, policy in enumerate(found):
         policy["metadata"] = {**policy["metadata"], "name": f"p{number}"}
     return found

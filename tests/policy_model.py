@@ -53,11 +53,18 @@ class World:
     ) -> bool:
         """`port` of ICMP is the type. `request`: method, host, path, headers of an HTTP request;
         without one it is asked whether there may be a connection."""
+        return all(self.sides(source, destination, protocol, port, request))
+
+    def sides(
+        self, source: Party, destination: Party, protocol: str, port: int, request: Any = None
+    ) -> tuple[bool, bool]:
+        """Whether it may leave, and whether it may arrive."""
         if source == destination:
-            return True  # "Pods cannot block access to themselves"
+            return True, True  # "Pods cannot block access to themselves"
         what = (protocol, port, request)
-        return self._side("egress", source, destination, *what) and self._side(
-            "ingress", destination, source, *what
+        return (
+            self._side("egress", source, destination, *what),
+            self._side("ingress", destination, source, *what),
         )
 
     def _side(
@@ -65,6 +72,8 @@ class World:
     ) -> bool:
         if not isinstance(subject, Pod):
             return True
+        if direction == "ingress" and isinstance(other, Outside) and other.entity == "host":
+            return True  # a pod's own node may always reach it, and nothing can be said against it
         isolated = allowed = False
         policies = [
             policy
@@ -107,8 +116,6 @@ class World:
             allowed |= any(
                 self._cilium(*match, one, protocol, port, request, requires) for one in rules
             )
-        if direction == "ingress" and isinstance(other, Outside) and other.entity == "host":
-            allowed = True  # a pod's own node may always reach it
         return not denied and (allowed or not isolated)
 
     # --- NetworkPolicy ----------------------------------------------------------------------------
@@ -260,8 +267,17 @@ class World:
         if any(_is(one, other) for one in entities or ()):
             return True
         return any(
-            other.address in self.services[ref["namespace"], ref["serviceName"]]
+            self._serves(self.services[ref["namespace"], ref["serviceName"]], other)
             for ref in (one["k8sService"] for one in services or ())
+        )
+
+    def _serves(self, endpoints: list[str], other: Party) -> bool:
+        """A Service's endpoints are known by their labels, as all pods are: who has the same ones
+        is one of them to policy."""
+        return other.address in endpoints or any(
+            pod.address in endpoints and self._labels(pod) == self._labels(other)
+            for pod in self.pods
+            if isinstance(other, Pod)
         )
 
 

@@ -264,6 +264,34 @@ def test_mesh_routes_are_not_accepted_where_nothing_is_steered(tmp_path):
         assert "not a cgroup v2 directory" in condition["message"]
 
 
+_POLICY = """
+apiVersion: v1
+kind: Pod
+metadata: {name: p, namespace: default}
+spec: {nodeName: n1, containers: [{name: c}]}
+status: {podIP: 10.244.0.2, phase: Running}
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: r, namespace: default}
+spec: {podSelector: {}}
+"""
+
+
+def test_policies_are_not_programmed_where_nothing_is_steered(tmp_path):
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    (manifests / "policy.yaml").write_text(_POLICY)
+    arguments = (f"--manifests={manifests}", "--admin=off", "--workers=1", "--node=n1")
+    with running(tmp_path / "run", *arguments, f"--steer={tmp_path}") as weft:
+        weft.await_status(lambda status: status["ready"])
+        [policy] = weft.ask("/objects", kind="NetworkPolicy")["items"]
+        conditions = {one["type"]: one for one in policy["status"]["conditions"]}
+        assert conditions["Accepted"]["status"] == "True"
+        assert conditions["Programmed"]["status"] == "False"
+        assert "not a cgroup v2 directory" in conditions["Programmed"]["message"]
+
+
 def test_proxies_that_the_kernel_would_not_know_are_not_steered_to(tmp_path, world):
     """Nobody can join a cgroup whose type is not one for processes."""
     manifests, _, arguments = world

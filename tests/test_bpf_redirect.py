@@ -24,7 +24,7 @@ from redirect_world import (
 )
 
 from bpf import layout, maps, settings
-from bpf.layout import Address, Addresses, Number, Target
+from bpf.layout import Address, Addresses, Number, Pod, Target
 from bpf.podfilter import netns_cookie
 from bpf.reasons import Reason
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
@@ -423,5 +423,34 @@ def test_nobody_connects_in_the_name_of_another_address(world):
                 proxy = world.accept(server)
                 assert (handles.origin(proxy.fileno()) is not None) == known
                 client.close()
+
+    world.run(scenario)
+
+
+def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are_policies(world):
+    """The proxy may still know another one that had its address."""
+
+    def scenario(world: World) -> None:
+        steer(world)
+        handles = world.handles()
+        world.frontend(VIP, 80, http=True)
+        with world.as_proxy():
+            server = world.listen(NODE, MESH_HTTP_PORT)
+        pods = maps.PinnedMap(world.pin, "pods", Address, Pod)
+        interfaces = maps.PinnedMap(world.pin, "interfaces", Address, Number)
+        with contextlib.closing(pods), contextlib.closing(interfaces):
+            interfaces.put(Address.of(NODE), Number(1))
+            pods.put(Address.of("::"), Pod(0, 0, 3, 0, 0))
+            for told in (True, None):
+                world.know(told)
+                client = world.connect(VIP, 80)
+                proxy = world.accept(server)
+                assert (handles.origin(proxy.fileno()) is not None) == bool(told)
+                client.close()
+            # Without policies it is let in as somebody that is not known.
+            pods.remove(Address.of("::"))
+            client = world.connect(VIP, 80)
+            assert handles.origin(world.accept(server).fileno()) is not None
+            interfaces.remove(Address.of(NODE))
 
     world.run(scenario)

@@ -37,7 +37,7 @@ entry = LoadBalancerEntry({VIP!r}, 80, "TCP", (), "x", http=True, sockmap=True)
 own = LoadBalancerEntry({NODE!r}, port, "TCP", (EntryBackend({NODE!r}, port, sockmap=True),), "y",
                         http=True, sockmap=True)
 assert balancer.replace({{"entry": entry, "own": own}}) == {{}}
-pod = WorkloadSection("x", "pod", ({NODE!r},))
+pod = WorkloadSection("x", "pod", ({NODE!r},), identity=300)
 assert settings.Identities(pin).replace({{"pod": pod}}) == {{}}
 settings.steer_to_proxy(pin, (({NODE!r}, 15001),), sockmap=True)
 

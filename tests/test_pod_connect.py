@@ -111,22 +111,47 @@ def test_what_is_audited_is_told_once_and_passes(world: PodWorld) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_datagrams(world: PodWorld, version: int) -> None:
+def test_datagrams_to_a_service(world: PodWorld, balancer: Balancer, version: int) -> None:
     world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
     with (
         world.udp("a", A[version]) as a,
         world.udp("out", OUT[version]) as out,
         world.udp("b", B[version]) as b,
     ):
-        world.pass_on(b, a, b"allowed")
+        for number, (address, server) in enumerate(((A, a), (OUT, out))):
+            backend = EntryBackend(address[version], server.getsockname()[1])
+            entry = LoadBalancerEntry(
+                SERVICE[version], 80 + number, "UDP", (backend,), "Service/shop/x"
+            )
+            assert balancer.apply({f"entry/{number}": entry}) == {}
+        b.sendto(b"allowed", (SERVICE[version], 80))
+        assert a.recv(100) == b"allowed"
         with pytest.raises(PermissionError):
-            b.sendto(b"refused", out.getsockname()[:2])
+            b.sendto(b"refused", (SERVICE[version], 81))
         with pytest.raises(PermissionError):
-            b.connect(out.getsockname()[:2])
+            b.connect((SERVICE[version], 81))
         # An IPv6 socket that speaks IPv4.
         if version == 4:
             with world.udp("b", "::") as mapped, pytest.raises(PermissionError):
-                mapped.sendto(b"refused", (f"::ffff:{OUT[4]}", out.getsockname()[1]))
+                mapped.sendto(b"refused", (f"::ffff:{SERVICE[4]}", 81))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_answers_are_datagrams_that_policy_does_not_ask_about(
+    world: PodWorld, version: int
+) -> None:
+    """Servers send them by sendto(2), like what opens a conversation; only the filter can tell."""
+    world.enforce({**KNOWN, **policy(egress=only()), **policy("a", ingress=only())})
+    with (
+        world.udp("a", A[version]) as a,
+        world.udp("out", OUT[version]) as out,
+        world.udp("b", B[version]) as b,
+    ):
+        for client in (a, out):
+            world.pass_on(client, b, b"asked")
+            before = world.counters()
+            b.sendto(b"not asked", (client.getsockname()[0], 9))
+            world.await_counted(before, "POLICY_DENIED")
 
 
 @pytest.mark.parametrize("affinity_s", [None, 60])

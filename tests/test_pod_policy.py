@@ -12,8 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from bpf_world import needs_bpf
-from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
-from pod_world import NODE, OUT, A, B, PodWorld, arrived, checksum, pod_world
+from pod_policies import (
+    A_ONLY,
+    ID,
+    KNOWN,
+    NOTHING,
+    SVIDS,
+    VERSIONS,
+    WORLD,
+    allow,
+    only,
+    policy,
+    tcp,
+)
+from pod_world import NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
 
 from bpf.enforcement import Enforcement
 from bpf.layout import Policy, PolicyKey
@@ -49,7 +61,10 @@ _INGRESS = {
     "unproven": (only(allow(authenticated=True)), False, False),
     "only requests": (only(PolicyRule("x", None, (), http=())), False, False),
     "audit": (Direction(default_deny=True, audit=True), True, True),
-}
+    "deny above an audited default": (
+        Direction(default_deny=True, audit=True, rules=(allow(A_ONLY, deny=True),)), False, True,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -58,7 +73,7 @@ def test_ingress(world: PodWorld, case: str, version: int) -> None:
     ingress, pod, elsewhere = _INGRESS[case]
     svids = {} if case == "unproven" else SVIDS
     world.enforce({**KNOWN, **svids, **policy(ingress=ingress)})
-    told = ("answered", {"POLICY_AUDIT": 1}) if case == "audit" else ANSWERED
+    told = ("answered", {"POLICY_AUDIT": 1}) if ingress.audit else ANSWERED
     with world.listen("b", B[version]) as server:
         assert world.attempt("a", server) == (told if pod else DENIED)
         assert world.attempt("out", server) == (told if elsewhere else DENIED)
@@ -293,32 +308,101 @@ def test_a_policy_that_is_too_large_refuses_everything_to_its_pod_alone(world: P
         assert world.attempt("a", server) == ANSWERED
 
 
+@contextlib.contextmanager
+def flood(world: PodWorld, where: str, server: socket.socket) -> Iterator[None]:
+    """Datagrams, as many as can be, each other one from a socket that has sent nothing before."""
+    address, done = server.getsockname(), threading.Event()
+    own = PODS.get(where, OUT)[4]
+
+    def send() -> None:
+        with world.udp(where, own) as known:
+            while not done.is_set():
+                with world.udp(where, own) as new:
+                    for sock in (known, new):
+                        sock.sendto(b"no", address)
+
+    with ThreadPoolExecutor() as pool:
+        sending = pool.submit(send)
+        try:
+            yield
+        finally:
+            done.set()
+        sending.result()
+
+
 def test_no_packet_passes_between_two_policies(world: PodWorld) -> None:
     """Both let a reach b, and nobody elsewhere; each is a set of rules of its own."""
     one = policy(ingress=only(allow(A_ONLY), allow(WORLD, deny=True)))
     other = policy(ingress=only(allow(A_ONLY, PortRange("UDP"))))
-    with (
-        world.udp("b", B[4]) as server,
-        world.udp("a", A[4]) as a,
-        world.udp("out", OUT[4]) as out,
-        ThreadPoolExecutor() as pool,
-    ):
+    with world.udp("b", B[4]) as server, world.udp("a", A[4]) as a:
         world.enforce({**KNOWN, **one})
-        to, done = server.getsockname(), threading.Event()
-
-        def keep_sending() -> None:
-            while not done.is_set():
-                out.sendto(b"from elsewhere", to)
-
-        sending = pool.submit(keep_sending)
-        try:
+        with flood(world, "out", server):
             for number in range(200):
                 assert world.enforcement.apply((one, other)[number % 2]) == {}
                 world.pass_on(a, server, b"from a %d" % number)
-        finally:
-            done.set()
-        sending.result()
         assert not arrived(server)
+
+
+# What refuses that a reaches b before and after a change: sections, and which of them go.
+_NEITHER = {
+    # As which pod a is known, and its own rules.
+    "labels": (
+        {"workload/shop/a": (ID["a"], 302), "policy/shop/a": (NOTHING, only())},
+        only(allow(frozenset({302}))),
+    ),
+    # Another pod has got the address.
+    "address": (
+        {"workload/shop/a": (ID["a"], None), "workload/shop/c": (None, 302)},
+        Direction(rules=(allow(A_ONLY, deny=True), allow(frozenset({302}), deny=True))),
+    ),
+    # Another range is the smallest one that has it.
+    "ranges": (
+        {"cidr/10.7.0.0/24": (FIRST_CIDR, None), "cidr/10.7.0.2/32": (None, FIRST_CIDR + 1)},
+        Direction(
+            rules=tuple(allow(frozenset({one}), deny=True) for one in (FIRST_CIDR, FIRST_CIDR + 1))
+        ),
+    ),
+    # Both ends' rules.
+    "two pods": (
+        {"policy/shop/a": (NOTHING, only()), "policy/shop/b": (only(), NOTHING)},
+        None,
+    ),
+    "two pods, the other way round": (
+        {"policy/shop/b": (NOTHING, only()), "policy/shop/a": (only(), NOTHING)},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _NEITHER)
+def test_no_packet_passes_that_is_refused_before_and_after(world: PodWorld, case: str) -> None:
+    changes, ingress = _NEITHER[case]
+    known = KNOWN["workload/shop/a"]
+
+    def section(key: str, what: object) -> object:
+        kind, _, name = key.partition("/")
+        if kind == "cidr":
+            return CidrSection(name, what)  # type: ignore[arg-type]
+        name = name.removeprefix("shop/")
+        if isinstance(what, int):
+            return WorkloadSection("shop", name, known.addresses, "n1", local=True, identity=what)
+        side = {"a": "egress", "b": "ingress"}[name]
+        return policy(name, **{side: what})[key]  # type: ignore[arg-type]
+
+    states = [
+        {key: section(key, whats[i]) for key, whats in changes.items() if whats[i] is not None}
+        for i in (0, 1)
+    ]
+    always = policy(ingress=ingress) if ingress is not None else {}
+    world.enforce({**KNOWN, **always, **states[0]})  # type: ignore[dict-item]
+    source = "out" if case == "ranges" else "a"
+    with world.udp("b", B[4]) as server, flood(world, source, server):
+        refused, number = world.counters()[Reason.POLICY_DENIED], 0
+        while number < 1500 or world.counters()[Reason.POLICY_DENIED] < refused + 2000:
+            number += 1
+            put = states[number % 2]
+            assert world.enforcement.apply(put, changes.keys() - put.keys()) == {}  # type: ignore[arg-type]
+            assert not arrived(server), number
 
 
 def test_a_flood_of_refusals_is_counted_and_not_all_told(world: PodWorld) -> None:

@@ -4,6 +4,8 @@ tunnels, over real sockets."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import socket
 
 import msgspec
@@ -23,14 +25,21 @@ from support.proxy import (
 )
 from support.proxy import rule as route_rule
 from support.two_nodes import Authority, spiffe
+from test_http1_hostile import SMUGGLING
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo, relayed
 
 from l7proxy import metrics
 from mesh.model.flow import Peer
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import ClusterSection, Endpoint, NodeSection, WorkloadSection
-from mesh.model.policyconfig import CidrSection, HeaderRule, HttpRule
+from mesh.model.nodeconfig import (
+    ClusterSection,
+    Endpoint,
+    NodeSection,
+    Settings,
+    WorkloadSection,
+)
+from mesh.model.policyconfig import CidrSection, HeaderRule, HttpRule, PolicySection
 from mesh.model.routeconfig import (
     HeaderModifier,
     HeaderValue,
@@ -38,7 +47,14 @@ from mesh.model.routeconfig import (
     PathModifier,
     Rewrite,
 )
-from mesh.model.section import cidr_key, cluster_key, node_key, policy_key, workload_key
+from mesh.model.section import (
+    SETTINGS_KEY,
+    cidr_key,
+    cluster_key,
+    node_key,
+    policy_key,
+    workload_key,
+)
 
 SERVER = "127.0.0.1"  # the pod shop/web, which is the backend
 ME, WEB, OTHER = 300, 301, 302  # identities: shop/client, shop/web, others
@@ -103,6 +119,17 @@ async def test_who_is_not_named_is_refused_whatever_is_asked():
         assert (await ask(port, client="127.0.1.9")).status == 403
         change(mesh, ingress=closed(rule("P ingress[0]", Reserved.INIT)))
         assert (await ask(port, client="127.0.1.9")).status == 200
+
+
+async def test_who_is_not_known_is_denied_what_is_in_force_for_unknown_pods():
+    async with mesh_proxy() as mesh, backend() as web:
+        mesh.origins.steer("127.0.1.9")
+        port = serve(mesh, web.port)
+        assert (await ask(port, client="127.0.1.9")).status == 200
+        unknown = PolicySection("", "", Reserved.INIT, ("::",), egress=closed())
+        assert mesh.apply({policy_key("", ""): unknown}) == {}
+        assert (await ask(port, client="127.0.1.9")).status == 403
+        assert (await ask(port)).status == 200
 
 
 async def test_deny_stands_above_allow_and_a_policy_gone_is_gone_at_once():
@@ -308,6 +335,35 @@ async def test_nothing_is_smuggled_behind_what_is_allowed():
                     if message.status != 200:
                         break
         assert {one.start.split()[1] for one in web.requests} == {"/public"}
+
+
+@pytest.mark.skipif(not SMUGGLING, reason="../shared/http is not there")
+async def test_published_smuggling_gets_nothing_past_a_rule():
+    """What policy allows is the path of the first request: nothing with another one arrives."""
+    by_path: dict[str, list[bytes]] = {}
+    for data in SMUGGLING:
+        words = data.partition(b"\n")[0].split()
+        path = words[1].decode("latin-1").partition("?")[0] if len(words) == 3 else "/"
+        by_path.setdefault(path, []).append(data)
+    quick = Settings(head_timeout_s=0.2, body_timeout_s=0.2, idle_timeout_s=0.2)
+    async with mesh_proxy() as mesh, backend() as web:
+        port = serve(mesh, web.port)
+        assert mesh.apply({SETTINGS_KEY: quick}) == {}
+
+        async def send(data: bytes) -> None:
+            with contextlib.suppress(OSError):
+                async with connected(port) as (reader, writer):
+                    writer.write(data)
+                    await reader.read()
+
+        for path, cases in by_path.items():
+            allowed = rule("P", ME, http=http(path=re.escape(path)))
+            change(mesh, ingress=closed(allowed))
+            before = len(web.requests)
+            await asyncio.gather(*map(send, cases))
+            seen = {one.start.split()[1].partition("?")[0] for one in web.requests[before:]}
+            assert seen <= {path}
+        assert web.requests  # some are harmless
 
 
 # --- through a Gateway ----------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def why(
 
 
 ALL = "{endpointSelector: {}, "
+UNKNOWN = "policy//"
+AUDITED = '{weft.dev/policy-audit: "true"}'
 POD = pod()
 IN, OUT = "ingress[0].toPorts[0]", "egress[0].toPorts[0]"
 HTTP = "toPorts: [{ports: [{port: '80', protocol: TCP}], rules: {http: [{method: GET}]}}]"
@@ -81,6 +83,7 @@ def asks(rule: str) -> str:
         ),
         ("egress: [{toServices: [{}]}]", "egress[0].toServices[0]"),
         ("ingress: [{authentication: {mode: test-always-fail}}]", "ingress[0].authentication.mode"),
+        ("ingressDeny: [{fromEntities: [world, host]}]", "ingressDeny[0].fromEntities"),
         ("ingressDeny: [{fromRequires: [{}]}]", "ingressDeny[0].fromRequires"),
         ("ingress: [{icmps: [{fields: [{type: 300}]}]}]", "ingress[0].icmps[0].fields[0].type"),
         (
@@ -168,7 +171,8 @@ def test_one_bad_policy_affects_nothing_else() -> None:
     alone = world(pod("q", "10.0.0.2", namespace="n"), POD.replace("app: a", "app: b"), good)
     bad = cnp("{endpointSelector: {matchLabels: {app: x}}, egress: [{toNodes: [{}]}]}", "bad")
     both = world(pod("q", "10.0.0.2", namespace="n"), POD.replace("app: a", "app: b"), good, bad)
-    assert both.of("policy") == alone.of("policy")
+    assert of(both) == of(alone)
+    assert both.of("policy").keys() == alone.of("policy").keys()
 
 
 def test_huge_policies_are_refused() -> None:
@@ -209,9 +213,29 @@ def test_sections_are_only_for_pods_of_this_node_that_are_selected() -> None:
         pod("other", "10.0.0.3", labels="{app: other}"),
         cnp("{endpointSelector: {matchLabels: {app: a}}, ingress: [{}]}"),
     )
-    assert w.of("policy").keys() == {"policy/default/here"}
+    assert w.of("policy").keys() == {"policy/default/here", UNKNOWN}
     w.delete("CiliumNetworkPolicy", "p")
     assert not w.of("policy")
+
+
+def test_pods_that_are_not_known_yet_are_denied_what_some_policy_denies_by_default() -> None:
+    def sides(*policies: str) -> tuple[bool, bool] | None:
+        section = world(*policies).sections.get(UNKNOWN)
+        if section is None:
+            return None
+        assert isinstance(section, PolicySection)
+        assert section.addresses == ("::",)
+        return section.ingress.default_deny, section.egress.default_deny
+
+    ingress = cnp(f"{ALL}ingress: [{{}}]}}")
+    assert sides() is None
+    assert sides(ingress) == (True, False)
+    assert sides(ingress, cnp(f"{ALL}egress: [{{}}]}}", "other")) == (True, True)
+    assert sides(cnp(f"{ALL}ingress: [{{}}]}}", annotations=AUDITED)) is None
+    assert sides(cnp(f"{ALL}ingress: [{{}}], enableDefaultDeny: {{ingress: false}}}}")) is None
+    section = world(ingress).sections[UNKNOWN]
+    assert isinstance(section, PolicySection)
+    assert [rule.peers for rule in section.ingress.rules] == [{Reserved.HOST}]
 
 
 def test_ingress_from_the_own_node_always_passes() -> None:

@@ -16,6 +16,7 @@
 #include "address.h"
 #include "count.h"
 #include "origin.h"
+#include "policy.h"
 #include "socket.h"
 
 static __always_inline int redirects(void)
@@ -29,11 +30,9 @@ static __always_inline int redirects(void)
 /* Who is not known (yet) may have opted out. */
 static __always_inline int opted_out(const struct target *end)
 {
-	struct prefix address = whole(end->address);
-	struct identity *identity;
+	struct who who = who_is(end->address, in_force());
 
-	identity = identities.lookup(&address);
-	return !identity || identity->flags & IDENTITY_PLAIN;
+	return !who.number || who.flags & IDENTITY_PLAIN;
 }
 
 /* A pod can bind to any address (IP_TRANSPARENT). The filter drops its packets then, but whoever has
@@ -43,6 +42,15 @@ static __always_inline int is_own(u64 netns, const struct target *end)
 	struct addresses *own = namespaces.lookup(&netns);
 
 	return !own || same_address(end, &own->v4) || same_address(end, &own->v6);
+}
+
+/* Whose a socket is nobody has told yet, and there are policies. The proxy may still know a pod that
+ * had the address before: it is told of no connection, and closes it. */
+static __always_inline int is_nobodys(const struct target *opener)
+{
+	struct address nowhere = {};
+
+	return identity_of(opener->address, in_force()) == IDENTITY_INIT && pods.lookup(&nowhere);
 }
 
 /* Into the maps of sockets, by cookie; 0 or negative errno. (bcc makes a statement of the call.) */
@@ -81,6 +89,11 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 	value.netns = bpf_get_netns_cookie(ctx);
 	if (!is_own(value.netns, &tuple.opener))
 		return;
+	if (is_nobodys(&tuple.opener)) {
+		count(REASON_POLICY_DENIED);
+		incoming.delete(&tuple);
+		return;
+	}
 	value.asked = origin->asked;
 	value.backend = origin->backend;
 	/* Every network namespace has the same loopback tuples. */

@@ -75,53 +75,53 @@ static __always_inline int is_proxy(const struct target *end)
 }
 
 /* Whether a pod takes nothing but mutual TLS at one of its ports. There is none for ICMP. */
-static __always_inline int is_strict(const struct pod *pod, const struct target *end)
+static __always_inline int is_strict(struct rules pod, const struct target *end)
 {
 	struct target key = *end;
 	u32 *strict;
 
 	if (end->protocol == IPPROTO_ICMP || end->protocol == IPPROTO_ICMPV6)
 		return 0;
-	if (pod->flags & POD_MTLS_PORTS) {
+	if (pod.flags & POD_MTLS_PORTS) {
 		key.protocol = 0;
 		strict = mtls_ports.lookup(&key);
 		if (strict)
 			return *strict;
 	}
-	return pod->flags & POD_STRICT;
+	return pod.flags & POD_STRICT;
 }
 
 /* Why a flow is refused, by what is in force now for the pod at whose interface it is judged; 0: it
  * is not. `port` is what rules name. */
-static __always_inline u32 refusal(const struct flow_key *flow, u16 port, u32 flags, u8 unreadable,
-				   u32 *rule)
+static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 port, u32 flags,
+				   u8 unreadable, u32 *rule)
 {
 	const struct target *opener = &flow->tuple.opener, *peer = &flow->tuple.peer;
 	int ingress = flow->direction == INGRESS;
 	u32 identity, reason, policed;
-	struct pod *pod;
+	struct rules pod;
 	int safe;
 
 	if (flags & FLOW_FROM_NODE)
 		return 0;
 	if (!ingress && is_proxy(peer))
 		return 0;
-	pod = ingress ? pod_at(peer->address) : pod_at(opener->address);
-	if (!pod)
+	pod = rules_of(ingress ? peer->address : opener->address, now);
+	if (!pod.flags)
 		return 0;
 	if (ingress)
-		safe = flags & FLOW_FROM_POD && are_proven(pod, opener->address);
+		safe = flags & FLOW_FROM_POD && are_proven(pod, opener->address, now);
 	else
-		safe = are_proven(pod, peer->address);
+		safe = are_proven(pod, peer->address, now);
 	if (unreadable) {
 		policed = ingress ? POD_POLICED << POD_INGRESS_SHIFT : POD_POLICED;
 		if (ingress && !safe)
 			policed |= POD_STRICT | POD_MTLS_PORTS;
-		return pod->flags & policed ? REASON_UNJUDGED : 0;
+		return pod.flags & policed ? REASON_UNJUDGED : 0;
 	}
 	if (ingress && !safe && is_strict(pod, peer))
 		return REASON_MTLS_REQUIRED;
-	identity = ingress ? identity_of(opener->address) : identity_of(peer->address);
+	identity = identity_of(ingress ? opener->address : peer->address, now);
 	/* Not by a packet that came from elsewhere. */
 	if (ingress && identity == IDENTITY_HOST)
 		identity = IDENTITY_WORLD;
@@ -129,23 +129,20 @@ static __always_inline u32 refusal(const struct flow_key *flow, u16 port, u32 fl
 	return reason;
 }
 
-/* Why a packet is refused as part of its flow; 0: it is not. */
+/* Why a packet is refused as part of its flow, by what is in force in a generation; 0: it is not. */
 static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet *packet,
-				      u32 direction, u32 from)
+				      u32 direction, u32 from, u64 generation)
 {
 	struct flow_key key = {};
 	struct flow fresh = {}, *flow;
-	u32 zero = 0, rule = 0, reason;
-	u64 *at = generation.lookup(&zero), now;
+	u64 now = bpf_ktime_get_ns();
+	u32 rule = 0, reason;
 	u16 port = packet->port;
 	struct tuple inner;
 	int answers = 0;
 
-	if (!at)
-		return REASON_UNJUDGED;
-	/* Before anything is looked up: what changes meanwhile is judged anew. */
-	fresh.generation = *at;
-	fresh.seen_ns = now = bpf_ktime_get_ns();
+	fresh.generation = generation;
+	fresh.seen_ns = now;
 	if (packet->flags & PACKET_ERROR && read_inner(skb, packet, &inner))
 		flow = find_flow(&inner, direction, 0, now, &key);
 	else if (packet->flags & PACKET_UNREADABLE)
@@ -168,7 +165,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		key.direction = direction;
 		fresh.flags = from;
 	}
-	reason = refusal(&key, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule);
+	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule);
 	if (reason) {
 		count(reason);
 		report_packet(&key.tuple, reason, rule);
@@ -192,13 +189,13 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 /* Why a packet does not pass a pod's interface; 0: it does. `from`: FLOW_FROM_…, of a packet to the
  * pod. */
 static __always_inline u32 judge(struct __sk_buff *skb, const struct packet *packet, u32 direction,
-				 u32 from)
+				 u32 from, u64 generation)
 {
 	u32 reason;
 
 	if (packet->flags & PACKET_LATER && follows(packet, direction))
 		return 0;
-	reason = judge_flow(skb, packet, direction, from);
+	reason = judge_flow(skb, packet, direction, from, generation);
 	if (packet->flags & PACKET_FRAGMENT && !(packet->flags & PACKET_UNREADABLE) && !reason)
 		note_first(packet, direction);
 	return reason;
@@ -228,7 +225,7 @@ static __always_inline int filter_from_pod(struct __sk_buff *skb)
 	}
 	if (keeps_link(&packet) && is_on_link(&packet.tuple.peer))
 		goto passes;
-	if (judge(skb, &packet, EGRESS, 0))
+	if (judge(skb, &packet, EGRESS, 0, in_force()))
 		return turn_back(skb, &packet, EGRESS);
 passes:
 	count(REASON_FILTER_FROM_POD);
@@ -243,6 +240,7 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 {
 	u32 by = skb->ingress_ifindex, owner, from = 0;
 	struct packet packet = {};
+	u64 now = in_force();
 
 	if (is_reset(skb))
 		goto passes;
@@ -262,7 +260,13 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		count(REASON_FORGED);
 		return TC_ACT_SHOT;
 	}
-	if (judge(skb, &packet, INGRESS, from))
+	/* Generations are the times of changes. One that came after the packet had left its pod is for
+	 * both ends: it does not pass by the rules of one before it and those of the other after.
+	 * RST may be the filter's own, for the pod that it comes from. */
+	if (from == FLOW_FROM_POD && bpf_ktime_get_ns() - now < SECOND_NS &&
+	    !(packet.tcp & TCP_RST) && judge(skb, &packet, EGRESS, 0, now))
+		return turn_back(skb, &packet, INGRESS);
+	if (judge(skb, &packet, INGRESS, from, now))
 		return turn_back(skb, &packet, INGRESS);
 passes:
 	count(REASON_FILTER_TO_POD);

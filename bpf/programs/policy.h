@@ -2,50 +2,65 @@
 #ifndef WEFT_POLICY_H
 #define WEFT_POLICY_H
 
-#include "address.h"
 #include "count.h"
+#include "membership.h"
 
 /* One bit for each direction, from the left. */
 #define POLICY_KEY_BITS 96
 
-static __always_inline u32 identity_of(const u32 *address)
+static __always_inline int is_workload(u32 number)
 {
-	struct prefix key = whole(address);
-	struct identity *found = identities.lookup(&key);
-
-	if (found)
-		return found->number;
-	/* Of a pod that nobody has told of yet. */
-	return interfaces.lookup(&key.address) ? IDENTITY_INIT : IDENTITY_WORLD;
+	return number >= FIRST_WORKLOAD && number < FIRST_CIDR;
 }
 
-static __always_inline struct pod *pod_at(const u32 *address)
+static __always_inline u32 identity_of(const u32 *address, u64 now)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
+	u32 number = who_is(address, now).number;
 
-	return pods.lookup(&key);
+	/* What a range says is not of a pod that nobody has told of yet. */
+	if (!is_workload(number) && interfaces.lookup(&key))
+		return IDENTITY_INIT;
+	return number ?: IDENTITY_WORLD;
+}
+
+/* Of a local pod, by its address; flags 0: there are none. Those of a pod that nobody has told of are
+ * under no address. */
+static __always_inline struct rules rules_of(const u32 *address, u64 now)
+{
+	struct address key = {{address[0], address[1], address[2], address[3]}};
+	struct rules rules = {};
+	struct pod *pod;
+
+	if (identity_of(address, now) == IDENTITY_INIT)
+		__builtin_memset(&key, 0, sizeof(key));
+	pod = pods.lookup(&key);
+
+	if (pod && pod->since <= now) {
+		rules.policy = pod->policy;
+		rules.flags = pod->flags;
+	} else if (pod) {
+		rules.policy = pod->old_policy;
+		rules.flags = pod->old_flags;
+	}
+	return rules;
 }
 
 /* Whether both ends are pods of this node that hold valid SVIDs: who they are the kernel knows. */
-static __always_inline int are_proven(const struct pod *pod, const u32 *other)
+static __always_inline int are_proven(struct rules pod, const u32 *other, u64 now)
 {
-	struct pod *found;
-
-	if (!(pod->flags & POD_PROVEN))
-		return 0;
-	found = pod_at(other);
-	return found && found->flags & POD_PROVEN;
+	return pod.flags & POD_PROVEN && rules_of(other, now).flags & POD_PROVEN;
 }
 
 /* Why a pod's policy refuses it, or would (POLICY_AUDIT); 0: it does not. `safe`: both ends are
  * proven, here or by mutual TLS. */
-static __always_inline u32 policy_refusal(const struct pod *pod, u32 direction, u32 identity,
+static __always_inline u32 policy_refusal(struct rules pod, u32 direction, u32 identity,
 					  u8 protocol, u16 port, int safe, u32 *rule)
 {
-	u32 said = 0, flags = direction == EGRESS ? pod->flags : pod->flags >> POD_INGRESS_SHIFT;
+	u32 said = 0, flags = direction == EGRESS ? pod.flags : pod.flags >> POD_INGRESS_SHIFT;
 	struct policy_key key = {
 		.bits = POLICY_KEY_BITS,
-		.set = pod->policy,
+		.set = pod.policy,
 		.identity = identity,
 		.direction = direction,
 		.protocol = protocol,
@@ -68,8 +83,10 @@ static __always_inline u32 policy_refusal(const struct pod *pod, u32 direction, 
 			*rule = found->rule;
 		said |= found->flags;
 	}
-	if (said & POLICY_DENY ||
-	    (flags & POD_DEFAULT_DENY && !(said & POLICY_ALLOW) && !(safe && said & POLICY_SAFE)))
+	/* Of a policy that is not in audit mode, whatever the default is. */
+	if (said & POLICY_DENY)
+		return REASON_POLICY_DENIED;
+	if (flags & POD_DEFAULT_DENY && !(said & POLICY_ALLOW) && !(safe && said & POLICY_SAFE))
 		return flags & POD_AUDIT ? REASON_POLICY_AUDIT : REASON_POLICY_DENIED;
 	return said & POLICY_AUDIT_DENY ? REASON_POLICY_AUDIT : 0;
 }

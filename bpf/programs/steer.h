@@ -32,50 +32,41 @@ static __always_inline int listening(u64 netns, const struct target *asked, int 
 	return peer->port != 0;
 }
 
-/* Who a socket belongs to: its pod's address of the family that it speaks, and what is in force for
- * the pod; null: nothing. */
-struct client {
-	struct address from;
-	struct pod *pod;
-	u32 identity;
-};
-
-/* Stays empty where policy has no say in where it goes. */
+/* Who a socket belongs to: its pod's address of the family that it speaks; `from` stays empty where
+ * policy has no say in where it goes. */
 static __always_inline void read_client(struct bpf_sock_addr *ctx, u64 netns,
-					const struct target *asked, struct client *client)
+					const struct target *asked, struct address *from)
 {
 	struct addresses *own = namespaces.lookup(&netns);
 
 	if (!own || (asked->protocol != IPPROTO_TCP && asked->protocol != IPPROTO_UDP) ||
 	    is_loopback(asked) || is_unspecified(asked))
 		return;
-	client->from = is_ipv4(asked) ? own->v4 : own->v6;
-	client->pod = pods.lookup(&client->from);
-	client->identity = forgotten(identity_of(client->from.words), ctx->protocol);
+	*from = is_ipv4(asked) ? own->v4 : own->v6;
 	for (int i = 0; i < 4; i++)
-		client->from.words[i] = forgotten(client->from.words[i], ctx->protocol);
+		from->words[i] = forgotten(from->words[i], ctx->protocol);
 }
 
 /* Why policy refuses that a client reaches a target: the client's own rules, and those of the target
  * if it is a pod of this node; 0: it does not. `relayed`: by the proxies of two nodes, and the other
  * one judges for its pod. What is in audit mode the filter tells of. */
-static __always_inline u32 socket_refusal(const struct client *client, const struct target *to,
+static __always_inline u32 socket_refusal(const struct address *from, const struct target *to,
 					  int relayed, u32 *rule)
 {
-	struct pod *pod = client->pod;
-	u32 reason = 0;
+	u64 now = in_force();
+	struct rules rules;
+	u32 reason;
 
-	if (!client->identity || same_address(to, &client->from))
+	if (!(from->words[0] | from->words[1] | from->words[2] | from->words[3]) ||
+	    same_address(to, from))
 		return 0;
-	if (pod)
-		reason = policy_refusal(pod, EGRESS, identity_of(to->address), to->protocol,
-					to->port, relayed || are_proven(pod, to->address), rule);
-	if (reason != REASON_POLICY_DENIED) {
-		pod = relayed ? 0 : pod_at(to->address);
-		reason = 0;
-		if (pod)
-			reason = policy_refusal(pod, INGRESS, client->identity, to->protocol,
-						to->port, are_proven(pod, client->from.words), rule);
+	rules = rules_of(from->words, now);
+	reason = policy_refusal(rules, EGRESS, identity_of(to->address, now), to->protocol, to->port,
+				relayed || are_proven(rules, to->address, now), rule);
+	if (reason != REASON_POLICY_DENIED && !relayed) {
+		rules = rules_of(to->address, now);
+		reason = policy_refusal(rules, INGRESS, identity_of(from->words, now), to->protocol,
+					to->port, are_proven(rules, from->words, now), rule);
 	}
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }
@@ -83,7 +74,7 @@ static __always_inline u32 socket_refusal(const struct client *client, const str
 /* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
  * no frontend there is only one): whether by the relay, or negative errno. */
 static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
-				     const struct client *client, const struct frontend *frontend,
+				     const struct address *from, const struct frontend *frontend,
 				     struct backend *backend, u32 *reason, u32 *rule)
 {
 	int result, relayed;
@@ -91,7 +82,7 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 #pragma clang loop unroll(disable)
 	for (u32 i = 1; i <= ALTERNATIVES; i++) {
 		relayed = relay && backend->flags & BACKEND_REMOTE;
-		if (!socket_refusal(client, &backend->target, relayed, rule))
+		if (!socket_refusal(from, &backend->target, relayed, rule))
 			return relayed;
 		if (!frontend)
 			break;
@@ -112,7 +103,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	const struct target *asked = &origin->asked;
 	int http = 0, relay = 0, result = 0;
 	struct backend backend = {};
-	struct client client = {};
+	struct address from = {};
 
 	if (frontend) {
 		origin->flags = frontend->flags;
@@ -129,8 +120,10 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	if (!http && result >= 0) {
 		if (asked->protocol == IPPROTO_TCP)
 			relay = listening(netns, asked, 0, peer);
-		read_client(ctx, netns, asked, &client);
-		result = permitted(ctx, cookie, relay, &client, frontend, &backend, reason, rule);
+		/* A datagram may be an answer, which only the filter knows. */
+		if (frontend || asked->protocol == IPPROTO_TCP)
+			read_client(ctx, netns, asked, &from);
+		result = permitted(ctx, cookie, relay, &from, frontend, &backend, reason, rule);
 		if (!result)
 			*peer = backend.target;
 	}

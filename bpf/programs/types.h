@@ -99,10 +99,18 @@ struct prefix {
 	struct address address;
 };
 
-/* Who an address is. */
+/* Who an address is from a generation on, and before it. */
 struct identity {
+	u64 since;
+	u32 number; /* 0: nobody says */
+	u32 flags;  /* IDENTITY_… */
+	u32 old_number;
+	u32 old_flags;
+};
+
+struct who {
 	u32 number;
-	u32 flags; /* IDENTITY_… */
+	u32 flags;
 };
 
 /* The addresses of a network namespace; all zero: none of this family. */
@@ -111,10 +119,18 @@ struct addresses {
 	struct address v6;
 };
 
-/* What is in force for a local pod. */
+/* What is in force for a local pod from a generation on, and before it. */
 struct pod {
+	u64 since;
 	u32 policy; /* its set in `policies` */
 	u32 flags;  /* POD_… */
+	u32 old_policy;
+	u32 old_flags;
+};
+
+struct rules {
+	u32 policy;
+	u32 flags;
 };
 
 /* Key of a trie: everything up to `direction` is always compared, of the rest a part. */

@@ -29,6 +29,7 @@ from mesh.model.nodeconfig import (
     LoadBalancerEntry,
     Section,
 )
+from mesh.model.policyconfig import PolicySection
 from mesh.model.section import SectionKey, port_key
 
 _log = logging.getLogger("weft.agent")
@@ -253,14 +254,15 @@ class Datapath:
             self.refused |= self._maps.balancer.replace(self._entries)
 
     def refusals(self) -> dict[SectionKey, str]:
-        """By section, why it is not in force here; all of the mesh's ports where nothing is steered
-        to them. Nothing while that is being found out."""
+        """By section, why it is not in force here; all of the mesh's ports, and all policies, where
+        nothing is steered. Nothing while that is being found out."""
         if self.why_not is None or self.loading:
             return self.refused
         why = f"workloads are not steered here: {self.why_not}"
         return {
             **self.refused,
             **{port_key(address, MESH_HTTP_PORT): why for address in self._addresses},
+            **{key: why for key, one in self._enforced.items() if isinstance(one, PolicySection)},
         }
 
     def rule(self, number: int) -> str:

@@ -26,6 +26,8 @@
         headless: false           # true: no ClusterIP, the name leads to the pods' addresses
         sessionAffinity: None     # or ClientIP
         ports: [{name: http, port: 80, targetPort: http, protocol: TCP, appProtocol: http}]
+    namespaces:                   # those of pods and Services are there without being named here
+      - {name: shop, labels: {team: red}, annotations: {}}
     manifests: [routes.yaml, gateways]  # files and directories with further objects, relative to
                                   # lab.yaml: all nodes read them where they are, an edit takes
                                   # effect at once. Gateways listen on the nodes' addresses
@@ -87,6 +89,12 @@ class NamedConfig(Model, frozen=True, kw_only=True):
     name: Name
 
 
+class NamespaceConfig(Model, frozen=True, kw_only=True):
+    name: Name
+    labels: dict[str, str] = msgspec.field(default_factory=dict)
+    annotations: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class ContainerPort(Model, frozen=True, kw_only=True):
     name: str = ""
     port: s.PortNumber
@@ -146,6 +154,7 @@ class LabConfig(Model, frozen=True, kw_only=True):
     outside: tuple[NamedConfig, ...] = ()
     pods: tuple[PodConfig, ...] = ()
     services: tuple[ServiceConfig, ...] = ()
+    namespaces: tuple[NamespaceConfig, ...] = ()
     manifests: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     trust_domain: str = "cluster.local"
     svid_life: s.Duration = "1h"
@@ -202,6 +211,12 @@ def _broken(config: LabConfig) -> Iterator[FieldError]:
             for i, one in enumerate(config.services)
         ),
     )
+    yield from _twice(
+        "namespaces",
+        ((f"namespaces[{i}]", one.name) for i, one in enumerate(config.namespaces)),
+    )
+    for i, one in enumerate(config.namespaces):
+        yield from _labels(f"namespaces[{i}].labels", one.labels)
     nodes = [node.name for node in config.nodes]
     for i, pod in enumerate(config.pods):
         yield from _pod(f"pods[{i}]", pod, nodes)

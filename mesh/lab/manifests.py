@@ -7,11 +7,13 @@ its own, so that nobody has to write what another node knows. Pure.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
 
+from mesh.lab.config import NamespaceConfig
 from mesh.lab.plan import Plan, PodPlan, ServicePlan
 from mesh.lab.state import PodStatus
 
@@ -19,8 +21,15 @@ Object = dict[str, Any]
 _FAMILIES = ("IPv4", "IPv6")
 
 
+class _Dumper(yaml.CSafeDumper):
+    """Quotes these letters, which Kubernetes reads as booleans and PyYAML does not."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^[yYnN]$"), list("yYnN"))
+
+
 def to_yaml(objects: Iterable[Object]) -> bytes:
-    return yaml.dump_all(objects, Dumper=yaml.CSafeDumper, sort_keys=False).encode()
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False).encode()
 
 
 def nodes(plan: Plan) -> Iterator[Object]:
@@ -36,10 +45,15 @@ def nodes(plan: Plan) -> Iterator[Object]:
 
 def services(plan: Plan) -> Iterator[Object]:
     """Namespaces and Services."""
-    namespaces = {pod.namespace for pod in plan.pods} | {one.namespace for one in plan.services}
-    for namespace in sorted(namespaces):
-        labels = {"kubernetes.io/metadata.name": namespace}
-        metadata = {"name": namespace, "labels": labels}
+    used = {pod.namespace for pod in plan.pods} | {one.namespace for one in plan.services}
+    given = {one.name: one for one in plan.namespaces}
+    for name in sorted(used | given.keys()):
+        namespace = given.get(name, NamespaceConfig(name=name))
+        metadata = {
+            "name": name,
+            "labels": {**namespace.labels, "kubernetes.io/metadata.name": name},
+            "annotations": namespace.annotations,
+        }
         yield {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
     for service in plan.services:
         yield {
@@ -77,6 +91,7 @@ def pods(plan: Plan, node: str, statuses: Mapping[str, PodStatus]) -> Iterator[O
         metadata = {
             "name": pod.name,
             "namespace": pod.namespace,
+            "uid": f"{pod.container_id}.{status.start}",
             "labels": pod.labels,
             "annotations": pod.annotations,
         }

@@ -18,6 +18,7 @@ from mesh.lab.config import (
     NODE_PREFIXES,
     ContainerPort,
     LabConfig,
+    NamespaceConfig,
     PodConfig,
     Range,
     ServicePortConfig,
@@ -140,6 +141,7 @@ class Plan(Model, frozen=True, kw_only=True):
     outside: tuple[OutsidePlan, ...]
     pods: tuple[PodPlan, ...]
     services: tuple[ServicePlan, ...]
+    namespaces: tuple[NamespaceConfig, ...]
     manifests: tuple[str, ...]
     trust_domain: str
     svid_life: str
@@ -221,6 +223,7 @@ def make_plan(
             )
             for i, one in enumerate(config.services)
         ),
+        namespaces=config.namespaces,
         manifests=tuple(os.path.abspath(directory / path) for path in config.manifests),
         trust_domain=config.trust_domain,
         svid_life=config.svid_life,

@@ -155,7 +155,8 @@ class Supervisor:
             await self._until(lambda: pod.key not in self._processes, GRACE_S)
         # In a thread for pyroute2's sake; a thread is in the network namespace of its creator.
         await asyncio.to_thread(self._remove, pod)
-        self._status[pod.key] = PodStatus(key=pod.key, phase="Stopped")
+        start = self._status[pod.key].start
+        self._status[pod.key] = PodStatus(key=pod.key, phase="Stopped", start=start)
         self._publish()
 
     async def _start_again(self, pod: PodPlan) -> None:
@@ -163,7 +164,8 @@ class Supervisor:
         if self._status[pod.key].phase == "Running":
             raise LabError(f"{pod.key} is running: stop it first")
         await self._stop(pod)
-        self._status[pod.key] = PodStatus(key=pod.key, phase="Pending")
+        start = self._status[pod.key].start + 1
+        self._status[pod.key] = PodStatus(key=pod.key, phase="Pending", start=start)
         self._publish()
         try:
             await asyncio.to_thread(self._add, pod)
@@ -255,7 +257,10 @@ class Supervisor:
                 preexec_fn=enter,
             )
         self._processes[pod.key] = process
-        self._status[pod.key] = PodStatus(key=pod.key, phase="Running", pid=process.pid)
+        start = self._status[pod.key].start
+        self._status[pod.key] = PodStatus(
+            key=pod.key, phase="Running", pid=process.pid, start=start
+        )
         pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(pidfd, self._exited, pod.key, pidfd)
         self._set(pod.key)

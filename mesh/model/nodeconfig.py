@@ -123,7 +123,7 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     off the redirect path, as its annotation asks. `spiffe_id`: who it is to other nodes ("": nobody
     can vouch for it). `mtls` holds for ports that do not stand in `mtls_ports`. `meshed` False: the
     mesh leaves it alone (it has opted out), and only policies know it. `client_headers`: requests
-    tell it who their client is."""
+    tell it who their client is. `uid` tells it from another pod of the same name."""
 
     namespace: str
     name: str
@@ -139,6 +139,7 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     mtls_ports: dict[int, MtlsMode] = {}
     meshed: bool = True
     client_headers: bool = False
+    uid: str = ""
 
 
 class NodeSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="node"):

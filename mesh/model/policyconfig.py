@@ -78,7 +78,7 @@ class Direction(Part, frozen=True):
 
 class PolicySection(msgspec.Struct, frozen=True, omit_defaults=True, tag="policy"):
     """What is in force for one pod of this node; a pod without a section is not selected by any
-    policy."""
+    policy. That for pods that nobody has told of yet has no name, and "::" as address."""
 
     namespace: str
     pod: str

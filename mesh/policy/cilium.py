@@ -213,6 +213,11 @@ class _Reader:
             )
         if _authentication(rule) == "test-always-fail":
             self._problems.add(f"{where}.authentication.mode", "test-always-fail is not supported")
+        if isinstance(rule, c.IngressDenyRule) and "host" in (rule.from_entities or ()):
+            self._problems.add(
+                f"{where}.fromEntities",
+                "host cannot be denied: a pod's own node may always reach it",
+            )
         side = "from" if isinstance(rule, c.IngressRule | c.IngressDenyRule) else "to"
         if _denies(rule) and getattr(rule, f"{side}_requires"):
             self._problems.add(f"{where}.{side}Requires", "is not supported in a deny rule")

@@ -32,6 +32,9 @@ from mesh.policy.spec import PolicyKey, PortSpec, RuleSpec, Selector, Side, Spec
 _OWN_NODE = PolicyRule("(a pod's own node is always allowed)", frozenset({Reserved.HOST}))
 
 
+_UNKNOWN = "(a pod that is not known yet is denied what some policy denies by default)"
+
+
 class NamedPort(NamedTuple):
     """A name among the ports of a pod's containers, in lower case."""
 
@@ -200,6 +203,35 @@ def pod_policies(view: View, key: ObjectKey) -> PolicySection | None:
         addresses=workload.addresses,
         ingress=ingress,
         egress=_direction([(one, one.egress) for one in specs], all_audited, names),
+    )
+
+
+def closing(key: SpecKey, spec: ResolvedSpec) -> Iterator[str]:
+    """What a spec denies by default (for an index): directions, and "" for either."""
+    if not spec.audit:
+        sides = {"ingress": spec.ingress, "egress": spec.egress}
+        found = [name for name, side in sides.items() if side.default_deny]
+        yield from (*found, *([""] if found else ()))
+
+
+def unknown(view: View, key: str) -> PolicySection | None:
+    """For pods that nobody has told of yet, at the address that none has: as long as some pods are
+    denied by default, so are these."""
+    if key:
+        return None
+
+    def side(name: str, *rules: PolicyRule) -> Direction:
+        if not view.bucket("closing", name):
+            return Direction()
+        return Direction(default_deny=True, selected_by=(_UNKNOWN,), rules=rules)
+
+    return PolicySection(
+        namespace="",
+        pod="",
+        identity=int(Reserved.INIT),
+        addresses=("::",),
+        ingress=side("ingress", _OWN_NODE),
+        egress=side("egress"),
     )
 
 

@@ -22,6 +22,7 @@ from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey
 SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "cidr_sections": cidr_key,
     "pod_policies": lambda key: policy_key(*key),
+    "unknown_pods": lambda key: policy_key("", ""),
 }
 
 
@@ -51,6 +52,7 @@ def rules(mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
         Rule("resolved", "spec_keys", sections.resolved(everything_audited)),
         Rule("judged", "spec_keys", judged.judged),
         Rule("pod_policies", "workloads", sections.pod_policies),
+        Rule("unknown_pods", "closing", sections.unknown),
         Rule("network_policy_problems", "Policy", audit.problems),
         Rule("network_policy_status", "rulebooks", status.status(mesh)),
     )
@@ -72,6 +74,7 @@ INDEXES = (
     Index("slices_by_service", "EndpointSlice", peers.slice_of),
     Index("pods_of_identity", "workloads", sections.identity_of),
     Index("refused_policies", "refusals", status.refused_sections),
+    Index("closing", "resolved", sections.closing),
     Index("judged_at", "judged", judged.places),
     Index("specs_on", "subjects", sections.subject_identities),
     Index("demands_on", "demands", lambda key, demand: demand.whom),
