@@ -206,9 +206,11 @@ def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_
         os.kill(worker, signal.SIGSTOP)
         try:
             # One that never answers must not hold up the others.
-            weft.await_line("not all workers have taken the data path's descriptors")
-            assert not any("are steered" in line for line in weft.said)
-            weft.await_line("are steered")
+            steps = "not all workers have taken the data path's descriptors", "are steered"
+            for step in steps:
+                weft.await_line(step)
+            said = [step for line in weft.said for step in steps if step in line]
+            assert said == list(steps)
         finally:
             os.kill(worker, signal.SIGCONT)
 
