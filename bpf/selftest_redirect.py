@@ -23,6 +23,7 @@ from bpf.attach import open_program
 from bpf.balancer import Balancer
 from bpf.layout import Exchange, Number, Target
 from bpf.proxy import Offer, Origin, ProxyHandles, descriptors
+from bpf.reasons import Reason
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -139,9 +140,12 @@ def _redirect(world: _World, version: str) -> str:
     with contextlib.closing(world.taken(version)) as pair:
         if not pair.origin.enrolled:
             return "the sockets were not enrolled"
+        before = maps.counters(world.pin)[Reason.REDIRECTED]
         pair.proxy.sendall(_MANY)
         if _received(pair.workload, len(_MANY)) != _MANY:
             return "other bytes arrived than were sent"
+        if maps.counters(world.pin)[Reason.REDIRECTED] == before:
+            return "the bytes came by TCP"
         pair.workload.sendall(_MANY[:1000])
         return "" if _received(pair.proxy, 1000) == _MANY[:1000] else "and other bytes came back"
 
