@@ -32,7 +32,7 @@ def load(directory: Path) -> None:
 
     made = objects()
     adopted = {name: _adopt(directory, name, info) for name, info in made.maps.items()}
-    maps = {name: adopted[name] or _create(name, info) for name, info in made.maps.items()}
+    maps = {name: adopted[name] or create(name, info) for name, info in made.maps.items()}
     # All programs are accepted before anything is pinned.
     programs = {
         name: _program(name, program.instructions(maps)) for name, program in made.programs.items()
@@ -46,7 +46,8 @@ def load(directory: Path) -> None:
         _pin(pins.replace, fd, pins.program_path(directory, name))
 
 
-def _create(name: str, info: syscall.MapInfo) -> int:
+def create(name: str, info: syscall.MapInfo) -> int:
+    """A map of the programs', as it was declared. DatapathError."""
     try:
         inner = syscall.create_map(name, INNER[name]) if name in INNER else None
         try:

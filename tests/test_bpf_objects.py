@@ -9,8 +9,9 @@ import msgspec
 import pytest
 from bpf_world import needs_bpf
 
+from bpf.loader import create
 from bpf.objects import Objects, objects
-from bpf.syscall import create_map, map_info
+from bpf.syscall import map_info
 
 pytestmark = needs_bpf
 
@@ -63,6 +64,6 @@ def test_what_cannot_be_read_is_compiled_anew(cache: Path, compiled: tuple[str, 
 def test_maps_are_made_as_they_were_declared(compiled: tuple[str, bytes]) -> None:
     made = msgspec.msgpack.decode(compiled[1], type=Objects)
     for name, info in made.maps.items():
-        fd = create_map(name, info)
+        fd = create(name, info)
         assert map_info(fd) == info, name
         os.close(fd)
