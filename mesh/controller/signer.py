@@ -94,6 +94,12 @@ class Signer:
                         # Gone, or changed: it comes again as it is now.
                         self._open.pop(name, None)
                         continue
+                    if error.status in (400, 422):
+                        # As of a request that somebody has approved whom this must not: others go
+                        # on.
+                        _log.warning("request %s: %s; it is left as it is", name, error)
+                        self._open.pop(name, None)
+                        continue
                     _log.warning("request %s: %s; trying again", name, error)
                     self._wake.set()
                     await backoff.wait(error.retry_after_s)
