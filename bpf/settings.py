@@ -73,8 +73,9 @@ class Generation:
         self.now = number
 
 
-# What says who is behind addresses; the later ones stand above the earlier ones.
-_ABOUT = (CidrSection, NodeSection, WorkloadSection)
+# What says who is behind addresses; the later ones stand above the earlier ones. A range that is a
+# node's own address is there for the API server's identity only (mesh.policy.sections).
+_ABOUT = (NodeSection, CidrSection, WorkloadSection)
 IdentitySection: TypeAlias = CidrSection | NodeSection | WorkloadSection
 
 # "::/0" is not about IPv4, though that is mapped; what a pod reaches on its link is the node.

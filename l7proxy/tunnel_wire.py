@@ -9,7 +9,7 @@ ALPN carries the version too. Knows bytes only; what they mean is judged elsewhe
 from __future__ import annotations
 
 import struct
-from typing import Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -34,7 +34,7 @@ class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
 
     source: str
     address: str
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
     kind: Kind = "tcp"
     gateway: bool = False
     port_of_source: int = 0

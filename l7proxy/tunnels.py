@@ -176,12 +176,13 @@ class Tunnels:
                 pair.destination,
                 pair.node,
                 peer.chain,
+                source.told,
             )
         )
 
     def hear(self, proof: Proof) -> None:
         """Another worker was shown it."""
-        source = Source(proof.source, proof.source_id, proof.gateway)
+        source = Source(proof.source, proof.source_id, proof.gateway, proof.told)
         pair = Pair(source, proof.destination_id, proof.node)
         if pair in self._by_key:
             try:

@@ -187,6 +187,7 @@ def test_pods_are_as_an_api_server_has_them() -> None:
         "metadata": {
             "name": "web",
             "namespace": "shop",
+            "uid": "t.shop.web.0",
             "labels": {"tier": "front"},
             "annotations": {"weft.dev/sockmap": "disabled"},
         },

@@ -166,6 +166,14 @@ def test_a_refused_policy_with_deny_rules_denies_whatever_others_allow() -> None
     assert [(rule.peers, rule.ports) for rule in denies] == [(None, ())]
 
 
+def test_a_refused_policy_that_requires_authentication_denies_whatever_others_allow() -> None:
+    rule = "ingress: [{fromEntities: [all], authentication: {mode: required}}, {fromNodes: [{}]}]"
+    allows = cnp(f"{ALL}ingress: [{{fromEntities: [all]}}]}}", "other")
+    w = world(POD, cnp(f"{ALL}{rule}}}"), allows)
+    denies = [rule for rule in of(w).ingress.rules if rule.deny]
+    assert [(rule.peers, rule.ports) for rule in denies] == [(None, ())]
+
+
 def test_one_bad_policy_affects_nothing_else() -> None:
     good = cnp(f"{ALL}ingress: [{{fromEntities: [world]}}]}}", "good")
     alone = world(pod("q", "10.0.0.2", namespace="n"), POD.replace("app: a", "app: b"), good)

@@ -309,6 +309,18 @@ async def test_half_written_files_wait_for_their_writer(root):
         assert values(await following()) == {"a1": "2", "a2": "2"}
 
 
+def test_a_first_reading_is_whole_once_nothing_is_being_written(root):
+    manifests = Manifests(root, settled=True)
+    (root / "b.yaml").write_text(config_map("b"))
+    with open(root / "a.yaml", "w") as half:
+        half.write(config_map("a"))
+        half.flush()
+        update = manifests.scan()
+        assert (values(update), update.complete) == ({"b": "1"}, False)
+    update = manifests.read(["a.yaml"])
+    assert (values(update), update.complete) == ({"a": "1"}, True)
+
+
 async def test_a_writer_that_never_closes_is_not_waited_for_for_ever(root):
     async with watching(root) as (_, following):
         with open(root / "a.yaml", "w") as kept:

@@ -85,8 +85,9 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 class Proof(msgspec.Struct, frozen=True, tag="proof"):
     """Worker to agent, and agent to the node's other workers: the two ends of tunnels have proved
     to the first who they are once more (l7proxy.tunnels). `source` ("<ns>/<name>" of a pod, or of a
-    Gateway) is `source_id`, with this certificate chain (leaf first, DER), through the proxy at
-    `node` (an address); `destination_id` is what it has tunnels to here."""
+    Gateway, which says for whom: `told`) is `source_id`, with this certificate chain (leaf first,
+    DER), through the proxy at `node` (an address); `destination_id` is what it has tunnels to
+    here."""
 
     source: str
     gateway: bool
@@ -94,6 +95,7 @@ class Proof(msgspec.Struct, frozen=True, tag="proof"):
     destination_id: str
     node: str
     chain: tuple[bytes, ...]
+    told: str = ""
 
 
 Frame: TypeAlias = Delta | Ack | Flows | Proof

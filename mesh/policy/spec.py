@@ -138,10 +138,11 @@ KINDS = ("NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy
 
 def refused(specs: tuple[Spec, ...], problems: tuple[str, ...]) -> Rulebook:
     """The rulebook of a policy that is not enforced: it fails closed. Refusing by default does, but
-    where a rule could have stood above other policies' everything is denied."""
+    where a rule could have stood above other policies', or have made a port STRICT, everything is
+    denied."""
 
     def close(side: Side) -> Side:
-        strict = side.requires or any(rule.deny for rule in side.rules)
+        strict = side.requires or any(rule.deny or rule.authenticated for rule in side.rules)
         rules = (RuleSpec("refused, so it denies", deny=True),) if strict else ()
         return Side(side.default_deny, rules)
 

@@ -68,13 +68,13 @@ class Manifests:
         self._problems: dict[str, tuple[Problem, ...]] = {}
         self._duplicates: dict[ObjectId, tuple[Problem, ...]] = {}
         self._version = 0
-        self._complete = False
+        self._walked = self._complete = False
 
     def scan(self) -> SourceUpdate:
         """Walk the whole tree and read every file."""
         found = tree.walk(self.root)
         self.unreadable = frozenset(found.unreadable)
-        self._complete = self._complete or "." not in found.unreadable
+        self._walked = self._walked or "." not in found.unreadable
         # What cannot be looked into has not changed, as far as anybody knows.
         hidden = tuple(
             "" if directory == "." else directory + "/" for directory in found.unreadable
@@ -143,6 +143,8 @@ class Manifests:
         changes: dict[str, dict[ObjectKey, Object | None]] = {}
         for ident in touched:
             self._elect(ident, changes)
+        # What is being written at the first reading may have been in force before.
+        self._complete = self._complete or (self._walked and not self.unsettled)
         return SourceUpdate(changes, self._all_problems(), self._complete)
 
     def _read_file(self, path: str, *, alone: bool) -> set[ObjectId]:
