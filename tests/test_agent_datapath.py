@@ -6,6 +6,7 @@ The workload has a network namespace of its own, so that nothing leaves it where
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from bpf_world import needs_bpf, new_actor, new_cgroup, pin_directory
 from lab_world import until
-from support.running import PROJECT, running, service
+from support.running import PROJECT, free_port, gateway, running, service
 
 from bpf import layout, pins, syscall
 from bpf.attach import adopt, is_member, opened
@@ -224,6 +225,34 @@ def test_what_cannot_be_steered_is_said_and_the_gateway_goes_on(tmp_path):
         weft.await_line("not a cgroup v2 directory")
         status = weft.await_status(lambda status: status["ready"])
         assert any("not a cgroup v2 directory" in text for text in status["degraded"])
+
+
+_ELSEWHERE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: r, namespace: default}
+spec:
+  parentRefs: [{name: gw}]
+  rules: [{filters: [{type: RequestRedirect, requestRedirect: {hostname: there.example}}]}]
+"""
+
+
+def test_without_bpf_rights_the_gateway_runs_and_says_so(tmp_path, world):
+    manifests, _, arguments = world
+    port = free_port()
+    (manifests / "gateway.yaml").write_text(f"{gateway(port)}\n---\n{_ELSEWHERE}")
+    through = ("setpriv", "--bounding-set=-sys_admin,-bpf,-perfmon,-net_admin")
+    options = (*arguments, "--bind-address=127.0.0.1")
+    with running(tmp_path / "run", *options, stub=False, through=through) as weft:
+        status = weft.await_status(lambda status: status["ready"] and status["degraded"])
+        assert any("not steered" in text for text in status["degraded"])
+        assert not status["steered"]
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        location = f"http://there.example:{port}/"
+        assert (answer.status, answer.headers["location"]) == (302, location)
+        connection.close()
 
 
 _MESH_ROUTE = """

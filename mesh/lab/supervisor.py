@@ -167,12 +167,7 @@ class Supervisor:
         start = self._status[pod.key].start + 1
         self._status[pod.key] = PodStatus(key=pod.key, phase="Pending", start=start)
         self._publish()
-        try:
-            await asyncio.to_thread(self._add, pod)
-            self._start(pod)
-        except (cni.CniError, OSError, subprocess.SubprocessError) as error:
-            self._set(pod.key, phase="Failed", message=str(error))
-            raise
+        await self._add_and_start(pod)
         await self._until(lambda: self._status[pod.key].settled, START_S)
         self._publish()
 
@@ -182,6 +177,9 @@ class Supervisor:
         self._pods[pod.key] = pod
         self._status[pod.key] = PodStatus(key=pod.key, phase="Pending")
         self._remember()
+        await self._add_and_start(pod)
+
+    async def _add_and_start(self, pod: PodPlan) -> None:
         try:
             await asyncio.to_thread(self._add, pod)
             self._start(pod)

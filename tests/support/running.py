@@ -31,10 +31,11 @@ def free_port(address="127.0.0.1"):
 class Running:
     """`said` is what the supervisor and its children have said so far."""
 
-    def __init__(self, run_dir, *arguments, env=None, stub=True):
+    def __init__(self, run_dir, *arguments, env=None, stub=True, through=()):
         self.run_dir = RunDir(run_dir)
         worker = ["--worker-module=tests.support.stub_worker"] if stub else []
-        command = [sys.executable, "-m", "mesh.agent.supervisor", f"--run-dir={run_dir}"]
+        command = [*through, sys.executable, "-m", "mesh.agent.supervisor"]
+        command += [f"--run-dir={run_dir}"]
         self.process = subprocess.Popen(
             [*command, *worker, *arguments],
             stderr=subprocess.PIPE,
