@@ -20,20 +20,22 @@ from bpf import layout
 from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Rules, Target
 from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
-from mesh.model.nodeconfig import SvidSection, WorkloadSection
+from mesh.model.nodeconfig import SvidSection, TrustBundleSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
 # Of one pod, so that one huge policy does not take the room of all others.
 MAX_ENTRIES = layout.POLICIES // 4
 
-PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
+PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection | TrustBundleSection
 
 _DENIED = layout.POD_POLICED | layout.POD_DEFAULT_DENY
 _ALL_DENIED = _DENIED | _DENIED << layout.POD_INGRESS_SHIFT
 # The set that has no rules.
 _NO_RULES = 0
 _NOTHING = Rules(_NO_RULES, 0)
+# Under it stands what is in force for pods that nobody has told of yet.
+_NOWHERE = Address.of("::")
 
 
 class _Refused(Exception):
@@ -78,6 +80,7 @@ class Pods:
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
         self._held: dict[SectionKey, str] = {}  # the SPIFFE IDs of SVIDs
+        self._bundles: set[SectionKey] = set()
         self._sets: dict[tuple[Direction, Direction], int] = {}
         self._written: dict[int, _Set] = {}
         self._uses: Counter[int] = Counter()
@@ -103,7 +106,7 @@ class Pods:
         self, sections: Mapping[SectionKey, PodSection], since: int
     ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
-        known = self._mtls.keys() | self._policy.keys() | self._held.keys()
+        known = self._mtls.keys() | self._policy.keys() | self._held.keys() | self._bundles
         refused = self._change(sections, known - sections.keys(), since, set(self._in_force))
         self._left += self._adopted
         self._adopted = []
@@ -131,14 +134,17 @@ class Pods:
         refused: dict[SectionKey, str] = {}
         ports: list[Target] = []
         former: list[_Mtls | _Policy | None] = []
-        proven = set(self._held.values())
+        proven, trusted = set(self._held.values()), bool(self._bundles)
         for key in (*remove, *put):
             former += self._mtls.pop(key, None), self._policy.pop(key, None)
             self._held.pop(key, None)
+            self._bundles.discard(key)
         for key, section in put.items():
             try:
                 if isinstance(section, SvidSection):
                     self._held[key] = section.spiffe_id
+                elif isinstance(section, TrustBundleSection):
+                    self._bundles.add(key)
                 elif isinstance(section, PolicySection):
                     self._put_policy(key, section)
                 elif section.local:
@@ -158,6 +164,8 @@ class Pods:
         if changed := proven.symmetric_difference(self._held.values()):
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
+        if trusted != bool(self._bundles):
+            touched.add(_NOWHERE)
         self._settle(touched, since)
         for port in set(ports) - self._wanted_ports() if ports else ():
             self._ports.remove(port)
@@ -261,6 +269,9 @@ class Pods:
             number, flags = (policy.number, policy.flags) if policy else _NOTHING
             if mode is not None:
                 flags |= mode.flags | (layout.POD_PROVEN if mode.spiffe_id in held else 0)
+            # Where there are identities, who is not known yet may be STRICT.
+            if address == _NOWHERE and self._bundles:
+                flags |= layout.POD_STRICT
             rules = Rules(number, flags)
             before = self._in_force.pop(address, _NOTHING)
             if rules != before:

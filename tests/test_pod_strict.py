@@ -10,7 +10,7 @@ from bpf_world import needs_bpf
 from pod_policies import KNOWN, SPIFFE, SVIDS
 from pod_world import NODE, OUT, A, B, PodWorld, arrived, pod_world
 
-from mesh.model.nodeconfig import SvidSection
+from mesh.model.nodeconfig import SvidSection, TrustBundleSection
 
 pytestmark = needs_bpf
 
@@ -47,6 +47,23 @@ def test_who_reaches_a_strict_port(world: PodWorld, version: int) -> None:
         assert world.attempt("b", server) == ANSWERED
     world.enforce(sections(mtls="PERMISSIVE"))
     with world.listen("b", B[version]) as server:
+        assert world.attempt("out", server) == ANSWERED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_pod_that_nobody_has_told_of_may_be_strict(world: PodWorld, version: int) -> None:
+    """Where there are identities, even if all have expired: with the agent away for long."""
+    known = {key: one for key, one in KNOWN.items() if key != "workload/shop/b"}
+    world.enforce({**known, **SVIDS, "bundle/x": TrustBundleSection("x", "")})
+    with world.listen("b", B[version]) as server:
+        for where in ("out", "a"):
+            assert world.attempt(where, server) == REFUSED
+        assert world.attempt("node", server) == ANSWERED
+        assert world.enforcement.apply({}, SVIDS) == {}
+        assert world.attempt("out", server) == REFUSED
+        assert world.enforcement.apply({"workload/shop/b": KNOWN["workload/shop/b"]}) == {}
+        assert world.attempt("out", server) == ANSWERED
+        world.enforce(known)
         assert world.attempt("out", server) == ANSWERED
 
 
