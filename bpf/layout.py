@@ -509,10 +509,11 @@ FRONTEND_HTTP, FRONTEND_SOCKMAP = 1, 2
 # A backend is reached through the relay of this node's proxy.
 BACKEND_REMOTE = 1
 # The proxy sends to workloads of this node by redirect.
-CONFIG_SOCKMAP = 1
+# Also: nothing goes plainly to a pod of another node that takes mutual TLS.
+CONFIG_SOCKMAP, CONFIG_MTLS = 1, 2
 # An address whose sockets are never enrolled; of a meshed pod of another node; of a pod that is not
-# in the mesh.
-IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART = 1, 2, 4
+# in the mesh; of one of another node that takes mutual TLS, at some port at least.
+IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART, IDENTITY_MTLS = 1, 2, 4, 8
 # Of a connection between proxy and workload: to be enrolled if both ends can be; enrolled.
 STATE_WANTED, STATE_ENROLLED = 1, 2
 
@@ -588,9 +589,11 @@ _CONSTANTS = (
     "FRONTEND_SOCKMAP",
     "BACKEND_REMOTE",
     "CONFIG_SOCKMAP",
+    "CONFIG_MTLS",
     "IDENTITY_PLAIN",
     "IDENTITY_FAR",
     "IDENTITY_APART",
+    "IDENTITY_MTLS",
     "IDENTITY_HOST",
     "IDENTITY_WORLD",
     "IDENTITY_INIT",

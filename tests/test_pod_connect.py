@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
@@ -16,7 +17,12 @@ from bpf.events import SocketEvent
 from bpf.layout import Target
 from bpf.reasons import Reason
 from bpf.ringbuf import RingBuffer
-from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend, LoadBalancerEntry
+from mesh.model.nodeconfig import (
+    MESH_HTTP_PORT,
+    EntryBackend,
+    LoadBalancerEntry,
+    WorkloadSection,
+)
 from mesh.model.policyconfig import Direction, PolicyRule
 
 pytestmark = needs_bpf
@@ -185,6 +191,48 @@ def test_a_backend_that_policy_lets_be_reached_is_found(
         out.setblocking(False)
         with pytest.raises(BlockingIOError):
             out.accept()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_goes_plainly_because_the_relay_does_not_listen(
+    world: PodWorld, balancer: Balancer, version: int
+) -> None:
+    """To a pod of another node; what is plain by rule is so without a relay."""
+    far = WorkloadSection(
+        "shop", "far", (OUT[version],), node="n2", spiffe_id="spiffe://cluster.local/ns/x/sa/far"
+    )
+    disabled = msgspec.structs.replace(far, mtls="DISABLE")
+    strict = msgspec.structs.replace(disabled, mtls_ports={7030: "STRICT"}, spiffe_id="")
+    apart = msgspec.structs.replace(KNOWN["workload/shop/b"], meshed=False)
+    required = ("EPERM", {"MTLS_REQUIRED": 1})
+    with world.listen("out", OUT[version]) as server:
+        port = server.getsockname()[1]
+        backend = EntryBackend(OUT[version], port, remote=True)
+        entry = LoadBalancerEntry(SERVICE[version], 80, "TCP", (backend,), "Service/shop/x")
+        assert balancer.apply({"entry": entry}) == {}
+        settings.steer_to_proxy(world.pin, [], sockmap=False, mtls=True)
+        try:
+            for pod, outcome in (
+                ({"workload/shop/far": far}, required),
+                ({"workload/shop/far": strict}, required),
+                ({"workload/shop/far": disabled}, ANSWERED),
+                ({"workload/shop/far": far, "workload/shop/b": apart}, ANSWERED),
+                ({}, ANSWERED),
+            ):
+                world.enforce({**KNOWN, **pod})
+                assert world.attempt("b", server) == outcome, pod
+                if outcome == required:
+                    with pytest.raises(PermissionError):
+                        world.connect_to("b", SERVICE[version], 80)
+                else:
+                    world.connect_to("b", SERVICE[version], 80).close()
+                    server.accept()[0].close()
+            # Nobody gives the node identities.
+            settings.steer_to_proxy(world.pin, [], sockmap=False)
+            world.enforce({**KNOWN, "workload/shop/far": far})
+            assert world.attempt("b", server) == ANSWERED
+        finally:
+            settings.steer_to_proxy(world.pin, [], sockmap=False)
 
 
 def test_what_goes_to_the_proxy_is_judged_there(world: PodWorld, balancer: Balancer) -> None:
