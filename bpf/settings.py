@@ -12,9 +12,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from bpf import layout
-from bpf.layout import Config, Identity, Number, Prefix, Target, Who
+from bpf import constants, layout
 from bpf.maps import PinnedMap
+from bpf.structs import Config, Identity, Number, Prefix, Target, Who
 from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, NodeSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection
@@ -38,6 +38,8 @@ def steer_to_proxy(
         address = by_place.get((version, port))
         return layout.TARGET.pack(Target.of(address, port, "TCP")) if address else _NOWHERE
 
+    flags = constants.CONFIG_SOCKMAP if sockmap else 0
+    flags |= constants.CONFIG_MTLS if mtls else 0
     config = PinnedMap(directory, "config", Number, Config)
     try:
         config.put(
@@ -47,7 +49,7 @@ def steer_to_proxy(
                 at(6, MESH_HTTP_PORT),
                 at(4, MESH_RELAY_PORT),
                 at(6, MESH_RELAY_PORT),
-                (layout.CONFIG_SOCKMAP if sockmap else 0) | (layout.CONFIG_MTLS if mtls else 0),
+                flags,
             ),
         )
     finally:
@@ -168,17 +170,17 @@ class Identities:
         if isinstance(section, NodeSection):
             own = section.name == self._node
             number: int = Reserved.HOST if own else Reserved.REMOTE_NODE
-            return Who(number, layout.IDENTITY_PLAIN)
+            return Who(number, constants.IDENTITY_PLAIN)
         if isinstance(section, CidrSection):
-            return Who(section.identity, layout.IDENTITY_PLAIN)
-        flags = 0 if section.sockmap else layout.IDENTITY_PLAIN
+            return Who(section.identity, constants.IDENTITY_PLAIN)
+        flags = 0 if section.sockmap else constants.IDENTITY_PLAIN
         if not section.meshed:
-            flags |= layout.IDENTITY_APART
+            flags |= constants.IDENTITY_APART
         elif section.node and not section.local:
-            flags |= layout.IDENTITY_FAR
+            flags |= constants.IDENTITY_FAR
             modes = {section.mtls, *section.mtls_ports.values()}
             if "STRICT" in modes or (section.spiffe_id and "PERMISSIVE" in modes):
-                flags |= layout.IDENTITY_MTLS
+                flags |= constants.IDENTITY_MTLS
         return Who(section.identity, flags)
 
     def _claim(
