@@ -69,7 +69,7 @@ FLOW_TCP_S, FLOW_S = 86_400, 120
 # is older), in seconds.
 FRAGMENTS = 1 << 12
 FRAGMENT_S = 30
-# Refusals of packets that are told of in one second, on each CPU.
+# Packets that are told of in one second, on each CPU: that were refused; that were not.
 TOLD_MAX = 500
 # Pairs, and what went past the proxy by them. A response that does is no longer than this, and its
 # client has read all before: so that all pairs' hold no more than 512 MiB.

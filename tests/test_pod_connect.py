@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 
 import msgspec
@@ -106,6 +107,35 @@ def test_a_refusal_is_told_with_its_rule(world: PodWorld, version: int) -> None:
     assert event.asked == event.peer == Target.of(OUT[version], port, "TCP")
     assert event.source == Target.of(B[version], 0, "TCP")
     assert world.enforcement.source(event.rule) == rule.source
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_comes_plainly_from_elsewhere_is_told_once(world: PodWorld, version: int) -> None:
+    world.enforce({**KNOWN, **SVIDS})
+    port = 7050
+    with world.listen("a", A[version], port) as server, told(world) as found:
+        with world.connection("out", server) as (client, accepted):
+            for one in (client, accepted):
+                one.sendall(b"more")
+            source = Target.of(*client.getsockname()[:2], "TCP")
+            # Judged anew, but no news.
+            world.enforce(KNOWN)
+            client.sendall(b"more")
+            assert accepted.recv(8, socket.MSG_WAITALL) == b"moremore"
+        assert world.attempt("node", server) == ANSWERED
+        assert world.attempt("b", server) == ANSWERED
+    [event] = [one for one in found if one.reason == Reason.PLAIN]
+    assert (event.source, event.peer) == (source, Target.of(A[version], port, "TCP"))
+    with world.udp("a", A[version], port) as a, world.udp("out", OUT[version], port) as out:
+        with told(world) as found:
+            world.pass_on(out, a, b"datagram")
+            world.pass_on(out, a, b"datagram")
+    assert [one.peer.protocol for one in found if one.reason == Reason.PLAIN] == [17]
+    # An answer is none.
+    with world.udp("a", A[version]) as a, world.udp("out", OUT[version]) as out:
+        with told(world) as found:
+            world.pass_on(a, out, b"datagram")
+    assert not [one for one in found if one.reason == Reason.PLAIN]
 
 
 def test_what_is_audited_is_told_once_and_passes(world: PodWorld) -> None:

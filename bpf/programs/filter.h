@@ -129,6 +129,17 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 	return reason;
 }
 
+/* Whether a packet opens a connection, or something like it, that nothing is known of yet. */
+static __always_inline int is_news(const struct packet *packet, const struct flow *flow)
+{
+	u8 protocol = packet->tuple.opener.protocol;
+
+	if (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6 ||
+	    packet->flags & (PACKET_OPENS_NOTHING | PACKET_UNREADABLE))
+		return 0;
+	return !flow || (packet->flags & PACKET_SYN && (flow->flags & FLOW_ENDED) == FLOW_ENDED);
+}
+
 /* Why a packet is refused as part of its flow, by what is in force in a generation; 0: it is not. */
 static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet *packet,
 				      u32 direction, u32 from, u64 generation)
@@ -136,7 +147,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 	struct flow_key key = {};
 	struct flow fresh = {}, *flow;
 	u64 now = bpf_ktime_get_ns();
-	u32 rule = 0, reason;
+	u32 rule = 0, reason, said;
 	u16 port = packet->port;
 	struct tuple inner;
 	int answers = 0;
@@ -166,12 +177,15 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		fresh.flags = from;
 	}
 	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule);
-	if (reason) {
-		count(reason);
-		report_packet(&key.tuple, reason, rule);
-		if (reason == REASON_POLICY_AUDIT)
-			reason = 0;
+	said = reason;
+	if (!said && direction == INGRESS && !fresh.flags && is_news(packet, flow))
+		said = REASON_PLAIN;
+	if (said) {
+		count(said);
+		report_packet(&key.tuple, said, rule);
 	}
+	if (reason == REASON_POLICY_AUDIT)
+		reason = 0;
 	fresh.refused = reason;
 	if (flow && !(packet->flags & PACKET_SYN)) {
 		flow->refused = reason;
