@@ -143,7 +143,16 @@ IDENTITY = Layout(
 )
 PREFIX = Layout("prefix", "=", {"bits": "I", "address": "16s"})
 POD = Layout(
-    "pod", "=", {"since": "Q", "policy": "I", "flags": "I", "old_policy": "I", "old_flags": "I"}
+    "pod",
+    "=",
+    {
+        "since": "Q",
+        "proven_until": "Q",
+        "policy": "I",
+        "flags": "I",
+        "old_policy": "I",
+        "old_flags": "I",
+    },
 )
 POLICY_KEY = Layout(
     "policy_key",
@@ -159,7 +168,11 @@ POLICY_KEY = Layout(
 )
 POLICY = Layout("policy", "=", {"flags": "I", "rule": "I"})
 FLOW_KEY = Layout("flow_key", "=", {"tuple": "40s", "direction": "I"})
-FLOW = Layout("flow", "=", {"seen_ns": "Q", "generation": "Q", "flags": "I", "refused": "I"})
+FLOW = Layout(
+    "flow",
+    "=",
+    {"seen_ns": "Q", "generation": "Q", "until": "Q", "flags": "I", "refused": "I"},
+)
 FRAGMENT = Layout(
     "fragment",
     "=",

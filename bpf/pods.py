@@ -10,6 +10,7 @@ without us.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain, count
@@ -51,6 +52,13 @@ class _Mtls(NamedTuple):
     spiffe_id: str
 
 
+class _Held(NamedTuple):
+    """An SVID, and when it ends by CLOCK_MONOTONIC, in ns."""
+
+    spiffe_id: str
+    until: int
+
+
 class _Policy(NamedTuple):
     """The number of a set of rules, and a pod's flags."""
 
@@ -79,7 +87,7 @@ class Pods:
         self._gone: set[Address] = set()
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
-        self._held: dict[SectionKey, str] = {}  # the SPIFFE IDs of SVIDs
+        self._held: dict[SectionKey, _Held] = {}
         self._bundles: set[SectionKey] = set()
         self._sets: dict[tuple[Direction, Direction], int] = {}
         self._written: dict[int, _Set] = {}
@@ -142,7 +150,7 @@ class Pods:
         for key, section in put.items():
             try:
                 if isinstance(section, SvidSection):
-                    self._held[key] = section.spiffe_id
+                    self._held[key] = _held(section)
                 elif isinstance(section, TrustBundleSection):
                     self._bundles.add(key)
                 elif isinstance(section, PolicySection):
@@ -161,7 +169,7 @@ class Pods:
                 self._leave(one)
             elif one is not None:
                 ports += one.ports
-        if changed := proven.symmetric_difference(self._held.values()):
+        if changed := {one.spiffe_id for one in proven.symmetric_difference(self._held.values())}:
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
         if trusted != bool(self._bundles):
@@ -263,23 +271,31 @@ class Pods:
         later one's."""
         modes = {address: one for one in self._mtls.values() for address in one.addresses}
         policies = {address: one for one in self._policy.values() for address in one.addresses}
-        held = set(self._held.values())
+        held = {one.spiffe_id: one.until for one in self._held.values()}
         for address in touched:
             mode, policy = modes.get(address), policies.get(address)
-            number, flags = (policy.number, policy.flags) if policy else _NOTHING
+            number, flags = (policy.number, policy.flags) if policy else (_NO_RULES, 0)
+            until = held.get(mode.spiffe_id, 0) if mode is not None else 0
             if mode is not None:
-                flags |= mode.flags | (constants.POD_PROVEN if mode.spiffe_id in held else 0)
+                flags |= mode.flags | (constants.POD_PROVEN if until else 0)
             # Where there are identities, who is not known yet may be STRICT.
             if address == _NOWHERE and self._bundles:
                 flags |= constants.POD_STRICT
-            rules = Rules(number, flags)
+            rules = Rules(number, flags, until)
             before = self._in_force.pop(address, _NOTHING)
             if rules != before:
-                self._pods.put(address, Pod(since, *rules, *before))
+                proven = until or before.proven_until
+                pod = Pod(since, proven, number, flags, before.policy, before.flags)
+                self._pods.put(address, pod)
             if rules.flags:
                 self._in_force[address] = rules
             elif before.flags:
                 self._gone.add(address)
+
+
+def _held(svid: SvidSection) -> _Held:
+    left = svid.not_after * 10**9 - time.time_ns()
+    return _Held(svid.spiffe_id, max(1, time.monotonic_ns() + left))
 
 
 def _source(direction: Direction, rule: int) -> str:

@@ -440,7 +440,7 @@ def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are_policies
         interfaces = maps.PinnedMap(world.pin, "interfaces", Address, Number)
         with contextlib.closing(pods), contextlib.closing(interfaces):
             interfaces.put(Address.of(NODE), Number(1))
-            pods.put(Address.of("::"), Pod(0, 0, 3, 0, 0))
+            pods.put(Address.of("::"), Pod(0, 0, 0, 3, 0, 0))
             for told in (True, None):
                 world.know(told)
                 client = world.connect(VIP, 80)

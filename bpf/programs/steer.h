@@ -70,11 +70,11 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
 		return 0;
 	rules = rules_of(from->words, now);
 	reason = policy_refusal(rules, EGRESS, identity_of(to->address, now), to->protocol, to->port,
-				relayed || are_proven(rules, to->address, now), rule);
+				relayed || !!are_proven(rules, to->address, now), rule);
 	if (reason != REASON_POLICY_DENIED && !relayed) {
 		rules = rules_of(to->address, now);
 		reason = policy_refusal(rules, INGRESS, identity_of(from->words, now), to->protocol,
-					to->port, are_proven(rules, from->words, now), rule);
+					to->port, !!are_proven(rules, from->words, now), rule);
 	}
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }

@@ -174,13 +174,15 @@ struct addresses {
 /* What is in force for a local pod from a generation on, and before it. */
 struct pod {
 	u64 since;
-	u32 policy; /* its set in `policies` */
+	u64 proven_until; /* CLOCK_MONOTONIC; where POD_PROVEN */
+	u32 policy;	  /* its set in `policies` */
 	u32 flags;  /* POD_… */
 	u32 old_policy;
 	u32 old_flags;
 };
 
 struct rules {
+	u64 proven_until;
 	u32 policy;
 	u32 flags;
 };
@@ -212,6 +214,7 @@ struct flow_key {
 struct flow {
 	u64 seen_ns;	/* CLOCK_MONOTONIC */
 	u64 generation; /* of what it was judged by */
+	u64 until;	/* CLOCK_MONOTONIC: it is judged anew; 0: it needs not */
 	u32 flags;	/* FLOW_… */
 	u32 refused;	/* the reason; 0: it is allowed */
 };
