@@ -25,6 +25,7 @@ from redirect_world import (
 
 from bpf import constants, maps, settings
 from bpf.podfilter import netns_cookie
+from bpf.proxy import ProxyHandles
 from bpf.reasons import Reason
 from bpf.structs import Address, Addresses, Number, Pod, Target
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
@@ -44,6 +45,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def steer(world: World, *, sockmap: bool = True) -> None:
     ports = [(one, port) for one in (NODE, NODE6) for port in (MESH_HTTP_PORT, MESH_RELAY_PORT)]
     settings.steer_to_proxy(world.pin, ports, sockmap=sockmap)
+
+
+def test_without_descriptors_nothing_is_known():
+    """Where nothing could be loaded."""
+    handles = ProxyHandles({})
+    with socket.socket() as any_socket:
+        assert handles.origin(any_socket.fileno()) is None
+        assert handles.pair(any_socket.fileno()) == 0
+    assert handles.queued(1) == 0
 
 
 @pytest.mark.parametrize(

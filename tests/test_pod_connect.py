@@ -12,12 +12,12 @@ from bpf_world import needs_bpf
 from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, pod_world
 
-from bpf import constants, events, maps, settings
+from bpf import constants, events, layout, maps, settings
 from bpf.balancer import Balancer
 from bpf.events import SocketEvent
 from bpf.reasons import Reason
 from bpf.ringbuf import RingBuffer
-from bpf.structs import Target
+from bpf.structs import Backend, Number, Target
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
     EntryBackend,
@@ -45,6 +45,10 @@ def balancer(world: PodWorld) -> Iterator[Balancer]:
     yield balancer
     balancer.replace({})
     balancer.close()
+
+
+def packed(address: str, port: int) -> bytes:
+    return layout.TARGET.pack(Target.of(address, port, "TCP"))
 
 
 @contextlib.contextmanager
@@ -223,6 +227,25 @@ def test_a_backend_that_policy_lets_be_reached_is_found(
         out.setblocking(False)
         with pytest.raises(BlockingIOError):
             out.accept()
+
+
+def test_an_ipv4_socket_is_given_no_ipv6_backend(world: PodWorld, balancer: Balancer) -> None:
+    """Nor as the other backend that is tried because policy refuses the first."""
+    world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
+    backends = (EntryBackend(OUT[4], 80), EntryBackend(A[4], 80))
+    entry = LoadBalancerEntry(SERVICE[4], 80, "TCP", backends, "Service/shop/x")
+    assert balancer.apply({"entry": entry}) == {}
+    # The balancer takes no such backend.
+    found = maps.PinnedMap(world.pin, "backends", Number, Backend)
+    for index, backend in list(found.items()):
+        if backend.target == packed(A[4], 80):
+            found.put(index, backend._replace(target=packed(A[6], 80)))
+    found.close()
+    for _ in range(8):
+        before = world.counters()
+        with pytest.raises(ConnectionRefusedError):
+            world.connect_to("b", SERVICE[4], 80)
+        assert world.counted(before) == {"WRONG_FAMILY": 1}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

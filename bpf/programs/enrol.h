@@ -90,7 +90,7 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 
 	opened(ctx, &tuple);
 	value.cookie = bpf_get_socket_cookie(ctx);
-	origin = recall(value.cookie, &tuple.peer);
+	origin = recall(ctx->sk, value.cookie, &tuple.peer);
 	if (!origin) {
 		/* Of an earlier connection that never came about. */
 		incoming.delete(&tuple);

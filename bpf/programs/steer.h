@@ -82,7 +82,7 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
 /* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
  * no frontend there is only one): whether by the relay, or negative errno. */
 static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
-				     const struct address *from, const struct frontend *frontend,
+				     const struct target *asked, const struct address *from, const struct frontend *frontend,
 				     struct backend *backend, u32 *reason, u32 *rule)
 {
 	int result, relayed;
@@ -94,7 +94,7 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 			return relayed;
 		if (!frontend)
 			break;
-		result = table_backend(frontend, cookie + i, backend, reason);
+		result = table_backend(frontend, cookie + i, asked, backend, reason);
 		if (result < 0)
 			return result;
 		*rule = forgotten(*rule, ctx->protocol);
@@ -131,7 +131,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 		/* A datagram may be an answer, which only the filter knows. */
 		if (frontend || asked->protocol == IPPROTO_TCP)
 			read_client(ctx, netns, asked, &from);
-		result = permitted(ctx, cookie, relay > 0, &from, frontend, &backend, reason, rule);
+		result = permitted(ctx, cookie, relay > 0, asked, &from, frontend, &backend, reason, rule);
 		if (!result && relay < 0 && takes_mtls(&backend.target))
 			result = REFUSE(MTLS_REQUIRED);
 		if (!result)
@@ -164,7 +164,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 	if (!result && reason == REASON_PASSED) {
 		count(REASON_PASSED);
 		if (call == CONNECT) {
-			forget(cookie, asked);
+			forget(ctx, cookie, asked);
 			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
 			if (asked->protocol == IPPROTO_TCP)
 				report(netns, asked, asked, reason, 0);
@@ -172,7 +172,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 		return 0;
 	}
 	if (!result)
-		result = remember(cookie, peer, &origin, &reason);
+		result = remember(ctx, call == CONNECT, cookie, peer, &origin, &reason);
 	if (result < 0) {
 		report(netns, asked, &origin.backend, reason, rule);
 		return result;
@@ -214,7 +214,7 @@ static __always_inline void answer4(struct bpf_sock_addr *ctx)
 	struct origin *origin;
 
 	read4(ctx, &peer);
-	origin = recall(bpf_get_socket_cookie(ctx), &peer);
+	origin = recall(ctx->sk, bpf_get_socket_cookie(ctx), &peer);
 	if (origin) {
 		count(REASON_ANSWERED);
 		write4(ctx, &origin->asked);
@@ -227,7 +227,7 @@ static __always_inline void answer6(struct bpf_sock_addr *ctx)
 	struct origin *origin;
 
 	read6(ctx, &peer);
-	origin = recall(bpf_get_socket_cookie(ctx), &peer);
+	origin = recall(ctx->sk, bpf_get_socket_cookie(ctx), &peer);
 	if (origin) {
 		count(REASON_ANSWERED);
 		write6(ctx, &origin->asked);

@@ -59,6 +59,12 @@ struct origin {
 	u32 flags; /* FRONTEND_… */
 };
 
+/* With a connected socket: the peer that it was given, and for what. */
+struct connected {
+	struct target peer;
+	struct origin origin;
+};
+
 /* Where this node's proxy listens for workloads; port 0: nowhere. */
 struct config {
 	struct target http4;
