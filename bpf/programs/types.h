@@ -107,8 +107,8 @@ struct workload {
 };
 
 /* What a proxy offers to a client's socket: requests that these tables and lists of policy rules let
- * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` stands at both
- * ends, so that who reads it while another takes its place notices. */
+ * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` is the time of it
+ * (CLOCK_MONOTONIC) and stands at both ends, so that who reads it while another takes its place notices. */
 struct pair {
 	u64 offer;
 	u64 backend; /* its socket's cookie */
