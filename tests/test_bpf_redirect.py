@@ -437,7 +437,12 @@ def test_nobody_connects_in_the_name_of_another_address(world):
     world.run(scenario)
 
 
-def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are_policies(world):
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(3, Reason.POLICY_DENIED), (constants.POD_STRICT, Reason.MTLS_REQUIRED)],
+    ids=["policies", "identities"],
+)
+def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are(world, flags, reason):
     """The proxy may still know another one that had its address."""
 
     def scenario(world: World) -> None:
@@ -450,14 +455,16 @@ def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are_policies
         interfaces = maps.PinnedMap(world.pin, "interfaces", Address, Number)
         with contextlib.closing(pods), contextlib.closing(interfaces):
             interfaces.put(Address.of(NODE), Number(1))
-            pods.put(Address.of("::"), Pod(0, 0, 0, 3, 0, 0))
+            pods.put(Address.of("::"), Pod(0, 0, 0, flags, 0, 0))
+            before = world.counted(reason)
             for told in (True, None):
                 world.know(told)
                 client = world.connect(VIP, 80)
                 proxy = world.accept(server)
                 assert (handles.origin(proxy.fileno()) is not None) == bool(told)
                 client.close()
-            # Without policies it is let in as somebody that is not known.
+            assert world.counted(reason) == before + 1
+            # Without either it is let in as somebody that is not known.
             pods.remove(Address.of("::"))
             client = world.connect(VIP, 80)
             assert handles.origin(world.accept(server).fileno()) is not None
