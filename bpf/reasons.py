@@ -10,6 +10,7 @@ import enum
 import errno
 
 
+@enum.unique
 class Reason(enum.IntEnum):
     """Numbers are indices into the counters: append, never renumber."""
 
@@ -46,7 +47,7 @@ class Reason(enum.IntEnum):
     PAIR_HANDED = 27, None, "the response to such a request was left to the proxy"
     PAIR_BROKEN = 28, None, "a backend sent what was no part of its response; send fails"
 
-    PLAIN = 29, None, "from elsewhere somebody reached a pod, not by mutual TLS"
+    PLAIN = 31, None, "from elsewhere somebody reached a pod, not by mutual TLS"
 
     errno: int | None
     meaning: str
@@ -59,9 +60,12 @@ class Reason(enum.IntEnum):
         return member
 
 
+REASONS = max(Reason) + 1
+
+
 def c_header() -> str:
-    """The table as C: REASON_<NAME>, ERRNO_<NAME> for those that refuse; REASONS is the count."""
-    lines = [f"#define REASONS {len(Reason)}"]
+    """The table as C: REASON_<NAME>, ERRNO_<NAME> for those that refuse; REASONS as here."""
+    lines = [f"#define REASONS {REASONS}"]
     for reason in Reason:
         lines.append(f"#define REASON_{reason.name} {int(reason)}")
         if reason.errno is not None:
