@@ -15,6 +15,7 @@ from certs.spiffe import gateway, workload
 from certs.svid import new_request
 from mesh.agent.authority import NoAnswer
 from mesh.agent.authority_cluster import ClusterAuthority
+from mesh.model.nodereport import SIGNER
 from mesh.sources.kubernetes_client import Client
 
 DOMAIN = "cluster.local"
@@ -141,6 +142,65 @@ async def test_requests_that_are_none(world):
     (answer,) = await a.sign([request("web")])
     assert answer.chain_pem
     assert not world.server.get(CSR, "other", "").get("status")
+
+
+def asked(world, name, account, node="a", conditions=()):
+    """A request as an agent has made it, and as somebody has decided it."""
+    obj = {
+        "apiVersion": "certificates.k8s.io/v1",
+        "kind": "CertificateSigningRequest",
+        "metadata": {"name": name},
+        "spec": {
+            "request": base64.b64encode(request(account).encode()).decode(),
+            "signerName": SIGNER,
+            "usages": ["digital signature", "client auth", "server auth"],
+        },
+    }
+    user = world.server.auth.user(f"Bearer {node}")
+    world.server.objects.create(world.server.target(obj), obj, Who("test", user))
+    if conditions:
+        world.server.change(obj, {"status": {"conditions": list(conditions)}}, "approval")
+
+
+def condition(kind):
+    return {"type": kind, "status": "True", "reason": "Test", "message": "by a test"}
+
+
+async def test_what_was_approved_and_may_not_be_had_any_more_fails(world):
+    """The leader before approved it and died; its pod has gone. Or somebody approved what nobody
+    may have. It cannot be denied any more, and others are answered."""
+    asked(world, "gone", "cart", conditions=[condition("Approved")])
+    asked(world, "still", "web", conditions=[condition("Approved")])
+    world.start(trust_domain=DOMAIN)
+
+    def status(name):
+        return world.server.get(CSR, name, "")["status"]
+
+    failed = await world.until(lambda: status("gone")["conditions"][1])
+    assert (failed["type"], failed["reason"]) == ("Failed", "not_on_this_node")
+    assert "certificate" not in status("gone")
+    await world.until(lambda: status("still")["certificate"])
+    (answer,) = await (await world.agent("a")).sign([request("web")])
+    assert answer.chain_pem
+
+
+async def test_requests_wait_for_the_authority(world):
+    """One whose turn comes just when the authority begins to write down its next state is answered
+    after that, with nothing else to remind the signer."""
+    controller, _ = world.start(trust_domain=DOMAIN)
+    await (await world.agent("a")).sign([request("web")])
+    ready = controller.certificates.authority.ready
+    ready.clear()
+    asked(world, "waits", "web")
+    async with asyncio.timeout(WAIT_S):
+        while "waits" not in controller.certificates._signer._open:
+            await asyncio.sleep(0.01)
+    ready.set()
+    ready.clear()
+    # The signer's turn.
+    await asyncio.sleep(0.01)
+    ready.set()
+    await world.until(lambda: world.server.get(CSR, "waits", "")["status"]["certificate"])
 
 
 async def test_the_next_controller_has_the_same_root(world):
