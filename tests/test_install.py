@@ -27,6 +27,7 @@ from kube_world import (
     tls_secret,
 )
 
+from mesh.agent import supervisor
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
 from mesh.install import manifests
@@ -132,6 +133,15 @@ def test_deploy_is_what_install_applies():
     result = CliRunner().invoke(cli, ["install", "--dry-run"])
     printed = list(yaml.safe_load_all(result.output))
     assert printed == manifests.objects()
+
+
+def test_an_agent_that_is_stopped_has_the_time_that_it_takes():
+    (agent,) = [one for one in manifests.objects() if one["kind"] == "DaemonSet"]
+    pod = agent["spec"]["template"]["spec"]
+    args = supervisor.parser().parse_known_args(pod["containers"][0]["args"])[0]
+    takes_s = supervisor.LEAVE_S + args.drain_delay + args.drain_timeout + 2 * supervisor.GRACE_S
+    assert args.drain_delay > 0
+    assert takes_s < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_chart_is_what_install_applies():
