@@ -27,6 +27,7 @@ from kube_world import (
     tls_secret,
 )
 
+from l7proxy.tasks import spawn
 from mesh.agent import supervisor
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
@@ -76,7 +77,22 @@ async def test_installed_again_and_removed(server, tmp_path):
     assert (await weft("install", config, "--image=weft:next"))[0] == 0
     pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == "weft:next"
-    assert (await weft("uninstall", config))[0] == 0
+    # While a controller runs its GatewayClass stays: without it, statuses would go.
+    deployment = server.get("apps/deployments", "weft-controller", NAMESPACE)
+    server.change(deployment, {"metadata": {"finalizers": ["foregroundDeletion"]}})
+    deployments = server.store.watch("apps/deployments")
+    removing = spawn(weft("uninstall", config), name="uninstall")
+    async with asyncio.timeout(20):
+        while not (await deployments.get()).new["metadata"].get("deletionTimestamp"):
+            pass
+        asked = len(server.requests)
+        while len(server.requests) < asked + 3:
+            await asyncio.sleep(0.01)
+    assert server.get(f"{GROUP}/gatewayclasses", "weft", "")
+    server.change(deployment, {"metadata": {"finalizers": []}})
+    assert (await removing)[0] == 0
+    (path,) = [path for method, path in server.requests if method == "DELETE" and "deploy" in path]
+    assert path.endswith("/weft-controller?propagationPolicy=Foreground")
     assert stored(server) == before
     assert (await weft("uninstall", config))[0] == 0
 

@@ -116,6 +116,7 @@ class Controller:
         self.balancers = (
             Balancers(
                 self._source,
+                self._name,
                 lambda key: ("Gateway", key) in self._on_nodes,
                 self._plane.gateway_ports,
             )
@@ -202,6 +203,8 @@ class Controller:
         if kind == "Service" and self.balancers is not None:
             self._addresses_changed = True
             self._wake.set()
+        if kind == "EndpointSlice" and self.balancers is not None:
+            self.balancers.seen(kind, key)
         if self.copies is not None and kind == "Secret":
             self.copies.look_again()
         if self.certificates is not None:

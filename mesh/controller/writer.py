@@ -19,7 +19,7 @@ from mesh.controller.events import Recorder, news
 from mesh.controller.render import render, rendered
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
-from mesh.sources.kubernetes import Written
+from mesh.sources.kubernetes import Written, number
 from mesh.sources.kubernetes_client import (
     APPLY,
     MANAGER,
@@ -144,7 +144,12 @@ class Writer:
     def _actual(self, ident: Ident) -> Written | None:
         """The newest version that is known: the server's as seen, or what was written last."""
         seen, own = self._written(*ident), self._own.get(ident)
-        if own is None or seen is None or seen.uid != own.uid or _number(seen) >= _number(own):
+        if (
+            own is None
+            or seen is None
+            or seen.uid != own.uid
+            or number(seen.version) >= number(own.version)
+        ):
             self._own.pop(ident, None)
             return seen
         return own
@@ -254,7 +259,3 @@ class Writer:
         self._own[ident] = Written(
             metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
         )
-
-
-def _number(written: Written) -> int:
-    return int(written.version) if written.version.isdigit() else 0

@@ -84,7 +84,7 @@ class _Kind:
         if before is not None and _same(before, obj):
             return
         self.current[key] = obj
-        self.newest = max(self.newest, _number(metadata["resourceVersion"]))
+        self.newest = max(self.newest, number(metadata["resourceVersion"]))
         source.tell(ident, obj)
 
     def gone(self, key: ObjectKey, uid: str, version: str) -> None:
@@ -98,11 +98,11 @@ class _Kind:
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
         if self.current.pop(key, None) is not None:
-            self.newest = max(self.newest, _number(version))
+            self.newest = max(self.newest, number(version))
             self._source.tell(ident, None)
 
     def reached(self, version: str) -> None:
-        self.version = _number(version)
+        self.version = number(version)
         self._source.wake.set()
 
     def listed(self) -> None:
@@ -345,7 +345,7 @@ class KubernetesSource:
         return frozenset(one["name"] for one in found["resources"])
 
 
-def _number(version: str) -> int:
+def number(version: str) -> int:
     """A resourceVersion to compare with others of its server ("Resource versions": they are
     ordered); 0: there is none."""
     return int(version) if version.isdigit() else 0
