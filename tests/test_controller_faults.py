@@ -150,6 +150,27 @@ async def test_reports_of_other_versions(world, caplog):
     assert "Lease weft-system/weft-node.c: its report cannot be read" in caplog.text
 
 
+async def test_nodes_that_have_gone_are_waited_for_by_nobody(world):
+    """Not even by a controller that starts, though their Leases are still there: who takes those
+    away, garbage collection, is not quick, nor is a node's name its identity."""
+    about = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"}}
+    node = world.server.create(about)
+    gone = {"metadata": {"uid": "of-one-before"}}
+    ports = {"0.0.0.0:80": ""}
+    world.report("a", owner=node, ports=ports)
+    world.report("b", owner=gone, versions={"Gateway": 1}, ports=ports)
+    controller, _ = world.start()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert [one.node for one in controller.nodes.ready()] == ["a"]
+    # A Node that comes after its Lease counts from then on.
+    later = world.server.create({**about, "metadata": {"name": "c"}})
+    world.report("c", owner=later, ports={"0.0.0.0:80": "address in use"})
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    # And none any more once it has gone.
+    world.server.delete(later)
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+
 @pytest.mark.parametrize("renewed", ["1970-01-01T00:00:00Z", "2099-01-01T00:00:00Z"])
 async def test_clocks_of_nodes_that_are_wrong(world, renewed):
     """A node lives while its Lease changes, whatever time it says it is."""

@@ -77,6 +77,9 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
     port = free_port()
     async with backend() as target:
         create(server, gateway(port), service(target=target), route("r"))
+        name = socket.gethostname().lower()
+        about = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+        node = server.create(about)
         options = (f"--kubeconfig={kubeconfig}", "--workers=1", "--admin=off")
         options += ("--drain-timeout=0.1", "--drain-delay=0.5")
         with running(tmp_path / "run", *options, stub=False) as weft:
@@ -91,8 +94,8 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
                 began, before = time.monotonic(), _reports(server)
                 for number in range(3):
                     create(server, route(f"new{number}", path=f"/new{number}", service="nothing"))
-                    name = f"new{number}"
-                    await until(server, "httproutes", name, lambda c: c.get("Accepted") == "True")
+                    new = f"new{number}"
+                    await until(server, "httproutes", new, lambda c: c.get("Accepted") == "True")
                     assert await client.ask(f"/new{number}") == 500
                 # That the node has come so far is not told more often than once a second.
                 assert _reports(server) - before <= time.monotonic() - began + 2
@@ -111,6 +114,11 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
             await stopping
             # A node that has ended in good order is waited for by nobody.
             assert not _report(server).ready
+            # Its Lease goes with the Node.
+            (owner,) = _lease(server)["metadata"]["ownerReferences"]
+            assert (owner["kind"], owner["uid"]) == ("Node", node["metadata"]["uid"])
+            server.delete(about)
+            assert _lease(server) is None
 
 
 def _reports(server):
@@ -122,9 +130,12 @@ def _reports(server):
 LEASES = "coordination.k8s.io/leases"
 
 
+def _lease(server):
+    return server.get(LEASES, f"weft-node.{socket.gethostname().lower()}", NAMESPACE)
+
+
 def _report(server):
-    lease = server.get(LEASES, f"weft-node.{socket.gethostname().lower()}", NAMESPACE)
-    return decode_report(lease["metadata"]["annotations"][ANNOTATION])
+    return decode_report(_lease(server)["metadata"]["annotations"][ANNOTATION])
 
 
 async def test_nothing_drops_while_the_server_is_away(server, tmp_path):

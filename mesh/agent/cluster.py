@@ -16,6 +16,7 @@ import msgspec
 
 from mesh.agent.node import Node
 from mesh.model.channel import PortAddress
+from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import (
     ANNOTATION,
     LABELS,
@@ -66,7 +67,8 @@ class Reporter:
         self._mesh = {one: "::1" if ":" in one else "127.0.0.1" for one in mesh_addresses}
         self._bundle = bundle
         self._changed = asyncio.Event()
-        self._said: NodeReport | None = None
+        # The report written last but for its versions, and what the Lease belonged to.
+        self._said: tuple[NodeReport, list[dict[str, str]]] | None = None
         self._left = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
@@ -114,7 +116,7 @@ class Reporter:
                 await asyncio.wait_for(self._changed.wait(), left)
                 self._changed.clear()
                 now = self._loop.time()
-                if _but_versions(self._report()) != _but_versions(self._said):
+                if (_but_versions(self._report()), self._owners()) != self._said:
                     due = min(due, max(now, last + _PAUSE_S))
                 else:
                     # What belongs together comes together.
@@ -122,8 +124,7 @@ class Reporter:
 
     async def _write(self) -> None:
         self._changed.clear()
-        report = self._report()
-        leaving = self._node.leaving
+        report, leaving, owners = self._report(), self._node.leaving, self._owners()
         body = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
@@ -132,6 +133,7 @@ class Reporter:
                 "namespace": self._namespace,
                 "labels": LABELS,
                 "annotations": {ANNOTATION: encode_report(report)},
+                "ownerReferences": owners,
             },
             "spec": {
                 "holderIdentity": self._name,
@@ -141,9 +143,18 @@ class Reporter:
         }
         query = {"fieldManager": _MANAGER, "force": "true"}
         await self._client.request("PATCH", self._path, query, body, content_type=APPLY)
-        self._said = report
+        self._said = _but_versions(report), owners
         if leaving:
             self._left.set()
+
+    def _owners(self) -> list[dict[str, str]]:
+        """The Node, where this is one of the cluster's: the Lease goes with it, as its kubelet's
+        does ("Owners and dependents")."""
+        node = self._node.objects.get("Node", {}).get(ObjectKey("", self._name))
+        if node is None:
+            return []
+        uid = node.metadata.uid or ""
+        return [{"apiVersion": "v1", "kind": "Node", "name": self._name, "uid": uid}]
 
     def _report(self) -> NodeReport:
         node = self._node
@@ -168,5 +179,5 @@ class Reporter:
         return f"{f'[{address}]' if ':' in address else address}:{port.port}"
 
 
-def _but_versions(report: NodeReport | None) -> NodeReport | None:
-    return None if report is None else msgspec.structs.replace(report, versions={})
+def _but_versions(report: NodeReport) -> NodeReport:
+    return msgspec.structs.replace(report, versions={})

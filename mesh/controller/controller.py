@@ -95,7 +95,7 @@ class Controller:
         self._name = plane.controller_name
         self._mesh = options.mesh
         self._wake = asyncio.Event()
-        self.nodes = Nodes(self._wake.set)
+        self.nodes = Nodes(self._wake.set, self._node_uid)
         self._source = KubernetesSource(
             options.kubeconfig,
             # Without a mesh, policies are somebody else's to enforce, and to speak of.
@@ -196,6 +196,10 @@ class Controller:
         if self.certificates is not None:
             self.certificates.changed(update)
         self._wake.set()
+
+    def _node_uid(self, name: str) -> str:
+        node = self._source.get("Node", ObjectKey("", name))
+        return "" if node is None else node.metadata.uid or ""
 
     def _seen(self, kind: str, key: ObjectKey) -> None:
         """An object is another than before, if only in its status."""
