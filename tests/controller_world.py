@@ -26,7 +26,7 @@ class World:
         self.tasks.append(task)
         return controller, task
 
-    def report(self, node="a", *, owner=None, **report):
+    def report(self, node="a", *, owner=None, lasts=40, **report):
         """What an agent would: in force is everything that there is, or what is said. `owner`: the
         Node that its Lease goes with."""
         everything = {kind: 10**9 for _, kind in KINDS}
@@ -40,7 +40,7 @@ class World:
                 "labels": LABELS,
                 "annotations": {ANNOTATION: encode_report(NodeReport(node, **report))},
             },
-            "spec": {"holderIdentity": node, "leaseDurationSeconds": 40},
+            "spec": {"holderIdentity": node, "leaseDurationSeconds": lasts},
         }
         if owner is not None:
             about = {"name": node, "uid": owner["metadata"]["uid"]}

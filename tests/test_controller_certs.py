@@ -291,3 +291,38 @@ async def test_a_new_bundle_is_told_to_who_waits(world):
     assert found.tag != have.tag
     assert found.bundles[DOMAIN].count("BEGIN CERTIFICATE") == 2
     assert a.have == have.tag
+
+
+async def test_a_new_root_waits_for_nodes_that_are_away(world, caplog):
+    """Theirs is the old bundle until they are back: what others would show them they could not
+    believe. Nodes without identities are no matter; how long is the authority's to bound."""
+    caplog.set_level("INFO", "weft.controller")
+    controller, _ = world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    await a.sign([request("web")])
+    have = await a.bundle("")
+    world.report("a", bundle=have.tag)
+    world.report("b", bundle=have.tag, lasts=1)
+    world.report("gateway-only", bundle="")
+    async with asyncio.timeout(WAIT_S):
+        while "weft-node.b" not in controller.nodes._seen:
+            await asyncio.sleep(0.01)
+        while len(controller.nodes.ready()) != 2:
+            await asyncio.sleep(0.01)
+    authority = controller.certificates.authority
+
+    def states():
+        return [one.state for one in authority._authority.describe() if one.role == "root"]
+
+    authority._authority.rotate_root(time.time())
+    authority.look_again()
+    new = await a.bundle(have.tag)
+    world.report("a", bundle=new.tag)
+    async with asyncio.timeout(WAIT_S):
+        while "the next root waits for node b, which is away" not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert sorted(states()) == ["active", "next"]
+    world.report("b", bundle=new.tag)
+    async with asyncio.timeout(WAIT_S):
+        while sorted(states()) != ["active", "retiring"]:
+            await asyncio.sleep(0.01)

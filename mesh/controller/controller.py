@@ -129,7 +129,7 @@ class Controller:
                 self._source,
                 options.namespace,
                 options.trust_domain,
-                self.nodes.have_bundle,
+                self.nodes.without_bundle,
                 backoff,
             )
             if options.trust_domain
