@@ -111,6 +111,7 @@ async def test_an_unchanged_status_is_not_written_again(world):
     _, task = world.start()
     await world.until(lambda: world.conditions("httproutes", "r"))
     await world.until(lambda: world.conditions()["Programmed"] == "True")
+    await world.until(lambda: world.conditions("gatewayclasses", "weft", "")["Accepted"] == "True")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     before = {

@@ -34,6 +34,7 @@ _MANAGED_BY = "weft.dev"
 _MAX_NAME = 63
 _SLICES = "discovery.k8s.io/v1"
 _MAX_ADDRESSES = 16
+_FORBIDDEN_S = 30.0
 _WHERE = {"Service": ("v1", "services"), "EndpointSlice": (_SLICES, "endpointslices")}
 
 
@@ -127,7 +128,12 @@ class Balancers:
                     await self._bring_about(key)
                 except ServerError as error:
                     _log.error("the Service of Gateway %s cannot be written: %s", key, error)
-                    if error.status in (400, 403, 404, 422):
+                    if error.status in (400, 404, 422):
+                        continue
+                    if error.status == 403:
+                        # Roles may be changed; others do not wait for that.
+                        loop = asyncio.get_running_loop()
+                        loop.call_later(_FORBIDDEN_S, self.look_again, (key,))
                         continue
                     self._dirty.add(key)
                     await backoff.wait(error.retry_after_s)

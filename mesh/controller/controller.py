@@ -203,7 +203,7 @@ class Controller:
 
     def _seen(self, kind: str, key: ObjectKey) -> None:
         """An object is another than before, if only in its status."""
-        self.writer.look_again({(kind, key): None})
+        self.writer.look_again(((kind, key),))
         if kind == "Service" and self.balancers is not None:
             self._addresses_changed = True
             self._wake.set()
