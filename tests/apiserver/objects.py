@@ -161,8 +161,6 @@ class Objects:
                 data = obj.setdefault("data", {})
                 for name, text in obj.pop("stringData").items():
                     data[name] = base64.b64encode(text.encode()).decode()
-            case "SelfSubjectAccessReview":
-                obj["status"] = {"allowed": True}
 
     # --- update ------------------------------------------------------------------------------
 
