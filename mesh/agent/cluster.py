@@ -94,6 +94,8 @@ class Reporter:
 
     async def _keep_up(self) -> None:
         backoff, failing = Backoff(), ""
+        # That there is no server at first is the source's to say.
+        await self._client.reachable.wait()
         while True:
             try:
                 await self._write()
