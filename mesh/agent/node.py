@@ -296,6 +296,11 @@ class Node:
             reasons.append("it is being shut down")
         if not self.synced:
             reasons.append("the manifests have not been read yet")
+            reasons += [
+                f"{one.kind}: {one.message}".removeprefix(": ")
+                for one in self.problems
+                if (one.rule, one.level) == ("source", "error")
+            ]
         if not workers:
             reasons.append("no worker is connected")
         if self.ready_once or reasons:

@@ -21,7 +21,13 @@ from mesh.model.decode import KINDS, InvalidObject, KindInfo, Object
 from mesh.model.meta import ObjectKey
 from mesh.model.references import GROUP
 from mesh.sources.documents import ObjectId, Problem
-from mesh.sources.kubernetes_client import Backoff, Client, ServerError, SourceError
+from mesh.sources.kubernetes_client import (
+    Backoff,
+    Client,
+    ServerError,
+    SourceError,
+    bad_answer,
+)
 from mesh.sources.kubernetes_objects import PLACE, problems, read
 from mesh.sources.kubernetes_secrets import OTHERS, TLS, CopiedSecrets, OtherSecrets
 from mesh.sources.kubernetes_watch import Reflector
@@ -43,6 +49,16 @@ class Written(NamedTuple):
     version: str
     uid: str
     status: dict[str, Any]
+
+
+class _Resource(msgspec.Struct):
+    name: str
+
+
+class _Resources(msgspec.Struct):
+    """APIResourceList, of discovery."""
+
+    resources: list[_Resource]
 
 
 class _Kind:
@@ -342,7 +358,10 @@ class KubernetesSource:
             if error.status == 404:
                 return frozenset()
             raise
-        return frozenset(one["name"] for one in found["resources"])
+        try:
+            return frozenset(one.name for one in msgspec.convert(found, _Resources).resources)
+        except msgspec.ValidationError as error:
+            raise bad_answer(path, str(error)) from None
 
 
 def number(version: str) -> int:

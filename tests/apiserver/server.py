@@ -147,6 +147,8 @@ class ApiServer:
         self.accepted.append((request.path, request.headers.get("Accept", "")))
         try:
             await self.faults.before(request.path)
+            if (body := self.faults.instead(request.path)) is not None:
+                return web.Response(body=body, content_type="application/json")
             return await self._answer(request)
         except ApiError as error:
             return _json(error.status, status=error.code, headers=error.headers)
