@@ -11,9 +11,12 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from http2_peer import GET, RawPeer
 from loops import on_both_loops
 from support.http1 import raw_backend
 from support.mesh import CLIENT, MeshProxy, ask, connected, mesh_route, service
+from support.policy import http
+from support.policy import rule as policy_rule
 from support.proxy import backend, fetch, get, http_port, ok, read_message, route, rule, to
 from support.two_nodes import (
     GATEWAY,
@@ -26,10 +29,11 @@ from support.two_nodes import (
 )
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo
+from test_policy_tunnel import ME, identify, ingress
 
 from l7proxy import metrics
 from mesh.model.channel import Proof
-from mesh.model.nodeconfig import MESH_TUNNEL_PORT
+from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings
 from mesh.model.section import svid_key, workload_key
 
 OTHER = "127.0.1.2"
@@ -187,6 +191,35 @@ async def test_a_route_tells_the_identity_of_the_section_and_no_other():
         await ask(port, get("/", "web", *FORGED))
         told = ("x-forwarded-client-cert", "URI=spiffe://cluster.local/ns/shop/sa/x")
         assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", CLIENT), told]
+
+
+@pytest.mark.parametrize("where", ["same-node", "other-node", "read-there", "gateway", "behind"])
+async def test_what_clients_say_of_their_identity_never_passes(where: str):
+    """In HTTP/1, HTTP/2 and requests to upgrade. "behind": by a Gateway's trusted proxy."""
+    settings = Settings(trusted_hops=1) if where == "behind" else None
+    async with two_nodes(settings) as nodes, backend() as web:
+        port = nodes.http(web.port)
+        if where == "same-node":
+            nodes.hold("a", "web")
+            nodes.pod("web", WEB, "a")
+        elif where == "read-there":
+            identify(nodes)
+            ingress(nodes, policy_rule("P", ME, http=http()))
+        elif where != "other-node":
+            port = nodes.a.listen_outside()
+            assert nodes.a.apply(http_port(port) | route("r", rule(to("web")))) == {}
+        field = "X-Forwarded-Client-Cert: URI=forged"
+        upgrade = ("Connection: Upgrade", "Upgrade: websocket")
+        for request in (get("/", "web", field, field), get("/", "web", field, *upgrade)):
+            assert (await ask(port, request)).status == 200
+        async with connected(port) as (reader, writer):
+            peer = RawPeer(reader, writer, client=True)
+            peer.start()
+            forged = (b"x-forwarded-client-cert", b"URI=forged")
+            assert (await peer.response(peer.request([*GET, forged])))[0] == 200
+            await peer.close()
+        found = [seen.header("x-forwarded-client-cert") for seen in web.requests]
+        assert found == [None, None, None]
 
 
 # --- what ends them -------------------------------------------------------------------------------
