@@ -26,6 +26,7 @@ from typing import cast
 import uvloop
 
 from bpf.proxy import ProxyHandles
+from certs.secrecy import keep_memory_private
 from l7proxy import metrics
 from l7proxy.accesslog import AccessLog
 from l7proxy.flows import FlowLog
@@ -218,6 +219,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections are descriptors
     if os.geteuid() == 0:
         drop_root(args.user)
+    keep_memory_private()
     gc.freeze()  # what is imported stays: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(socket.socket(fileno=args.control_fd)))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
 from http2_peer import GET, RawPeer
-from loops import on_both_loops
+from loops import advance, on_both_loops, on_virtual_loop
 from support.http1 import raw_backend
 from support.mesh import CLIENT, MeshProxy, ask, connected, mesh_route, service
 from support.policy import http
@@ -367,6 +368,24 @@ async def test_tcp_ends_with_a_certificate_that_is_not_renewed(node: str, accoun
         nodes.hold(node, account, life(2))
         async with echoing(nodes) as (reader, _):
             assert await ended_by_reset(reader)
+
+
+@on_virtual_loop
+async def test_tunnels_heed_a_clock_that_is_set(monkeypatch):
+    real, ahead = time.time, 0.0
+    outliving = metrics.TUNNELS_OUTLIVING._value.get()
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    async with two_nodes() as nodes, echoing(nodes) as (reader, writer):
+        # Back: certificates that end an hour from now end later.
+        ahead = -1000.0
+        advance(3610)
+        writer.write(b"b")
+        assert await reader.readexactly(1) == b"b"
+        assert metrics.TUNNELS_OUTLIVING._value.get() == outliving
+        # Forward: they have ended, and no timer that was set before knows.
+        ahead = 3610.0
+        advance(31)
+        assert await ended_by_reset(reader)
 
 
 async def test_tcp_ends_where_a_renewal_cannot_be_proved():

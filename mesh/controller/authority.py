@@ -60,6 +60,7 @@ class ClusterAuthority:
         self._version = ""
         self._written = b""
         self._tag = ""
+        self._said = ""
         self._wake = asyncio.Event()
 
     def look_again(self) -> None:
@@ -103,6 +104,10 @@ class ClusterAuthority:
             due = self._authority.tick(time.time(), everywhere)
             await self._save(file)
             await self._publish()
+            problem = self._authority.problem(time.time())
+            if problem and problem != self._said:
+                _log.error("nothing can be issued: %s", problem)
+            self._said = problem
             self.ready.set()
             backoff.reset()
             with contextlib.suppress(TimeoutError):
