@@ -32,6 +32,8 @@ Direction: TypeAlias = Literal["out", "in"]
 _OLD = 0.75
 # Proofs that fail are not tried again sooner, seconds.
 _SOONEST_S = 0.2
+# Pairs whose last proofs are kept, to be told of again.
+_MAX_SHOWN = 4096
 # Clocks are set: no timer is trusted for longer, seconds.
 _LONGEST_S = 30.0
 
@@ -107,7 +109,9 @@ class Tunnels:
         self._by_key: dict[SectionKey | Pair, set[Tunnel]] = {}
         self._proving: set[Pair] = set()
         # Proofs come to one of the node's workers; this tells the others.
-        self.announce: Callable[[Proof], None] = lambda _: None
+        self._announce: Callable[[Proof], None] = lambda _: None
+        # The last that came to this one, and until when it proves anything.
+        self._shown: dict[Pair, tuple[Proof, int]] = {}
 
     def add(self, tunnel: Tunnel) -> None:
         """Until its stream is lost."""
@@ -171,17 +175,27 @@ class Tunnels:
         """The end that made tunnels of this pair has proved to this worker who it is."""
         self.proven(pair, peer, self._credentials.until(pair.destination))
         source = pair.source
-        self.announce(
-            Proof(
-                source.name,
-                source.gateway,
-                source.spiffe_id,
-                pair.destination,
-                pair.node,
-                peer.chain,
-                source.told,
-            )
+        proof = Proof(
+            source.name,
+            source.gateway,
+            source.spiffe_id,
+            pair.destination,
+            pair.node,
+            peer.chain,
+            source.told,
         )
+        self._shown.pop(pair, None)
+        self._shown[pair] = proof, peer.until
+        if len(self._shown) > _MAX_SHOWN:
+            del self._shown[next(iter(self._shown))]
+        self._announce(proof)
+
+    def announce_by(self, announce: Callable[[Proof], None]) -> None:
+        """There is a new way to tell the others. What went by the one before may be lost."""
+        self._announce, now = announce, time.time()
+        for proof, until in self._shown.values():
+            if until > now:
+                announce(proof)
 
     def hear(self, proof: Proof) -> None:
         """Another worker was shown it."""

@@ -79,7 +79,7 @@ class ConfigChannel(asyncio.Protocol):
             transport.close()
         else:
             self._flows.connect(self._transport)
-            self._proxy.tunnels.announce = self._announce
+            self._proxy.tunnels.announce_by(self._announce)
 
     def connection_lost(self, exc: Exception | None) -> None:
         assert self._transport is not None
@@ -103,7 +103,7 @@ class ConfigChannel(asyncio.Protocol):
             transport.abort()
 
     def _announce(self, proof: Proof) -> None:
-        """Tell the node's other workers. Without an agent nobody can; the next proof will."""
+        """Tell the node's other workers. Without an agent nobody can: the next channel will."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode_frame(proof))
 

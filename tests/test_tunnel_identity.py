@@ -18,7 +18,7 @@ from support.http1 import raw_backend
 from support.mesh import CLIENT, MeshProxy, ask, connected, mesh_route, service
 from support.policy import http
 from support.policy import rule as policy_rule
-from support.proxy import backend, fetch, get, http_port, ok, read_message, route, rule, to
+from support.proxy import backend, cluster, fetch, get, http_port, ok, read_message, route, rule, to
 from support.two_nodes import (
     GATEWAY,
     WEB,
@@ -33,6 +33,7 @@ from test_mesh_relay import echo
 from test_policy_tunnel import ME, identify, ingress
 
 from l7proxy import metrics
+from l7proxy.tunnels import Tunnel
 from mesh.model.channel import Proof
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings
 from mesh.model.section import svid_key, workload_key
@@ -455,34 +456,83 @@ async def test_everything_is_rotated_under_load_and_no_request_fails():
         assert web.connections > 64
 
 
+@asynccontextmanager
+async def second_worker(nodes: TwoNodes) -> AsyncIterator[MeshProxy]:
+    """Another worker of node b: tunnels made from now on are its, after `back` the first one's."""
+    second = MeshProxy()
+    second.apply(dict(nodes.b.config.sections))
+    second.proxy.use(second.origins)
+    bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
+    nodes.b.proxy.unlisten(bind)
+    second.proxy.listen(bind, socket.create_server(bind))
+    try:
+        yield second
+    finally:
+        await second.close()
+        second._log.close()
+
+
+def back_to_the_first(nodes: TwoNodes, second: MeshProxy) -> None:
+    bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
+    second.proxy.unlisten(bind)
+    nodes.b.proxy.listen(bind, socket.create_server(bind))
+
+
 async def test_a_proof_that_another_worker_was_shown_counts():
     """Workers of a node take turns at its port; the agent passes on what one of them was shown."""
-    async with two_nodes() as nodes:
-        second = MeshProxy()
-        second.apply(dict(nodes.b.config.sections))
-        second.proxy.use(second.origins)
-        bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
-        nodes.b.proxy.unlisten(bind)
-        second.proxy.listen(bind, socket.create_server(bind))
-        try:
-            async with echoing(nodes) as (reader, writer):
-                second.proxy.unlisten(bind)
-                nodes.b.proxy.listen(bind, socket.create_server(bind))
-                told: list[Proof] = []
-                nodes.b.proxy.tunnels.announce = told.append
-                new = Authority()
-                for proxy in (nodes.a, nodes.b, second):
-                    proxy.apply(nodes.authority.bundle(new))
-                nodes.authority = new
-                nodes.hold("a", "client")
-                await nodes.grow_old()
-                (proof,) = told
-                second.proxy.tunnels.hear(msgspec.structs.replace(proof, chain=()))
-                second.proxy.tunnels.hear(msgspec.structs.replace(proof, source="shop/x"))
-                second.proxy.tunnels.hear(proof)
-                second.apply(new.bundle())  # with the old root goes what the tunnel was made with
-                writer.write(b"b")
-                assert await reader.read(1) == b"b"
-        finally:
-            await second.close()
-            second._log.close()
+    async with (
+        two_nodes() as nodes,
+        second_worker(nodes) as second,
+        echoing(nodes) as (reader, writer),
+    ):
+        back_to_the_first(nodes, second)
+        told: list[Proof] = []
+        nodes.b.proxy.tunnels.announce_by(told.append)
+        new = Authority()
+        for proxy in (nodes.a, nodes.b, second):
+            proxy.apply(nodes.authority.bundle(new))
+        nodes.authority = new
+        nodes.hold("a", "client")
+        await nodes.grow_old()
+        (proof,) = told
+        second.proxy.tunnels.hear(msgspec.structs.replace(proof, chain=()))
+        second.proxy.tunnels.hear(msgspec.structs.replace(proof, source="shop/x"))
+        second.proxy.tunnels.hear(proof)
+        second.apply(new.bundle())  # with the old root goes what the tunnel was made with
+        writer.write(b"b")
+        assert await reader.read(1) == b"b"
+
+
+def by_told(proxy: MeshProxy) -> dict[str, Tunnel]:
+    """The tunnels of a worker."""
+    held = proxy.proxy.tunnels._by_key.values()
+    return {one.pair.source.told: one for tunnels in held for one in tunnels}
+
+
+async def test_a_proof_is_for_those_that_a_gateway_spoke_for_and_is_told_again():
+    async with two_nodes() as nodes, backend() as web:
+        nodes.pod("other", OTHER, "a")
+        outside = nodes.a.listen_outside()
+        put = cluster("web", web.port) | http_port(outside) | route("r", rule(to("web")))
+        assert nodes.a.apply(put) == {}
+        async with second_worker(nodes) as second:
+            for client in (CLIENT, OTHER):
+                assert (await ask(outside, client=client)).status == 200
+            found = by_told(second)
+            assert found.keys() == {CLIENT, OTHER}
+            before = found[OTHER].peer.chain
+            assert found[CLIENT].peer.chain == before
+            back_to_the_first(nodes, second)
+            # The gateway has another SVID, and proves so for one of the two.
+            assert nodes.a.apply(nodes.authority.svid(GATEWAY)) == {}
+            said: list[Proof] = []
+            nodes.b.proxy.tunnels.announce_by(said.append)
+            await nodes.a.proxy.tunnels._prove(by_told(nodes.a)[CLIENT])
+            (proof,) = said
+            assert (proof.source, proof.gateway, proof.told) == ("default/gw", True, CLIENT)
+            # Had that been lost: it is told again by the next channel.
+            again: list[Proof] = []
+            nodes.b.proxy.tunnels.announce_by(again.append)
+            assert again == said
+            second.proxy.tunnels.hear(proof)
+            assert found[OTHER].peer.chain == before != found[CLIENT].peer.chain
