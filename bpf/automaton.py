@@ -13,9 +13,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bpf import layout, syscall
-from bpf.layout import AutomatonPlace, Number
+from bpf import constants, layout, syscall
 from bpf.maps import INNER, open_pinned
+from bpf.structs import AutomatonPlace, Number
 
 _ARENAS = "automaton_arenas"
 _WORD = 4
@@ -32,7 +32,7 @@ class _Arena:
 
     def __init__(self) -> None:
         self.fd = syscall.create_map("automaton_arena", INNER[_ARENAS])
-        self.memory = mmap.mmap(self.fd, layout.AUTOMATON_ARENA)
+        self.memory = mmap.mmap(self.fd, constants.AUTOMATON_ARENA)
         self.used = 0
 
     def append(self, table: bytes) -> int:
@@ -93,9 +93,9 @@ class Automata:
 
     def _add_arena(self) -> int:
         taken = set(self._indices())
-        free = next((one for one in range(layout.AUTOMATON_ARENAS) if one not in taken), None)
+        free = next((one for one in range(constants.AUTOMATON_ARENAS) if one not in taken), None)
         if free is None:
-            raise Full(f"all {layout.AUTOMATON_ARENAS} arenas have tables in them")
+            raise Full(f"all {constants.AUTOMATON_ARENAS} arenas have tables in them")
         arena = _Arena()
         syscall.update(
             self._arenas, layout.U32.pack(Number(free)), layout.U32.pack(Number(arena.fd))
@@ -105,7 +105,7 @@ class Automata:
 
     def _indices(self) -> Iterator[int]:
         """The arenas that there are."""
-        for index in range(layout.AUTOMATON_ARENAS):
+        for index in range(constants.AUTOMATON_ARENAS):
             if syscall.lookup(self._arenas, layout.U32.pack(Number(index)), layout.U32.size):
                 yield index
 

@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from bpf import layout, maglev
+from bpf import constants, layout, maglev
 from bpf.extents import Extent, Extents
-from bpf.layout import Backend, Frontend, Member, Number, Target
 from bpf.maps import PinnedMap, Slots
+from bpf.structs import Backend, Frontend, Member, Number, Target
 from mesh.model.nodeconfig import LoadBalancerEntry
 from mesh.model.section import SectionKey
 
@@ -79,9 +79,9 @@ class Balancer:
                 self._ids[backend] = number
                 self._by_id[number] = backend
         taken = (force.extent for force in self._in_force.values())
-        self._extents = Extents(layout.SLOTS, (extent for extent in taken if extent is not None))
+        self._extents = Extents(constants.SLOTS, (extent for extent in taken if extent is not None))
         # Never given out before those that were not used for longest; 0 is no backend.
-        self._free_ids = deque(n for n in range(1, layout.BACKENDS) if n not in self._uses)
+        self._free_ids = deque(n for n in range(1, constants.BACKENDS) if n not in self._uses)
         self._left: list[_InForce] = []
         # What an earlier process left may be enrolled until it is known what is wanted.
         self._fast = PinnedMap(directory, "fast", Target, Number)
@@ -185,14 +185,14 @@ class Balancer:
             return _InForce(None, wanted, wanted.affinity_s, None, frozenset())
         fresh = [backend for backend, _ in backends if backend not in self._ids]
         if len(fresh) > len(self._free_ids):
-            raise _Refused(f"more than {layout.BACKENDS - 1} backends on this node")
+            raise _Refused(f"more than {constants.BACKENDS - 1} backends on this node")
         numbers = dict(zip(islice(self._free_ids, len(fresh)), fresh, strict=True))
         self._backends.put_all((Number(number), backend) for number, backend in numbers.items())
         size = maglev.size_for([weight for _, weight in backends])
         extent = self._extents.take(size)
         if extent is None:
             raise _Refused(
-                f"no room for a table of {size} slots: {layout.SLOTS} are for all entries"
+                f"no room for a table of {size} slots: {constants.SLOTS} are for all entries"
             )
         for number, backend in numbers.items():
             self._free_ids.popleft()
@@ -261,7 +261,9 @@ def _wanted(frontend: Target, entry: LoadBalancerEntry) -> _Wanted:
         if backend.weight < 0:
             raise _Refused(f"the backend {backend.address} has the weight {backend.weight}")
         packed = layout.TARGET.pack(target)
-        weights[Backend(packed, layout.BACKEND_REMOTE if backend.remote else 0)] += backend.weight
+        weights[Backend(packed, constants.BACKEND_REMOTE if backend.remote else 0)] += (
+            backend.weight
+        )
         # Loopback tuples are not unique on a node: every network namespace has them.
         if backend.sockmap and not ip_address(backend.address).is_loopback:
             fast.add(packed)
@@ -270,8 +272,8 @@ def _wanted(frontend: Target, entry: LoadBalancerEntry) -> _Wanted:
     affinity_s = entry.affinity_s or 0
     if not 0 <= affinity_s < 1 << 32:
         raise _Refused(f"session affinity for {affinity_s} seconds")
-    flags = (layout.FRONTEND_HTTP if entry.http else 0) | (
-        layout.FRONTEND_SOCKMAP if entry.http and entry.sockmap else 0
+    flags = (constants.FRONTEND_HTTP if entry.http else 0) | (
+        constants.FRONTEND_SOCKMAP if entry.http and entry.sockmap else 0
     )
     backends = tuple(sorted((one, weight) for one, weight in weights.items() if weight))
     return _Wanted(backends, affinity_s, flags, frozenset(fast))

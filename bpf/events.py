@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bpf import layout
-from bpf.layout import Target
+from bpf import layout, structs
 from bpf.reasons import Reason
+from bpf.structs import Target
 
 _REASONS = {int(reason): reason for reason in Reason}
 
@@ -33,7 +33,7 @@ def decode(record: bytes) -> SocketEvent:
     """ValueError: not an event, or of another version."""
     if len(record) != layout.EVENT.size:
         raise ValueError(f"an event of {len(record)} bytes, not {layout.EVENT.size}")
-    event = layout.EVENT.unpack(layout.Event, record)
+    event = layout.EVENT.unpack(structs.Event, record)
     if event.reason not in _REASONS:
         raise ValueError(f"an event with reason {event.reason}")
     source, asked, peer = (

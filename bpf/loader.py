@@ -17,10 +17,10 @@ from pathlib import Path
 
 from bpf import attach, layout, pins, syscall
 from bpf.errors import DatapathError
-from bpf.layout import Number
 from bpf.maps import INNER
 from bpf.programs import LICENCE, PROGRAMS
 from bpf.response import tables
+from bpf.structs import Number
 
 _LOG_LINES = 20
 

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from bpf import layout, pins, syscall
+from bpf import constants, layout, pins, syscall
 from bpf.errors import DatapathError
-from bpf.layout import (
+from bpf.layout import Layout
+from bpf.reasons import Reason
+from bpf.structs import (
     Address,
     Addresses,
     Affinity,
@@ -26,7 +28,6 @@ from bpf.layout import (
     FlowKey,
     Frontend,
     Identity,
-    Layout,
     Member,
     Number,
     Origin,
@@ -41,7 +42,6 @@ from bpf.layout import (
     Target,
     Tuple,
 )
-from bpf.reasons import Reason
 
 K = TypeVar(
     "K",
@@ -90,43 +90,43 @@ class Spec(NamedTuple):
 
 
 MAPS = {
-    "frontends": Spec(layout.TARGET, layout.FRONTEND, layout.FRONTENDS),
-    "slots": Spec(layout.U32, layout.U64, layout.SLOTS),
-    "backends": Spec(layout.U32, layout.BACKEND, layout.BACKENDS),
-    "origins": Spec(layout.ORIGIN_KEY, layout.ORIGIN, layout.ORIGINS),
-    "affinities": Spec(layout.AFFINITY_KEY, layout.AFFINITY, layout.AFFINITIES),
-    "members": Spec(layout.MEMBER, layout.U32, layout.MEMBERS),
+    "frontends": Spec(layout.TARGET, layout.FRONTEND, constants.FRONTENDS),
+    "slots": Spec(layout.U32, layout.U64, constants.SLOTS),
+    "backends": Spec(layout.U32, layout.BACKEND, constants.BACKENDS),
+    "origins": Spec(layout.ORIGIN_KEY, layout.ORIGIN, constants.ORIGINS),
+    "affinities": Spec(layout.AFFINITY_KEY, layout.AFFINITY, constants.AFFINITIES),
+    "members": Spec(layout.MEMBER, layout.U32, constants.MEMBERS),
     "config": Spec(layout.U32, layout.CONFIG, 1),
-    "incoming": Spec(layout.TUPLE, layout.PROXIED, layout.CONNECTING),
-    "outgoing": Spec(layout.TUPLE, layout.OUTGOING, layout.OUTGOING_MAX),
-    "accepted": Spec(layout.U64, layout.U64, layout.CONNECTING),
+    "incoming": Spec(layout.TUPLE, layout.PROXIED, constants.CONNECTING),
+    "outgoing": Spec(layout.TUPLE, layout.OUTGOING, constants.OUTGOING_MAX),
+    "accepted": Spec(layout.U64, layout.U64, constants.CONNECTING),
     "proxied": Spec(layout.U32, layout.PROXIED, 0),
-    "fast": Spec(layout.TARGET, layout.U32, layout.BACKENDS),
-    "plain": Spec(layout.TARGET, layout.U64, layout.PLAIN),
-    "workload_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
-    "proxy_sockets": Spec(layout.U64, layout.U64, layout.SOCKETS_MAX),
+    "fast": Spec(layout.TARGET, layout.U32, constants.BACKENDS),
+    "plain": Spec(layout.TARGET, layout.U64, constants.PLAIN),
+    "workload_sockets": Spec(layout.U64, layout.U64, constants.SOCKETS_MAX),
+    "proxy_sockets": Spec(layout.U64, layout.U64, constants.SOCKETS_MAX),
     "workload": Spec(layout.U32, layout.WORKLOAD, 0),
-    "pairs": Spec(layout.U64, layout.PAIR, layout.PAIRS_MAX),
-    "paired": Spec(layout.U64, layout.PAIRED, layout.PAIRS_MAX),
-    "exchanges": Spec(layout.U64, layout.EXCHANGE, layout.EXCHANGES_MAX),
+    "pairs": Spec(layout.U64, layout.PAIR, constants.PAIRS_MAX),
+    "paired": Spec(layout.U64, layout.PAIRED, constants.PAIRS_MAX),
+    "exchanges": Spec(layout.U64, layout.EXCHANGE, constants.EXCHANGES_MAX),
     "responses": Spec(layout.U32, layout.RESPONSES, 1),
-    "interfaces": Spec(layout.ADDRESS, layout.U32, layout.PODS),
-    "namespaces": Spec(layout.U64, layout.ADDRESSES, layout.PODS),
-    "identities": Spec(layout.PREFIX, layout.IDENTITY, layout.IDENTITIES),
-    "pods": Spec(layout.ADDRESS, layout.POD, layout.PODS),
-    "mtls_ports": Spec(layout.TARGET, layout.U32, layout.MTLS_PORTS),
-    "policies": Spec(layout.POLICY_KEY, layout.POLICY, layout.POLICIES),
+    "interfaces": Spec(layout.ADDRESS, layout.U32, constants.PODS),
+    "namespaces": Spec(layout.U64, layout.ADDRESSES, constants.PODS),
+    "identities": Spec(layout.PREFIX, layout.IDENTITY, constants.IDENTITIES),
+    "pods": Spec(layout.ADDRESS, layout.POD, constants.PODS),
+    "mtls_ports": Spec(layout.TARGET, layout.U32, constants.MTLS_PORTS),
+    "policies": Spec(layout.POLICY_KEY, layout.POLICY, constants.POLICIES),
     "generation": Spec(layout.U32, layout.U64, 1),
-    "flows": Spec(layout.FLOW_KEY, layout.FLOW, layout.FLOWS),
-    "fragments": Spec(layout.FRAGMENT, layout.U64, layout.FRAGMENTS),
+    "flows": Spec(layout.FLOW_KEY, layout.FLOW, constants.FLOWS),
+    "fragments": Spec(layout.FRAGMENT, layout.U64, constants.FRAGMENTS),
     "told": Spec(layout.U32, layout.TOLD, 1),
-    "events": Spec(None, None, layout.EVENT_PAGES * 4096),
-    "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, layout.AUTOMATA),
-    "automaton_arenas": Spec(layout.U32, layout.U32, layout.AUTOMATON_ARENAS),
+    "events": Spec(None, None, constants.EVENT_PAGES * 4096),
+    "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, constants.AUTOMATA),
+    "automaton_arenas": Spec(layout.U32, layout.U32, constants.AUTOMATON_ARENAS),
     "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }
 # What is in maps of maps, as programs expect it.
-INNER = {"automaton_arenas": syscall.MapInfo(2, 4, layout.AUTOMATON_ARENA, 1, _MMAPABLE)}
+INNER = {"automaton_arenas": syscall.MapInfo(2, 4, constants.AUTOMATON_ARENA, 1, _MMAPABLE)}
 
 
 def open_pinned(directory: Path, name: str, of: str | None = None) -> int:
@@ -206,7 +206,7 @@ class Slots:
     def __init__(self, directory: Path) -> None:
         fd = open_pinned(directory, "slots")
         try:
-            self._memory = mmap.mmap(fd, layout.SLOTS * layout.U64.size)
+            self._memory = mmap.mmap(fd, constants.SLOTS * layout.U64.size)
         finally:
             os.close(fd)
         self._words = memoryview(self._memory).cast("Q")

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import msgspec
 
-from bpf import layout, pins, syscall
+from bpf import constants, pins, syscall
 from bpf.attach import open_program, opened
 from bpf.errors import DatapathError
-from bpf.layout import Address, Addresses, Identity, Number, Prefix, Who
 from bpf.maps import PinnedMap
 from bpf.programs import PROGRAMS
+from bpf.structs import Address, Addresses, Identity, Number, Prefix, Who
 
 FILTERS = ("pod_egress", "pod_ingress")
 _SO_NETNS_COOKIE = 71
@@ -37,7 +37,7 @@ _ADVICE = {
     errno.EPERM: _ROOT,
     errno.EACCES: _ROOT,
     errno.EINVAL: ": it takes a kernel with tcx (6.6)",
-    errno.E2BIG: f": a map of pods is full: a node has room for {layout.PODS} of their addresses",
+    errno.E2BIG: f": a map of pods is full: a node has room for {constants.PODS} addresses",
 }
 
 

@@ -16,21 +16,21 @@ from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from bpf import layout
-from bpf.layout import Address, Number, Pod, Policy, PolicyKey, Rules, Target
+from bpf import constants
 from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
+from bpf.structs import Address, Number, Pod, Policy, PolicyKey, Rules, Target
 from mesh.model.nodeconfig import SvidSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
 # Of one pod, so that one huge policy does not take the room of all others.
-MAX_ENTRIES = layout.POLICIES // 4
+MAX_ENTRIES = constants.POLICIES // 4
 
 PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
 
-_DENIED = layout.POD_POLICED | layout.POD_DEFAULT_DENY
-_ALL_DENIED = _DENIED | _DENIED << layout.POD_INGRESS_SHIFT
+_DENIED = constants.POD_POLICED | constants.POD_DEFAULT_DENY
+_ALL_DENIED = _DENIED | _DENIED << constants.POD_INGRESS_SHIFT
 # The set that has no rules.
 _NO_RULES = 0
 _NOTHING = Rules(_NO_RULES, 0)
@@ -170,10 +170,10 @@ class Pods:
             for address in addresses
             for port, mode in workload.mtls_ports.items()
         }
-        self._mtls[key] = _Mtls(addresses, layout.POD_STRICT, {}, workload.spiffe_id)
+        self._mtls[key] = _Mtls(addresses, constants.POD_STRICT, {}, workload.spiffe_id)
         self._ports.put_all((port, Number(strict)) for port, strict in ports.items())
-        flags = layout.POD_STRICT if workload.mtls == "STRICT" else 0
-        flags |= layout.POD_MTLS_PORTS if ports else 0
+        flags = constants.POD_STRICT if workload.mtls == "STRICT" else 0
+        flags |= constants.POD_MTLS_PORTS if ports else 0
         self._mtls[key] = _Mtls(addresses, flags, ports, workload.spiffe_id)
 
     def _wanted_ports(self) -> set[Target]:
@@ -184,7 +184,7 @@ class Pods:
         # Whatever becomes of it, nobody is let through by what was in force before.
         self._policy[key] = _Policy(addresses, _NO_RULES, _ALL_DENIED)
         number = self._set(section)
-        flags = _flags(section.egress) | _flags(section.ingress) << layout.POD_INGRESS_SHIFT
+        flags = _flags(section.egress) | _flags(section.ingress) << constants.POD_INGRESS_SHIFT
         self._policy[key] = _Policy(addresses, number, flags)
 
     # --- sets of rules ----------------------------------------------------------------------------
@@ -208,8 +208,8 @@ class Pods:
     def _write(self, number: int, section: PolicySection) -> None:
         keys, rules = self._written[number]
         values: list[Policy] = []
-        egress = entries(section.egress, layout.EGRESS)
-        for entry in chain(egress, entries(section.ingress, layout.INGRESS)):
+        egress = entries(section.egress, constants.EGRESS)
+        for entry in chain(egress, entries(section.ingress, constants.INGRESS)):
             if len(keys) == MAX_ENTRIES:
                 raise _Refused(f"its rules come to more than {MAX_ENTRIES} entries of the kernel's")
             source = _source(section.ingress if entry.direction else section.egress, entry.rule)
@@ -260,7 +260,7 @@ class Pods:
             mode, policy = modes.get(address), policies.get(address)
             number, flags = (policy.number, policy.flags) if policy else _NOTHING
             if mode is not None:
-                flags |= mode.flags | (layout.POD_PROVEN if mode.spiffe_id in held else 0)
+                flags |= mode.flags | (constants.POD_PROVEN if mode.spiffe_id in held else 0)
             rules = Rules(number, flags)
             before = self._in_force.pop(address, _NOTHING)
             if rules != before:
@@ -278,6 +278,6 @@ def _source(direction: Direction, rule: int) -> str:
 
 
 def _flags(direction: Direction) -> int:
-    policed = layout.POD_POLICED if direction.default_deny or direction.rules else 0
-    deny = layout.POD_DEFAULT_DENY if direction.default_deny else 0
-    return policed | deny | (layout.POD_AUDIT if direction.audit else 0)
+    policed = constants.POD_POLICED if direction.default_deny or direction.rules else 0
+    deny = constants.POD_DEFAULT_DENY if direction.default_deny else 0
+    return policed | deny | (constants.POD_AUDIT if direction.audit else 0)

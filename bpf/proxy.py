@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import layout, pins, syscall
+from bpf import constants, layout, pins, syscall
 from bpf.attach import open_program
 from bpf.errors import DatapathError
-from bpf.layout import Exchange, Number, Pair, Paired, Proxied, Target
 from bpf.maps import open_pinned
+from bpf.structs import Exchange, Number, Pair, Paired, Proxied, Target
 
 # Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
@@ -135,14 +135,14 @@ class ProxyHandles:
             backend if backend.port else None,
             found.cookie,
             found.netns,
-            found.state == layout.STATE_ENROLLED,
+            found.state == constants.STATE_ENROLLED,
         )
 
     def pair(self, fd: int) -> int | None:
         """Of a connection that the proxy opened: the far socket's cookie once it may send there by
         redirect; 0: it sends by TCP; None: ask again, and send nothing until then."""
         version, found = self._look(fd)
-        if found is None or found.state != layout.STATE_ENROLLED:
+        if found is None or found.state != constants.STATE_ENROLLED:
             return 0
         if found.peer:
             return found.peer

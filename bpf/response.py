@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
-from bpf.layout import (
+from bpf.constants import (
     RESPONSE_ALIVE,
     RESPONSE_DIGIT,
     RESPONSE_DONE,

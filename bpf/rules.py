@@ -14,7 +14,7 @@ from itertools import groupby
 from operator import or_
 from typing import NamedTuple
 
-from bpf import layout
+from bpf import constants
 from mesh.model.policyconfig import Direction, PolicyRule, PortRange
 
 # Bits of struct policy_key up to the direction, and with the protocol; 16 more with the port.
@@ -101,11 +101,11 @@ def prefixes(first: int, last: int) -> Iterator[tuple[int, int]]:
 
 def _says(rule: PolicyRule, *, audit: bool) -> int:
     if rule.deny:
-        return layout.POLICY_AUDIT_DENY if rule.audit else layout.POLICY_DENY
+        return constants.POLICY_AUDIT_DENY if rule.audit else constants.POLICY_DENY
     # In audit mode it does not allow either, unless nothing is refused anyway.
     if rule.http is not None or (rule.audit and not audit):
         return 0
-    return layout.POLICY_SAFE if rule.authenticated else layout.POLICY_ALLOW
+    return constants.POLICY_SAFE if rule.authenticated else constants.POLICY_ALLOW
 
 
 def _ports(rules: Mapping[int, tuple[PolicyRule, int]]) -> Iterator[_At]:
@@ -138,8 +138,8 @@ def _together(said: Iterable[_Said]) -> _Said:
     """A rule that denies stands above all others, and is the one to name."""
     every = sorted(said, key=lambda one: one.flags, reverse=True)
     flags = reduce(or_, (one.flags for one in every), 0)
-    if flags & layout.POLICY_DENY:
-        flags = layout.POLICY_DENY
+    if flags & constants.POLICY_DENY:
+        flags = constants.POLICY_DENY
     return _Said(flags, next((one.rule for one in every if one.flags & flags), 0))
 
 

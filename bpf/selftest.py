@@ -20,11 +20,11 @@ from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from bpf import layout, maps, pins
+from bpf import maps, pins, structs
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
-from bpf.layout import Number, Target
 from bpf.selftest_probe import FRONTENDS, LOOPBACK, PORT, REFUSED_PORT
+from bpf.structs import Number, Target
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 
 # In the order in which they are checked; the first three are needed by all that follow.
@@ -175,7 +175,7 @@ def _fill(pin: Path, ports: dict[str, int]) -> None:
         balancer.close()
     if refused:
         raise _Failed("; ".join(refused.values()))
-    frontends = maps.PinnedMap(pin, "frontends", Target, layout.Frontend)
+    frontends = maps.PinnedMap(pin, "frontends", Target, structs.Frontend)
     slots = maps.PinnedMap(pin, "slots", Number, Number)
     try:
         for _, (offset, size, _, _) in frontends.items():

@@ -14,10 +14,10 @@ from pathlib import Path
 from bpf import syscall
 from bpf.attach import open_program, opened
 from bpf.enforcement import Enforcement
-from bpf.layout import Address, Number
 from bpf.maps import PinnedMap
 from bpf.selftest_probe import TIMEOUT_S
 from bpf.selftest_redirect import NODE
+from bpf.structs import Address, Number
 from mesh.model.identity import FIRST_WORKLOAD
 from mesh.model.nodeconfig import SvidSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange

@@ -21,10 +21,10 @@ from typing import NamedTuple
 from bpf import maps, pins, settings, syscall
 from bpf.attach import open_program
 from bpf.balancer import Balancer
-from bpf.layout import Exchange, Number, Target
 from bpf.proxy import Offer, Origin, ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
+from bpf.structs import Exchange, Number, Target
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
     MESH_RELAY_PORT,

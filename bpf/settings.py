@@ -12,9 +12,9 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from bpf import layout
-from bpf.layout import Config, Identity, Number, Prefix, Target, Who
+from bpf import constants, layout
 from bpf.maps import PinnedMap
+from bpf.structs import Config, Identity, Number, Prefix, Target, Who
 from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, NodeSection, WorkloadSection
 from mesh.model.policyconfig import CidrSection
@@ -44,7 +44,7 @@ def steer_to_proxy(directory: Path, ports: Iterable[tuple[str, int]], *, sockmap
                 at(6, MESH_HTTP_PORT),
                 at(4, MESH_RELAY_PORT),
                 at(6, MESH_RELAY_PORT),
-                layout.CONFIG_SOCKMAP if sockmap else 0,
+                constants.CONFIG_SOCKMAP if sockmap else 0,
             ),
         )
     finally:
@@ -165,14 +165,14 @@ class Identities:
         if isinstance(section, NodeSection):
             own = section.name == self._node
             number: int = Reserved.HOST if own else Reserved.REMOTE_NODE
-            return Who(number, layout.IDENTITY_PLAIN)
+            return Who(number, constants.IDENTITY_PLAIN)
         if isinstance(section, CidrSection):
-            return Who(section.identity, layout.IDENTITY_PLAIN)
-        flags = 0 if section.sockmap else layout.IDENTITY_PLAIN
+            return Who(section.identity, constants.IDENTITY_PLAIN)
+        flags = 0 if section.sockmap else constants.IDENTITY_PLAIN
         if not section.meshed:
-            flags |= layout.IDENTITY_APART
+            flags |= constants.IDENTITY_APART
         elif section.node and not section.local:
-            flags |= layout.IDENTITY_FAR
+            flags |= constants.IDENTITY_FAR
         return Who(section.identity, flags)
 
     def _claim(

@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from bpf import layout, pins, syscall
+from bpf import constants, layout, pins, syscall
 from bpf.attach import opened
 from bpf.errors import DatapathError
-from bpf.layout import Config, Number
 from bpf.maps import MAPS, PinnedMap, open_pinned
+from bpf.structs import Config, Number
 
 # By tuple and by socket cookie; both forget what has not been used for long.
 _OF_CONNECTIONS = ("flows", "origins")
@@ -44,8 +44,8 @@ def stop_redirects(directory: Path, which: Iterable[str]) -> None:
             continue
         with contextlib.closing(config):
             before = config.get(Number(0))
-            if before is not None and before.flags & layout.CONFIG_SOCKMAP:
-                flags = before.flags & ~layout.CONFIG_SOCKMAP
+            if before is not None and before.flags & constants.CONFIG_SOCKMAP:
+                flags = before.flags & ~constants.CONFIG_SOCKMAP
                 config.put(Number(0), before._replace(flags=flags))
 
 

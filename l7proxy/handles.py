@@ -13,11 +13,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from bpf.layout import Target
+from bpf.structs import Target
 
 if TYPE_CHECKING:
-    from bpf.layout import Exchange
     from bpf.proxy import Offer, Origin
+    from bpf.structs import Exchange
 
 
 _log = logging.getLogger("weft.handles")

@@ -16,8 +16,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from bpf.layout import PAIR_BOUNDS, Exchange
+from bpf.constants import PAIR_BOUNDS
 from bpf.proxy import Offer
+from bpf.structs import Exchange
 from l7proxy.handles import Handles
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bpf.layout import Target
+from bpf.structs import Target
 from l7proxy import metrics
 from l7proxy.dial import DialFailed, dial, reset_on_close
 from l7proxy.handles import Handles, Kernel

@@ -26,8 +26,8 @@ from pyroute2 import IPRoute
 
 from bpf import maps
 from bpf.enforcement import EnforcedSection, Enforcement
-from bpf.layout import Flow, FlowKey
 from bpf.reasons import Reason
+from bpf.structs import Flow, FlowKey
 from mesh.lab import cni
 from mesh.lab.kernel import create_netns, inside, remove_netns, write_sysctls
 

@@ -18,12 +18,12 @@ from bpf_world import loader, new_cgroup, pin_directory
 
 from bpf import maps
 from bpf.balancer import Balancer
-from bpf.layout import Address, Addresses, Number
 from bpf.podfilter import netns_cookie
 from bpf.proxy import ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import enter
 from bpf.settings import Identities
+from bpf.structs import Address, Addresses, Number
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, WorkloadSection
 from mesh.model.section import entry_key, workload_key
 

@@ -18,10 +18,10 @@ from bpf_world import needs_bpf, new_actor, new_cgroup, pin_directory
 from lab_world import until
 from support.running import PROJECT, free_port, gateway, running, service
 
-from bpf import layout, pins, syscall
+from bpf import constants, pins, syscall
 from bpf.attach import adopt, is_member, opened
-from bpf.layout import Config, Number
 from bpf.maps import PinnedMap
+from bpf.structs import Config, Number
 from mesh.model.nodeconfig import MESH_HTTP_PORT
 
 pytestmark = needs_bpf
@@ -181,7 +181,7 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
     with running(tmp_path / "run", *arguments) as weft:
         weft.await_line("proxies answer them by redirect")
         before = config()
-        assert before.flags == layout.CONFIG_SOCKMAP
+        assert before.flags == constants.CONFIG_SOCKMAP
     syscall.pin(syscall.load_program("x", 3, 0, _RETURN_0, "GPL"), pins.map_path(pin, "x"))
     wrong = pins.map_path(pin, "counters")
     wrong.unlink()

@@ -12,8 +12,8 @@ from bpf_world import Actor, loader, needs_bpf, new_actor, new_cgroup, steered
 
 from bpf import layout, maps
 from bpf.balancer import Balancer
-from bpf.layout import Affinity, AffinityKey, Member, Number, Target
 from bpf.reasons import Reason
+from bpf.structs import Affinity, AffinityKey, Member, Number, Target
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 from mesh.model.section import entry_key
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from bpf_world import needs_bpf
 
-from bpf import layout, maglev, syscall
-from bpf.layout import Backend, Frontend, Number, Target
+from bpf import constants, layout, maglev, syscall
 from bpf.maps import MAPS
+from bpf.structs import Backend, Frontend, Number, Target
 
 pytestmark = needs_bpf
 
@@ -115,7 +115,7 @@ def test_c_reads_the_table_that_python_wrote(program):
 def test_what_is_not_whole_is_refused(program):
     key = layout.TARGET.pack(FRONTEND)
     # No backends; slots beyond the map; slots that were never written; a backend never written.
-    for frontend in (Frontend(0, 0, 0), Frontend(layout.SLOTS, 1, 0), Frontend(4096, 16, 0)):
+    for frontend in (Frontend(0, 0, 0), Frontend(constants.SLOTS, 1, 0), Frontend(4096, 16, 0)):
         program.put("frontends", key, layout.FRONTEND.pack(frontend))
         assert program.run(1) == (-errno.ECONNREFUSED, FRONTEND)
     program.put("slots", layout.U32.pack(Number(4096)), layout.U64.pack(Number(77)))

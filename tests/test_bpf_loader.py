@@ -20,11 +20,11 @@ from bpf_world import (
     steered,
 )
 
-from bpf import layout, maps, pins, reasons, syscall
+from bpf import constants, layout, maps, pins, reasons, syscall
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
-from bpf.layout import Backend, Frontend, Member, Number, Target
 from bpf.reasons import Reason
+from bpf.structs import Backend, Frontend, Member, Number, Target
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 
 NOBODY = 65534
@@ -222,9 +222,9 @@ def test_maps_and_refused_entries(tmp_path):
         assert table.get(first) is None
         table.close()
         array = maps.PinnedMap(pin, "backends", Number, Backend)
-        assert array.get(Number(layout.BACKENDS)) is None
+        assert array.get(Number(constants.BACKENDS)) is None
         with pytest.raises(OSError, match="Argument list too long"):
-            array.put(Number(layout.BACKENDS), Backend(layout.TARGET.pack(first)))
+            array.put(Number(constants.BACKENDS), Backend(layout.TARGET.pack(first)))
         array.close()
 
         balancer = Balancer(pin)
@@ -297,7 +297,7 @@ def test_a_full_map_refuses_and_what_was_in_force_stays(tmp_path):
         table = maps.PinnedMap(pin, "members", Member, Number)
         [(own, one)] = table.items()
         strangers = [
-            Member(bytes(20), number.to_bytes(20, "big")) for number in range(layout.MEMBERS - 1)
+            Member(bytes(20), number.to_bytes(20, "big")) for number in range(constants.MEMBERS - 1)
         ]
         table.put_all((stranger, one) for stranger in strangers)
         refused = balancer.apply(entry(1, 2, 3))
@@ -320,7 +320,9 @@ def test_a_refused_entry_leaves_no_backend_to_enrol(tmp_path):
     with steered(tmp_path) as (pin, _, _):
         balancer = Balancer(pin)
         table = maps.PinnedMap(pin, "frontends", Target, Frontend)
-        strangers = [Target(number.to_bytes(16, "big"), 1, 6) for number in range(layout.FRONTENDS)]
+        strangers = [
+            Target(number.to_bytes(16, "big"), 1, 6) for number in range(constants.FRONTENDS)
+        ]
         table.put_all((stranger, Frontend(0, 0, 0)) for stranger in strangers)
         fast = maps.PinnedMap(pin, "fast", Target, Number)
         assert balancer.apply({"x": entry}).keys() == {"x"}

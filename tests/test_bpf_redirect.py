@@ -23,10 +23,10 @@ from redirect_world import (
     unread,
 )
 
-from bpf import layout, maps, settings
-from bpf.layout import Address, Addresses, Number, Pod, Target
+from bpf import constants, maps, settings
 from bpf.podfilter import netns_cookie
 from bpf.reasons import Reason
+from bpf.structs import Address, Addresses, Number, Pod, Target
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
 
 pytestmark = needs_bpf
@@ -156,7 +156,7 @@ def test_a_backend_that_shows_its_socket_late_is_left_plain(world):
             target = Target.of(NODE, port, "TCP")
             since = plain.get(target)
             assert since is not None
-            plain.put(target, Number(max(0, since.value - layout.PLAIN_S * 10**9)))
+            plain.put(target, Number(max(0, since.value - constants.PLAIN_S * 10**9)))
         with world.as_proxy():
             again = world.connect(NODE, port)
         assert handles.pair(again.fileno()) is None

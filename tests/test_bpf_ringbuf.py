@@ -15,9 +15,9 @@ from bpf_world import needs_bpf, pin_directory
 
 from bpf import events, layout, pins, syscall
 from bpf.events import SocketEvent
-from bpf.layout import Target
 from bpf.reasons import Reason
 from bpf.ringbuf import RingBuffer
+from bpf.structs import Target
 
 SIZE = 4096
 SCHED_CLS = 3

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bpf import layout
+from bpf import constants
 from bpf.rules import Entry, entries, prefixes
 from mesh.model.policyconfig import Direction, HttpRule, PolicyRule, PortRange
 
 NUMBERS = {"TCP": 6, "UDP": 17, "SCTP": 132, "ICMP": 1, "ICMPv6": 58}
 ALLOW, SAFE, DENY, AUDIT_DENY = (
-    layout.POLICY_ALLOW,
-    layout.POLICY_SAFE,
-    layout.POLICY_DENY,
-    layout.POLICY_AUDIT_DENY,
+    constants.POLICY_ALLOW,
+    constants.POLICY_SAFE,
+    constants.POLICY_DENY,
+    constants.POLICY_AUDIT_DENY,
 )
 GRE = 47
 
@@ -97,7 +97,7 @@ RULES = st.builds(
 
 @given(st.lists(RULES, max_size=5))
 def test_the_trie_says_what_the_rules_say(rules: list[PolicyRule]) -> None:
-    found = list(entries(Direction(rules=tuple(rules)), layout.INGRESS))
+    found = list(entries(Direction(rules=tuple(rules)), constants.INGRESS))
     keys = [entry[:5] for entry in found]
     assert len(set(keys)) == len(keys)
     for identity in (300, 301, 302):
@@ -116,7 +116,7 @@ def test_the_trie_says_what_the_rules_say(rules: list[PolicyRule]) -> None:
     ],
 )
 def test_the_rule_that_decides_is_named(rules: list[PolicyRule], named: str) -> None:
-    [entry] = entries(Direction(rules=tuple(rules)), layout.EGRESS)
+    [entry] = entries(Direction(rules=tuple(rules)), constants.EGRESS)
     assert rules[entry.rule].source == named
 
 

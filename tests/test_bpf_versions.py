@@ -14,8 +14,8 @@ from redirect_world import NODE, VIP, World, await_that, received, redirect_worl
 
 from bpf import maps, pins, settings
 from bpf import versions as version_files
-from bpf.layout import Flow, FlowKey, Target
 from bpf.programs import PROGRAMS, Place
+from bpf.structs import Flow, FlowKey, Target
 from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend
 
 pytestmark = needs_bpf
@@ -24,8 +24,8 @@ pytestmark = needs_bpf
 _OTHER_WEFT = f"""
 import os, sys
 from pathlib import Path
-from bpf import layout
-layout.PLAIN *= 2
+from bpf import constants
+constants.PLAIN *= 2
 from bpf import loader, settings, syscall, versions
 from bpf.balancer import Balancer
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry, WorkloadSection

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpf import maps, pins, syscall
-from bpf.layout import Address, Number
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
+from bpf.structs import Address, Number
 
 pytestmark = needs_bpf
 

@@ -20,9 +20,9 @@ from lab_world import needs_root
 from pyroute2 import IPRoute
 
 from bpf import attach, pins, podfilter, syscall
-from bpf.layout import Address, Addresses, Number
 from bpf.maps import PinnedMap, counters
 from bpf.reasons import Reason
+from bpf.structs import Address, Addresses, Number
 from mesh.lab import cni
 from mesh.lab.kernel import create_netns, inside, remove_netns
 
@@ -279,7 +279,7 @@ def test_a_pod_that_was_there_before_the_filter_gets_it(pod: str, tmp_path: Path
 @needs_bpf
 def test_the_filter_of_another_version_serves_until_ours_is_there(pod: str, tmp_path: Path) -> None:
     load_other = (
-        "import sys; from pathlib import Path; from bpf import layout; layout.PLAIN *= 2\n"
+        "import sys; from pathlib import Path; from bpf import constants; constants.PLAIN *= 2\n"
         "from bpf import attach, loader; loader.load(Path(sys.argv[1]))\n"
         "attach.attach(*map(Path, sys.argv[1:]))"
     )

@@ -177,7 +177,7 @@ def since_the_first(said: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "patch", ["", "from bpf import layout; layout.PLAIN *= 2"], ids=["same", "other layout"]
+    "patch", ["", "from bpf import constants; constants.PLAIN *= 2"], ids=["same", "other layout"]
 )
 def test_requests_through_the_gateway_while_weft_starts_anew(lab: Lab, patch: str) -> None:
     before = times_steered(lab)

@@ -15,7 +15,7 @@ from support.http1 import raw_backend
 from support.mesh import MeshProxy, connected, mesh_proxy, service
 from support.proxy import backend, cluster, get, ok, read_message
 
-from bpf.layout import Target
+from bpf.structs import Target
 from l7proxy import metrics
 from l7proxy.redirect import LONG, MESSAGES, RedirectQueue
 from mesh.model.nodeconfig import Settings

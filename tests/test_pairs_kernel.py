@@ -23,8 +23,8 @@ from test_mesh_kernel import Node, node, scenario, served
 
 from bpf import maps
 from bpf.automaton import Automata
-from bpf.layout import Number, Pair
 from bpf.reasons import Reason
+from bpf.structs import Number, Pair
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plans import Plans
 from mesh.model.nodeconfig import (

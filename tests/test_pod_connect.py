@@ -10,12 +10,12 @@ from bpf_world import needs_bpf
 from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, pod_world
 
-from bpf import events, layout, maps, settings
+from bpf import constants, events, maps, settings
 from bpf.balancer import Balancer
 from bpf.events import SocketEvent
-from bpf.layout import Target
 from bpf.reasons import Reason
 from bpf.ringbuf import RingBuffer
+from bpf.structs import Target
 from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend, LoadBalancerEntry
 from mesh.model.policyconfig import Direction, PolicyRule
 
@@ -43,7 +43,7 @@ def balancer(world: PodWorld) -> Iterator[Balancer]:
 @contextlib.contextmanager
 def told(world: PodWorld) -> Iterator[list[SocketEvent]]:
     """The events of what happens in the block, after it."""
-    ring = RingBuffer(maps.open_pinned(world.pin, "events"), layout.EVENT_PAGES * 4096)
+    ring = RingBuffer(maps.open_pinned(world.pin, "events"), constants.EVENT_PAGES * 4096)
     try:
         while ring.read(1000):
             pass

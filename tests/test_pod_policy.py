@@ -28,9 +28,9 @@ from pod_policies import (
 from pod_world import NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
 
 from bpf.enforcement import Enforcement
-from bpf.layout import Policy, PolicyKey
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
+from bpf.structs import Policy, PolicyKey
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange

@@ -17,8 +17,8 @@ pytestmark = needs_bpf
 _OTHER_WEFT = """
 import sys
 from pathlib import Path
-from bpf import layout
-layout.PLAIN *= 2
+from bpf import constants
+constants.PLAIN *= 2
 from bpf import loader, podfilter, versions
 from bpf.enforcement import Enforcement
 from pod_policies import KNOWN, only, policy

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from bpf import events, layout, maps
+from bpf import constants, events, maps
 from bpf.errors import DatapathError
 from bpf.events import SocketEvent
-from bpf.layout import Target
 from bpf.reasons import Reason
 from bpf.ringbuf import RingBuffer
+from bpf.structs import Target
 from mesh.agent.flows import FlowStore
 from mesh.model.flow import Flow, Peer
 
@@ -64,7 +64,7 @@ class KernelFlows:
             self.failure = failure
             return
         self.failure = None
-        self._ring = RingBuffer(fd, layout.EVENT_PAGES * 4096)
+        self._ring = RingBuffer(fd, constants.EVENT_PAGES * 4096)
         self._loop.add_reader(fd, self._readable)
 
     def close(self) -> None:

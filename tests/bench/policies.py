@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from bpf import layout, rules
+from bpf import constants, rules
 from gateway.control import ControlPlane, Options
 from l7proxy.credentials import Credentials
 from l7proxy.peers import Peers
@@ -188,7 +188,7 @@ def _sizes(sections: dict[str, Section]) -> Iterator[Row]:
     entries = sum(
         1
         for pair in sets
-        for side, number in zip(pair, (layout.INGRESS, layout.EGRESS), strict=True)
+        for side, number in zip(pair, (constants.INGRESS, constants.EGRESS), strict=True)
         for _ in rules.entries(side, number)
     )
     yield Row("entries of the kernel's map", f"{entries} in {len(sets)} sets")

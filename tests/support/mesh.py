@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from bpf.layout import Target
 from bpf.proxy import Origin
+from bpf.structs import Target
 from l7proxy.accesslog import AccessLog
 from l7proxy.flows import FlowLog
 from l7proxy.proxy import Proxy

@@ -1,0 +1,98 @@
+"""Numbers that Python and C share: flags, and sizes of the maps.
+
+Every one that is an int is a #define of its name in the programs (bpf/layout.py).
+"""
+
+from mesh.model.identity import FIRST_CIDR as FIRST_CIDR
+from mesh.model.identity import FIRST_WORKLOAD as FIRST_WORKLOAD
+from mesh.model.identity import Reserved
+
+# A frontend's connections go to this node's proxy; and it may answer them by redirect.
+FRONTEND_HTTP, FRONTEND_SOCKMAP = 1, 2
+# A backend is reached through the relay of this node's proxy.
+BACKEND_REMOTE = 1
+# The proxy sends to workloads of this node by redirect.
+CONFIG_SOCKMAP = 1
+# An address whose sockets are never enrolled; of a meshed pod of another node; of a pod that is not
+# in the mesh.
+IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART = 1, 2, 4
+# Of a connection between proxy and workload: to be enrolled if both ends can be; enrolled.
+STATE_WANTED, STATE_ENROLLED = 1, 2
+
+# Of a pod, for egress: it has policies; what no rule allows is refused; refusals are only told. For
+# ingress the same, shifted. Then: its ports are STRICT; not all of them are as the pod is; the node
+# holds a valid SVID of it.
+POD_POLICED, POD_DEFAULT_DENY, POD_AUDIT, POD_INGRESS_SHIFT = 1, 2, 4, 4
+POD_STRICT, POD_MTLS_PORTS, POD_PROVEN = 1 << 8, 1 << 9, 1 << 10
+# Whose rules judge: those of who opens a flow, those of whom it is opened to.
+EGRESS, INGRESS = 0, 1
+# Of what rules say: it is allowed; if it goes by mutual TLS or between two pods of this node with
+# SVIDs; it is refused; it would be, were the rule not in audit mode.
+POLICY_ALLOW, POLICY_SAFE, POLICY_DENY, POLICY_AUDIT_DENY = 1, 2, 4, 8
+# Of a flow to a pod: the node itself has opened it, another pod of this node. Of all flows: the
+# peer has answered; its opener has said that it ends, its peer, both (or one has broken it off).
+FLOW_FROM_NODE, FLOW_FROM_POD, FLOW_FROM = 1, 2, 3
+FLOW_ANSWERED, FLOW_ENDED_BY_OPENER, FLOW_ENDED_BY_PEER, FLOW_ENDED = 4, 8, 16, 24
+# What stands for who is no pod, in `identities`.
+IDENTITY_HOST, IDENTITY_WORLD, IDENTITY_INIT = Reserved.HOST, Reserved.WORLD, Reserved.INIT
+# The mark of packets that the filter has made itself, between its two ends.
+RESET_MARK = 0x57454654
+
+# Sizes of the maps, in entries. A slot takes 8 bytes, a backend 24, the others about 120.
+FRONTENDS = 1 << 15
+SLOTS = 1 << 20
+BACKENDS = 1 << 16
+ORIGINS = 1 << 16
+AFFINITIES = 1 << 16
+MEMBERS = 1 << 16
+# Connections to the proxy that it has yet to accept; connections that it has opened; backends that
+# cannot be enrolled; enrolled sockets.
+CONNECTING = 1 << 14
+OUTGOING_MAX = 1 << 16
+PLAIN = 1 << 12
+# For how long, in seconds.
+PLAIN_S = 600
+SOCKETS_MAX = 1 << 16
+# Of this node; of the cluster.
+PODS = 1 << 10
+IDENTITIES = 1 << 16
+MTLS_PORTS = 1 << 12
+# Rules of all pods: some 150 bytes for each that is there.
+POLICIES = 1 << 18
+# What pods have opened, and what was opened to them: 18 MB, at once. The least recently used go.
+FLOWS = 1 << 17
+# How long a silent flow is remembered, in seconds: one of TCP while it lives (as kube-proxy has
+# nf_conntrack do), all others.
+FLOW_TCP_S, FLOW_S = 86_400, 120
+# Fragmented packets on their way; how long the rest of one may take (Linux puts none together that
+# is older), in seconds.
+FRAGMENTS = 1 << 12
+FRAGMENT_S = 30
+# Refusals of packets that are told of in one second, on each CPU.
+TOLD_MAX = 500
+# Pairs, and what went past the proxy by them. A response that does is no longer than this, and its
+# client has read all before: so that all pairs' hold no more than 512 MiB.
+PAIRS_MAX = 1 << 13
+EXCHANGES_MAX = 1 << 14
+RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
+# Of its head; a power of two.
+RESPONSE_HEAD_MAX = 2048
+# Of 4 KiB; a power of two.
+EVENT_PAGES = 128
+# Tables that requests are judged by, and the arenas they stand in: twice what the largest table
+# takes and a header (bpf/programs/automaton.h), in bytes; 4 MB for each that is in use.
+AUTOMATA = 1 << 12
+AUTOMATON_ARENAS, AUTOMATON_ARENA = 1 << 8, (4 << 20) + 512
+
+# As those of the proxy's histogram, in ns.
+PAIR_BOUNDS = tuple(
+    int(ms * 1_000_000)
+    for ms in (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000)
+)
+PAIR_BUCKETS = len(PAIR_BOUNDS)
+
+# Of the tables of bpf/response.py; a power of two. In a cell above the next state: the byte is a
+# digit of Content-Length; the head goes on with it. The first state, and that of a whole head.
+RESPONSE_STATES = 512
+RESPONSE_DIGIT, RESPONSE_ALIVE = 14, 15
+RESPONSE_START, RESPONSE_DONE = 1, 2

@@ -1,0 +1,304 @@
+"""The structs of the maps as Python sees them. Knows nothing of their bytes (bpf/layout.py)."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import NamedTuple
+
+_MAPPED = bytes(10) + b"\xff\xff"
+
+
+class Target(NamedTuple):
+    """Where to: struct target. `address` is 16 bytes, IPv4 as ::ffff:a.b.c.d; `protocol` is an IP
+    protocol number. Frontends, backends and original destinations are all targets."""
+
+    address: bytes
+    port: int
+    protocol: int
+
+    @classmethod
+    def of(cls, address: str, port: int, protocol: str) -> Target:
+        """From text; `protocol` is "TCP" or "UDP". ValueError: not an address."""
+        parsed = ipaddress.ip_address(address)
+        if isinstance(parsed, ipaddress.IPv6Address) and parsed.scope_id is not None:
+            raise ValueError(f"{address}: an address with a zone cannot be balanced")
+        packed = parsed.packed if parsed.version == 6 else _MAPPED + parsed.packed
+        number = socket.IPPROTO_TCP if protocol == "TCP" else socket.IPPROTO_UDP
+        return cls(packed, port, number)
+
+    @property
+    def is_ipv4(self) -> bool:
+        return self.address.startswith(_MAPPED)
+
+
+class Frontend(NamedTuple):
+    """struct frontend: its backends are in slots[offset : offset + size]; size 0: none. Clients
+    keep their backend until they have not connected for `affinity_s` seconds; 0: they do not.
+    `flags`: FRONTEND_…"""
+
+    offset: int
+    size: int
+    affinity_s: int
+    flags: int = 0
+
+
+class Backend(NamedTuple):
+    """struct backend: a packed Target; `flags`: BACKEND_…"""
+
+    target: bytes
+    flags: int = 0
+
+
+class OriginKey(NamedTuple):
+    """struct origin_key: a socket's cookie and the backend it was given, a packed Target."""
+
+    cookie: int
+    peer: bytes
+
+
+class Member(NamedTuple):
+    """struct member: two packed Targets."""
+
+    frontend: bytes
+    backend: bytes
+
+
+class AffinityKey(NamedTuple):
+    """struct affinity_key: the cookie of the client's network namespace, and a packed Target."""
+
+    client: int
+    frontend: bytes
+
+
+class Affinity(NamedTuple):
+    """struct affinity: when the client last connected (CLOCK_MONOTONIC, ns), a packed Backend."""
+
+    used_ns: int
+    backend: bytes
+
+
+class Origin(NamedTuple):
+    """struct origin: what a socket asked for and what was chosen for it, packed Targets."""
+
+    asked: bytes
+    backend: bytes
+    flags: int
+
+
+class Config(NamedTuple):
+    """struct config: where this node's proxy listens for workloads, packed Targets, all zero:
+    nowhere. `flags`: CONFIG_…"""
+
+    http4: bytes
+    http6: bytes
+    relay4: bytes
+    relay6: bytes
+    flags: int
+
+
+class Tuple(NamedTuple):
+    """struct tuple: a TCP connection as its opener sees it, two packed Targets."""
+
+    opener: bytes
+    peer: bytes
+
+
+class Proxied(NamedTuple):
+    """struct proxied: a connection of a workload to the proxy, or of the proxy to a workload, with
+    the proxy's socket. `state`: STATE_…"""
+
+    peer: int
+    cookie: int
+    netns: int
+    asked: bytes
+    backend: bytes
+    state: int
+
+
+class Outgoing(NamedTuple):
+    """struct outgoing: the proxy's socket of a connection that it opened."""
+
+    cookie: int
+    state: int
+
+
+class Address(NamedTuple):
+    """struct address: 16 bytes, as in Target."""
+
+    packed: bytes
+
+    @classmethod
+    def of(cls, address: str) -> Address:
+        """ValueError: not an address."""
+        return cls(Target.of(address, 0, "TCP").address)
+
+
+class Who(NamedTuple):
+    """`number` 0: nobody says. `flags`: IDENTITY_…"""
+
+    number: int
+    flags: int
+
+
+class Identity(NamedTuple):
+    """struct identity: who an address is from a generation on, and before it (Who's)."""
+
+    since: int
+    number: int
+    flags: int
+    old_number: int
+    old_flags: int
+
+    def at(self, generation: int) -> Who:
+        new = self.since <= generation
+        return Who(self.number, self.flags) if new else Who(self.old_number, self.old_flags)
+
+
+class Prefix(NamedTuple):
+    """struct prefix: the first `bits` of 16 bytes as in Target."""
+
+    bits: int
+    packed: bytes
+
+    @classmethod
+    def of(cls, cidr: str) -> Prefix:
+        """A range of addresses, or one address. ValueError: neither, or bits set beyond its
+        length."""
+        network = ipaddress.ip_network(cidr)
+        if network.version == 6:
+            return cls(network.prefixlen, network.network_address.packed)
+        return cls(96 + network.prefixlen, _MAPPED + network.network_address.packed)
+
+
+class Rules(NamedTuple):
+    """`policy`: a set of rules; `flags`: POD_…; 0: nothing is in force."""
+
+    policy: int
+    flags: int
+
+
+class Pod(NamedTuple):
+    """struct pod: what is in force for one from a generation on, and before it (Rules)."""
+
+    since: int
+    policy: int
+    flags: int
+    old_policy: int
+    old_flags: int
+
+    def at(self, generation: int) -> Rules:
+        new = self.since <= generation
+        return Rules(self.policy, self.flags) if new else Rules(self.old_policy, self.old_flags)
+
+
+class PolicyKey(NamedTuple):
+    """struct policy_key: `bits` of what follows count; `port` is two bytes in network order."""
+
+    bits: int
+    set: int
+    identity: int
+    direction: int
+    protocol: int
+    port: bytes
+
+
+class Policy(NamedTuple):
+    """struct policy: `flags`: POLICY_…; `rule` tells where it comes from."""
+
+    flags: int
+    rule: int
+
+
+class FlowKey(NamedTuple):
+    """struct flow_key: a packed Tuple, and EGRESS or INGRESS."""
+
+    tuple: bytes
+    direction: int
+
+
+class Flow(NamedTuple):
+    """struct flow: `seen_ns` by CLOCK_MONOTONIC; `flags`: FLOW_…; `refused` is a Reason or 0."""
+
+    seen_ns: int
+    generation: int
+    flags: int
+    refused: int
+
+
+class Addresses(NamedTuple):
+    """struct addresses: those of a network namespace, 16 bytes each, all zero: none."""
+
+    v4: bytes
+    v6: bytes
+
+
+class Event(NamedTuple):
+    """struct event: what happened to a connection or datagram. `time_ns` is CLOCK_MONOTONIC; packed
+    Targets, `source` all zero where it is not known; `reason` is a Reason; `rule` as in Policy."""
+
+    time_ns: int
+    netns: int
+    source: bytes
+    asked: bytes
+    peer: bytes
+    reason: int
+    rule: int
+
+
+class Pair(NamedTuple):
+    """struct pair: what the proxy offers to a client's socket."""
+
+    offer: int
+    backend: int
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
+    received: int
+    handed: int
+    until: int
+    expires_ns: int
+    offer_again: int
+
+
+class Paired(NamedTuple):
+    """struct paired: of a backend's socket."""
+
+    client: int
+    received: int
+
+
+class Exchange(NamedTuple):
+    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
+    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of
+    it are still to come, as the first ones came."""
+
+    started_ns: int
+    bytes_in: int
+    bytes_out: int
+    elapsed_ns: int
+    faster: bytes
+    forwarded: int
+    answered: int
+    handed: int
+    bodiless: int
+    left: int
+
+    @property
+    def outstanding(self) -> bool:
+        """A request was forwarded, and nothing of its response has come."""
+        return (self.answered + self.handed - self.forwarded) & 0xFFFFFFFF != 0
+
+
+class AutomatonPlace(NamedTuple):
+    """struct automaton_place: the arena that a table stands in, and the word where it begins."""
+
+    arena: int
+    word: int
+
+
+class Number(NamedTuple):
+    """A bare u32 or u64: indices, slots, counters."""
+
+    value: int
