@@ -37,7 +37,7 @@ from certs.spiffe import parse, to_sni
 from l7proxy import metrics, tunnel_wire
 from l7proxy.tunnel_wire import Kind, Preface
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings, SvidSection
-from mesh.model.section import svid_key
+from mesh.model.section import bundle_key, svid_key
 
 CLIENT_ID, WEB_ID, OTHER_ID = spiffe("client"), spiffe("web"), spiffe("other")
 ASKED = to_sni(parse(WEB_ID))
@@ -542,6 +542,25 @@ async def test_a_peer_that_breaks_off_is_asked_once_more():
             writer.write_eof()
             assert await reader.read() == b""
         assert asked == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [(svid_key(CLIENT_ID), "svid_missing"), (bundle_key("cluster.local"), "bundle_missing")],
+)
+async def test_what_goes_meanwhile_is_missing_when_a_peer_is_asked_once_more(key: str, reason: str):
+    async with two_nodes(FAST) as nodes, backend() as web, agent_of(nodes.a) as agent:
+        context = peer_context(nodes.authority, svid(nodes.authority, WEB_ID), server=True)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert nodes.a.apply({}, (key,)) == {}
+            writer.transport.abort()
+
+        port = nodes.http(web.port)
+        async with impostor(nodes, context, answer):
+            assert (await ask(port)).body.decode().strip() == f"tunnel_{reason}"
+        (flow,) = await agent.records(1)
+        assert flow.reason == f"tunnel_{reason}"
 
 
 async def test_nothing_is_plain_because_something_is_missing():
