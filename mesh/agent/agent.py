@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from certs.secrecy import keep_memory_private
 from gateway.control import ControlPlane
 from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from mesh.sources.kubernetes_client import Client
 
 _log = logging.getLogger("weft.agent")
-_PR_SET_DUMPABLE = 4
 _PR_SET_PDEATHSIG = 1
 _CHANNEL_PAUSE_S = 0.2
 # Objects live long here, and looking at 500,000 of them takes the collector 0.25 s in which nobody
@@ -302,10 +302,8 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="agent: %(message)s")
     # Ctrl-C reaches the whole foreground group; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # Keys are here: nobody else reads this process's memory, and no core dump has them.
-    libc.prctl(_PR_SET_DUMPABLE, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    keep_memory_private()
     try:
         options = parse(sys.argv[1:])
     except OptionError as error:
