@@ -201,9 +201,10 @@ class Pairing:
         brought = 0
         while True:
             passed = self._handles.passed(self._client)
-            # The kernel passes nothing on once something has come here, and says no more of it.
+            # What has been received by now was sent after all that has passed of the request: the
+            # kernel passes no more of it once something has come here.
             left = passed.unsent - brought if passed is not None and passed.outstanding else 0
-            if moved and left and (more := take(left)):
+            if left and (more := take(left)):
                 brought += len(more)
                 kept.bring(more)
                 self._moved_at = time.monotonic()
