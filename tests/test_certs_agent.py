@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from authority_world import DOMAIN, GATEWAY, authority_in, pod, spiffe
@@ -451,6 +452,9 @@ def test_an_agent_and_its_authority(tmp_path):
             status = weft.await_status(lambda status: status["ready"])
             assert {one["spiffeId"] for one in status["svids"]} == {CART, GATEWAY}
             assert all(one["why"] == "" and one["notAfter"] for one in status["svids"])
+            for pid in (authority.process.pid, status["agent"]["pid"]):
+                limits = Path(f"/proc/{pid}/limits").read_text()
+                assert re.search(r"Max core file size +0 +0 ", limits)
             config = weft.ask("/config")
             assert config["sections"][svid_key(CART)]["key_pem"] == "<redacted>"
             assert config["sections"][bundle_key(DOMAIN)]["roots_pem"]

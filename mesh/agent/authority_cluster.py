@@ -106,7 +106,8 @@ class ClusterAuthority:
             answer = _bundle(obj)
             return answer if answer.tag != have else None
 
-        self.have = have
+        # Who asks anew after a failure has still the one before.
+        self.have = have or self.have
         try:
             found = await self._client.request("GET", f"{self._bundles}/{BUNDLE_NAME}")
             with contextlib.suppress(TimeoutError):
