@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 from bpf import constants, layout, pins, syscall
 from bpf.errors import DatapathError
 from bpf.layout import Layout
-from bpf.reasons import REASONS, Reason
+from bpf.reasons import Reason
 from bpf.structs import (
     Address,
     Addresses,
@@ -126,7 +126,7 @@ MAPS = {
     "events": Spec(None, None, constants.EVENT_PAGES * 4096),
     "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, constants.AUTOMATA),
     "automaton_arenas": Spec(layout.U32, layout.U32, constants.AUTOMATON_ARENAS),
-    "counters": Spec(layout.U32, layout.U64, REASONS),
+    "counters": Spec(layout.U32, layout.U64, len(Reason)),
 }
 # What is in maps of maps, as programs expect it.
 INNER = {"automaton_arenas": syscall.MapInfo(2, 4, constants.AUTOMATON_ARENA, 1, _MMAPABLE)}

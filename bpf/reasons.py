@@ -62,12 +62,9 @@ class Reason(enum.IntEnum):
         return member
 
 
-REASONS = max(Reason) + 1
-
-
 def c_header() -> str:
-    """The table as C: REASON_<NAME>, ERRNO_<NAME> for those that refuse; REASONS as here."""
-    lines = [f"#define REASONS {REASONS}"]
+    """The table as C: REASON_<NAME>, ERRNO_<NAME> for those that refuse; REASONS is the count."""
+    lines = [f"#define REASONS {len(Reason)}"]
     for reason in Reason:
         lines.append(f"#define REASON_{reason.name} {int(reason)}")
         if reason.errno is not None:

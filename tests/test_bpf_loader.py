@@ -33,9 +33,8 @@ NOBODY = 65534
 # --- without a kernel -----------------------------------------------------------------------------
 
 
-def test_reasons_are_numbered():
-    assert list(Reason) == sorted(Reason)
-    assert Reason.PASSED == 0
+def test_reasons_are_numbered_without_gaps():
+    assert [int(reason) for reason in Reason] == list(range(len(Reason)))
 
 
 def test_every_reason_is_used_in_c():
@@ -345,7 +344,7 @@ def frontends(pin):
 
 def test_header_of_reasons():
     lines = reasons.c_header().splitlines()
-    assert lines[0] == f"#define REASONS {max(Reason) + 1}"
+    assert lines[0] == f"#define REASONS {len(Reason)}"
     assert "#define REASON_NO_BACKENDS 3" in lines
     assert "#define ERRNO_NO_BACKENDS 111" in lines
     assert not any(line.startswith("#define ERRNO_PASSED") for line in lines)
