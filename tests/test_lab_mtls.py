@@ -16,6 +16,7 @@ pytestmark = [needs_root, needs_bpf]
 
 MARKER = "in-plain-sight"
 ECHO, STRICT, ALONE, ASKED = "10.244.1.3", "10.244.1.4", "10.244.1.5", "10.244.1.6"
+ALONE6 = "fd00:10:244:1::5"
 # HTTP: the path is the answer. TCP: an echo.
 _WEB = """
 import http.server
@@ -167,7 +168,8 @@ def test_nothing_is_readable_on_the_link_between_nodes(lab: Lab) -> None:
         done = lab.run("client", "curl", "-sS", "-m", "10", f"http://web/{MARKER}")
         assert (done.stdout, done.stderr) == (f"/{MARKER}", "")
         assert say(lab, "client", "echo") == f"same {len(MARKER)}"
-        assert say(lab, "client", ALONE) == f"same {len(MARKER)}"
+        for address in (ALONE, ALONE6):
+            assert say(lab, "client", address) == f"same {len(MARKER)}"
         assert say(lab, "client", "echo", 8192 * MARKER) == f"same {8192 * len(MARKER)}"
     tls = [packet for packet in packets if b"\x3a\xa0" in packet[34:58]]  # port 15008
     assert len(tls) > 20
