@@ -44,7 +44,7 @@ CART, WEB = spiffe("cart"), spiffe("web")
 
 class World:
     """An authority, node a of it, and what the node's workers were told. `down`: the authority
-    does not answer; `slow`: workers do not acknowledge."""
+    does not answer; `hangs`: nor say so; `slow`: workers do not acknowledge."""
 
     def __init__(self, directory, life=LIFE):
         self._loop = asyncio.get_running_loop()
@@ -54,6 +54,7 @@ class World:
         self.placement = Placement(DOMAIN)
         self.service = Service(self.authority, self.placement, ("a",), self.now)
         self.down = self.slow = False
+        self.hangs = None
         self.forge = None
         self.sections = {}
         self.told = []
@@ -69,6 +70,8 @@ class World:
 
     async def sign(self, requests):
         self.asked += 1
+        if self.hangs:
+            await self.hangs.wait()
         if self.down:
             raise NoAnswer("the authority is away")
         if self.forge:
@@ -281,6 +284,19 @@ async def test_the_authority_is_away(tmp_path):
         await after(10)
         assert world.svid(GATEWAY)
         assert world.svids.degraded() == []
+
+
+@on_virtual_loop
+async def test_what_expires_does_so_while_an_answer_is_waited_for(tmp_path):
+    async with world_in(tmp_path) as world:
+        world.hangs = asyncio.Event()
+        await after(990)
+        assert world.svid(GATEWAY)
+        await after(20)
+        assert world.svid(GATEWAY) is None
+        world.hangs.set()
+        await after(10)
+        assert world.svid(GATEWAY)
 
 
 @on_virtual_loop

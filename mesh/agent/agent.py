@@ -38,6 +38,7 @@ from mesh.agent.svids import Svids
 from mesh.model.channel import (
     Bound,
     Handles,
+    Leaving,
     PortAddress,
     Want,
     Worker,
@@ -173,7 +174,13 @@ class Agent:
         """To the proxies, by way of the supervisor."""
         self._send(Handles(tuple(descriptors)), tuple(descriptors.values()))
 
-    def _send(self, message: Want | Worker | Handles, fds: tuple[int, ...] = ()) -> None:
+    async def _leave(self) -> None:
+        self._node.leaving = True
+        if self._reporter is not None:
+            await self._reporter.leave()
+        self._send(Leaving())
+
+    def _send(self, message: Want | Worker | Handles | Leaving, fds: tuple[int, ...] = ()) -> None:
         try:
             send_control(self._control, message, fds)
         except OSError as error:
@@ -198,6 +205,8 @@ class Agent:
                     spawn(self._node.rollout.connect(number, pid, sock), name="config channel")
                 case Bound():
                     self._node.bound_changed(message)
+                case Leaving():
+                    spawn(self._leave(), name="leave")
                 case Handles() if self._node.datapath is not None:
                     self._node.datapath.handles_taken()
                 case _:
@@ -220,10 +229,12 @@ class Authority(AuthorityClient, Protocol):
     async def close(self) -> None: ...
 
 
-class Background(Protocol):
-    """Work that goes on beside, until it is cancelled."""
+class Reports(Protocol):
+    """Who tells the cluster what is in force here."""
 
     async def run(self) -> None: ...
+
+    async def leave(self) -> None: ...
 
 
 def _source(options: AgentOptions) -> tuple[Source, Client | None]:
@@ -252,8 +263,7 @@ def _authority(options: AgentOptions, client: Client | None) -> Authority | None
 
 def _reporter(
     options: AgentOptions, client: Client | None, node: Node, authority: Authority | None
-) -> Background | None:
-    """Who tells the cluster what is in force here."""
+) -> Reports | None:
     if client is None:
         return None
     from mesh.agent.cluster import Reporter
