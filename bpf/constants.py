@@ -71,11 +71,18 @@ FRAGMENTS = 1 << 12
 FRAGMENT_S = 30
 # Packets that are told of in one second, on each CPU: that were refused; that were not.
 TOLD_MAX = 500
-# Pairs, and what went past the proxy by them. A response that does is no longer than this, and its
-# client has read all before: so that all pairs' hold no more than 512 MiB.
+# Pairs, and what goes past the proxy by them. A request that does is no longer than this, nor a
+# response, except of LARGE_PAIRS of a worker, whose responses have been longer; both ends have read
+# all before: so that responses hold no more than 512 MiB, and as much for each worker.
 PAIRS_MAX = 1 << 13
 EXCHANGES_MAX = 1 << 14
 RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
+LARGE_RESPONSE_MAX, LARGE_PAIRS = 4 << 20, 1 << 7
+# What is counted under is by route, ends, policy rules and status: 200 bytes for each CPU.
+PASSED_MAX = 1 << 16
+# Of 4 KiB; a power of two: requests that have passed, until somebody looks, each with so many bytes
+# of how it began.
+PASSING_PAGES, PASSING_HEAD = 32, 160
 # Of its head; a power of two.
 RESPONSE_HEAD_MAX = 2048
 # Of 4 KiB; a power of two.

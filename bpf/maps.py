@@ -110,6 +110,8 @@ MAPS = {
     "pairs": Spec(layout.U64, layout.PAIR, constants.PAIRS_MAX),
     "paired": Spec(layout.U64, layout.PAIRED, constants.PAIRS_MAX),
     "exchanges": Spec(layout.U64, layout.EXCHANGE, constants.EXCHANGES_MAX),
+    "passed": Spec(layout.PASSED_KEY, layout.PASSED, constants.PASSED_MAX),
+    "passings": Spec(None, None, constants.PASSING_PAGES * 4096),
     "responses": Spec(layout.U32, layout.RESPONSES, 1),
     "interfaces": Spec(layout.ADDRESS, layout.U32, constants.PODS),
     "namespaces": Spec(layout.U64, layout.ADDRESSES, constants.PODS),
@@ -234,12 +236,12 @@ def counters(directory: Path) -> dict[Reason, int]:
 
 
 def _sum(fd: int, reason: Reason) -> int:
-    size = layout.U64.size * _possible_cpus()
+    size = layout.U64.size * possible_cpus()
     data = syscall.lookup(fd, layout.U32.pack(Number(reason)), size)
     return 0 if data is None else sum(memoryview(data).cast("Q"))
 
 
-def _possible_cpus() -> int:
+def possible_cpus() -> int:
     """The kernel's own number, which the size of per-CPU values follows, not that of CPUs at work:
     "0-3", or "0,2-3"."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().rsplit(",")[-1]

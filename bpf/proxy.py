@@ -91,7 +91,8 @@ class Offer(NamedTuple):
     the backend, until `until` have been forwarded for the client, or CLOCK_MONOTONIC is at
     `expires_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
     from each since the connection was established, and is done with (modulo 2^32); `handed`:
-    likewise responses."""
+    likewise responses. What passes is counted under `series`; a response has no more than
+    `response_max` bytes."""
 
     client: int
     backend: int
@@ -104,6 +105,8 @@ class Offer(NamedTuple):
     handed: int
     until: int
     expires_ns: int
+    series: int
+    response_max: int
 
 
 class ProxyHandles:
@@ -197,6 +200,8 @@ class ProxyHandles:
             offer.handed & _U32,
             offer.until & _U32,
             offer.expires_ns,
+            offer.series,
+            offer.response_max,
             number,
         )
         client = layout.U64.pack(Number(offer.client))

@@ -45,6 +45,8 @@ class Reason(enum.IntEnum):
     PAIR_RESPONSE = 26, None, "a response went straight to its client's socket"
     PAIR_HANDED = 27, None, "the response to such a request was left to the proxy"
     PAIR_BROKEN = 28, None, "a backend sent what was no part of its response; send fails"
+    PAIR_UNCOUNTED = 29, None, "a request passed that there was no room to count, by route and ends"
+    PAIR_UNTOLD = 30, None, "a request passed of which nobody is told: nobody took others out"
 
     PLAIN = 29, None, "from elsewhere somebody reached a pod, not by mutual TLS"
 

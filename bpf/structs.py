@@ -268,6 +268,8 @@ class Pair(NamedTuple):
     handed: int
     until: int
     expires_ns: int
+    series: int
+    response_max: int
     offer_again: int
 
 
@@ -279,25 +281,71 @@ class Paired(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
-    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of
-    it are still to come, as the first ones came."""
+    """struct exchange: what goes past the proxy. `parted`: requests that came in more than one
+    message; `bodiless`: the last request's response has no body, as it is of HEAD; `unsent`,
+    `left`: so many bytes of it, and of the response, are still to come: as the first ones came,
+    those of the request only while the client's socket has sent no more than `sent` by TCP."""
 
     started_ns: int
-    bytes_in: int
-    bytes_out: int
-    elapsed_ns: int
-    faster: bytes
+    backend: int
+    series: int
+    egress: int
+    ingress: int
     forwarded: int
     answered: int
     handed: int
-    bodiless: int
+    parted: int
+    sent: int
+    unsent: int
     left: int
+    bodiless: int
+    status: int
+    bytes_in: int
+    bytes_out: int
+    response_max: int
+    port: int
+    shown: int
+    head: bytes
 
     @property
     def outstanding(self) -> bool:
         """A request was forwarded, and nothing of its response has come."""
         return (self.answered + self.handed - self.forwarded) & 0xFFFFFFFF != 0
+
+
+class PassedKey(NamedTuple):
+    """struct passed_key: what requests that passed by the proxy are counted under."""
+
+    series: int
+    egress: int
+    ingress: int
+    status: int
+
+
+class Passed(NamedTuple):
+    """struct passed: how many there were. `faster`: packed u64, one for each of PAIR_BOUNDS."""
+
+    requests: int
+    bytes_in: int
+    bytes_out: int
+    elapsed_ns: int
+    faster: bytes
+
+
+class Passing(NamedTuple):
+    """struct passing: one of them. `head` has `shown` bytes of how it began."""
+
+    started_ns: int
+    elapsed_ns: int
+    series: int
+    egress: int
+    ingress: int
+    status: int
+    bytes_in: int
+    bytes_out: int
+    port: int
+    shown: int
+    head: bytes
 
 
 class AutomatonPlace(NamedTuple):

@@ -59,6 +59,10 @@ BPF_F_TABLE("hash", u64, struct paired, paired, PAIRS_MAX, BPF_F_NO_PREALLOC);
 /* By the client's socket's cookie; the proxy makes them, then only the programs write. Evicted when
  * long unused, never deleted: a program may still count in one. */
 BPF_F_TABLE("lru_hash", u64, struct exchange, exchanges, EXCHANGES_MAX, 0);
+/* What has passed by the proxy. User space deletes what it knows nobody to count in any more. */
+BPF_F_TABLE("percpu_hash", struct passed_key, struct passed, passed, PASSED_MAX, BPF_F_NO_PREALLOC);
+/* Each of them, as long as somebody takes them out. */
+BPF_RINGBUF_OUTPUT(passings, PASSING_PAGES);
 /* The automaton over response heads: by state and byte, what follows (bpf/response.py). */
 BPF_F_TABLE("array", u32, struct responses, responses, 1, 0);
 

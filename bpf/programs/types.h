@@ -120,6 +120,9 @@ struct pair {
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
 	u64 expires_ns; /* CLOCK_MONOTONIC */
+	u64 series;	/* as in struct passed_key */
+	u32 response_max;
+	u32 zero;
 	u64 offer_again;
 };
 
@@ -130,20 +133,64 @@ struct paired {
 	u32 zero;
 };
 
-/* What went past the proxy between a client's socket and its pairs' backends. Requests that were
- * forwarded are answered, or their responses were handed to the proxy; or one is outstanding. */
+/* What goes past the proxy between a client's socket and its pairs' backends. Requests that were
+ * forwarded are answered, or their responses were handed to the proxy; or one is outstanding. What is
+ * not a number of requests is of the last one. */
 struct exchange {
-	u64 started_ns; /* of the last request: CLOCK_MONOTONIC */
-	u64 bytes_in;	/* of requests */
-	u64 bytes_out;	/* of the responses that were answered, as the next ones */
-	u64 elapsed_ns; /* sum */
-	u64 faster[PAIR_BUCKETS]; /* by the bounds of a histogram; slower ones are in none */
+	u64 started_ns; /* CLOCK_MONOTONIC */
+	u64 backend;	/* its socket's cookie */
+	u64 series;
+	u32 egress; /* the numbers of the policy rules that have let it pass */
+	u32 ingress;
 	u32 forwarded;
 	u32 answered;
 	u32 handed;
-	u32 bodiless; /* the last request was HEAD */
-	u32 left;     /* bytes of the response to it that are still to come past the proxy */
+	u32 parted;    /* requests that came in more than one message */
+	u32 sent;      /* bytes that the client's socket had sent by TCP before it */
+	u32 unsent;    /* bytes of it that are still to come: past the proxy while no others do */
+	u32 left;      /* and of the response */
+	u32 bodiless;  /* it is HEAD */
+	u32 status;    /* of the response */
+	u32 bytes_in;  /* of bodies */
+	u32 bytes_out;
+	u32 response_max;
+	u32 port;  /* of the client's socket, in the machine's order */
+	u32 shown; /* bytes in `head` */
+	char head[PASSING_HEAD];
+};
+
+/* What passed by the proxy is counted under this. `series` stands for the route, both ends and their
+ * policies (l7proxy/series.py). */
+struct passed_key {
+	u64 series;
+	u32 egress;
+	u32 ingress;
+	u32 status;
 	u32 zero;
+};
+
+struct passed {
+	u64 requests;
+	u64 bytes_in; /* of bodies */
+	u64 bytes_out;
+	u64 elapsed_ns;		  /* sum */
+	u64 faster[PAIR_BUCKETS]; /* by the bounds of a histogram; slower ones are in none */
+};
+
+/* One that has passed, for access log and flow records. */
+struct passing {
+	u64 started_ns; /* CLOCK_MONOTONIC */
+	u64 elapsed_ns;
+	u64 series;
+	u32 egress;
+	u32 ingress;
+	u32 status;
+	u32 bytes_in;
+	u32 bytes_out;
+	u32 port;
+	u32 shown;
+	u32 zero;
+	char head[PASSING_HEAD]; /* how the request began */
 };
 
 /* The tables of bpf/response.py. (bcc makes code for each element of an array of numbers.) */
