@@ -295,6 +295,42 @@ async def test_never_two_lead_however_slow_the_lease_is(world):
     assert not leading
 
 
+@pytest.mark.parametrize("garbage", [b"<html>", b"null", b"{}", b'{"kind": "Lease"}'])
+async def test_answers_that_are_none(world, garbage):
+    """To a controller that leads: it goes on, and leads still. Nor does an empty Lease end it."""
+    lease = {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {"name": "weft-controller", "namespace": NAMESPACE},
+    }
+    world.server.create(lease)
+    controller, task = world.start()
+    controller.election._retry_s = 0.05
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    # And while it writes.
+    world.server.create(route("s"))
+    world.server.faults.garbage = {"/status": garbage}
+    async with asyncio.timeout(WAIT_S):
+        while not any("/s/status" in path for _, path in world.server.requests):
+            await asyncio.sleep(0.01)
+    world.server.faults.garbage = {"": garbage}
+    world.server.cut_connections()
+    asked = len(world.server.requests)
+    async with asyncio.timeout(WAIT_S):
+        while len(world.server.requests) < asked + 30:
+            await asyncio.sleep(0.01)
+    world.server.faults.garbage = {}
+    world.server.create(route("r"))
+    for name in ("r", "s"):
+        await world.until(
+            lambda name=name: world.conditions("httproutes", name)["Accepted"] == "True"
+        )
+    assert controller.election.leading
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_a_kind_that_is_served_no_more_is_waited_for_by_nobody(world):
     """Nodes know nothing of it any more, so they will never have it in force."""
     report = {kind: 10**9 for _, kind in KINDS}
