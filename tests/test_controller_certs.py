@@ -313,6 +313,28 @@ async def test_one_namespace_that_takes_no_bundle_holds_up_no_other(world, caplo
     assert "namespace default" in caplog.text
 
 
+async def test_a_request_that_nobody_answers_holds_up_no_other(world, monkeypatch):
+    monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.5)
+    a = await world.agent("a")
+    asked = asyncio.ensure_future(a.sign([request("web"), cart := request("cart")]))
+
+    def made():
+        store = world.server.store
+        found = [one for _, one in store.list(CSR, None, store.revision)]
+        return [one for one in found if base64.b64decode(one["spec"]["request"]) == cart.encode()]
+
+    await world.until(made)
+    (one,) = made()
+    answer = {"type": "Denied", "status": "True", "reason": "no", "message": "because"}
+    world.server.change(one, {"status": {"conditions": [answer]}}, "approval")
+    silent, denied = await asked
+    assert (silent.refused, denied.refused, denied.why) == ("no_answer", "no", "because")
+    # Nor do those before it take a request's time without end.
+    a._turn = asyncio.Semaphore(0)
+    with pytest.raises(NoAnswer, match="no controller has signed"):
+        await asyncio.wait_for(a.sign([request("web")]), WAIT_S)
+
+
 async def test_a_new_bundle_is_told_to_who_waits(world):
     controller, _ = world.start(trust_domain=DOMAIN)
     a = await world.agent("a")

@@ -3,6 +3,7 @@ traffic, and back to its status; with the real kubectl where there is one."""
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -83,9 +84,12 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
         options = (f"--kubeconfig={kubeconfig}", "--workers=1", "--admin=off")
         options += ("--drain-timeout=0.1", "--drain-delay=0.5")
         with running(tmp_path / "run", *options, stub=False) as weft:
-            await asyncio.to_thread(weft.await_status, lambda status: status["ready"])
-            async with controller(kubeconfig):
+            status = await asyncio.to_thread(weft.await_status, lambda status: status["ready"])
+            async with controller(kubeconfig) as leader:
                 await until(server, "gateways", "gw", lambda c: c.get("Programmed") == "True")
+                for pid in (leader.pid, status["workers"][0]["pid"]):  # there are keys
+                    limits = Path(f"/proc/{pid}/limits").read_text()
+                    assert re.search(r"Max core file size +0 +0 ", limits)
                 await until(server, "httproutes", "r", lambda c: c.get("Accepted") == "True")
                 client = Client()
                 await client.connect(port)

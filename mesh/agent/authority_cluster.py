@@ -45,7 +45,17 @@ class ClusterAuthority:
         """The connection is the source's."""
 
     async def sign(self, requests: Sequence[str]) -> tuple[Answer, ...]:
-        return tuple(await asyncio.gather(*(self._sign(request) for request in requests)))
+        asked = (self._sign(request) for request in requests)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [one for one in answers if isinstance(one, BaseException)]
+        for error in failed:
+            # What has been signed counts, whatever has become of the others.
+            if len(failed) == len(answers) or not isinstance(error, NoAnswer):
+                raise error
+        return tuple(
+            Answer(refused="no_answer", why=str(one)) if isinstance(one, BaseException) else one
+            for one in answers
+        )
 
     async def _sign(self, request: str) -> Answer:
         body = {
@@ -59,7 +69,7 @@ class ClusterAuthority:
             },
         }
         try:
-            async with self._turn, asyncio.timeout(_SIGN_S):
+            async with asyncio.timeout(_SIGN_S), self._turn:
                 made = await self._client.request("POST", _REQUESTS, {}, body)
                 return await self._answered(made)
         except TimeoutError:

@@ -20,6 +20,7 @@ from mesh.agent.automata import KernelAutomata
 from mesh.agent.datapath import Datapath
 from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
+from mesh.agent.passed import PassedBy
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.agent.svids import Svids
@@ -54,12 +55,14 @@ class Node:
         datapath: Datapath | None,
         flows: FlowStore,
         kernel: KernelFlows | None = None,
+        passed: PassedBy | None = None,
         svids: Svids | None = None,
         automata: KernelAutomata | None = None,
     ) -> None:
         self.rollout = rollout
         self.flows = flows
         self.kernel = kernel
+        self.passed = passed
         self.datapath = datapath
         self.svids = svids
         self.automata = automata

@@ -87,6 +87,7 @@ def controller(
     import socket
     import sys
 
+    from certs.secrecy import keep_memory_private
     from certs.spiffe import BadSpiffeId, check_trust_domain
     from mesh.agent.options import OptionError, check_address, check_pool
     from mesh.cli.client import CliError, UsageError
@@ -109,6 +110,7 @@ def controller(
         )
     except (OptionError, BadSpiffeId) as error:
         raise UsageError(str(error)) from None
+    keep_memory_private()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="controller: %(message)s")
     try:
         asyncio.run(serve(options))

@@ -65,6 +65,7 @@ class ClusterAuthority:
         self._written = b""
         # The bundle that nodes are told of: its tag, and which version of the authority's it is.
         self._tag, self._published = "", 0
+        self._problem = ""
         self._wake = asyncio.Event()
 
     def look_again(self) -> None:
@@ -110,6 +111,10 @@ class ClusterAuthority:
             self._say_who_lacks(lacking, due)
             await self._save(file)
             await self._publish()
+            problem = self._authority.problem(time.time())
+            if problem and problem != self._problem:
+                _log.error("nothing can be issued: %s", problem)
+            self._problem = problem
             self.ready.set()
             backoff.reset()
             with contextlib.suppress(TimeoutError):
