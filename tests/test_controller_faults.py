@@ -173,6 +173,32 @@ async def test_nodes_that_have_gone_are_waited_for_by_nobody(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_a_node_that_has_more_to_say_than_fits(world):
+    """An API server refuses annotations of more than 256 KiB. While not all that is refused can be
+    named, nothing is said to be in force."""
+    everything = {kind: 10**9 for _, kind in KINDS}
+    refused = {f"Route/{'n' * 60}/{number:0>253}": "ü" * 300 for number in range(2000)}
+    ports = {f"[2001:db8::{number:x}]:80": "y" * 300 for number in range(600)}
+    world.report("a", versions=everything, refused=refused, ports={**ports, "0.0.0.0:80": ""})
+    controller, _ = world.start()
+    async with asyncio.timeout(WAIT_S):
+        while not (controller._held and controller.nodes.ready()):
+            await asyncio.sleep(0.01)
+    (report,) = controller.nodes.ready()
+    assert report.ports.keys() == {*ports, "0.0.0.0:80"}
+    assert all(report.ports[port] for port in ports)
+    assert 0 < len(report.refused) < 2000
+    unnamed = 2000 - len(report.refused)
+    assert controller.nodes.lagging({}) == [
+        f"node a (it refuses {unnamed} more than fit its report)"
+    ]
+    assert not world.status("gateways", "gw").get("listeners")
+    some = dict(list(refused.items())[:400])
+    world.report("a", versions=everything, refused=some, ports={**ports, "0.0.0.0:80": ""})
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert controller.nodes.ready()[0].refused.keys() == some.keys()
+
+
 @pytest.mark.parametrize("renewed", ["1970-01-01T00:00:00Z", "2099-01-01T00:00:00Z"])
 async def test_clocks_of_nodes_that_are_wrong(world, renewed):
     """A node lives while its Lease changes, whatever time it says it is."""
