@@ -485,6 +485,22 @@ async def _everything(world, controller):
     authority.look_again()
 
 
+def test_each_verb_of_the_roles_is_explained():
+    """By name, in the comment that stands above it."""
+    comment = before = ""
+    verbs = 0
+    for line in (PROJECT / "deploy/manifests/rbac.yaml").read_text().splitlines():
+        text = line.strip()
+        if text.startswith("#"):
+            comment = f"{comment} {text}" if before.startswith("#") else text
+        if found := re.match(r"verbs: \[(.*)\]", text):
+            for verb in found[1].split(", "):
+                assert re.search(rf"\b{verb}\b", comment), f"{verb}: {comment}"
+                verbs += 1
+        before = text
+    assert verbs > 40
+
+
 @needs_crds
 async def test_an_agent_reads_no_secrets_but_the_copies(server, tmp_path):
     server.install_crds(CRDS)
