@@ -240,6 +240,39 @@ async def test_kinds_that_appear_and_go(server, tmp_path):
 
 
 @needs_crds
+async def test_a_kind_whose_version_is_served_no_more(server, tmp_path):
+    """But another is, after an upgrade of its CustomResourceDefinition: nothing goes meanwhile, and
+    nothing is missed."""
+    server.install_crds(CRDS)
+    name = f"httproutes.{GROUP}"
+    crd = server.get("apiextensions.k8s.io/customresourcedefinitions", name, "")
+
+    def serve(version):
+        versions = [{**one, "served": one["name"] == version} for one in crd["spec"]["versions"]]
+        server.change(crd, {"spec": {"versions": versions}})
+
+    serve("v1beta1")
+    for number in range(3):
+        server.create({**route(f"r{number}"), "apiVersion": f"{GROUP}/v1beta1"})
+    kinds = frozenset(("HTTPRoute",))
+    async with following(server, tmp_path, kinds=kinds, discovery_s=3600) as source:
+        assert source.source.version("HTTPRoute") == "v1beta1"
+        assert len(source.state["HTTPRoute"]) == 3
+        told = len(source.told)
+        serve("v1")
+        server.delete(route("r0"))
+        server.create(route("r3"))
+        server.cut_connections()
+        await source.until(lambda: ObjectKey("default", "r3") in source.state["HTTPRoute"])
+        await source.until(lambda: len(source.state["HTTPRoute"]) == 3 and not source.problems)
+        assert source.source.version("HTTPRoute") == "v1"
+        assert sorted((name, obj is None) for _, name, obj in source.told[told:]) == [
+            ("r0", True),
+            ("r3", False),
+        ]
+
+
+@needs_crds
 async def test_an_object_that_breaks_a_rule_keeps_its_last_good_version(server, tmp_path):
     server.install_crds(CRDS)
     server.create(route("r", "/a"))

@@ -146,6 +146,10 @@ class Reflector:
                     pause = error.retry_after_s
             await self._backoff.wait(pause, until=self._client.reachable)
 
+    def go_on_from(self, other: Reflector) -> None:
+        """What the other one has told need not be told again: the same objects, by another path."""
+        self._known = other._known
+
     def forget(self) -> None:
         """The server does not have the kind any more."""
         for key, known in list(self._known.items()):
