@@ -392,6 +392,8 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            # While the server answers: it is told that the node leaves.
+            await asyncio.to_thread(process.stop)
     assert server.auth.denied == []
 
 
