@@ -2,6 +2,7 @@
 or do not know it any more, clocks, other versions of itself."""
 
 import asyncio
+import contextlib
 import copy
 import time
 
@@ -15,6 +16,7 @@ from mesh.install import manifests
 from mesh.model.decode import KINDS
 from mesh.model.nodereport import ANNOTATION
 from mesh.sources.kubernetes_client import APPLY, Client
+from tests.support.running import free_port
 
 pytestmark = needs_crds
 
@@ -263,6 +265,30 @@ async def test_a_right_that_comes_later_than_the_controller(world, caplog):
         lambda: all(world.conditions("httproutes", f"r{n}")["Accepted"] for n in range(20))
     )
     assert len([line for line in caplog.messages if "cannot patch resource" in line]) == 1
+
+
+async def test_a_controller_is_not_ready_before_everything_has_been_read(world):
+    """It lives, as its kubelet hears, and could not lead; nor does it write anything."""
+    world.server.faults.about, world.server.faults.refuse = "/httproutes", 1.0
+    port = free_port()
+    controller, _ = world.start(health_port=port)
+
+    async def ask(path):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            return (await reader.read()).decode()
+
+    async with asyncio.timeout(WAIT_S):
+        while world.server.faults.refused < 5 or not controller.election.leading:
+            await asyncio.sleep(0.01)
+    assert " 503 " in (refused := await ask("/readyz"))
+    assert "not ready: the cluster's objects have not been read yet" in refused
+    assert " 200 " in await ask("/healthz")
+    assert controller.writer.writes == 0
+    world.server.faults.refuse = 0.0
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert " 200 " in await ask("/readyz")
 
 
 async def test_a_slow_server(world):

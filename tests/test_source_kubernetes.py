@@ -7,6 +7,7 @@ import random
 import pytest
 from apiserver.server import ApiServer
 from kube_world import CRDS, GROUP, WAIT_S, config_map, following, needs_crds, route
+from loops import advance, on_virtual_loop
 
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError
@@ -520,3 +521,31 @@ async def test_what_waits_for_a_server_goes_on_with_the_first_that_finds_it(serv
         waiting.cancel()
     finally:
         await client.close()
+
+
+@on_virtual_loop
+async def test_pauses_double_up_to_a_limit_and_differ_from_node_to_node():
+    backoff = Backoff(1.0, 8.0)
+    for most in (1.0, 2.0, 4.0, 8.0, 8.0):
+        waiting = asyncio.ensure_future(backoff.wait())
+        await asyncio.sleep(0)
+        advance(0.49 * most)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        advance(0.52 * most)
+        await waiting
+    # What the server asks for is the least.
+    waiting = asyncio.ensure_future(Backoff(1.0, 8.0).wait(5.0))
+    await asyncio.sleep(0)
+    advance(4.9)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    advance(0.2)
+    await waiting
+    many = [asyncio.ensure_future(Backoff(1.0).wait()) for _ in range(50)]
+    await asyncio.sleep(0)
+    advance(0.75)
+    await asyncio.sleep(0.01)
+    assert 0 < sum(one.done() for one in many) < 50
+    advance(0.5)
+    await asyncio.gather(*many)

@@ -204,8 +204,9 @@ def test_an_agent_that_starts_while_the_node_leaves_says_so_too(tmp_path, manife
         assert weft.ask("/status")["notReady"] == ["it is being shut down"]
         os.kill(before["agent"]["pid"], signal.SIGKILL)
         weft.await_status(
-            lambda status: status["agent"] != before["agent"]
-            and "it is being shut down" in status["notReady"]
+            lambda status: (
+                status["agent"] != before["agent"] and "it is being shut down" in status["notReady"]
+            )
         )
         assert stub_answer(port)[1] == {"r"}
         weft.stop()
