@@ -236,6 +236,7 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     await world.until(lambda: world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv6"))
     slice_ = world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv4")
     assert [one["addresses"] for one in slice_["endpoints"]] == [["10.0.0.1"]]
+    assert slice_["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] == "weft.dev"
     # The cluster gives it an address.
     status = {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}}}
     world.server.change(made, status, "status")
