@@ -280,6 +280,43 @@ async def test_without_a_controller_there_is_no_answer_and_no_bundle(world, monk
         await a.bundle("")
 
 
+# An object and an event at once.
+_EVENT = (
+    b'{"kind": "C", "metadata": {"name": "n", "resourceVersion": "1"},'
+    b' "type": "%s", "object": %s}\n'
+)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"<html>",
+        b'{"kind": "CertificateSigningRequest"}',
+        b'{"kind": "C", "metadata": {"name": "n", "resourceVersion": "1"}}\n',
+        _EVENT % (b"ADDED", b'{"status": {"certificate": 5}}'),
+        _EVENT % (b"ADDED", b'{"status": {"conditions": [{}]}}'),
+        _EVENT % (b"ERROR", b'{"code": "x"}'),
+    ],
+)
+async def test_answers_that_are_none(world, garbage, monkeypatch):
+    monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.3)
+    world.server.faults.garbage = {"": garbage}
+    a = await world.agent("a")
+    with pytest.raises(NoAnswer):
+        await a.sign([request("web")])
+    with pytest.raises(NoAnswer):
+        await a.bundle("")
+
+
+async def test_one_namespace_that_takes_no_bundle_holds_up_no_other(world, caplog):
+    world.server.registry.remove("certificates.k8s.io", "clustertrustbundles")
+    world.server.faults.garbage = {"/namespaces/default/configmaps/weft-trust-bundle": b"null"}
+    world.start(trust_domain=DOMAIN)
+    await world.until(lambda: world.server.get("/configmaps", "weft-trust-bundle", "shop"))
+    await world.until(lambda: world.server.get("/configmaps", "weft-trust-bundle", "kube-system"))
+    assert "namespace default" in caplog.text
+
+
 async def test_a_request_that_nobody_answers_holds_up_no_other(world, monkeypatch):
     monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.5)
     a = await world.agent("a")
