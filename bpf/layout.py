@@ -117,6 +117,7 @@ TARGET = Layout("target", "!", {"address": "16s", "port": "H", "protocol": "B", 
 FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I"})
 BACKEND = Layout("backend", "=", {"target": "20s", "flags": "I"})
 ORIGIN = Layout("origin", "=", {"asked": "20s", "backend": "20s", "flags": "I"})
+CONNECTED = Layout("connected", "=", {"peer": "20s", "origin": f"{ORIGIN.size}s"})
 ORIGIN_KEY = Layout("origin_key", "=", {"cookie": "Q", "peer": "20s", "zero": "4x"})
 MEMBER = Layout("member", "=", {"frontend": "20s", "backend": "20s"})
 AFFINITY_KEY = Layout("affinity_key", "=", {"client": "Q", "frontend": "20s", "zero": "4x"})
@@ -149,7 +150,16 @@ IDENTITY = Layout(
 )
 PREFIX = Layout("prefix", "=", {"bits": "I", "address": "16s"})
 POD = Layout(
-    "pod", "=", {"since": "Q", "policy": "I", "flags": "I", "old_policy": "I", "old_flags": "I"}
+    "pod",
+    "=",
+    {
+        "since": "Q",
+        "proven_until": "Q",
+        "policy": "I",
+        "flags": "I",
+        "old_policy": "I",
+        "old_flags": "I",
+    },
 )
 POLICY_KEY = Layout(
     "policy_key",
@@ -165,7 +175,11 @@ POLICY_KEY = Layout(
 )
 POLICY = Layout("policy", "=", {"flags": "I", "rule": "I"})
 FLOW_KEY = Layout("flow_key", "=", {"tuple": "40s", "direction": "I"})
-FLOW = Layout("flow", "=", {"seen_ns": "Q", "generation": "Q", "flags": "I", "refused": "I"})
+FLOW = Layout(
+    "flow",
+    "=",
+    {"seen_ns": "Q", "generation": "Q", "until": "Q", "flags": "I", "refused": "I"},
+)
 FRAGMENT = Layout(
     "fragment",
     "=",

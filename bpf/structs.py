@@ -6,6 +6,8 @@ import ipaddress
 import socket
 from typing import NamedTuple
 
+from bpf import constants
+
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -172,16 +174,20 @@ class Prefix(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """`policy`: a set of rules; `flags`: POD_…; 0: nothing is in force."""
+    """`policy`: a set of rules; `flags`: POD_…; 0: nothing is in force. `proven_until` by
+    CLOCK_MONOTONIC, in ns: where POD_PROVEN."""
 
     policy: int
     flags: int
+    proven_until: int = 0
 
 
 class Pod(NamedTuple):
-    """struct pod: what is in force for one from a generation on, and before it (Rules)."""
+    """struct pod: what is in force for one from a generation on, and before it (Rules);
+    `proven_until` is of the newer one that is proven."""
 
     since: int
+    proven_until: int
     policy: int
     flags: int
     old_policy: int
@@ -189,7 +195,8 @@ class Pod(NamedTuple):
 
     def at(self, generation: int) -> Rules:
         new = self.since <= generation
-        return Rules(self.policy, self.flags) if new else Rules(self.old_policy, self.old_flags)
+        policy, flags = (self.policy, self.flags) if new else (self.old_policy, self.old_flags)
+        return Rules(policy, flags, self.proven_until if flags & constants.POD_PROVEN else 0)
 
 
 class PolicyKey(NamedTuple):
@@ -218,10 +225,12 @@ class FlowKey(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """struct flow: `seen_ns` by CLOCK_MONOTONIC; `flags`: FLOW_…; `refused` is a Reason or 0."""
+    """struct flow: `seen_ns` and `until` by CLOCK_MONOTONIC; `flags`: FLOW_…; `refused` is a Reason
+    or 0."""
 
     seen_ns: int
     generation: int
+    until: int
     flags: int
     refused: int
 

@@ -217,10 +217,12 @@ class _Exchange:
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
         certificate = self._client_certificate()
+        policies = self._shared.policies
         caller = self._entry.caller(self.record.client)
         if caller.gateway and caller.client:
-            caller = caller._replace(told=self._shared.policies.told_as(caller.client))
-        self._guard = guard = Guard(self._shared.policies, caller, self._sent, self.record)
+            client = policies.client_of(self.info.peer[0], caller.client)
+            caller = caller._replace(client=client, told=policies.told_as(client))
+        self._guard = guard = Guard(policies, caller, self._sent, self.record)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))

@@ -25,6 +25,7 @@ from test_mesh_kernel import Node, node, scenario, served
 from bpf import maps
 from bpf.automaton import Automata
 from bpf.reasons import Reason
+from bpf.settings import Generation
 from bpf.structs import Number, Pair
 from l7proxy.accesslog import AccessLog
 from l7proxy.automaton import compile_rules
@@ -635,6 +636,25 @@ def test_a_change_dissolves_all_pairs(world):
             assert (await other.answer()).status == 500
         assert "/a" not in backend.targets
         assert "/b" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            # The worker knows nothing of it.
+            with contextlib.closing(Generation(world.pin)) as generation:
+                generation.begin(generation.next())
+            assert (await own.ask(get("/b", "web"))).body == b"/b"
+            assert counts.since == (1, 1, 0)
+            # What it offers from now on stands.
+            await own.pair()
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (2, 2, 0)
 
     with_backend(world, test)
 

@@ -59,6 +59,12 @@ struct origin {
 	u32 flags; /* FRONTEND_… */
 };
 
+/* With a connected socket: the peer that it was given, and for what. */
+struct connected {
+	struct target peer;
+	struct origin origin;
+};
+
 /* Where this node's proxy listens for workloads; port 0: nowhere. */
 struct config {
 	struct target http4;
@@ -101,8 +107,8 @@ struct workload {
 };
 
 /* What a proxy offers to a client's socket: requests that these tables and lists of policy rules let
- * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` stands at both
- * ends, so that who reads it while another takes its place notices. */
+ * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` is the time of it
+ * (CLOCK_MONOTONIC) and stands at both ends, so that who reads it while another takes its place notices. */
 struct pair {
 	u64 offer;
 	u64 backend; /* its socket's cookie */
@@ -221,13 +227,15 @@ struct addresses {
 /* What is in force for a local pod from a generation on, and before it. */
 struct pod {
 	u64 since;
-	u32 policy; /* its set in `policies` */
+	u64 proven_until; /* CLOCK_MONOTONIC; where POD_PROVEN */
+	u32 policy;	  /* its set in `policies` */
 	u32 flags;  /* POD_… */
 	u32 old_policy;
 	u32 old_flags;
 };
 
 struct rules {
+	u64 proven_until;
 	u32 policy;
 	u32 flags;
 };
@@ -259,6 +267,7 @@ struct flow_key {
 struct flow {
 	u64 seen_ns;	/* CLOCK_MONOTONIC */
 	u64 generation; /* of what it was judged by */
+	u64 until;	/* CLOCK_MONOTONIC: it is judged anew; 0: it needs not */
 	u32 flags;	/* FLOW_… */
 	u32 refused;	/* the reason; 0: it is allowed */
 };

@@ -74,6 +74,8 @@ class Node:
         self.bound: Bound | None = None
         self.synced = False
         self.ready_once = False
+        # Whether this node is about to end.
+        self.leaving = False
         self.failures: Mapping[tuple[str, Any], Exception] = {}
         # Up to which version of the source everything is in force, and who wants to know.
         self.in_force: Mapping[str, int] = {}
@@ -293,8 +295,15 @@ class Node:
         serves."""
         reasons = []
         workers = self.rollout.workers
+        if self.leaving:
+            reasons.append("it is being shut down")
         if not self.synced:
             reasons.append("the manifests have not been read yet")
+            reasons += [
+                f"{one.kind}: {one.message}".removeprefix(": ")
+                for one in self.problems
+                if (one.rule, one.level) == ("source", "error")
+            ]
         if not workers:
             reasons.append("no worker is connected")
         if self.ready_once or reasons:
