@@ -23,8 +23,8 @@ So that the comparison is fair:
   them is asked at a time.
 - Hops have one worker each, keep connections alive on both sides, and write no log of requests.
   What Weft does beside that, metrics and flow records, it does here too.
-- Weft and Envoy have the same 20 rules (two routes), by header, of which the last one is for requests
-  without that header; Weft has a policy about methods and paths besides.
+- Weft and Envoy have the same 20 rules, by header, of which the last one is for requests without
+  that header; Weft has a policy about methods and paths besides.
 - That a request to Weft goes through its proxy, and by redirect or not as the hop's name says, is
   read from the counters of the eBPF programs before anything is measured.
 - The hop's CPU and memory are those of all its processes: for Weft worker, agent and supervisor,
