@@ -10,6 +10,7 @@ import enum
 import errno
 
 
+@enum.unique
 class Reason(enum.IntEnum):
     """Numbers are indices into the counters: append, never renumber."""
 
@@ -48,7 +49,7 @@ class Reason(enum.IntEnum):
     PAIR_UNCOUNTED = 29, None, "a request passed that there was no room to count, by route and ends"
     PAIR_UNTOLD = 30, None, "a request passed of which nobody is told: nobody took others out"
 
-    PLAIN = 29, None, "from elsewhere somebody reached a pod, not by mutual TLS"
+    PLAIN = 31, None, "from elsewhere somebody reached a pod, not by mutual TLS"
 
     errno: int | None
     meaning: str
