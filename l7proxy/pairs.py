@@ -96,6 +96,8 @@ class Pairs:
     ) -> Allowed | Refusal:
         """What may follow a request that went to `endpoint`, one of so many of the backend, and was
         answered with so many bytes. `series`: what is known but for policies."""
+        if not self.settings.http_in_kernel:
+            return Refusal("they are to go through the proxy")
         if not isinstance(way, Direct) or way.destination is None or not way.destination.local:
             return Refusal("the endpoint is no workload of this node")
         if way.destination.client_headers:
