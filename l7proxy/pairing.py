@@ -263,8 +263,13 @@ class Pairing:
         return None
 
     def _tell_head(self, passed: Exchange | None, follower: Follower) -> None:
-        method = b"HEAD" if passed is not None and passed.bodiless else b"GET"
-        self.head = RequestHead(method, b"http", follower.authority, b"/", None, [])
+        """As far as the kernel has kept it."""
+        method, target = b"GET", b"/"
+        if passed is not None and passed.shown:
+            line, _, _ = passed.head[: passed.shown].partition(b"\r\n")
+            method, _, rest = line.partition(b" ")
+            target = rest.removesuffix(b" HTTP/1.1")
+        self.head = RequestHead(method, b"http", follower.authority, target, None, [])
 
     async def _wait(self, seconds: float) -> None:
         self._happened.clear()

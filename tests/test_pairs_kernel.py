@@ -702,8 +702,15 @@ def test_nothing_passes_once_the_worker_is_gone(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
             backend.lingers = True
+            passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None)
+            passed.start()
+            for _ in range(3):
+                await own.ask(get("/a", "web"))
             here.proxy.process.kill()
             await here.proxy.process.wait()
+            # What has passed is counted all the same.
+            assert sum(one.passed.requests for one in passed.counted()) == 3
+            passed.close()
             before = len(backend.targets)
             counts = Counts(world)
             own.writer.write(get("/a", "web").encode())
@@ -826,6 +833,20 @@ def test_several_endpoints_get_their_shares(world):
             assert counts.since[0] > 400
             shares = len(backend.targets), len(other.targets)
             assert min(shares) >= 64, shares
+            # Two backends, of weights 1 and 3; by chance, so only roughly.
+            second = cluster_key("Service", "default", "second", 80)
+            weighted = rule(to("web", 1), to("second", 3), matches=MATCHES)
+            await change(
+                here,
+                {key: ClusterSection(both[:1]), second: ClusterSection(both[1:])}
+                | mesh_route("r", weighted),
+            )
+            async with paired(world) as own:
+                before, counts = len(other.targets), Counts(world)
+                for _ in range(2_600):
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] > 2_000
+            assert 1_000 < len(other.targets) - before < 2_540
 
     with_backend(world, test)
 
