@@ -24,7 +24,7 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
-from l7proxy.guard import DENIED, POLICY_DENIED, Guard
+from l7proxy.guard import DENIED, Guard
 from l7proxy.message import ProtocolError, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.pairing import Follower
@@ -413,7 +413,7 @@ class _Exchange:
                 await sending
         except (StreamReset, TimeoutError) as error:
             if watch.refused:
-                self.record.broke_off(POLICY_DENIED, DENIED, "DROPPED")
+                self.record.broke_off(watch.refused, DENIED, "DROPPED")
             else:
                 self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
             stream.abort("the tunnel broke")

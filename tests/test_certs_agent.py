@@ -309,6 +309,19 @@ async def test_clocks_are_set(tmp_path):
 
 
 @on_virtual_loop
+async def test_a_clock_that_was_ahead_is_set_back(tmp_path):
+    """Nobody believes SVIDs that are not valid yet: there are others at once."""
+    async with world_in(tmp_path) as world:
+        world.ahead = 86_400.0
+        await after(2000)
+        assert world.svid(GATEWAY).not_after > world.now()
+        world.ahead = 0.0
+        await after(130)
+        assert world.svid(GATEWAY).not_after < world.now() + LIFE + 1
+        assert world.svids.degraded() == []
+
+
+@on_virtual_loop
 async def test_what_expires_does_so_while_an_answer_is_waited_for(tmp_path):
     async with world_in(tmp_path) as world:
         world.hangs = asyncio.Event()
