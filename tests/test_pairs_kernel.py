@@ -363,7 +363,10 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
         for flow, other in zip(store.held(), theirs[1:4], strict=True):
             assert plainly(flow) == plainly(store.peers.complete(other, ""))
         lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-        others = [json.loads(line) for line in here.proxy.access_log().splitlines()][1:4]
+        async with asyncio.timeout(5):
+            while len(written := here.proxy.access_log().splitlines()) < 4:
+                await asyncio.sleep(0.01)
+        others = [json.loads(line) for line in written[1:4]]
         for line in (*lines, *others):
             for name in ("time", "duration_ms", "request_id"):
                 line.pop(name)
@@ -703,7 +706,7 @@ def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
             # What it offers from now on stands.
             await own.offered()
             assert (await own.ask(get("/a", "web"))).body == b"/a"
-            assert counts.since == (2, 2, 0)
+            assert counts.since == (1, 1, 0)
 
     with_backend(world, test)
 
