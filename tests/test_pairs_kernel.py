@@ -704,7 +704,8 @@ def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
             assert (await own.ask(get("/b", "web"))).body == b"/b"
             assert counts.since == (1, 1, 0)
             # What it offers from now on stands.
-            await own.offered()
+            await own.pair()
+            counts = Counts(world)
             assert (await own.ask(get("/a", "web"))).body == b"/a"
             assert counts.since == (1, 1, 0)
 
