@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from l7proxy.acceptor import Admission, Client, Drainable
 from l7proxy.direct import Direct
-from l7proxy.entry import Selection
+from l7proxy.entry import Selection, Standing
 from l7proxy.exchange import Exchanges
 from l7proxy.forwarding import ClientAddress, pass_on, request_id, tell_client
 from l7proxy.handles import Destination
@@ -56,16 +56,26 @@ class Arrival:
     def caller(self, client: str) -> Caller:
         return self._caller
 
+    def standing(self, info: ConnectionInfo) -> Standing | None:
+        if self._pod.client_headers and not self._read:
+            return None
+        match = self._direct.to(self._destination, self._pod.name, http2=False)
+        return Standing(Selection("", match, self._destination), self._client)
+
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """The proxy of the client's node has taken off what clients must not claim, and told what
         the pod asks for, if it has read the request."""
-        client = self._caller.client or self._caller.told
-        client = "" if "/" in client else client
+        client = self._client
         if not self._read:
             pass_on(head, info)
             if self._pod.client_headers:
                 tell_client(head, client, self._identity)
         return ClientAddress(client, request_id(head), self._read)
+
+    @property
+    def _client(self) -> str:
+        client = self._caller.client or self._caller.told
+        return "" if "/" in client else client
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         match = self._direct.to(self._destination, self._pod.name, http2=head.version == b"2")
@@ -86,6 +96,7 @@ class ArrivalPort(HttpAcceptor):
             handler=functools.partial(exchanges.serve, arrival),
             settings=lambda: exchanges.settings,
             admission=admission,
+            lane=functools.partial(exchanges.lane, arrival),
         )
         self._on_end = on_end
 

@@ -42,6 +42,14 @@ class Selection(NamedTuple):
     service: str = ""
 
 
+class Standing(NamedTuple):
+    """What all requests of a connection have in common. Of `selection`, `match` None: the routes of
+    its listener decide. `client`: who asks."""
+
+    selection: Selection
+    client: str
+
+
 class Entry(Protocol):
     @property
     def gateway(self) -> str:
@@ -57,6 +65,9 @@ class Entry(Protocol):
 
     def caller(self, client: str) -> Caller:
         """On whose behalf backends are connected to, for a client's request (its address)."""
+
+    def standing(self, info: ConnectionInfo) -> Standing | None:
+        """None: that depends on the request, or backends are told of the client."""
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """Who asks. Takes claims that clients must not make off the head, and adds what every
@@ -90,6 +101,9 @@ class GatewayPort:
     @property
     def client_certificate(self) -> SectionKey | None:
         return self.section.client_certificate
+
+    def standing(self, info: ConnectionInfo) -> Standing | None:
+        return None
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.apply(head, info, settings)

@@ -13,9 +13,9 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
@@ -24,8 +24,10 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
+from l7proxy.forwarding import ClientAddress
 from l7proxy.guard import DENIED, POLICY_DENIED, Guard
-from l7proxy.message import ProtocolError, ResponseHead
+from l7proxy.lease import Lease
+from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.pairing import Follower
 from l7proxy.pairs import Pairs, Refusal
@@ -40,9 +42,12 @@ from l7proxy.routing import (
     pick_backend,
 )
 from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
-from l7proxy.upstream import Clusters, Lease
+from l7proxy.upstream import Clusters
 from mesh.model.nodeconfig import CertificateSection, Settings
 from mesh.model.section import SectionKey
+
+if TYPE_CHECKING:
+    from l7proxy.lane import Lane
 
 _log = logging.getLogger("weft.exchange")
 
@@ -52,14 +57,18 @@ _WEBSOCKET = b"websocket"
 
 
 class Sent(NamedTuple):
-    """A request that has gone to its backend past the proxy, as one before it. `lease`: for its
-    response, or the reply if there will be none; `responded`: a part has come."""
+    """A request that has gone to its backend past the exchange, as one before it. `lease`: for its
+    response, or the reply if there will be none; `responded`: a part has come. `told`: who asks,
+    where its head is known; then also when it `started`, and by which `policy` it was let pass."""
 
     selected: Selection
     backend: CompiledBackend
     before: Lease
     lease: Lease | Reply
     responded: bool = False
+    told: ClientAddress | None = None
+    started: float = 0.0
+    policy: str = ""
 
 
 class Exchanges:
@@ -85,6 +94,7 @@ class Exchanges:
         self.policies = policies
         self.pairs = pairs
         self.mirrors = Mirrors(clusters)
+        self.lane: Callable[[Entry, ConnectionInfo], Lane | None] = lambda *_: None
 
     async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
         """The `Handler` of the connections that come in by `entry`."""
@@ -120,8 +130,11 @@ class _Exchange:
         self._went = sent
         self._body = RequestBody(stream)
         self._responded = False
-        client = entry.arrive(stream.head, info, shared.settings)
+        told = sent.told if sent is not None else None
+        client = told or entry.arrive(stream.head, info, shared.settings)
         self.record = Record(stream.head, client, entry.gateway)
+        if sent is not None and told is not None:
+            self.record.started, self.record.policy = sent.started, sent.policy
         self.record.encryption = entry.encryption
 
     async def run(self) -> None:
@@ -214,6 +227,18 @@ class _Exchange:
         if head.upgrade not in (None, _WEBSOCKET):
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
+        await self._attempt(head, selected, rule, backend, prefer)
+
+    async def _attempt(
+        self,
+        head: RequestHead,
+        selected: Selection,
+        rule: CompiledRule,
+        backend: CompiledBackend,
+        prefer: str | None,
+        sent: Lease | None = None,
+    ) -> None:
+        """`sent`: where the request has gone already."""
         certificate = self._client_certificate()
         caller = self._entry.caller(self.record.client)
         if caller.gateway and caller.client:
@@ -229,7 +254,7 @@ class _Exchange:
             self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
         )
         self._forwarded = head
-        attempt, response = await attempts.run(head, rule, backend, prefer)
+        attempt, response = await attempts.run(head, rule, backend, prefer, sent)
         self._propose(selected, rule, backend, attempt.lease)
         await self._relay(attempt, response, rule, backend)
 
@@ -282,6 +307,9 @@ class _Exchange:
         if isinstance(sent.lease, Reply):
             self._responded = sent.responded
             raise sent.lease
+        if sent.told is not None:
+            await self._go_on(sent, sent.lease, match)
+            return
         attempt = Attempt(sent.lease, self._stream, self._body, None)
         timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
         async with within(timeout) as self._timeout:
@@ -290,6 +318,16 @@ class _Exchange:
                 raise Reply(response.status, response.reason, response.detail)
             self._propose(sent.selected, match.rule, sent.backend, sent.lease)
             await self._relay(attempt, response, match.rule, sent.backend)
+
+    async def _go_on(self, sent: Sent, lease: Lease, match: RouteMatchResult) -> None:
+        """The first attempt was made; all else is as usual."""
+        timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
+        if timeout is not None:
+            timeout -= time.monotonic() - sent.started
+        async with within(timeout) as self._timeout:
+            await self._attempt(
+                self._sent, sent.selected, match.rule, sent.backend, sent.selected.prefer, lease
+            )
 
     def _choose(
         self, rule: CompiledRule, prefer: str | None

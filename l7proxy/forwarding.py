@@ -84,7 +84,12 @@ def pass_on(head: RequestHead, info: ConnectionInfo) -> ClientAddress:
 def request_id(head: RequestHead) -> str:
     """What the request says that it is called; "" nothing."""
     said = _value(head.headers, b"x-request-id")
-    return said.decode() if said is not None and _REQUEST_ID.fullmatch(said) else ""
+    return said_id(said) if said is not None else ""
+
+
+def said_id(value: bytes) -> str:
+    """X-Request-Id's value, if it is one; "" else."""
+    return value.decode() if _REQUEST_ID.fullmatch(value) else ""
 
 
 def tell_client(head: RequestHead, address: str | None, identity: str) -> None:

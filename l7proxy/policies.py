@@ -253,6 +253,22 @@ class Policies:
             second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
 
+    def unasked(self, asker: Asker, address: str, port: int) -> tuple[str | None, str | None]:
+        """Where `for_kernel` asks for nothing: the rules that let all requests pass, as
+        `Rules.unasked`."""
+        address = plain(address)
+        first: str | None = ""
+        second: str | None = ""
+        if not self._pods or asker.address == address:
+            return first, second
+        if asker.egress is not None:
+            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            first = asker.egress.unasked(identities, port, authenticated=proved)
+        if (pod := self._at.get(address)) is not None:
+            proved = asker.authenticated or self._are_here(asker.address, address)
+            second = pod.ingress.unasked(asker.identities, port, authenticated=proved)
+        return first, second
+
     def _proved(self, asker: Asker, address: str, port: int) -> bool:
         """Whether who is asked is known by more than its address."""
         if asker.egress is None or not asker.egress.asks_for_proof:

@@ -131,6 +131,14 @@ class Rules:
         )
         return None if mends else ()
 
+    def unasked(
+        self, identities: Identities, port: int, *, authenticated: bool = False
+    ) -> str | None:
+        """The rule that lets all requests pass, "" where none has to; None: that is said of each
+        request by itself."""
+        relevant = self._relevant(identities, "TCP", port, authenticated)
+        return relevant.allow if relevant.allow is not None or relevant.http else ""
+
     @property
     def _closed(self) -> bool:
         return self.direction.default_deny and not self.direction.audit

@@ -25,6 +25,7 @@ from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
+from l7proxy.lanes import Lanes
 from l7proxy.mesh import Mesh
 from l7proxy.pairs import Pairs
 from l7proxy.peers import Peers
@@ -128,6 +129,8 @@ class Proxy:
             self._policies,
             self._pairs,
         )
+        self._lanes = Lanes(self._exchanges, self._peers)
+        self._exchanges.lane = self._lanes.lane
         self._direct = Direct(self._clusters)
         self._mesh = Mesh(self._direct, self._peers)
         self._reported: dict[str, ClusterStats] = {}
@@ -179,6 +182,7 @@ class Proxy:
         self._peers.told()
         self.tunnels.changed((*delta.put, *gone))
         self._pairs.changed()
+        self._lanes.changed(state.settings)
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -320,6 +324,7 @@ class Proxy:
             admission=self._admission,
             identify=self._kernel.steered,
             pairing=self._pairs.pairing,
+            lane=functools.partial(self._exchanges.lane, self._mesh),
         )
 
     def _retire(self, acceptor: Acceptor, bind: Bind) -> None:
@@ -332,6 +337,7 @@ class Proxy:
             settings=lambda: self._state.settings,
             admission=self._admission,
             context=tls.context if tls is not None else None,
+            lane=functools.partial(self._exchanges.lane, port),
         )
 
     def _reload_tls(self, bind: Bind) -> None:
