@@ -83,7 +83,11 @@ u32 weft_request(struct request *request, const u8 *data, size_t size)
 	struct judged judged;
 
 	judge(request->table, data, size, request->lists[0], request->lists[1], &facts, &judged);
-	if (!judged.rule || judged.length || judged.size != size)
+	if (!judged.rule || facts.at[AUTOMATON_LENGTH] || judged.size != size)
+		return 0;
+	/* Without a body these are sent on with a length of 0 (RFC 9110 §8.6). */
+	if (!strncmp((const char *)data, "POST ", 5) || !strncmp((const char *)data, "PUT ", 4) ||
+	    !strncmp((const char *)data, "PATCH ", 6))
 		return 0;
 	request->egress = judged.egress;
 	request->ingress = judged.ingress;

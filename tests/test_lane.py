@@ -149,7 +149,7 @@ def sections(port: int) -> dict[SectionKey, Section]:
             "127.0.0.1",
             WEB,
             ingress=closed(
-                policy_rule("first", ME, http=http(method="GET|HEAD", path="/[a-z0-9-]*")),
+                policy_rule("first", ME, http=http(method="GET|HEAD|POST", path="/[a-z0-9-]*")),
                 policy_rule("second", ME, http=http(method="DELETE")),
             ),
         ),
