@@ -5,23 +5,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client import REGISTRY
-from support.http1 import raw_backend
+from support.http1 import raw_backend, reset, shutdown
 from support.mesh import MeshProxy, connected, mesh_proxy, mesh_route, service
 from support.policy import closed, http, pod, policy
 from support.policy import rule as policy_rule
 from support.proxy import cluster, get, read_message, rule, to
+from test_http1_hostile import SMUGGLING
 from test_mesh_flows import agent_of
 
 from l7proxy import native
 from l7proxy.lanes import WORTH
+from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import ClusterSection, Endpoint, Section, Settings
 from mesh.model.routeconfig import PathMatch, RouteMatch, ValueMatch
-from mesh.model.section import SETTINGS_KEY, SectionKey, cluster_key
+from mesh.model.section import SETTINGS_KEY, SectionKey, cluster_key, policy_key
 
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=native.available())
 
@@ -50,6 +53,7 @@ class Script(NamedTuple):
 
 
 PLAIN = sized(b"plain")
+ENDLESS = 32 * 2**20
 CHUNKS = b"2\r\nok\r\n0\r\nX-T: 1\r\n\r\n"
 LARGE = sized(b"x" * 300_000)
 SCRIPTS = {
@@ -101,12 +105,22 @@ class Backend:
     def __init__(self) -> None:
         self.heads: list[bytes] = []
         self.port = 0
+        self.gate = asyncio.Event()
+        self.begun = b""
+        self.gone = False
+        self.sent = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             self.heads.append(head)
             name = head.split()[1].partition(b"?")[0].strip(b"/").decode()
+            if name == "gated":
+                await self._answer_later(reader, writer)
+                continue
+            if name == "endless":
+                await self._answer_at_length(writer)
+                continue
             script = SCRIPTS.get(name, SCRIPTS["plain"])
             for piece in script.pieces:
                 if head.startswith(b"HEAD "):
@@ -118,6 +132,28 @@ class Backend:
                     await asyncio.sleep(0)
             if script.close:
                 return
+
+    async def _answer_later(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        writer.write(self.begun)
+        waiting = spawn(self.gate.wait(), name="gate")
+        ending = spawn(reader.read(1), name="end")
+        await asyncio.wait((waiting, ending), return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
+        waiting.cancel()
+        await asyncio.wait((waiting, ending))
+        self.gone = not ending.cancelled()
+        if self.gone:
+            raise ConnectionResetError
+        writer.write(PLAIN[len(self.begun) :])
+
+    async def _answer_at_length(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(answered(b"Content-Length: %d" % ENDLESS))
+        for _ in range(ENDLESS // 2**16):
+            writer.write(bytes(2**16))
+            await writer.drain()
+            self.sent += 2**16
 
 
 class Seen(NamedTuple):
@@ -290,3 +326,204 @@ async def test_whatever_is_asked_and_answered_all_see_the_same():
     assert slow.log == fast.log
     assert slow.flows == fast.flows
     assert slow.counted == fast.counted
+
+
+# --- what happens meanwhile -----------------------------------------------------------------------
+
+both = pytest.mark.parametrize("fast", [True, False])
+GATED = b"GET /gated HTTP/1.1\r\nHost: web\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def gated(
+    port: int, backend: Backend, begun: bytes = b""
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A client whose request is at the backend, which has sent this of its answer, all of PLAIN
+    else once `backend.gate` is set."""
+    backend.gate.clear()
+    backend.begun = begun
+    async with connected(port) as (reader, writer):
+        writer.write(get("/plain", "web").encode())
+        await read_message(reader)
+        heads = len(backend.heads)
+        writer.write(GATED)
+        await until(lambda: len(backend.heads) > heads)
+        if begun:
+            assert await reader.readexactly(1) == b"H"
+        yield reader, writer
+
+
+async def until(condition: Any) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@both
+async def test_policy_that_comes_to_refuse_is_obeyed_by_the_next_request(fast):
+    async with scene(fast=fast) as (mesh, port, backend), gated(port, backend) as (reader, writer):
+        nobody = policy("web", "127.0.0.1", WEB, ingress=closed())
+        assert mesh.apply(nobody) == {}
+        backend.gate.set()
+        assert (await read_message(reader)).status == 200
+        writer.write(GATED)
+        assert (await read_message(reader)).status == 403
+        assert mesh.apply({}, (policy_key("shop", "web"),)) == {}
+        writer.write(GATED)
+        assert (await read_message(reader)).status == 200
+
+
+@both
+async def test_pipelined_requests_wait_for_the_one_before(fast):
+    async with scene(fast=fast) as (_, port, backend), gated(port, backend) as (reader, writer):
+        before = len(backend.heads)
+        writer.write(get("/empty", "web").encode() + get("/Denied", "web").encode())
+        writer.write(get("/plain?3", "web").encode())
+        await asyncio.sleep(0.01)
+        assert len(backend.heads) == before
+        backend.gate.set()
+        answers = [await read_message(reader) for _ in range(4)]
+        assert [(one.status, one.body) for one in answers] == [
+            (200, b"plain"), (200, b""), (403, b"access denied\n"), (200, b"plain"),
+        ]  # fmt: skip
+
+
+@both
+async def test_a_head_in_bits_is_one_request(fast):
+    async with scene(fast=fast) as (_, port, backend), connected(port) as (reader, writer):
+        before = len(backend.heads)
+        for at in range(len(GATED)):
+            writer.write(GATED[at : at + 1])
+            await writer.drain()
+            await asyncio.sleep(0)
+        backend.gate.set()
+        assert (await read_message(reader)).body == b"plain"
+        assert len(backend.heads) == before + 1
+
+
+@both
+async def test_who_drains_lets_the_request_end_and_says_close(fast):
+    async with scene(fast=fast) as (mesh, port, backend), gated(port, backend) as (reader, writer):
+        draining = spawn(mesh.proxy.drain(5), name="drain")
+        await asyncio.sleep(0.01)
+        backend.gate.set()
+        answer = await read_message(reader)
+        assert (answer.status, answer.header("connection")) == (200, "close")
+        assert await reader.read() == b""
+        writer.close()
+        assert await draining == 0
+
+
+@both
+async def test_a_request_that_takes_too_long_is_given_up(fast):
+    async with scene(fast=fast, request_timeout_s=0.2) as (mesh, port, backend):
+        async with gated(port, backend) as (reader, _):
+            answer = await read_message(reader)
+            assert (answer.status, answer.body) == (504, b"request_timeout\n")
+        async with gated(port, backend, PLAIN[:-1]) as (reader, _):
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await reader.readexactly(len(PLAIN))
+        # Connections do not come to the backend's rescue: it is asked on others.
+        async with connected(port) as (reader, writer):
+            writer.write(get("/plain", "web").encode())
+            assert (await read_message(reader)).status == 200
+        log = (await mesh.close())[-6:]
+    kept = [(one["path"], one["status"], one.get("reason", "")) for one in log]
+    assert ("/gated", 504, "request_timeout") in kept
+    assert ("/gated", 200, "request_timeout") in kept
+
+
+@both
+async def test_a_client_that_goes_takes_its_request_along(fast):
+    async with scene(fast=fast) as (mesh, port, backend):
+        async with gated(port, backend) as (_, writer):
+            reset(writer)
+            await until(lambda: backend.gone)
+        log = await mesh.close()
+    assert (log[-1]["status"], log[-1]["reason"]) == (499, "client_gone")
+
+
+@both
+async def test_a_client_that_has_sent_all_still_gets_its_answer(fast):
+    async with scene(fast=fast) as (_, port, backend), gated(port, backend) as (reader, writer):
+        shutdown(writer)
+        await asyncio.sleep(0.01)
+        backend.gate.set()
+        assert (await read_message(reader)).status == 200
+        assert await reader.read() == b""
+
+
+@both
+async def test_slow_readers_hold_the_backend_up_and_get_all(fast):
+    async with (
+        scene(fast=fast) as (_, port, backend),
+        connected(port, limit=1024) as (
+            reader,
+            writer,
+        ),
+    ):
+        backend.sent = 0
+        writer.write(get("/endless", "web").encode())
+        await reader.readuntil(b"\r\n\r\n")
+        stalled, sent = 0, -1
+        while stalled < 20:
+            stalled = stalled + 1 if sent == backend.sent else 0
+            sent = backend.sent
+            await asyncio.sleep(0.005)
+        assert 0 < sent < ENDLESS // 2
+        left = ENDLESS
+        while left:
+            left -= len(await reader.read(1 << 20))
+        writer.write(get("/plain", "web").encode())
+        assert (await read_message(reader)).body == b"plain"
+
+
+async def test_each_request_has_its_backend_by_weight_and_load():
+    """As without the lane: three of four, and none at all once it weighs nothing."""
+    async with scene(fast=True) as (mesh, port, backend):
+        other = Backend()
+        async with raw_backend(other) as second, connected(port) as (reader, writer):
+            heavy = {**cluster("heavy", second), **cluster("web", backend.port)}
+            split = mesh_route("r", rule(to("web"), to("heavy", 3)))
+            assert mesh.apply(heavy | split) == {}
+            for _ in range(2 * WORTH):
+                writer.write(get("/plain", "web").encode())
+                await read_message(reader)
+                await asyncio.sleep(0.001)
+            backend.heads.clear()
+            other.heads.clear()
+            for _ in range(400):
+                writer.write(get("/plain", "web").encode())
+                assert (await read_message(reader)).body == b"plain"
+            assert 240 < len(other.heads) < 360
+            assert all(b"\r\nHost:" in head for head in other.heads + backend.heads)
+            assert mesh.apply(mesh_route("r", rule(to("web", 0), to("heavy", 3)))) == {}
+            backend.heads.clear()
+            for _ in range(50):
+                writer.write(get("/plain", "web").encode())
+                assert (await read_message(reader)).status == 200
+            assert not backend.heads
+
+
+@pytest.mark.skipif(not SMUGGLING, reason="../shared/http is not there")
+async def test_published_smuggling_reaches_backends_as_without_the_lane():
+    quick = {"head_timeout_s": 0.2, "body_timeout_s": 0.2, "idle_timeout_s": 0.2}
+    seen = []
+    for fast in (True, False):
+        async with scene(fast=fast, **quick) as (_, port, backend):
+            backend.heads.clear()
+
+            async def send(data: bytes, port: int = port) -> bytes:
+                async with connected(port) as (reader, writer):
+                    writer.write(get("/plain", "web").encode())
+                    await read_message(reader)
+                    writer.write(data)
+                    with contextlib.suppress(OSError):
+                        return await reader.read()
+                    return b""
+
+            answers = []
+            for at in range(0, len(SMUGGLING), 64):
+                answers += await asyncio.gather(*map(send, SMUGGLING[at : at + 64]))
+            statuses = [re.findall(rb"HTTP/1\.1 (\d+)", answer) for answer in answers]
+            seen.append((statuses, sorted(map(repr, map(read, backend.heads)))))
+    assert seen[0] == seen[1]
