@@ -238,21 +238,24 @@ class Pool:
             self._serve(connection, used=True)
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
-        if not connection.active:
+        active = connection.active
+        if not active:
             if (holder := self._held.pop(connection, None)) is not None:
                 self._shares.give(holder)
             if self._retired:
                 connection.close()
         if connection.closed:
             self._ready.pop(connection, None)
-            if not connection.active:
+            if not active:
                 self._connections.pop(connection, None)
                 self._connect_more()
                 self._check_empty()
             return
         if self._retired:
             return
-        while connection.capacity > 0 and (waiting := self._line.next(self._may_take)):
+        while (
+            self._line and connection.capacity > 0 and (waiting := self._line.next(self._may_take))
+        ):
             client, waiter = waiting
             if not waiter.done():
                 self._hold(connection, client)
