@@ -10,6 +10,7 @@ without us.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain, count
@@ -20,20 +21,22 @@ from bpf import constants
 from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
 from bpf.structs import Address, Number, Pod, Policy, PolicyKey, Rules, Target
-from mesh.model.nodeconfig import SvidSection, WorkloadSection
+from mesh.model.nodeconfig import SvidSection, TrustBundleSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
 # Of one pod, so that one huge policy does not take the room of all others.
 MAX_ENTRIES = constants.POLICIES // 4
 
-PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
+PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection | TrustBundleSection
 
 _DENIED = constants.POD_POLICED | constants.POD_DEFAULT_DENY
 _ALL_DENIED = _DENIED | _DENIED << constants.POD_INGRESS_SHIFT
 # The set that has no rules.
 _NO_RULES = 0
 _NOTHING = Rules(_NO_RULES, 0)
+# Under it stands what is in force for pods that nobody has told of yet.
+_NOWHERE = Address.of("::")
 
 
 class _Refused(Exception):
@@ -47,6 +50,13 @@ class _Mtls(NamedTuple):
     flags: int
     ports: Mapping[Target, int]
     spiffe_id: str
+
+
+class _Held(NamedTuple):
+    """An SVID, and when it ends by CLOCK_MONOTONIC, in ns."""
+
+    spiffe_id: str
+    until: int
 
 
 class _Policy(NamedTuple):
@@ -77,7 +87,8 @@ class Pods:
         self._gone: set[Address] = set()
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
-        self._held: dict[SectionKey, str] = {}  # the SPIFFE IDs of SVIDs
+        self._held: dict[SectionKey, _Held] = {}
+        self._bundles: set[SectionKey] = set()
         self._sets: dict[tuple[Direction, Direction], int] = {}
         self._written: dict[int, _Set] = {}
         self._uses: Counter[int] = Counter()
@@ -103,7 +114,7 @@ class Pods:
         self, sections: Mapping[SectionKey, PodSection], since: int
     ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
-        known = self._mtls.keys() | self._policy.keys() | self._held.keys()
+        known = self._mtls.keys() | self._policy.keys() | self._held.keys() | self._bundles
         refused = self._change(sections, known - sections.keys(), since, set(self._in_force))
         self._left += self._adopted
         self._adopted = []
@@ -131,14 +142,17 @@ class Pods:
         refused: dict[SectionKey, str] = {}
         ports: list[Target] = []
         former: list[_Mtls | _Policy | None] = []
-        proven = set(self._held.values())
+        proven, trusted = set(self._held.values()), bool(self._bundles)
         for key in (*remove, *put):
             former += self._mtls.pop(key, None), self._policy.pop(key, None)
             self._held.pop(key, None)
+            self._bundles.discard(key)
         for key, section in put.items():
             try:
                 if isinstance(section, SvidSection):
-                    self._held[key] = section.spiffe_id
+                    self._held[key] = _held(section)
+                elif isinstance(section, TrustBundleSection):
+                    self._bundles.add(key)
                 elif isinstance(section, PolicySection):
                     self._put_policy(key, section)
                 elif section.local:
@@ -155,9 +169,11 @@ class Pods:
                 self._leave(one)
             elif one is not None:
                 ports += one.ports
-        if changed := proven.symmetric_difference(self._held.values()):
+        if changed := {one.spiffe_id for one in proven.symmetric_difference(self._held.values())}:
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
+        if trusted != bool(self._bundles):
+            touched.add(_NOWHERE)
         self._settle(touched, since)
         for port in set(ports) - self._wanted_ports() if ports else ():
             self._ports.remove(port)
@@ -255,20 +271,31 @@ class Pods:
         later one's."""
         modes = {address: one for one in self._mtls.values() for address in one.addresses}
         policies = {address: one for one in self._policy.values() for address in one.addresses}
-        held = set(self._held.values())
+        held = {one.spiffe_id: one.until for one in self._held.values()}
         for address in touched:
             mode, policy = modes.get(address), policies.get(address)
-            number, flags = (policy.number, policy.flags) if policy else _NOTHING
+            number, flags = (policy.number, policy.flags) if policy else (_NO_RULES, 0)
+            until = held.get(mode.spiffe_id, 0) if mode is not None else 0
             if mode is not None:
-                flags |= mode.flags | (constants.POD_PROVEN if mode.spiffe_id in held else 0)
-            rules = Rules(number, flags)
+                flags |= mode.flags | (constants.POD_PROVEN if until else 0)
+            # Where there are identities, who is not known yet may be STRICT.
+            if address == _NOWHERE and self._bundles:
+                flags |= constants.POD_STRICT
+            rules = Rules(number, flags, until)
             before = self._in_force.pop(address, _NOTHING)
             if rules != before:
-                self._pods.put(address, Pod(since, *rules, *before))
+                proven = until or before.proven_until
+                pod = Pod(since, proven, number, flags, before.policy, before.flags)
+                self._pods.put(address, pod)
             if rules.flags:
                 self._in_force[address] = rules
             elif before.flags:
                 self._gone.add(address)
+
+
+def _held(svid: SvidSection) -> _Held:
+    left = svid.not_after * 10**9 - time.time_ns()
+    return _Held(svid.spiffe_id, max(1, time.monotonic_ns() + left))
 
 
 def _source(direction: Direction, rule: int) -> str:

@@ -138,7 +138,9 @@ class Http1Request:
         connection = self._connection
         if pairing is None:
             return False
-        sent = pairing.offer(connection.received, lambda: connection.write_through(last))
+        sent = pairing.offer(
+            connection.received, lambda: connection.write_through(last), connection.more_requests
+        )
         if sent:
             self._held = b""
         return sent

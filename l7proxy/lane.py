@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 from l7proxy.entry import Entry
 from l7proxy.exchange import Sent
-from l7proxy.forwarding import ClientAddress, said_id
+from l7proxy.forwarding import ClientAddress, new_request_id, said_id
 from l7proxy.http1_codec import date
 from l7proxy.http1_head import parse_request
 from l7proxy.lease import Lease
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 # What was found is looked up again after this long: certificates end, and whatever else is
 # remembered of a destination's use wants to hear of it.
 _FRESH_S = 10.0
+# Authorities of one connection that are remembered.
+_HOSTS = 8
+_HOST = re.compile(rb"\r\nhost:[ \t]*([^\r \t]+)[ \t]*\r", re.IGNORECASE)
 _USER_AGENT = re.compile(rb"\r\nuser-agent:[ \t]*([^\r]*)", re.IGNORECASE)
 _GONE = "the connection ended"
 _CUT_SHORT = "the backend closed before its response was whole"
@@ -47,13 +50,13 @@ class Lane:
     """`busy`: a request is on its way. `server` is the connection, set by itself."""
 
     __slots__ = (
-        "_aim", "_backend", "_bodiless", "_chosen", "_cluster", "_connection", "_end", "_ends",
-        "_entry", "_found", "_left", "_member", "_out", "_pool", "_request", "_reusable", "_shared",
-        "_started", "_status", "_until", "_version", "busy", "info", "server",
+        "_aims", "_backend", "_bodiless", "_chosen", "_cluster", "_connection", "_end", "_ends",
+        "_entry", "_found", "_left", "_member", "_new_id", "_out", "_pool", "_request",
+        "_reusable", "_shared", "_started", "_status", "_until", "_version", "busy", "info",
+        "server",
     )  # fmt: skip
 
     server: Http1Server
-    _aim: Aim
     _backend: CompiledBackend
     _bodiless: bool
     _chosen: Chosen
@@ -63,6 +66,7 @@ class Lane:
     _found: tuple[int, ...]
     _left: int
     _member: Member
+    _new_id: str
     _out: int
     _pool: Pool
     _request: bytes
@@ -75,6 +79,7 @@ class Lane:
         self.info = info
         self._shared = shared
         self._entry = entry
+        self._aims: dict[bytes, Aim] = {}  # by authority, where that counts
         self._ends: dict[Member, End] = {}
         self._version = -1
         self._until = 0.0
@@ -86,16 +91,29 @@ class Lane:
         shared = self._shared
         now = time.monotonic()
         if self._version != shared.version or now > self._until:
-            aim = shared.aim(self._entry, self.info)
+            self._version, self._until = shared.version, now + _FRESH_S
+            self._aims.clear()
+            self._ends.clear()
+        authority = b""
+        if self._entry.by_host:
+            said = _HOST.search(data)
+            if said is None:
+                return False
+            authority = said[1]
+        aim = self._aims.get(authority)
+        if aim is None:
+            aim = shared.aim(self._entry, self.info, authority)
             if aim is None:
                 return False
-            self._aim = aim
-            self._version, self._until = shared.version, now + _FRESH_S
-            self._ends.clear()
-        number = self._aim.requests.judge(data)
+            if len(self._aims) >= _HOSTS:
+                self._aims.clear()
+            self._aims[authority] = aim
+        number = aim.requests.judge(data)
         if not number:
             return False
-        chosen = self._aim.chosen(number)
+        chosen = aim.chosen(number)
+        if chosen is None:
+            return False
         backend = chosen.only or pick_backend(chosen.rule, random.random)
         if backend is None or backend.cluster is None:
             return False
@@ -107,32 +125,39 @@ class Lane:
             return False
         end = self._ends.get(member)
         if end is None or now > end.until:
-            found = shared.end(self._aim, member, self.info)
-            if found is None:
+            fresh = shared.end(aim, member, self._entry, self.info)
+            if fresh is None:
                 return False
-            end = self._ends[member] = found
-        if end.asked != self._aim.asked:
+            end = self._ends[member] = fresh
+        if end.asked != aim.asked:
             # This endpoint has other policies: they are looked at from now on.
-            aim = shared.aim(self._entry, self.info, end.asked)
+            aim = shared.aim(self._entry, self.info, authority, end.asked)
             if aim is None or aim.requests.judge(data) != number:
                 return False
-            self._aim = aim
-            chosen = aim.chosen(number)
+            self._aims[authority] = aim
+        found = aim.requests.found()
+        if authority and data[found[4] : found[5]] != authority:
+            return False
         pool = member.pools.get(end.key)
         connection = pool.lend(end.client) if pool is not None else None
         if pool is None or connection is None:
             return False
         member.load += 1
-        self._found = self._aim.requests.found()
+        self._found = found
+        self._new_id = ""
         self._bodiless = data.startswith(b"HEAD ")
-        self._request, self._started = data, now
+        self._started = now
         self._chosen, self._backend, self._end = chosen, backend, end
         self._cluster, self._member, self._pool = cluster, member, pool
         self._connection = cast("Http1Client", connection)
         self._left = self._status = self._out = 0
         self._reusable = True
         self.busy = True
-        self.server.carrying()
+        if aim.adds:
+            self._new_id = new_request_id()
+            data = b"%b%b%b\r\n\r\n" % (data[:-2], aim.adds, self._new_id.encode())
+        self._request = data
+        self.server.carrying(chosen.timeout_s)
         self._connection.carry(self, data)
         return True
 
@@ -225,7 +250,7 @@ class Lane:
             self._break_off(502, "upstream_reset", _CUT_SHORT)
 
     def expired(self) -> None:
-        """The settings' request timeout has passed."""
+        """The request timeout has passed."""
         if not self._status:
             self.hand_over()
         else:
@@ -278,6 +303,8 @@ class Lane:
         return record
 
     def _request_id(self) -> str:
+        if self._new_id:
+            return self._new_id
         begin, end = self._found[6:8]
         return said_id(self._request[begin:end]) if end else ""
 

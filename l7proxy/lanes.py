@@ -46,11 +46,13 @@ _NOTHING: Asked = ((), ())
 
 
 class Chosen(NamedTuple):
-    """What a request gets. `only`: the rule's backend where there is one."""
+    """What a request gets. `only`: the rule's backend where there is one; `timeout_s`: how long
+    it may take, with its response."""
 
     selection: Selection
     rule: CompiledRule
     only: CompiledBackend | None
+    timeout_s: float | None
 
 
 class End(NamedTuple):
@@ -80,25 +82,36 @@ class Aim:
     """A destination's automaton, with what a connection's requests have in common."""
 
     def __init__(
-        self, standing: Standing, caller: Caller, asked: Asked, planned: Plan, table: native.Table
+        self,
+        standing: Standing,
+        caller: Caller,
+        asked: Asked,
+        planned: Plan,
+        table: native.Table,
+        settings: Settings,
     ) -> None:
+        self._settings = settings
         self.standing = standing
         self.caller = caller
         self.asked = asked
         lists = [planned.list_of(one) or 0 for one in asked]
-        self.requests = native.Requests(table, *lists)
+        self.adds = standing.adds
+        self.requests = native.Requests(table, *lists, told=bool(standing.adds))
         self._plan = planned
         self._chosen: dict[int, Chosen] = {}
 
-    def chosen(self, number: int) -> Chosen:
-        """Of the rule of this number."""
+    def chosen(self, number: int) -> Chosen | None:
+        """Of the rule of this number; None: each attempt at a backend has a timeout of its own."""
         found = self._chosen.get(number)
         if found is None:
             selection = self.standing.selection
             match = selection.match or self._plan.rules[number - 1].result
+            if match.rule.backend_timeout_s is not None:
+                return None
             backends = match.rule.backends
             only = backends[0] if len(backends) == 1 and backends[0].weight else None
-            found = Chosen(selection._replace(match=match), match.rule, only)
+            timeout_s = match.rule.request_timeout_s or self._settings.request_timeout_s
+            found = Chosen(selection._replace(match=match), match.rule, only, timeout_s)
             self._chosen[number] = found
         return found
 
@@ -134,17 +147,24 @@ class Lanes:
         """For a new connection over HTTP/1.1; None: its requests are all the exchange's."""
         if not self._available or self._settings.max_requests_per_connection is not None:
             return None
-        return Lane(self, entry, info) if entry.standing(info) is not None else None
+        if not entry.by_host and entry.standing(info, b"", self._settings) is None:
+            return None
+        return Lane(self, entry, info)
 
     # --- destinations -----------------------------------------------------------------------------
 
-    def aim(self, entry: Entry, info: ConnectionInfo, asked: Asked | None = None) -> Aim | None:
+    def aim(
+        self, entry: Entry, info: ConnectionInfo, authority: bytes, asked: Asked | None = None
+    ) -> Aim | None:
         """What requests of a connection are judged by, if policies ask for this (None: for what
         those of some endpoint ask); None: there is no automaton (yet)."""
-        standing = entry.standing(info)
+        standing = entry.standing(info, authority, self._settings)
         if standing is None:
             return None
         caller = entry.caller(standing.client)
+        if caller.gateway and caller.client:
+            client = self._policies.client_of(info.peer[0], caller.client)
+            caller = caller._replace(client=client, told=self._policies.told_as(client))
         if asked is None:
             asked = self._guess(standing, caller)
         match = standing.selection.match
@@ -154,7 +174,9 @@ class Lanes:
         if match is not None and not _straight(match.rule):
             return None
         table = self._table(planned)
-        return Aim(standing, caller, asked, planned, table) if table is not None else None
+        if table is None:
+            return None
+        return Aim(standing, caller, asked, planned, table, self._settings)
 
     def _guess(self, standing: Standing, caller: Caller) -> Asked:
         selection = standing.selection
@@ -173,14 +195,19 @@ class Lanes:
                     return self._policies.for_kernel(asker, address, port) or _NOTHING
         return _NOTHING
 
-    def end(self, aim: Aim, member: Member, info: ConnectionInfo) -> End | None:
+    def end(self, aim: Aim, member: Member, entry: Entry, info: ConnectionInfo) -> End | None:
         """Of an endpoint; None: the exchange has to look at its requests."""
         caller, endpoint = aim.caller, member.endpoint
+        certificate = None
+        if entry.client_certificate is not None:
+            certificate = self.exchanges.certificates.get(entry.client_certificate)
+            if certificate is None:
+                return None
         way = self._peers.way(caller, *member.target, pod=bool(endpoint.name))
         if isinstance(way, NoWay):
             return None
         workload = way.destination
-        if workload is not None and workload.client_headers and not caller.proven:
+        if workload is not None and workload.client_headers:
             return None
         if info.pairing is not None and workload is not None and workload.local:
             return None  # soon they need not come here at all
@@ -192,7 +219,7 @@ class Lanes:
         if any(one is None and not rules for one, rules in zip(unasked, asked, strict=True)):
             return None
         until = self._until(caller, way)
-        key = pool_key(way, None)
+        key = pool_key(way, certificate)
         return End(way, key, caller.client, aim.standing.client, asked, unasked, until)
 
     def _until(self, caller: Caller, way: Direct | Tunnelled) -> float:

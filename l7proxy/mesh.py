@@ -53,6 +53,7 @@ class Mesh:
     gateway = GATEWAY
     client_certificate: SectionKey | None = None
     encryption: Encryption | None = None
+    by_host = False
 
     def __init__(self, direct: Direct, peers: Peers) -> None:
         self._services: dict[SectionKey, _Service] = {}
@@ -86,7 +87,9 @@ class Mesh:
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.pass_on(head, info)
 
-    def standing(self, info: ConnectionInfo) -> Standing | None:
+    def standing(
+        self, info: ConnectionInfo, authority: bytes, settings: Settings
+    ) -> Standing | None:
         try:
             return Standing(self._select(info, http2=False), info.peer[0])
         except Reply:

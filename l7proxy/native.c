@@ -52,13 +52,15 @@ struct part {
 struct request {
 	const struct automaton *table;
 	u32 lists[2];
+	u32 told; /* backends are told of the client: what it says of that itself is not for here */
+	u32 zero;
 	u32 egress;
 	u32 ingress;
 	struct part target;
 	struct part host;
 	struct part request_id;
 	u32 method_end;
-	u32 zero;
+	u32 pad;
 };
 
 static int is_named(const u8 *line, const u8 *colon, const char *name, size_t size)
@@ -73,6 +75,21 @@ static struct part stripped(const u8 *data, const u8 *from, const u8 *to)
 	while (from < to && (to[-1] == ' ' || to[-1] == '\t'))
 		to--;
 	return (struct part){(u32)(from - data), (u32)(to - data)};
+}
+
+/* As l7proxy/forwarding.py, _CLAIMS and what begins with x-forwarded-. */
+static int is_claim(const u8 *line, const u8 *colon)
+{
+	switch (colon - line) {
+	case 3:
+		return is_named(line, colon, "via", 3);
+	case 9:
+		return is_named(line, colon, "forwarded", 9) || is_named(line, colon, "x-real-ip", 9);
+	case 12:
+		if (is_named(line, colon, "x-request-id", 12))
+			return 1;
+	}
+	return colon - line >= 12 && !strncasecmp((const char *)line, "x-forwarded-", 12);
 }
 
 /* The rule of a request that is nothing but its head, all of `data`; 0: it is for slower eyes. */
@@ -102,6 +119,8 @@ u32 weft_request(struct request *request, const u8 *data, size_t size)
 	for (; *line != '\r'; line = next + 1) {
 		next = memchr(line, '\n', (size_t)(end - line));
 		colon = memchr(line, ':', (size_t)(next - line));
+		if (request->told && is_claim(line, colon))
+			return 0;
 		if (is_named(line, colon, "x-request-id", 12) && !request->request_id.end)
 			request->request_id = stripped(data, colon + 1, next - 1);
 	}

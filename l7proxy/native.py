@@ -29,8 +29,8 @@ _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11", "-Wall", "-Wextra", "-Werror"
 # clang's pragmas are the kernel's half.
 _QUIET = ("-Wno-unknown-pragmas", "-Wno-override-init")
 
-# struct request: table, lists; then policy rules, target, host, request id, method's end.
-_QUESTION = struct.Struct("=QII")
+# struct request: table, lists, told; then policy rules, target, host, request id, method's end.
+_QUESTION = struct.Struct("=Q3I4x")
 _FOUND = struct.Struct("=9I4x")
 # struct response: limits; size of the head, whether it is dated, bytes left, what is dropped.
 _LIMITS = struct.Struct("=II")
@@ -90,17 +90,17 @@ _PUNTED = Judged()
 
 
 class Requests:
-    """Judges requests by a table and two lists of its policy rules (0: none). OSError: as
-    `Native`."""
+    """Judges requests by a table and two lists of its policy rules (0: none). `told`: backends are
+    told who asks, so none that says so itself may go on as it is. OSError: as `Native`."""
 
     __slots__ = ("_address", "_memory", "_request", "_table")
 
-    def __init__(self, table: Table, egress: int, ingress: int) -> None:
+    def __init__(self, table: Table, egress: int, ingress: int, *, told: bool = False) -> None:
         self._request = _library().weft_request
         self._table = table
         self._memory = ctypes.create_string_buffer(_QUESTION.size + _FOUND.size)
         self._address = ctypes.addressof(self._memory)
-        _QUESTION.pack_into(self._memory, 0, table.address, egress, ingress)
+        _QUESTION.pack_into(self._memory, 0, table.address, egress, ingress, told)
 
     def judge(self, data: bytes) -> int:
         """The number of the rule for a request that is nothing but this head; 0: none that may go

@@ -16,13 +16,26 @@ from support.http1 import raw_backend, reset, shutdown
 from support.mesh import MeshProxy, connected, mesh_proxy, mesh_route, service
 from support.policy import closed, http, pod, policy
 from support.policy import rule as policy_rule
-from support.proxy import cluster, get, read_message, rule, to
+from support.proxy import (
+    certificate,
+    client_context,
+    cluster,
+    get,
+    http_port,
+    https_port,
+    read_message,
+    route,
+    rule,
+    to,
+)
 from test_http1_hostile import SMUGGLING
 from test_mesh_flows import agent_of
 
+from certs.selfsigned import Authority
 from l7proxy import native
 from l7proxy.lanes import WORTH
 from l7proxy.tasks import spawn
+from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import ClusterSection, Endpoint, Section, Settings
 from mesh.model.routeconfig import PathMatch, RouteMatch, ValueMatch
 from mesh.model.section import SETTINGS_KEY, SectionKey, cluster_key, policy_key
@@ -30,6 +43,7 @@ from mesh.model.section import SETTINGS_KEY, SectionKey, cluster_key, policy_key
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=native.available())
 
 ME, WEB = 300, 301
+AUTHORITY = Authority.create("test")
 # Only the exchange counts the requests of a connection.
 SLOW = Settings(max_requests_per_connection=1_000_000)
 DATE = b"Date: Thu, 26 Nov 2026 03:36:24 GMT\r\n"
@@ -168,17 +182,19 @@ class Seen(NamedTuple):
 def sections(port: int) -> dict[SectionKey, Section]:
     """Routes and policies about requests, on both sides."""
     by_header = RouteMatch(headers=(ValueMatch("Exact", "x-route", "other"),))
+    rules = (
+        rule(to("web"), matches=(by_header,)),
+        rule(to("pods"), matches=(RouteMatch(PathMatch("PathPrefix", "/")),)),
+    )
+    first = http(method="GET|HEAD|POST", path="/[a-z0-9-]*")
     return {
         **service(producers=True),
         **cluster("web", port),
         cluster_key("Service", "default", "pods", 80): ClusterSection(
             (Endpoint("127.0.0.1", port, "shop/web"),)
         ),
-        **mesh_route(
-            "r",
-            rule(to("web"), matches=(by_header,)),
-            rule(to("pods"), matches=(RouteMatch(PathMatch("PathPrefix", "/")),)),
-        ),
+        **mesh_route("r", *rules),
+        **route("outside", *rules),
         **pod("client", "127.0.1.1", ME),
         **pod("web", "127.0.0.1", WEB),
         **policy(
@@ -186,7 +202,7 @@ def sections(port: int) -> dict[SectionKey, Section]:
             "127.0.0.1",
             WEB,
             ingress=closed(
-                policy_rule("first", ME, http=http(method="GET|HEAD|POST", path="/[a-z0-9-]*")),
+                policy_rule("first", ME, int(Reserved.INGRESS), http=first),
                 policy_rule("second", ME, http=http(method="DELETE")),
             ),
         ),
@@ -204,14 +220,23 @@ def counters() -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 @contextlib.asynccontextmanager
-async def scene(*, fast: bool, **more: Any) -> AsyncIterator[tuple[MeshProxy, int, Backend]]:
-    """A proxy whose lanes are open, or without any."""
+async def scene(
+    *, fast: bool, door: str = "mesh", **more: Any
+) -> AsyncIterator[tuple[MeshProxy, int, Backend]]:
+    """A proxy whose lanes are open, or without any. `door`: which of its ports is asked, the
+    mesh's, a Gateway's, or one with TLS."""
     backend = Backend()
     async with raw_backend(backend) as port, mesh_proxy() as mesh:
         backend.port = port
         settings = Settings(**more) if fast else Settings(**more, max_requests_per_connection=10**6)
         listening = mesh.serve(sections(port), {SETTINGS_KEY: settings})
-        async with connected(listening) as (reader, writer):
+        if door != "mesh":
+            listening = mesh.listen_outside()
+            put = http_port(listening)
+            if door == "tls":
+                put = https_port(listening) | certificate(AUTHORITY, "web")
+            assert mesh.apply(put) == {}
+        async with connected(listening, **client(door)) as (reader, writer):
             for _ in range(1000):
                 writer.write(get("/plain", "web").encode())
                 await read_message(reader)
@@ -225,11 +250,18 @@ async def scene(*, fast: bool, **more: Any) -> AsyncIterator[tuple[MeshProxy, in
         yield mesh, listening, backend
 
 
-async def conversation(request: bytes, port: int) -> Any:
+def client(door: str) -> dict[str, Any]:
+    """What a client of it is besides."""
+    if door != "tls":
+        return {}
+    return {"ssl": client_context(AUTHORITY), "server_hostname": "web"}
+
+
+async def conversation(request: bytes, port: int, door: str) -> Any:
     """What the client gets: a first answer, so that there is a connection to the backend, the one
     to `request`, and, if the connection goes on, one to another."""
     seen: list[Any] = []
-    async with connected(port) as (reader, writer):
+    async with connected(port, **client(door)) as (reader, writer):
         for one in (get("/plain", "web").encode(), request, get("/plain", "web").encode()):
             writer.write(one)
             while True:
@@ -252,15 +284,15 @@ async def conversation(request: bytes, port: int) -> Any:
     return seen
 
 
-async def observe(requests: list[bytes], *, fast: bool) -> Seen:
-    async with scene(fast=fast) as (mesh, port, backend), agent_of(mesh) as agent:
+async def observe(requests: list[bytes], *, fast: bool, door: str) -> Seen:
+    async with scene(fast=fast, door=door) as (mesh, port, backend), agent_of(mesh) as agent:
         before = counters()
         backend.heads.clear()
         answers = []
         for request in requests:
             try:
                 async with asyncio.timeout(2):
-                    answers.append(await conversation(request, port))
+                    answers.append(await conversation(request, port, door))
             except TimeoutError:
                 raise AssertionError((fast, request)) from None
         await asyncio.sleep(0)
@@ -284,7 +316,15 @@ def read(head: bytes) -> Any:
     line, *fields = head[:-4].split(b"\r\n")
     split = [field.partition(b":") for field in fields]
     fields = sorted((name.lower(), value.strip()) for name, _, value in split)
-    return line, [one for one in fields if one != (b"connection", b"Keep-Alive")]
+    told = {
+        b"x-forwarded-port": rb"\d+",  # another each time
+        b"x-request-id": rb"[0-9a-f]{32}",
+    }
+    return line, [
+        (name, b"*" if name in told and re.fullmatch(told[name], value) else value)
+        for name, value in fields
+        if (name, value) != (b"connection", b"Keep-Alive")
+    ]
 
 
 def told(flow: Any) -> Any:
@@ -318,9 +358,10 @@ REQUESTS = [
 ]  # fmt: skip
 
 
-async def test_whatever_is_asked_and_answered_all_see_the_same():
-    slow = await observe(REQUESTS, fast=False)
-    fast = await observe(REQUESTS, fast=True)
+@pytest.mark.parametrize("door", ["mesh", "gateway", "tls"])
+async def test_whatever_is_asked_and_answered_all_see_the_same(door):
+    slow = await observe(REQUESTS, fast=False, door=door)
+    fast = await observe(REQUESTS, fast=True, door=door)
     for one, other, request in zip(slow.answers, fast.answers, REQUESTS, strict=True):
         assert one == other, request
     assert slow.heads == fast.heads
