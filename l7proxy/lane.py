@@ -16,7 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from l7proxy.entry import Entry
-from l7proxy.exchange import Sent
 from l7proxy.forwarding import ClientAddress, new_request_id, said_id
 from l7proxy.http1_codec import date
 from l7proxy.http1_head import parse_request
@@ -24,6 +23,7 @@ from l7proxy.lease import Lease
 from l7proxy.message import RequestHead
 from l7proxy.record import Record
 from l7proxy.routing import pick_backend
+from l7proxy.sent import Sent
 from l7proxy.streams import ConnectionInfo
 
 if TYPE_CHECKING:
