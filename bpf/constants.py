@@ -77,7 +77,10 @@ TOLD_MAX = 500
 PAIRS_MAX = 1 << 13
 EXCHANGES_MAX = 1 << 14
 RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
-LARGE_RESPONSE_MAX, LARGE_PAIRS = 4 << 20, 1 << 7
+LARGE_RESPONSE_MAX, LARGE_PAIRS = 2 << 20, 1 << 8
+# A message takes 1 KiB besides its bytes, charged to nobody: after so many of a request or response
+# the rest goes through the proxy.
+MESSAGES_MAX = 1 << 10
 # What is counted under is by route, ends, policy rules and status: 200 bytes for each CPU.
 PASSED_MAX = 1 << 16
 # Of 4 KiB; a power of two: requests that have passed, until somebody looks, each with so many bytes

@@ -238,6 +238,7 @@ EXCHANGE = Layout(
         "sent": "I",
         "unsent": "I",
         "left": "I",
+        "messages": "I",
         "bodiless": "I",
         "status": "I",
         "bytes_in": "I",
@@ -245,6 +246,7 @@ EXCHANGE = Layout(
         "response_max": "I",
         "port": "I",
         "shown": "I",
+        "zero": "4x",
         "head": f"{constants.PASSING_HEAD}s",
     },
 )

@@ -298,6 +298,7 @@ class Exchange(NamedTuple):
     sent: int
     unsent: int
     left: int
+    messages: int
     bodiless: int
     status: int
     bytes_in: int

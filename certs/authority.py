@@ -163,6 +163,18 @@ class Authority:
 
     # --- rotation --------------------------------------------------------------------------------
 
+    def rotate(self, what: str, now: float, brought: Signer | None) -> None:
+        """Replace the "root" or the "intermediate", as somebody asks. AuthorityError: not now, or
+        not here."""
+        if what == "intermediate":
+            self.rotate_intermediate(now)
+        elif what != "root":
+            raise AuthorityError(f"{what!r} cannot be rotated: root and intermediate can")
+        elif brought is not None:
+            raise AuthorityError("the root was brought (--ca): replace it where it comes from")
+        else:
+            self.rotate_root(now)
+
     def rotate_root(self, now: float) -> None:
         """Publish the next root, made here. AuthorityError: a rotation is under way already."""
         self._publish_next(self._new_root(now), now)

@@ -57,6 +57,13 @@ class Bundle:
             raise BadBundle(f"the bundle of {trust_domain} holds no PEM certificates") from None
         return cls(trust_domain, found)
 
+    @classmethod
+    def parse(cls, trust_domain: str, data: str | bytes) -> Bundle:
+        """PEM, or a SPIFFE bundle document. BadBundle: it is neither."""
+        data = data.encode() if isinstance(data, str) else data
+        read = cls.from_document if data.lstrip().startswith(b"{") else cls.from_pem
+        return read(trust_domain, data)
+
     def to_pem(self) -> str:
         return "".join(root.public_bytes(Encoding.PEM).decode() for root in self.roots)
 

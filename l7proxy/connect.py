@@ -20,6 +20,7 @@ from l7proxy.streams import ClientConnection
 from l7proxy.tls_client import ClientTLS, PeerRefused, refusal
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel import Digger
+from l7proxy.tunnel_wire import Kind
 from mesh.model.nodeconfig import Settings
 
 
@@ -82,7 +83,9 @@ async def connect_through(
     if not isinstance(way, Tunnelled) or way.source != source:
         raise ConnectFailed(member.id, "way_changed", "it is not to be connected to so any more")
     try:
-        tunnel = await digger.open(caller, way, *member.target, "http")
+        # What a backend encrypts itself nobody can read on the way.
+        kind: Kind = "http" if tls is None else "tcp"
+        tunnel = await digger.open(caller, way, *member.target, kind)
     except DialFailed as error:
         raise ConnectFailed(member.id, error.reason, str(error)) from None
     connection = _protocol(settings, on_change, None, tls=tls is not None, http2=http2)

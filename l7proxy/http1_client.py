@@ -128,6 +128,13 @@ class Http1Client(Link):
         if not self.gone:
             self.write((data,))
 
+    def take(self, count: int) -> bytes:
+        """Of what has come while it was held, up to so many bytes."""
+        buffer = self.codec.buffer
+        data = bytes(buffer.take(min(count, buffer.left)))
+        self.hold_input(buffer.left)
+        return data
+
     def let_go(self, *, reusable: bool) -> None:
         """Back to the pool, or closed; also if it is not held (any more)."""
         self._keeper = None

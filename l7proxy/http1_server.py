@@ -235,7 +235,7 @@ class Http1Server(Link):
         goes on."""
         self.timer.clear()
         moved = self.eof or not self.codec.between_requests
-        handler = await pairing.take_over(moved=moved, take=self._take)
+        handler = await pairing.take_over(moved=moved, take=self._take, give=self._give)
         if self.lost:
             return False
         self._served += pairing.count
@@ -254,6 +254,13 @@ class Http1Server(Link):
         data = bytes(buffer.take(min(count, buffer.left)))
         self.hold_input(buffer.left)
         return data
+
+    async def _give(self, data: bytes) -> None:
+        """As it is."""
+        if not self.gone:
+            self.write((data,))
+        if self.write_paused:
+            await self.room()
 
     async def _next_head(self) -> RequestHead | None:
         """The next request's head; None at the end of the connection."""

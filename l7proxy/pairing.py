@@ -182,17 +182,25 @@ class Pairing:
                 and passed is not None
                 and not passed.outstanding
                 and passed.parted == self._before.parted
+                and not passed.left
             )
         else:
             self.decline()
 
     # --- what is outstanding ----------------------------------------------------------------------
 
-    async def take_over(self, *, moved: bool, take: Callable[[int], bytes]) -> Handler | None:
+    async def take_over(
+        self,
+        *,
+        moved: bool,
+        take: Callable[[int], bytes],
+        give: Callable[[bytes], Awaitable[None]],
+    ) -> Handler | None:
         """From now on everything comes here. When nothing passes by the proxy any more: None, or
         what answers the request that is outstanding (`head`), and nothing else may be answered
         before. `moved`: the client has sent something here since the offer, or its end. `take`
-        gives what it has sent, up to so many bytes: the rest of a request that has begun."""
+        gives what it has sent, up to so many bytes: the rest of a request that has begun; what
+        `give` is told is sent to it: the rest of a response."""
         kept, follower = self._kept, self._follower
         assert kept is not None
         assert follower is not None
@@ -234,6 +242,14 @@ class Pairing:
             # Of a request in parts one may have been lost on its way, when memory is short: who
             # waits for it would take the next request for it.
             whole = passed.parted == self._before.parted
+            if handed and passed.left:
+                if await self._bring_back(passed, kept, give):
+                    self._let_go(reusable=whole and not kept.unread and not kept.closed)
+                    return None
+                self.lost = True
+                self._let_go(reusable=False)
+                self._tell_head(passed, follower)
+                return follower.broken("upstream_reset", "the response did not end")
             if handed:
                 # What is left of the request may pass or come here: nobody could tell it apart.
                 self.lost = passed.unsent != brought
@@ -243,6 +259,25 @@ class Pairing:
                 return follower.resume(stream, passed.answered != self._before.answered)
             self._let_go(reusable=whole and not kept.unread and not kept.closed)
             return None
+
+    async def _bring_back(
+        self, passed: Exchange, kept: Kept, give: Callable[[bytes], Awaitable[None]]
+    ) -> bool:
+        """The rest of a response that has begun past the proxy; whether it has come."""
+        left = passed.left
+        while left:
+            more = kept.take(left)
+            late = self.timeout_s is not None and (
+                time.monotonic() - passed.started_ns * _NS > self.timeout_s
+            )
+            if late or (not more and kept.closed):
+                return False
+            if more:
+                left -= len(more)
+                await give(more)
+            else:
+                await self._wait(_LAST_LOOK_S)
+        return True
 
     async def _delivery(self) -> None:
         """A response that counts as answered is in the client's queue only a moment later, or much
@@ -263,8 +298,13 @@ class Pairing:
         return None
 
     def _tell_head(self, passed: Exchange | None, follower: Follower) -> None:
-        method = b"HEAD" if passed is not None and passed.bodiless else b"GET"
-        self.head = RequestHead(method, b"http", follower.authority, b"/", None, [])
+        """As far as the kernel has kept it."""
+        method, target = b"GET", b"/"
+        if passed is not None and passed.shown:
+            line, _, _ = passed.head[: passed.shown].partition(b"\r\n")
+            method, _, rest = line.partition(b" ")
+            target = rest.removesuffix(b" HTTP/1.1")
+        self.head = RequestHead(method, b"http", follower.authority, target, None, [])
 
     async def _wait(self, seconds: float) -> None:
         self._happened.clear()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bpf.constants import LARGE_PAIRS, LARGE_RESPONSE_MAX, RESPONSE_MAX
+from bpf.constants import LARGE_PAIRS, LARGE_RESPONSE_MAX, RESPONSE_HEAD_MAX, RESPONSE_MAX
 from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
@@ -31,6 +31,8 @@ from mesh.model.nodeconfig import Endpoint, Settings
 
 # How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
 _LOOK_S, _LEAST_LOOK_S = 0.25, 0.01
+# So many at once, then others have their turn: each takes some 10 µs.
+_AT_ONCE = 128
 # Where a connection's requests are for several endpoints, so many go to one before the proxy
 # chooses again: in the long run each gets its share.
 _FEW = 64
@@ -63,6 +65,7 @@ class Pairs:
         self._numbers = numbers
         self._open: set[Pairing] = set()
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
+        self._looks: list[Pairing] = []  # whose turn it is next
         self._look_at: asyncio.TimerHandle | None = None
         self._settling: asyncio.Task[None] | None = None
 
@@ -96,6 +99,8 @@ class Pairs:
     ) -> Allowed | Refusal:
         """What may follow a request that went to `endpoint`, one of so many of the backend, and was
         answered with so many bytes. `series`: what is known but for policies."""
+        if not self.settings.http_in_kernel:
+            return Refusal("they are to go through the proxy")
         if not isinstance(way, Direct) or way.destination is None or not way.destination.local:
             return Refusal("the endpoint is no workload of this node")
         if way.destination.client_headers:
@@ -161,7 +166,7 @@ class Pairs:
 
     def _response_max(self, length: int) -> int:
         """A few connections may have long responses, if they have had some."""
-        if RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX // 2 and (
+        if RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX - RESPONSE_HEAD_MAX and (
             sum(pairing.large for pairing in self._open) < LARGE_PAIRS
         ):
             return LARGE_RESPONSE_MAX
@@ -218,10 +223,15 @@ class Pairs:
 
     def _look(self) -> None:
         self._look_at = None
-        for pairing in tuple(self._open):
-            pairing.look(self.settings.body_timeout_s)
+        if not self._looks:
+            self._looks = list(self._open)
+        some, self._looks = self._looks[:_AT_ONCE], self._looks[_AT_ONCE:]
+        for pairing in some:
+            if pairing in self._open:
+                pairing.look(self.settings.body_timeout_s)
         if self._open:
-            self._look_within(min(map(self._soonest, self._open)))
+            turns = -(-len(self._open) // _AT_ONCE)
+            self._look_within(min(map(self._soonest, self._open)) / turns)
 
     @staticmethod
     def _soonest(pairing: Pairing) -> float:

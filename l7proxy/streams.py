@@ -114,6 +114,9 @@ class Kept(Protocol):
     def bring(self, data: bytes) -> None:
         """The rest of a request that was sent past the proxy, or a part of it."""
 
+    def take(self, count: int) -> bytes:
+        """Of what has come while it was held, up to so many bytes."""
+
     def let_go(self, *, reusable: bool) -> None:
         """Back to the pool, or closed."""
 

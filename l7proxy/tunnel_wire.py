@@ -27,10 +27,10 @@ Kind: TypeAlias = Literal["http", "tcp", "proof"]
 class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
     """`source`: "<ns>/<name>" of the pod, or the Gateway, on whose behalf the sender connects;
     `told`: who asks the Gateway, to policies: a pod's address or a range that one of them names
-    ("": neither); `address` and `port`: the endpoint to connect to. `kind` "proof": nothing is
-    connected to, for tunnels between the two that are open already (see `tunnels`).
-    `port_of_source`: of the pod's own connection, for flow records; 0: there are several, or
-    none."""
+    ("": neither); `address` and `port`: the endpoint to connect to. `kind` "http": requests that
+    the sender has read, in clear; "proof": nothing is connected to, for tunnels between the two
+    that are open already (see `tunnels`). `port_of_source`: of the pod's own connection, for flow
+    records; 0: there are several, or none."""
 
     source: str
     address: str

@@ -70,6 +70,9 @@ class Events:
                 self.changed.clear()
 
 
+PROOF = Proof("shop/web", False, "spiffe://x/ns/shop/sa/web", "spiffe://x/y", "::1", (b"c",))
+
+
 @asynccontextmanager
 async def made(workers, expected=None):
     events = Events()
@@ -160,6 +163,7 @@ async def test_a_worker_that_does_not_answer_is_left_behind_until_it_does(monkey
         rollout.publish({"cluster/b": ONE}, ())
         assert (await ends[0].receive()).version == 1
         assert (await ends[0].receive()).version == 2
+        ends[0].sock.send(encode_frame(PROOF))
         ends[0].ack(2)
         await events.until(lambda: not rollout.in_flight)
         assert (await ends[1].receive()).version == 1
@@ -169,6 +173,7 @@ async def test_a_worker_that_does_not_answer_is_left_behind_until_it_does(monkey
         delta = await ends[1].receive()
         assert (delta.base, delta.version) == (None, 2)
         assert delta.put == {"cluster/a": ONE, "cluster/b": ONE}
+        assert await ends[1].receive() == PROOF
         ends[1].ack(2)
         await events.until(lambda: not rollout.in_flight)
 
@@ -373,7 +378,7 @@ async def test_a_status_goes_with_its_object():
 
 
 async def test_what_peers_prove_to_one_worker_is_told_to_the_others():
-    proof = Proof("shop/web", False, "spiffe://x/ns/shop/sa/web", "spiffe://x/y", "::1", (b"c",))
+    proof = PROOF
     async with made(3) as (rollout, _, ends):
         ends[1].sock.send(encode_frame(proof))
         assert await ends[0].receive() == proof

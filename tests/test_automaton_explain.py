@@ -121,7 +121,7 @@ HEAD = "no: something in this request's head is the proxy's to read"
         ("/%61pi/x", HEAD),
         ("/api/x?a=%20", COULD),
         ("/api/x", COULD),
-        ("/slow", "no: it has a timeout"),
+        ("/slow", "no: it changes headers or paths"),
     ],
 )
 def test_explain_says_whether_the_kernel_decides(weft, path, kernel):

@@ -63,8 +63,10 @@ class World:
         self.svids = Svids(self, DOMAIN, self.file, self.now)
         self.svids.attach(self.put)
 
+    ahead = 0.0  # of the clock, which somebody sets
+
     def now(self):
-        return NOW + self._loop.time() - self._start
+        return NOW + self._loop.time() - self._start + self.ahead
 
     # The client of the agent, without a socket.
 
@@ -284,6 +286,26 @@ async def test_the_authority_is_away(tmp_path):
         await after(10)
         assert world.svid(GATEWAY)
         assert world.svids.degraded() == []
+
+
+@on_virtual_loop
+async def test_clocks_are_set(tmp_path):
+    """Back: it is asked as often as before, and nothing is thrown away. Forward: what has expired
+    is noticed, though no timer was due."""
+    async with world_in(tmp_path) as world:
+        world.down = True
+        await after(600)
+        held, tried = world.svid(GATEWAY), world.asked
+        world.ahead = -500.0
+        await after(70)
+        assert world.asked > tried
+        assert world.svid(GATEWAY) is held
+        world.down, world.ahead = False, 0.0
+        await after(70)
+        assert world.svids.degraded() == []
+        held, world.ahead = world.svid(GATEWAY), 4000.0
+        await after(70)
+        assert world.svid(GATEWAY).not_after > held.not_after + 3600
 
 
 @on_virtual_loop

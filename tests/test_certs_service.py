@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,18 +11,23 @@ import sys
 import time
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from authority_world import DOMAIN, GATEWAY, Connection, ask, authority_in, pod, spiffe, until
 from certs_world import LONG, TODAY, chain_der, request
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from certs.authority import Authority, Lives
+from certs.brought import from_secret
 from certs.bundle import Bundle
-from certs.issue import Issuer
+from certs.issue import Issuer, Life
 from certs.spiffe import parse
 from certs.svid import new_request, peer_identity
 from certs.wire import MAX_BODY, MAX_REQUESTS
 from mesh.authority.options import OptionError
 from mesh.authority.options import parse as parse_options
-from mesh.authority.service import BURST, RATE_PER_S, Allowance
+from mesh.authority.pods import Placement
+from mesh.authority.service import BURST, RATE_PER_S, Allowance, Service
 
 _WEFT = [sys.executable, "-c", "from mesh.cli.main import main; main()"]
 
@@ -301,6 +307,41 @@ def test_federation_and_an_authority_that_is_brought(tmp_path):
             company.certificate,
             other.certificate,
         }
+
+
+async def test_it_says_why_nothing_can_be_issued(tmp_path, caplog):
+    """A root that was brought has expired; with another one it goes on by itself."""
+    root = Issuer.new_root("company", LONG)
+    crt, now = root.certificate.public_bytes(Encoding.PEM), LONG.not_after.timestamp() - 1
+    brought = from_secret({"tls.crt": crt, "tls.key": root.key_pem()}, "x")
+    with contextlib.closing(Authority(tmp_path, DOMAIN, Lives(), now, brought)) as authority:
+        service = Service(authority, Placement(DOMAIN), (), lambda: now)
+        app = web.Application()
+        app.add_subapp("/x", service.admin_app())
+
+        async def problem():
+            async with TestClient(TestServer(app)) as client:
+                answer = await (await client.get("/x/v1/state")).json()
+            return answer["problem"]
+
+        assert await problem() == ""
+        now += 1
+        tending = asyncio.ensure_future(service.tend())
+        while not caplog.records:
+            await asyncio.sleep(0)
+        why = "CN=company has expired (2027-01-16 08:00 UTC): bring another"
+        assert (await problem(), caplog.messages) == (why, [f"nothing can be issued: {why}"])
+        life = Life.between(now - 60, now + 86_400)
+        other = Issuer.new_root("company 2", life)
+        crt = other.certificate.public_bytes(Encoding.PEM)
+        service.bring(from_secret({"tls.crt": crt, "tls.key": other.key_pem()}, "x"))
+        while authority.problem(now):
+            now += 0.01
+            service._tend.set()
+            await asyncio.sleep(0)
+        tending.cancel()
+        assert await problem() == ""
+        assert other.certificate in authority.bundle().roots
 
 
 @pytest.mark.parametrize(

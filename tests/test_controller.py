@@ -236,6 +236,7 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     await world.until(lambda: world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv6"))
     slice_ = world.server.get("discovery.k8s.io/endpointslices", "weft-gw-ipv4")
     assert [one["addresses"] for one in slice_["endpoints"]] == [["10.0.0.1"]]
+    assert slice_["metadata"]["labels"]["endpointslice.kubernetes.io/managed-by"] == "weft.dev"
     # The cluster gives it an address.
     status = {"status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.7"}]}}}
     world.server.change(made, status, "status")
@@ -418,6 +419,31 @@ async def test_two_at_once_and_one_writes(world):
     assert first.election.leading
     assert not second.election.leading
     assert second.writer.writes == 0
+
+
+async def test_one_object_at_a_time_and_many_at_once(world):
+    """A write that takes long holds up no other object, and is the only one to its own."""
+    world.server.faults.about, world.server.faults.delay_s = "/slow/status", 0.3
+    for obj in (gateway_class(), gateway(), route("slow"), *(route(f"r{n}") for n in range(20))):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    world.start()
+    path = f"/apis/{GROUP}/v1/namespaces/default/httproutes/slow/status"
+    await world.until(lambda: all(_written(world, n) for n in range(20)))
+    assert world.server.most_open[path] == 1
+    for number in range(5):
+        spec = {"hostnames": [f"h{number}.example"]}
+        generation = world.server.change(route("slow"), {"spec": spec})["metadata"]["generation"]
+        world.server.create(route(f"more{number}"))
+        await world.until(lambda number=number: world.status("httproutes", f"more{number}"))
+
+    def caught_up():
+        (parent,) = world.status("httproutes", "slow")["parents"]
+        return parent["conditions"][0]["observedGeneration"] == generation
+
+    await world.until(caught_up)
+    assert world.server.most_open[path] == 1
+    assert sum(path in one for _, one in world.server.requests) < 6
 
 
 async def test_refused_writes_are_tried_again(world):

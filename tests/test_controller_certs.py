@@ -7,10 +7,14 @@ import time
 import pytest
 from apiserver.objects import Who
 from apiserver.server import ApiServer
+from certs_world import TODAY
 from controller_world import NAMESPACE, World
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from kube_world import WAIT_S
 
+from certs.bundle import Bundle
+from certs.issue import Issuer
 from certs.spiffe import gateway, workload
 from certs.svid import new_request
 from mesh.agent.authority import NoAnswer
@@ -276,6 +280,43 @@ async def test_without_a_controller_there_is_no_answer_and_no_bundle(world, monk
         await a.bundle("")
 
 
+# An object and an event at once.
+_EVENT = (
+    b'{"kind": "C", "metadata": {"name": "n", "resourceVersion": "1"},'
+    b' "type": "%s", "object": %s}\n'
+)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"<html>",
+        b'{"kind": "CertificateSigningRequest"}',
+        b'{"kind": "C", "metadata": {"name": "n", "resourceVersion": "1"}}\n',
+        _EVENT % (b"ADDED", b'{"status": {"certificate": 5}}'),
+        _EVENT % (b"ADDED", b'{"status": {"conditions": [{}]}}'),
+        _EVENT % (b"ERROR", b'{"code": "x"}'),
+    ],
+)
+async def test_answers_that_are_none(world, garbage, monkeypatch):
+    monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.3)
+    world.server.faults.garbage = {"": garbage}
+    a = await world.agent("a")
+    with pytest.raises(NoAnswer):
+        await a.sign([request("web")])
+    with pytest.raises(NoAnswer):
+        await a.bundle("")
+
+
+async def test_one_namespace_that_takes_no_bundle_holds_up_no_other(world, caplog):
+    world.server.registry.remove("certificates.k8s.io", "clustertrustbundles")
+    world.server.faults.garbage = {"/namespaces/default/configmaps/weft-trust-bundle": b"null"}
+    world.start(trust_domain=DOMAIN)
+    await world.until(lambda: world.server.get("/configmaps", "weft-trust-bundle", "shop"))
+    await world.until(lambda: world.server.get("/configmaps", "weft-trust-bundle", "kube-system"))
+    assert "namespace default" in caplog.text
+
+
 async def test_a_request_that_nobody_answers_holds_up_no_other(world, monkeypatch):
     monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.5)
     a = await world.agent("a")
@@ -348,3 +389,134 @@ async def test_a_new_root_waits_for_nodes_that_are_away(world, caplog):
     async with asyncio.timeout(WAIT_S):
         while sorted(states()) != ["active", "retiring"]:
             await asyncio.sleep(0.01)
+
+
+# --- what the authority is given ------------------------------------------------------------------
+
+
+def company(name="company"):
+    return Issuer.new_root(name, TODAY)
+
+
+def pem(issuer):
+    return issuer.certificate.public_bytes(Encoding.PEM)
+
+
+def bring(world, issuer, name="company-ca"):
+    data = {"tls.crt": pem(issuer), "tls.key": issuer.key_pem(), "ca.crt": pem(issuer)}
+    body = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": name, "namespace": NAMESPACE},
+        "type": "kubernetes.io/tls",
+        "data": {key: base64.b64encode(value).decode() for key, value in data.items()},
+    }
+    if world.server.get("/secrets", name, NAMESPACE):
+        world.server.change(body, body)
+    else:
+        world.server.create(body)
+
+
+async def roots_are(agent, *issuers):
+    """Until nodes are told of these roots of the authority's own trust domain."""
+    wanted, have = {one.certificate for one in issuers}, ""
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            found = await agent.bundle(have)
+            if set(Bundle.from_pem(DOMAIN, found.bundles[DOMAIN]).roots) == wanted:
+                return
+            have = found.tag
+
+
+async def test_an_authority_that_is_brought(world, caplog):
+    """A Secret as cert-manager keeps it. There is no other root until it can be used; it is taken
+    over when it changes, and what cannot be used leaves it in force."""
+    world.start(trust_domain=DOMAIN, ca="company-ca")
+    await said(caplog, "the authority does not work: Secret weft-system/company-ca is missing")
+    assert world.server.get("/secrets", "weft-authority", NAMESPACE) is None
+    first, second = company(), company("company 2")
+    bring(world, first)
+    a = await world.agent("a")
+    (answer,) = await a.sign([request("web")])
+    assert identity(answer.chain_pem) == f"spiffe://{DOMAIN}/ns/shop/sa/web"
+    await roots_are(a, first)
+    bring(world, second)
+    await roots_are(a, first, second)
+    about = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "company-ca", "namespace": NAMESPACE},
+    }
+    world.server.change(about, {"data": {"tls.crt": ""}})
+    await said(caplog, "Secret weft-system/company-ca: tls.crt is missing")
+    assert (await a.sign([request("web")]))[0].chain_pem
+    assert not any("PRIVATE KEY" in one.getMessage() for one in caplog.records)
+
+
+async def said(caplog, text):
+    async with asyncio.timeout(WAIT_S):
+        while not any(text in one.getMessage() for one in caplog.records):
+            await asyncio.sleep(0.01)
+
+
+async def test_roots_of_another_trust_domain(world, caplog):
+    away, moved = company("away"), company("moved")
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "away", "namespace": NAMESPACE},
+        "data": {"ca.crt": Bundle("example.org", [away.certificate]).to_document(1, 60).decode()},
+    }
+    world.server.create(config_map)
+    world.start(trust_domain=DOMAIN, federation={"example.org": "away"})
+    a = await world.agent("a")
+    await a.sign([request("web")])
+    found = await a.bundle("")
+    assert Bundle.from_pem("x", found.bundles["example.org"]).roots == (away.certificate,)
+    # Not for the pods: it is this trust domain's that they mount.
+    mounted = world.server.get("/configmaps", "weft-trust-bundle", NAMESPACE)["data"]["ca.crt"]
+    assert mounted == found.bundles[DOMAIN]
+    world.server.change(config_map, {"data": {"ca.crt": "garbage"}})
+    await said(caplog, "ConfigMap weft-system/away: the bundle of example.org holds no PEM")
+    assert (await a.bundle("")).tag == found.tag
+    world.server.change(config_map, {"data": {"ca.crt": pem(moved).decode()}})
+    found = await a.bundle(found.tag)
+    assert Bundle.from_pem("x", found.bundles["example.org"]).roots == (moved.certificate,)
+
+
+async def test_rotation_as_it_is_asked_for(world):
+    """By an annotation, which goes when it has begun; or another says why not."""
+    world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    await a.sign([request("web")])
+    about = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "weft-authority", "namespace": NAMESPACE},
+    }
+
+    def annotations():
+        found = world.server.get("/secrets", "weft-authority", NAMESPACE)
+        return found["metadata"].get("annotations") or {}
+
+    async def rotated(what):
+        world.server.change(about, {"metadata": {"annotations": {"weft.dev/rotate": what}}})
+        await world.until(lambda: "weft.dev/rotate" not in annotations())
+        return annotations()
+
+    have = await a.bundle("")
+    world.report("a", bundle="old")  # it never takes the next root
+    assert await rotated("root") == {}
+    found = await a.bundle(have.tag)
+    assert found.bundles[DOMAIN].count("BEGIN CERTIFICATE") == 2
+    (before,) = await a.sign([request("web")])
+    assert "under way" in (await rotated("root"))["weft.dev/rotate-refused"]
+    assert await rotated("intermediate") == {}
+    (after,) = await a.sign([request("web")])
+    assert issuers(before) != issuers(after)
+    refused = (await rotated("everything"))["weft.dev/rotate-refused"]
+    assert "'everything' cannot be rotated" in refused
+
+
+def issuers(answer):
+    return answer.chain_pem.partition("-----END")[2]

@@ -2,6 +2,7 @@
 or do not know it any more, clocks, other versions of itself."""
 
 import asyncio
+import contextlib
 import copy
 import time
 
@@ -15,6 +16,7 @@ from mesh.install import manifests
 from mesh.model.decode import KINDS
 from mesh.model.nodereport import ANNOTATION
 from mesh.sources.kubernetes_client import APPLY, Client
+from tests.support.running import free_port
 
 pytestmark = needs_crds
 
@@ -173,6 +175,32 @@ async def test_nodes_that_have_gone_are_waited_for_by_nobody(world):
     await world.until(lambda: world.conditions()["Programmed"] == "True")
 
 
+async def test_a_node_that_has_more_to_say_than_fits(world):
+    """An API server refuses annotations of more than 256 KiB. While not all that is refused can be
+    named, nothing is said to be in force."""
+    everything = {kind: 10**9 for _, kind in KINDS}
+    refused = {f"Route/{'n' * 60}/{number:0>253}": "ü" * 300 for number in range(2000)}
+    ports = {f"[2001:db8::{number:x}]:80": "y" * 300 for number in range(600)}
+    world.report("a", versions=everything, refused=refused, ports={**ports, "0.0.0.0:80": ""})
+    controller, _ = world.start()
+    async with asyncio.timeout(WAIT_S):
+        while not (controller._held and controller.nodes.ready()):
+            await asyncio.sleep(0.01)
+    (report,) = controller.nodes.ready()
+    assert report.ports.keys() == {*ports, "0.0.0.0:80"}
+    assert all(report.ports[port] for port in ports)
+    assert 0 < len(report.refused) < 2000
+    unnamed = 2000 - len(report.refused)
+    assert controller.nodes.lagging({}) == [
+        f"node a (it refuses {unnamed} more than fit its report)"
+    ]
+    assert not world.status("gateways", "gw").get("listeners")
+    some = dict(list(refused.items())[:400])
+    world.report("a", versions=everything, refused=some, ports={**ports, "0.0.0.0:80": ""})
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert controller.nodes.ready()[0].refused.keys() == some.keys()
+
+
 @pytest.mark.parametrize("renewed", ["1970-01-01T00:00:00Z", "2099-01-01T00:00:00Z"])
 async def test_clocks_of_nodes_that_are_wrong(world, renewed):
     """A node lives while its Lease changes, whatever time it says it is."""
@@ -239,6 +267,30 @@ async def test_a_right_that_comes_later_than_the_controller(world, caplog):
     assert len([line for line in caplog.messages if "cannot patch resource" in line]) == 1
 
 
+async def test_a_controller_is_not_ready_before_everything_has_been_read(world):
+    """It lives, as its kubelet hears, and could not lead; nor does it write anything."""
+    world.server.faults.about, world.server.faults.refuse = "/httproutes", 1.0
+    port = free_port()
+    controller, _ = world.start(health_port=port)
+
+    async def ask(path):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            return (await reader.read()).decode()
+
+    async with asyncio.timeout(WAIT_S):
+        while world.server.faults.refused < 5 or not controller.election.leading:
+            await asyncio.sleep(0.01)
+    assert " 503 " in (refused := await ask("/readyz"))
+    assert "not ready: the cluster's objects have not been read yet" in refused
+    assert " 200 " in await ask("/healthz")
+    assert controller.writer.writes == 0
+    world.server.faults.refuse = 0.0
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert " 200 " in await ask("/readyz")
+
+
 async def test_a_slow_server(world):
     """Everything takes a tenth of a second, and is said in the end, once."""
     world.server.faults.delay_s = 0.1
@@ -293,6 +345,42 @@ async def test_never_two_lead_however_slow_the_lease_is(world):
         await client.close()
     assert not both
     assert not leading
+
+
+@pytest.mark.parametrize("garbage", [b"<html>", b"null", b"{}", b'{"kind": "Lease"}'])
+async def test_answers_that_are_none(world, garbage):
+    """To a controller that leads: it goes on, and leads still. Nor does an empty Lease end it."""
+    lease = {
+        "apiVersion": "coordination.k8s.io/v1",
+        "kind": "Lease",
+        "metadata": {"name": "weft-controller", "namespace": NAMESPACE},
+    }
+    world.server.create(lease)
+    controller, task = world.start()
+    controller.election._retry_s = 0.05
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    # And while it writes.
+    world.server.create(route("s"))
+    world.server.faults.garbage = {"/status": garbage}
+    async with asyncio.timeout(WAIT_S):
+        while not any("/s/status" in path for _, path in world.server.requests):
+            await asyncio.sleep(0.01)
+    world.server.faults.garbage = {"": garbage}
+    world.server.cut_connections()
+    asked = len(world.server.requests)
+    async with asyncio.timeout(WAIT_S):
+        while len(world.server.requests) < asked + 30:
+            await asyncio.sleep(0.01)
+    world.server.faults.garbage = {}
+    world.server.create(route("r"))
+    for name in ("r", "s"):
+        await world.until(
+            lambda name=name: world.conditions("httproutes", name)["Accepted"] == "True"
+        )
+    assert controller.election.leading
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def test_a_kind_that_is_served_no_more_is_waited_for_by_nobody(world):

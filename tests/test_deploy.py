@@ -54,7 +54,8 @@ def by_kind(kind):
     return found["spec"]["template"]["spec"]
 
 
-# What a kubelet mounts. $1: the service account's files, $2: a copy of /etc; then directories.
+# What a kubelet mounts. $1: the service account's files, $2: a copy of /etc. The checkout stays where
+# it is, also where one of the empty directories is mounted above it.
 _MOUNTS = """
 set -e
 mount --make-rprivate /
@@ -63,7 +64,11 @@ mkdir -p /run/secrets/kubernetes.io
 cp -a "$1" /run/secrets/kubernetes.io/serviceaccount
 mount --bind "$2" /etc
 shift 2
+mkdir /run/checkout
+mount --bind "$CHECKOUT" /run/checkout
 for directory in $DIRECTORIES; do mkdir -p "$directory"; mount -t tmpfs none "$directory"; done
+mkdir -p "$CHECKOUT"
+mount --bind /run/checkout "$CHECKOUT"
 exec "$@"
 """
 
@@ -86,7 +91,8 @@ class Deployed:
         empty = [mounted[one["name"]] for one in pod["volumes"] if "configMap" not in one]
         host, port = "127.0.0.1", str(server.port)
         env = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
-        env |= {"DIRECTORIES": " ".join(empty), "PATH": os.environ["PATH"], "HOME": "/"}
+        env |= {"CHECKOUT": str(PROJECT), "DIRECTORIES": " ".join(empty)}
+        env |= {"PATH": os.environ["PATH"], "HOME": "/"}
         with self.said.open("w") as said:
             self.process = subprocess.Popen(command, env=env, stderr=said, stdout=said, cwd=PROJECT)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from kube_world import (
     tls_secret,
 )
 
+from bpf import selftest
 from l7proxy.tasks import spawn
 from mesh.agent import supervisor
 from mesh.cli.main import cli
@@ -38,6 +40,7 @@ from mesh.sources.kubernetes_client import Client, ServerError
 from tests.support.running import PROJECT, running
 
 NAMESPACE = manifests.NAMESPACE
+CRD = "apiextensions.k8s.io/customresourcedefinitions"
 
 
 @pytest.fixture
@@ -124,16 +127,41 @@ async def test_checks_of_a_cluster_that_is_well(server, tmp_path):
         "ok"
     }
     assert findings["rights of this user"]["result"] == "ok"
-    old = {"gateway.networking.k8s.io/bundle-version": "v1.2.0"}
     crd = {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
         "metadata": {"name": f"gateways.{GROUP}"},
     }
-    server.change(crd, {"metadata": {"annotations": old}})
-    _, said = await weft("check", config, "--only=cluster", "-o", "json")
-    found = next(one for one in json.loads(said) if one["what"] == "Gateway")
-    assert (found["result"], found["todo"]) == ("warning", "Weft knows v1.4 to v1.6")
+
+    async def of_gateway(**annotations):
+        about = {f"{GROUP}/{name.replace('_', '-')}": one for name, one in annotations.items()}
+        server.change(crd, {"metadata": {"annotations": about}})
+        _, said = await weft("check", config, "--only=cluster", "-o", "json")
+        return next(one for one in json.loads(said) if one["what"] == "Gateway")
+
+    for version, result in (("v1.4.0", "ok"), ("v1.5.1", "ok"), ("v1.3.0", "warning")):
+        found = await of_gateway(bundle_version=version, channel="standard")
+        assert found["found"].startswith(f"Gateway API {version}, standard channel")
+        assert found["result"] == result
+    assert found["todo"] == "Weft knows v1.4 to v1.6"
+    versions = server.get(CRD, f"gateways.{GROUP}", "")["spec"]["versions"]
+    for one in versions:
+        one["name"] = f"{one['name']}alpha9"
+    server.change(crd, {"spec": {"versions": versions}})
+    found = await of_gateway(bundle_version="v1.6.1")
+    assert found["result"] == "failed"
+    assert "Weft reads v1" in found["todo"]
+
+
+async def test_checks_of_a_host():
+    """Each says what it found, and what to do where that is not well."""
+    code, said = await weft("check", "--only=host", "-o", "json")
+    findings = {one["what"]: one for one in json.loads(said)}
+    assert code == 0
+    assert findings["kernel"]["found"] == platform.release()
+    assert all((one["result"] == "ok") == (one["todo"] == "") for one in findings.values())
+    if findings["user"]["result"] == "ok" and findings["cgroup v2"]["result"] == "ok":
+        assert {f"eBPF {name}" for name in selftest.FACTS} <= findings.keys()
 
 
 @needs_crds
@@ -364,6 +392,8 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            # While the server answers: it is told that the node leaves.
+            await asyncio.to_thread(process.stop)
     assert server.auth.denied == []
 
 
@@ -455,6 +485,22 @@ async def _everything(world, controller):
     authority = controller.certificates.authority
     authority._authority.rotate_root(time.time())
     authority.look_again()
+
+
+def test_each_verb_of_the_roles_is_explained():
+    """By name, in the comment that stands above it."""
+    comment = before = ""
+    verbs = 0
+    for line in (PROJECT / "deploy/manifests/rbac.yaml").read_text().splitlines():
+        text = line.strip()
+        if text.startswith("#"):
+            comment = f"{comment} {text}" if before.startswith("#") else text
+        if found := re.match(r"verbs: \[(.*)\]", text):
+            for verb in found[1].split(", "):
+                assert re.search(rf"\b{verb}\b", comment), f"{verb}: {comment}"
+                verbs += 1
+        before = text
+    assert verbs > 40
 
 
 @needs_crds

@@ -167,6 +167,7 @@ async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
                 other.close()
                 for client in clients:
                     await client.more()
+            await asyncio.to_thread(weft.stop)
 
 
 @needs_kubectl

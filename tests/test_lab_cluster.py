@@ -67,6 +67,7 @@ async def test_routes_applied_with_kubectl_take_effect_and_statuses_come_back(tm
             assert stopped.returncode == 0, stopped.stderr
             await world.until(lambda: server.get("/pods", "web") is None)
             assert server.get(f"{GROUP}/httproutes", "r")
+            await asyncio.to_thread(lab.weft, "down")
 
 
 _IN_FORCE = {"Accepted": "True", "Programmed": "True"}

@@ -15,7 +15,8 @@ from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
 pytestmark = [needs_root, needs_bpf]
 
 MARKER = "in-plain-sight"
-ECHO, STRICT, ALONE, ASKED = "10.244.1.3", "10.244.1.4", "10.244.1.5", "10.244.1.6"
+WEB, ECHO, STRICT = "10.244.1.2", "10.244.1.3", "10.244.1.4"
+ALONE, ALONE6, ASKED = "10.244.1.5", "fd00:10:244:1::5", "10.244.1.6"
 # HTTP: the path is the answer. TCP: an echo.
 _WEB = """
 import http.server
@@ -115,6 +116,23 @@ spec:
   ingress:
   - authentication: {mode: required}
     toPorts: [{ports: [{port: tcp-echo, protocol: TCP}]}]
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: web}
+spec:
+  endpointSelector: {matchLabels: {app: web}}
+  ingress:
+  - authentication: {mode: required}
+    fromEndpoints: [{matchLabels: {app: nobody}}]
+    toPorts:
+    - ports: [{port: http, protocol: TCP}]
+      rules: {http: [{path: /never}]}
+"""
+# As a kubelet asks a pod, by its address (Probe.httpGet).
+_PROBE = """
+import sys, urllib.request
+print(urllib.request.urlopen(sys.argv[1], timeout=10).status)
 """
 
 
@@ -167,7 +185,8 @@ def test_nothing_is_readable_on_the_link_between_nodes(lab: Lab) -> None:
         done = lab.run("client", "curl", "-sS", "-m", "10", f"http://web/{MARKER}")
         assert (done.stdout, done.stderr) == (f"/{MARKER}", "")
         assert say(lab, "client", "echo") == f"same {len(MARKER)}"
-        assert say(lab, "client", ALONE) == f"same {len(MARKER)}"
+        for address in (ALONE, ALONE6):
+            assert say(lab, "client", address) == f"same {len(MARKER)}"
         assert say(lab, "client", "echo", 8192 * MARKER) == f"same {8192 * len(MARKER)}"
     tls = [packet for packet in packets if b"\x3a\xa0" in packet[34:58]]  # port 15008
     assert len(tls) > 20
@@ -212,8 +231,14 @@ def test_policy_may_ask_for_mutual_tls(lab: Lab) -> None:
         before = refused(lab)
         assert say(lab, "plain", ASKED) in ("ConnectionResetError", "ConnectionRefusedError")
         until(lambda: refused(lab) > before)
-        # The node's own connections, such as a kubelet's probes, are none of others.
+        # The node's own connections, such as a kubelet's probes, are none of others: neither STRICT
+        # nor what is denied by default, to requests or bytes, is about them.
         assert say(lab, "node/b", ASKED) == f"same {len(MARKER)}"
+        for url in (f"http://{WEB}:8080/healthz", "http://[fd00:10:244:1::2]:8080/healthz"):
+            assert lab.python("node/b", _PROBE, url) == "200"
+        done = lab.run("client", "curl", "-s", "-m", "10", "-o/dev/null", "-w%{http_code}", "web")
+        assert done.stdout == "403"
+        assert not flows(lab, "b", "--from", "host", "--verdict", "DROPPED")
     finally:
         file.unlink()
     until(lambda: say(lab, "plain", ASKED) == f"same {len(MARKER)}")

@@ -49,7 +49,7 @@ pytestmark = needs_bpf
 FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
-    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|early|hint|kept|long|other"
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|hint|kept|long|other"
     "|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
@@ -119,6 +119,14 @@ class Backend:
             if what == "slow":
                 self.reached.set()
                 await self.go_on.wait()
+            if what == "drips":
+                writer.write(ok(b"d" * int(rest))[: -int(rest)])
+                for _ in range(min(int(rest), 3_000)):
+                    writer.write(b"d")
+                    await asyncio.sleep(0)
+                if int(rest) > 3_000:
+                    return
+                continue
             if what == "stalls":
                 writer.write(ok(b"x" * 100)[:-50])
                 await self.go_on.wait()
@@ -456,6 +464,36 @@ def test_bodies_in_parts_go_past_the_proxy(world):
     with_backend(world, test, body_timeout_s=0.3)
 
 
+def test_after_very_many_messages_the_rest_goes_through_the_proxy(world):
+    size = 3_000
+    head = f"PUT /p HTTP/1.1\r\nHost: web\r\nContent-Length: {size}\r\n\r\n".encode()
+    body = bytes(range(250)) * (size // 250)
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            for _ in range(2):
+                counts = Counts(world)
+                assert (await own.ask(get(f"/drips/{size}", "web"))).body == b"d" * size
+                assert counts.since == (1, 0, 1)
+                await own.pair()
+                counts = Counts(world)
+                own.writer.write(head)
+                for byte in body:
+                    await asyncio.sleep(0)
+                    own.writer.write(bytes([byte]))
+                assert (await own.answer()).body == body
+                assert counts.since == (1, 0, 1)
+                await own.pair()
+            own.writer.write(get("/drips/9999999", "web").encode() + get("/denied", "web").encode())
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionResetError):
+                await own.answer()
+                raise AssertionError("the response was not to end")
+            assert await own.ended()
+        assert backend.targets.count("/p") == 2
+
+    with_backend(world, test)
+
+
 def test_long_responses_pass_once_there_was_one(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
@@ -667,8 +705,9 @@ def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
             assert counts.since == (1, 1, 0)
             # What it offers from now on stands.
             await own.pair()
+            counts = Counts(world)
             assert (await own.ask(get("/a", "web"))).body == b"/a"
-            assert counts.since == (2, 2, 0)
+            assert counts.since == (1, 1, 0)
 
     with_backend(world, test)
 
@@ -705,8 +744,15 @@ def test_nothing_passes_once_the_worker_is_gone(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
             backend.lingers = True
+            passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None)
+            passed.start()
+            for _ in range(3):
+                await own.ask(get("/a", "web"))
             here.proxy.process.kill()
             await here.proxy.process.wait()
+            # What has passed is counted all the same.
+            assert sum(one.passed.requests for one in passed.counted()) == 3
+            passed.close()
             before = len(backend.targets)
             counts = Counts(world)
             own.writer.write(get("/a", "web").encode())
@@ -829,6 +875,20 @@ def test_several_endpoints_get_their_shares(world):
             assert counts.since[0] > 400
             shares = len(backend.targets), len(other.targets)
             assert min(shares) >= 64, shares
+            # Two backends, of weights 1 and 3; by chance, so only roughly.
+            second = cluster_key("Service", "default", "second", 80)
+            weighted = rule(to("web", 1), to("second", 3), matches=MATCHES)
+            await change(
+                here,
+                {key: ClusterSection(both[:1]), second: ClusterSection(both[1:])}
+                | mesh_route("r", weighted),
+            )
+            async with paired(world) as own:
+                before, counts = len(other.targets), Counts(world)
+                for _ in range(2_600):
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] > 2_000
+            assert 1_000 < len(other.targets) - before < 2_540
 
     with_backend(world, test)
 

@@ -144,6 +144,21 @@ def test_what_comes_plainly_from_elsewhere_is_told_once(world: PodWorld, version
     assert event.source == Target.of(OUT[version], port, "UDP")
 
 
+def test_what_comes_plainly_keeps_nobody_from_hearing_of_refusals(world: PodWorld) -> None:
+    """There are bounds for both."""
+    strict = msgspec.structs.replace(KNOWN["workload/shop/b"], mtls="STRICT")
+    world.enforce({**KNOWN, "workload/shop/b": strict})
+    with told(world) as found, world.udp("out", OUT[4]) as out:
+        before = world.counters()
+        for port in range(1, constants.TOLD_MAX + 200):
+            with contextlib.suppress(ConnectionRefusedError):
+                out.sendto(b"to whom?", (A[4], port))
+        with contextlib.suppress(ConnectionRefusedError):
+            out.sendto(b"refused", (B[4], 9))
+        world.await_counted(before, "MTLS_REQUIRED")
+    assert [event.reason for event in found].count(Reason.MTLS_REQUIRED) == 1
+
+
 def test_what_is_audited_is_told_once_and_passes(world: PodWorld) -> None:
     world.enforce({**KNOWN, **policy(egress=Direction(default_deny=True, audit=True))})
     with world.listen("out", OUT[4]) as server, told(world) as found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import msgspec
 import pytest
@@ -16,9 +17,12 @@ from support.proxy import rule as route_rule
 from support.two_nodes import WEB, TwoNodes, spiffe, two_nodes
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo
+from upstream_backend import backend as tls_backend
 
+from certs.selfsigned import Authority
+from l7proxy.tls import load_certificate
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import WorkloadSection
+from mesh.model.nodeconfig import CertificateSection, UpstreamTLS, WorkloadSection
 from mesh.model.policyconfig import CidrSection
 from mesh.model.section import cidr_key, workload_key
 
@@ -109,6 +113,16 @@ async def test_in_audit_mode_requests_are_told_of_and_bytes_are_left_alone():
         async with connected(nodes.relay(web)) as (reader, writer):
             writer.write(b"\x00no request")
             assert await reader.readexactly(11) == b"\x00no request"
+    # As those are that a backend encrypts itself.
+    authority = Authority.create("backends")
+    section = CertificateSection(*authority.issue(dns=["web.test"]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_certificate(context, section, "test")
+    inside = UpstreamTLS("web.test", authority.certificate_pem)
+    async with two_nodes() as nodes, tls_backend(context=context) as web:
+        identify(nodes)
+        nodes.b.apply(policy("web", WEB, SERVER, ingress=closed(asks, audit=True)))
+        assert (await ask(nodes.http(web.endpoint.port, tls=inside))).body == b"a"
 
 
 async def test_what_a_relayed_client_says_of_itself_is_taken_off_where_requests_are_read():

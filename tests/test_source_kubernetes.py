@@ -7,6 +7,7 @@ import random
 import pytest
 from apiserver.server import ApiServer
 from kube_world import CRDS, GROUP, WAIT_S, config_map, following, needs_crds, route
+from loops import advance, on_virtual_loop
 
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError
@@ -237,6 +238,39 @@ async def test_kinds_that_appear_and_go(server, tmp_path):
         await source.until(lambda: not source.state["HTTPRoute"])
         server.faults.cut_watches = 1
         await source.until(lambda: any(p.kind == "HTTPRoute" for p in source.problems))
+
+
+@needs_crds
+async def test_a_kind_whose_version_is_served_no_more(server, tmp_path):
+    """But another is, after an upgrade of its CustomResourceDefinition: nothing goes meanwhile, and
+    nothing is missed."""
+    server.install_crds(CRDS)
+    name = f"httproutes.{GROUP}"
+    crd = server.get("apiextensions.k8s.io/customresourcedefinitions", name, "")
+
+    def serve(version):
+        versions = [{**one, "served": one["name"] == version} for one in crd["spec"]["versions"]]
+        server.change(crd, {"spec": {"versions": versions}})
+
+    serve("v1beta1")
+    for number in range(3):
+        server.create({**route(f"r{number}"), "apiVersion": f"{GROUP}/v1beta1"})
+    kinds = frozenset(("HTTPRoute",))
+    async with following(server, tmp_path, kinds=kinds, discovery_s=3600) as source:
+        assert source.source.version("HTTPRoute") == "v1beta1"
+        assert len(source.state["HTTPRoute"]) == 3
+        told = len(source.told)
+        serve("v1")
+        server.delete(route("r0"))
+        server.create(route("r3"))
+        server.cut_connections()
+        await source.until(lambda: ObjectKey("default", "r3") in source.state["HTTPRoute"])
+        await source.until(lambda: len(source.state["HTTPRoute"]) == 3 and not source.problems)
+        assert source.source.version("HTTPRoute") == "v1"
+        assert sorted((name, obj is None) for _, name, obj in source.told[told:]) == [
+            ("r0", True),
+            ("r3", False),
+        ]
 
 
 @needs_crds
@@ -487,3 +521,31 @@ async def test_what_waits_for_a_server_goes_on_with_the_first_that_finds_it(serv
         waiting.cancel()
     finally:
         await client.close()
+
+
+@on_virtual_loop
+async def test_pauses_double_up_to_a_limit_and_differ_from_node_to_node():
+    backoff = Backoff(1.0, 8.0)
+    for most in (1.0, 2.0, 4.0, 8.0, 8.0):
+        waiting = asyncio.ensure_future(backoff.wait())
+        await asyncio.sleep(0)
+        advance(0.49 * most)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        advance(0.52 * most)
+        await waiting
+    # What the server asks for is the least.
+    waiting = asyncio.ensure_future(Backoff(1.0, 8.0).wait(5.0))
+    await asyncio.sleep(0)
+    advance(4.9)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    advance(0.2)
+    await waiting
+    many = [asyncio.ensure_future(Backoff(1.0).wait()) for _ in range(50)]
+    await asyncio.sleep(0)
+    advance(0.75)
+    await asyncio.sleep(0.01)
+    assert 0 < sum(one.done() for one in many) < 50
+    advance(0.5)
+    await asyncio.gather(*many)

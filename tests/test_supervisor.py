@@ -196,6 +196,22 @@ def test_the_second_signal_ends_at_once(tmp_path, manifests, port):
         await_end(pid)
 
 
+def test_an_agent_that_starts_while_the_node_leaves_says_so_too(tmp_path, manifests, port):
+    with running(tmp_path / "run", *arguments(manifests), "--drain-delay=3600") as weft:
+        before = weft.await_status(is_healthy)
+        weft.process.send_signal(signal.SIGTERM)
+        weft.await_line("going to close")
+        assert weft.ask("/status")["notReady"] == ["it is being shut down"]
+        os.kill(before["agent"]["pid"], signal.SIGKILL)
+        weft.await_status(
+            lambda status: (
+                status["agent"] != before["agent"] and "it is being shut down" in status["notReady"]
+            )
+        )
+        assert stub_answer(port)[1] == {"r"}
+        weft.stop()
+
+
 def test_restart_pauses():
     pauses = [restart_pause(failures) for failures in range(1, 12)]
     assert pauses[:4] == [0.0, 0.1, 0.2, 0.4]

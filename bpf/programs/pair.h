@@ -48,8 +48,8 @@ static __always_inline void copy_head(struct sk_msg_md *message, struct exchange
 	exchange->shown = size;
 }
 
-/* A client's socket sends more of a request, which goes where that went; or, with something behind it,
- * to the proxy, as all that follows (`sent` changes). To redirect the one part and pass the other does
+/* A client's socket sends more of a request, which goes where that went; or, with something behind it
+ * or after very many messages, to the proxy, as all that follows (`sent` changes). To redirect the one part and pass the other does
  * not work: what bpf_msg_apply_bytes cuts off goes where the first part went, whatever the program says
  * then (msg->sk_redir stays). */
 static __always_inline int send_on(struct sk_msg_md *message, u32 size, struct exchange *exchange)
@@ -57,11 +57,13 @@ static __always_inline int send_on(struct sk_msg_md *message, u32 size, struct e
 	u64 backend = exchange->backend;
 	int result;
 
-	if (size > exchange->unsent)
+	if (size > exchange->unsent || exchange->messages >= MESSAGES_MAX)
 		return SK_PASS;
 	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
-	if (result == SK_PASS)
+	if (result == SK_PASS) {
 		exchange->unsent -= size;
+		exchange->messages++;
+	}
 	return SK_PASS;
 }
 
@@ -110,6 +112,8 @@ static __always_inline int forward(struct sk_msg_md *message, u32 size, struct e
 	exchange->bytes_in = judged.length;
 	exchange->port = message->local_port;
 	exchange->sent = sent;
+	exchange->messages = 1;
+	exchange->left = 0;
 	exchange->unsent = whole - size;
 	exchange->parted += exchange->unsent != 0;
 	copy_head(message, exchange);
@@ -184,6 +188,7 @@ static __always_inline s64 left_after(struct sk_msg_md *message, u32 size,
 		return -1;
 	if (exchange->bodiless)
 		response.length = 0;
+	exchange->messages = 0;
 	exchange->status = response.status;
 	exchange->bytes_out = response.length;
 	response.length += response.size;
@@ -209,21 +214,26 @@ static __always_inline int give_back(struct sk_msg_md *message, u32 size,
 		return SK_PASS;
 	if (sent == paired_with->received && again(paired_with->client) == client)
 		left = left_after(message, size, exchange, unread);
-	if (left >= 0)
+	if (left >= 0 && exchange->messages < MESSAGES_MAX)
 		result = workload_sockets.msg_redirect_hash(message, &client, BPF_F_INGRESS);
+	elapsed = bpf_ktime_get_ns() - exchange->started_ns;
 	if (result != SK_PASS) {
-		/* Nobody could put in order what comes after the first part of a response. */
-		if (exchange->left) {
+		if (exchange->left && left < 0) {
 			count(REASON_PAIR_BROKEN);
 			return SK_DROP;
+		}
+		/* Of a response that has begun `left` is what the proxy gives the client, and no more. */
+		if (exchange->left) {
+			measure(exchange, elapsed);
+			tell(exchange, elapsed);
 		}
 		__sync_fetch_and_add(&exchange->handed, 1);
 		count(REASON_PAIR_HANDED);
 		return SK_PASS;
 	}
 	exchange->left = left;
+	exchange->messages++;
 	if (!left) {
-		elapsed = bpf_ktime_get_ns() - exchange->started_ns;
 		measure(exchange, elapsed);
 		tell(exchange, elapsed);
 		__sync_fetch_and_add(&exchange->answered, 1);

@@ -149,6 +149,7 @@ struct exchange {
 	u32 sent;      /* bytes that the client's socket had sent by TCP before it */
 	u32 unsent;    /* bytes of it that are still to come: past the proxy while no others do */
 	u32 left;      /* and of the response */
+	u32 messages;  /* of the request so far, then of the response */
 	u32 bodiless;  /* it is HEAD */
 	u32 status;    /* of the response */
 	u32 bytes_in;  /* of bodies */
@@ -156,6 +157,7 @@ struct exchange {
 	u32 response_max;
 	u32 port;  /* of the client's socket, in the machine's order */
 	u32 shown; /* bytes in `head` */
+	u32 zero;
 	char head[PASSING_HEAD];
 };
 

@@ -17,12 +17,15 @@ import msgspec
 from certs.wire import WAIT_S, Answer, BundleAnswer
 from mesh.agent.authority import NoAnswer
 from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME, SIGNER
-from mesh.sources.kubernetes_client import Client, ServerError
+from mesh.sources.kubernetes_client import Client, ServerError, bad_answer
+from mesh.sources.kubernetes_watch import read_event
 
 T = TypeVar("T")
 
 # How long a request may wait for its certificate.
 _SIGN_S = 30.0
+# Streams that end at once are not to follow each other at once.
+_AGAIN_S = 0.2
 _AT_ONCE = 8
 _REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 _USAGES = ["digital signature", "client auth", "server auth"]
@@ -68,7 +71,7 @@ class ClusterAuthority:
         try:
             async with asyncio.timeout(_SIGN_S), self._turn:
                 made = await self._client.request("POST", _REQUESTS, {}, body)
-                return await self._answered(made["metadata"])
+                return await self._answered(made)
         except TimeoutError:
             raise NoAnswer(
                 f"no controller has signed a request within {_SIGN_S:g} s: is one running?"
@@ -76,29 +79,31 @@ class ClusterAuthority:
         except ServerError as error:
             raise NoAnswer(f"a certificate cannot be asked for: {error}") from None
 
-    async def _answered(self, metadata: dict[str, Any]) -> Answer:
+    async def _answered(self, made: dict[str, Any]) -> Answer:
         while True:
-            answer = await self._watched(_REQUESTS, metadata, _answer)
+            answer = await self._watched(_REQUESTS, made, _answer)
             if answer is not None:
                 return answer
+            await asyncio.sleep(_AGAIN_S)
 
     async def _watched(
-        self, path: str, metadata: dict[str, Any], read: Callable[[dict[str, Any]], T | None]
+        self, path: str, obj: dict[str, Any], read: Callable[[dict[str, Any]], T | None]
     ) -> T | None:
         """What `read` makes of an object's versions after the one given, once that is something;
         None: the stream ended."""
-        query = {
-            "watch": "true",
-            "fieldSelector": f"metadata.name={metadata['name']}",
-            "resourceVersion": metadata["resourceVersion"],
-        }
-        async with self._client.stream(path, query) as lines:
-            async for line in lines:
-                event = msgspec.json.decode(line)
-                if event["type"] == "ERROR":
-                    raise ServerError(event["object"].get("code", 0), "", "the watch broke")
-                if (found := read(event["object"])) is not None:
-                    return found
+        try:
+            name, version = (str(obj["metadata"][field]) for field in ("name", "resourceVersion"))
+            query = {
+                "watch": "true",
+                "fieldSelector": f"metadata.name={name}",
+                "resourceVersion": version,
+            }
+            async with self._client.stream(path, query) as lines:
+                async for line in lines:
+                    if (found := read(read_event(line, path).object)) is not None:
+                        return found
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise bad_answer(path, repr(error)) from None
         return None
 
     async def bundle(self, have: str) -> BundleAnswer:
@@ -112,9 +117,8 @@ class ClusterAuthority:
             found = await self._client.request("GET", f"{self._bundles}/{BUNDLE_NAME}")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WAIT_S):
-                    metadata = found["metadata"]
                     return other(found) or (
-                        await self._watched(self._bundles, metadata, other) or _bundle(found)
+                        await self._watched(self._bundles, found, other) or _bundle(found)
                     )
             return _bundle(found)
         except ServerError as error:

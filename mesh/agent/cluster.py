@@ -21,7 +21,6 @@ from mesh.model.nodereport import (
     ANNOTATION,
     LABELS,
     LEASE_PREFIX,
-    MAX_REFUSALS,
     MAX_TEXT,
     NodeReport,
     encode_report,
@@ -160,7 +159,6 @@ class Reporter:
 
     def _report(self) -> NodeReport:
         node = self._node
-        refused = sorted(node.refusals.items())
         bound = node.bound
         ports = {self._port(one): "" for one in (bound.bound if bound else ())}
         failed = bound.failed if bound else ()
@@ -170,8 +168,7 @@ class Reporter:
             ready=node.ready_once and not node.not_ready(),
             versions=dict(node.in_force),
             ports=ports,
-            refused={key: why[:MAX_TEXT] for key, why in refused[:MAX_REFUSALS]},
-            unnamed=max(0, len(refused) - MAX_REFUSALS),
+            refused={key: why[:MAX_TEXT] for key, why in sorted(node.refusals.items())},
             addresses=self._addresses,
             bundle=self._bundle(),
         )

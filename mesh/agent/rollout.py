@@ -172,12 +172,13 @@ class Rollout:
         self.ack_count += 1
         self.ack_seconds += now - link.sent_at
         link.acked, link.refused = ack.version, ack.refused
-        if link.lagging:
+        back, link.lagging = link.lagging, False
+        if back:
             _log.warning("worker %d (pid %d) answers again", link.id, link.pid)
-            link.lagging = False
-            self._repeat(link)
         if link.acked == link.sent and link.sent != self.config.version:
             self._send_whole(link)
+        if back:
+            self._repeat(link)
         self._changed()
 
     def pass_on(self, link: _Link, proof: Proof) -> None:

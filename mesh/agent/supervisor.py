@@ -120,6 +120,8 @@ class Supervisor:
     # --- children --------------------------------------------------------------------------------
 
     def _agent_started(self) -> None:
+        if self._stop.is_set():
+            self._agent.send(Leaving())
         for number in self._workers:
             self._connect(number)
 

@@ -213,6 +213,9 @@ class Svids:
         while True:
             self._wake.clear()
             now = self._now()
+            for one in self._identities.values():
+                if one.failures and one.due > now + _MAX_WAIT_S:
+                    one.due = now  # by a clock that was ahead
             due = [one for one in self._identities.values() if one.due <= now][:MAX_REQUESTS]
             if due and self._bundles:
                 await self._request(due)

@@ -43,9 +43,7 @@ def read_federation(files: Mapping[str, Path]) -> dict[str, Bundle]:
     result = {}
     for trust_domain, path in files.items():
         try:
-            data = path.read_bytes()
-            read = Bundle.from_document if data.lstrip().startswith(b"{") else Bundle.from_pem
-            result[trust_domain] = read(trust_domain, data)
+            result[trust_domain] = Bundle.parse(trust_domain, path.read_bytes())
         except OSError as error:
             raise AuthorityError(f"{path} cannot be read: {error.strerror}") from None
         except BadBundle as error:

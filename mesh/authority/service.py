@@ -249,12 +249,7 @@ class Service:
     async def _rotate(self, request: web.Request) -> web.Response:
         what = request.match_info["what"]
         try:
-            if what == "intermediate":
-                self._authority.rotate_intermediate(self._now())
-            elif self._brought is None:
-                self._authority.rotate_root(self._now())
-            else:
-                raise AuthorityError("the root was brought (--ca): replace it where it comes from")
+            self._authority.rotate(what, self._now(), self._brought)
         except AuthorityError as error:
             return _error(409, str(error))
         _log.info("rotation of the %s was asked for", what)

@@ -42,6 +42,20 @@ import click
     " the authority's state is in Secret weft-authority.  [default: sign none]",
 )
 @click.option(
+    "--ca",
+    metavar="SECRET",
+    default="",
+    help="Secret of a root or intermediate of your own (tls.crt, tls.key, ca.crt, as of"
+    " cert-manager), taken over when it changes.  [default: a root is made]",
+)
+@click.option(
+    "--federation",
+    metavar="TRUST-DOMAIN=CONFIGMAP",
+    multiple=True,
+    help="Trust the roots of another trust domain, in ca.crt of a ConfigMap: PEM, or a SPIFFE"
+    " bundle document; may be repeated.",
+)
+@click.option(
     "--load-balancer",
     is_flag=True,
     help="Gateways that name no address get a Service of type LoadBalancer in front of the nodes,"
@@ -70,6 +84,8 @@ def controller(
     advertise: tuple[str, ...],
     mesh: bool,
     trust_domain: str,
+    ca: str,
+    federation: tuple[str, ...],
     load_balancer: bool,
     secrets_namespace: str,
     health_port: int,
@@ -94,6 +110,8 @@ def controller(
     from mesh.controller.controller import ControllerOptions, serve
     from mesh.sources.kubernetes_client import SourceError
 
+    if (ca or federation) and not trust_domain:
+        raise UsageError("--ca and --federation are of an authority: give --trust-domain too")
     try:
         options = ControllerOptions(
             kubeconfig=kubeconfig,
@@ -107,6 +125,8 @@ def controller(
             secrets_namespace=secrets_namespace,
             health_port=health_port,
             trust_domain=check_trust_domain(trust_domain) if trust_domain else "",
+            ca=ca,
+            federation=_federation(federation, trust_domain),
         )
     except (OptionError, BadSpiffeId) as error:
         raise UsageError(str(error)) from None
@@ -118,3 +138,18 @@ def controller(
         raise CliError(str(error)) from None
     except OSError as error:
         raise CliError(f"--health-port {health_port}: {error.strerror}") from None
+
+
+def _federation(given: tuple[str, ...], own: str) -> dict[str, str]:
+    from certs.spiffe import check_trust_domain
+    from mesh.agent.options import OptionError
+
+    result: dict[str, str] = {}
+    for text in given:
+        trust_domain, _, name = text.partition("=")
+        if not name or trust_domain in (own, *result):
+            raise OptionError(
+                f"--federation {text}: give TRUST-DOMAIN=CONFIGMAP, each other trust domain once"
+            )
+        result[check_trust_domain(trust_domain)] = name
+    return result

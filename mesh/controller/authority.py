@@ -15,7 +15,7 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,18 @@ import msgspec
 from certs.authority import Authority, Issued, Lives
 from certs.errors import AuthorityError
 from certs.spiffe import SpiffeId
+from certs.state import Signer
 from certs.wire import BundleAnswer
 from mesh.controller.bundles import KEY, Bundles
+from mesh.controller.given import ROTATE, SECRET, Given
 from mesh.model.nodereport import BUNDLE_KEY, BUNDLE_NAME
 from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, Client, ServerError
 
 _log = logging.getLogger("weft.controller")
 
-SECRET = "weft-authority"
 _STATE = "authority.json"
+# Why what was asked for is not done, on the authority's Secret.
+REFUSED = "weft.dev/rotate-refused"
 _MAX_WAIT_S = 60.0
 # Nodes that are named where some are waited for.
 _NAMED = 5
@@ -50,6 +53,7 @@ class ClusterAuthority:
         trust_domain: str,
         without: Callable[[str], list[str]],
         bundles: Bundles,
+        given: Given,
         lives: Lives | None = None,
     ) -> None:
         self.ready = asyncio.Event()
@@ -59,6 +63,7 @@ class ClusterAuthority:
         self._without = without
         self._said: list[str] = []
         self._bundles = bundles
+        self._given = given
         self._lives = lives or Lives()
         self._authority: Authority | None = None
         self._version = ""
@@ -100,16 +105,22 @@ class ClusterAuthority:
     async def _serve(self, directory: Path, backoff: Backoff) -> None:
         file = directory / _STATE
         await self._load(file)
-        self._authority = Authority(directory, self._trust_domain, self._lives, time.time())
+        brought = await self._given.brought(needed=not self._version)
+        self._authority = Authority(
+            directory, self._trust_domain, self._lives, time.time(), brought
+        )
         while True:
             self._wake.clear()
+            asked = await self._asked()
+            brought = await self._given.brought(needed=False)
             # What follows is signed under only once it is kept.
             self.ready.clear()
+            refused = self._rotate(asked, brought) if asked else ""
             lacking = self._without(self._tag)
             everywhere = self._published if self._tag and not lacking else 0
-            due = self._authority.tick(time.time(), everywhere)
+            due = self._authority.tick(time.time(), everywhere, brought)
             self._say_who_lacks(lacking, due)
-            await self._save(file)
+            await self._save(file, {REFUSED: refused} if refused else {}, always=bool(asked))
             await self._publish()
             problem = self._authority.problem(time.time())
             if problem and problem != self._problem:
@@ -120,6 +131,27 @@ class ClusterAuthority:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(max(0.05, due - time.time()), _MAX_WAIT_S)):
                     await self._wake.wait()
+
+    async def _asked(self) -> str:
+        """What somebody asks to be rotated. ServerError 409: another controller has written."""
+        if not self._given.asked:
+            return ""
+        found = await self._client.request("GET", f"{self._secrets}/{SECRET}")
+        if _state_of(found) != self._written:
+            raise ServerError(409, "Conflict", f"Secret {SECRET} is another than was written")
+        self._version = found["metadata"]["resourceVersion"]
+        return str((found["metadata"].get("annotations") or {}).get(ROTATE, ""))
+
+    def _rotate(self, what: str, brought: Signer | None) -> str:
+        """Why not, or ""."""
+        assert self._authority is not None
+        try:
+            self._authority.rotate(what, time.time(), brought)
+        except AuthorityError as error:
+            _log.error("no rotation of the %s, which was asked for: %s", what, error)
+            return str(error)
+        _log.info("rotation of the %s was asked for", what)
+        return ""
 
     def _say_who_lacks(self, lacking: list[str], due: float) -> None:
         """For whom the next root waits, if there is one."""
@@ -147,15 +179,19 @@ class ClusterAuthority:
                 raise
             return
         self._version = found["metadata"]["resourceVersion"]
-        self._written = base64.b64decode((found.get("data") or {}).get(_STATE, ""))
+        self._written = _state_of(found)
         _write(file, self._written)
 
-    async def _save(self, file: Path) -> None:
-        """ServerError 409: another controller has written; it has to be read again."""
+    async def _save(
+        self, file: Path, annotations: Mapping[str, str], *, always: bool = False
+    ) -> None:
+        """With these annotations and no others: what was asked for is answered. ServerError 409:
+        another controller has written; it has to be read again."""
         state = _read(file)
-        if state == self._written:
+        if state == self._written and not always:
             return
         metadata: dict[str, Any] = {"name": SECRET, "namespace": self._namespace}
+        metadata["annotations"] = annotations
         body = {
             "apiVersion": "v1",
             "kind": "Secret",
@@ -174,6 +210,7 @@ class ClusterAuthority:
         assert self._authority is not None
         own = self._authority.bundle()
         bundles = {own.trust_domain: own.to_pem()}
+        bundles |= {name: one.to_pem() for name, one in self._given.federated().items()}
         version = self._authority.version
         tag = hashlib.sha256(msgspec.json.encode(bundles)).hexdigest()[:16]
         if tag == self._tag:
@@ -194,7 +231,12 @@ class ClusterAuthority:
         await self._client.request("PATCH", path, query, body, content_type=APPLY)
         await self._bundles.publish(own.trust_domain, own.to_pem())
         self._tag, self._published = tag, version
-        _log.info("trust bundle of %s: %d roots", own.trust_domain, own.to_pem().count("BEGIN"))
+        for name, pem in bundles.items():
+            _log.info("trust bundle of %s: %d roots", name, pem.count("BEGIN"))
+
+
+def _state_of(secret: dict[str, Any]) -> bytes:
+    return base64.b64decode((secret.get("data") or {}).get(_STATE, ""))
 
 
 def _read(file: Path) -> bytes:

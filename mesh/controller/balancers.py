@@ -31,6 +31,9 @@ Json = dict[str, Any]
 GATEWAY_LABEL = f"{GROUP}/gateway-name"
 _MANAGED_LABEL = "app.kubernetes.io/managed-by"
 _MANAGED_BY = "weft.dev"
+# "EndpointSlices", "Management": whose they are, so that other controllers leave them alone.
+_SERVICE_LABEL = "kubernetes.io/service-name"
+_SLICE_MANAGED_LABEL = "endpointslice.kubernetes.io/managed-by"
 _MAX_NAME = 63
 _SLICES = "discovery.k8s.io/v1"
 _MAX_ADDRESSES = 16
@@ -188,7 +191,11 @@ class Balancers:
             found = [one for one in self._nodes if ipaddress.ip_address(one).version == version]
             slice_ = ObjectKey(key.namespace, f"{name}-{family.lower()}")
             if found or self._source.get("EndpointSlice", slice_) is not None:
-                labels = {**metadata["labels"], "kubernetes.io/service-name": name}
+                labels = {
+                    **metadata["labels"],
+                    _SERVICE_LABEL: name,
+                    _SLICE_MANAGED_LABEL: _MANAGED_BY,
+                }
                 about = {**metadata, "labels": labels, "name": slice_.name}
                 result.append(("EndpointSlice", slice_.name, _slice(about, family, ports, found)))
         return result

@@ -38,6 +38,8 @@ class Bundles:
         self._backoff = backoff
         self._pem = ""
         self._everywhere = False
+        # Namespaces of which it was told that they have none.
+        self._failed: set[str] = set()
         self._wake = asyncio.Event()
 
     async def publish(self, trust_domain: str, pem: str) -> None:
@@ -58,15 +60,21 @@ class Bundles:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            try:
-                for namespace in list(self._lacking()):
+            pause = None
+            for namespace in list(self._lacking()):
+                try:
                     await self._apply_config_map(namespace)
-            except ServerError as error:
-                _log.warning("the trust bundle cannot be written: %s; trying again", error)
-                self._wake.set()
-                await backoff.wait(error.retry_after_s)
-            else:
+                    self._failed.discard(namespace)
+                except ServerError as error:
+                    pause = max(pause or 0.0, error.retry_after_s or 0.0)
+                    if namespace not in self._failed:
+                        self._failed.add(namespace)
+                        _log.warning("no trust bundle in namespace %s: %s", namespace, error)
+            if pause is None:
                 backoff.reset()
+            else:
+                self._wake.set()
+                await backoff.wait(pause)
 
     def _lacking(self) -> Iterator[str]:
         if not self.enabled or not self._pem:
@@ -92,10 +100,9 @@ class Bundles:
         try:
             await self._apply(path, body)
         except ServerError as error:
-            # It is going, or has gone.
-            if error.status not in (403, 404):
+            # The namespace has gone.
+            if error.status != 404:
                 raise
-            _log.info("no trust bundle in namespace %s: %s", namespace, error)
 
     async def _apply_bundle(self, trust_domain: str, pem: str) -> bool:
         """Whether the cluster has ClusterTrustBundles."""

@@ -4,14 +4,16 @@ what, the authority while this controller leads, the signer of requests."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from l7proxy.tasks import spawn
 from mesh.authority.pods import Placement
 from mesh.controller.authority import ClusterAuthority
 from mesh.controller.bundles import Bundles
+from mesh.controller.given import Given
 from mesh.controller.signer import PATH, QUERY, Signer
+from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import KubernetesSource
 from mesh.sources.kubernetes_client import Backoff
 from mesh.sources.kubernetes_watch import Reflector
@@ -22,20 +24,26 @@ _CLUSTER = Path("cluster")
 
 
 class Certificates:
-    """`without_bundle(tag)`: the nodes that have another trust bundle in force, for people."""
+    """`ca`, `federation`: as in `Given`. `without_bundle(tag)`: the nodes that have another trust
+    bundle in force, for people."""
 
     def __init__(
         self,
         source: KubernetesSource,
         namespace: str,
         trust_domain: str,
+        ca: str,
+        federation: Mapping[str, str],
         without_bundle: Callable[[str], list[str]],
         backoff: Callable[[], Backoff],
     ) -> None:
         client = source.client
         self.bundles = Bundles(source, namespace, backoff)
+        self._given = Given(
+            source, namespace, ca, federation, lambda: self.authority.look_again(), backoff
+        )
         self.authority = ClusterAuthority(
-            client, namespace, trust_domain, without_bundle, self.bundles
+            client, namespace, trust_domain, without_bundle, self.bundles, self._given
         )
         self._placement = Placement(trust_domain)
         self._signer = Signer(client, namespace, self.authority, self._placement, source.get)
@@ -48,6 +56,11 @@ class Certificates:
         self._placement.changed(_CLUSTER, update)
         self._known = self._known or update.complete
         self._tend()
+
+    def seen(self, kind: str, key: ObjectKey) -> None:
+        """An object is another than before."""
+        self.bundles.seen(kind, key)
+        self._given.seen(kind, key)
 
     def led(self, leading: bool) -> None:
         self._leading = self.bundles.enabled = leading
@@ -67,6 +80,7 @@ class Certificates:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._requests.run(), name="requests")
+                group.create_task(self._given.run(), name="what the authority is given")
                 group.create_task(self._signer.run(), name="signer")
                 group.create_task(self.bundles.run(), name="trust bundles")
         finally:

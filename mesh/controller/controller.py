@@ -62,7 +62,8 @@ class ControllerOptions(NamedTuple):
     identities are signed, "" none's. `load_balancer`: Gateways that name no address get a Service
     of that type, not the nodes' addresses. `secrets_namespace`: where nodes find copies of the
     Secrets that they need; "": they read the Secrets themselves. `health_port`: where a kubelet
-    asks, 0 for nowhere."""
+    asks, 0 for nowhere. `ca`, `federation`: what the authority is given, see
+    mesh.controller.given."""
 
     kubeconfig: Path | None
     namespace: str
@@ -75,6 +76,8 @@ class ControllerOptions(NamedTuple):
     load_balancer: bool = False
     secrets_namespace: str = ""
     health_port: int = 0
+    ca: str = ""
+    federation: Mapping[str, str] = {}
 
 
 class _Held(NamedTuple):
@@ -132,6 +135,8 @@ class Controller:
                 self._source,
                 options.namespace,
                 options.trust_domain,
+                options.ca,
+                options.federation,
                 self.nodes.without_bundle,
                 backoff,
             )
@@ -227,7 +232,7 @@ class Controller:
         if self.copies is not None and kind == "Secret":
             self.copies.look_again()
         if self.certificates is not None:
-            self.certificates.bundles.seen(kind, key)
+            self.certificates.seen(kind, key)
 
     def _led(self, leading: bool) -> None:
         self.writer.enabled = leading

@@ -126,7 +126,7 @@ class Election:
             "leaseDurationSeconds": max(1, round(self._lease_s)),
             "acquireTime": spec.get("acquireTime", now),
             "renewTime": now,
-            "leaseTransitions": spec.get("leaseTransitions", 0),
+            "leaseTransitions": spec.get("leaseTransitions") or 0,
         }
         if spec.get("holderIdentity") != self._identity:
             new["acquireTime"] = now
@@ -146,9 +146,10 @@ class Election:
         try:
             async with asyncio.timeout(2.0):
                 lease = await self._get()
-                if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
-                    lease["spec"]["holderIdentity"] = ""
-                    lease["spec"]["leaseDurationSeconds"] = 1
+                spec = (lease or {}).get("spec") or {}
+                if spec.get("holderIdentity") == self._identity:
+                    spec["holderIdentity"] = ""
+                    spec["leaseDurationSeconds"] = 1
                     await self._client.request("PUT", f"{self._path}/{NAME}", {}, lease)
         except (ServerError, TimeoutError) as error:
             _log.warning("the Lease %s could not be handed back: %s", NAME, error)

@@ -122,10 +122,11 @@ class Nodes:
         return [one.report for one in self._there() if one.report.ready and not one.away]
 
     def have(self, needed: Mapping[str, int]) -> bool:
-        """Whether every node that serves has these versions in force, and there is one."""
+        """Whether every node that serves has these versions in force, and there is one. Of one that
+        cannot name all that it refuses it is not known."""
         ready = self.ready()
         return bool(ready) and all(
-            one.versions.get(kind, 0) >= version
+            one.versions.get(kind, 0) >= version and not one.unnamed
             for one in ready
             for kind, version in needed.items()
         )
@@ -135,6 +136,10 @@ class Nodes:
         result = []
         for one in self.ready():
             behind = [k for k, version in needed.items() if one.versions.get(k, 0) < version]
+            if one.unnamed:
+                result.append(
+                    f"node {one.node} (it refuses {one.unnamed} more than fit its report)"
+                )
             if behind:
                 result.append(f"node {one.node} ({', '.join(sorted(behind))})")
         return result or ["a node that serves: there is none"]

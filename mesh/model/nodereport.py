@@ -17,10 +17,11 @@ BUNDLE_NAME = "weft-trust-bundle"
 BUNDLE_KEY = "bundle.json"
 AGENT_ACCOUNT = "weft-agent"
 LABELS = {"weft.dev/component": "agent"}
-# An object's annotations may have 256 KiB (Kubernetes, "Annotations"): texts beyond this are cut,
-# and refusals beyond this many are only counted.
+# An object's annotations may have 256 KiB altogether (Kubernetes, "Annotations"): texts beyond this
+# are cut, to fewer still where there are many, and refusals that do not fit are only counted.
 MAX_TEXT = 300
-MAX_REFUSALS = 500
+MAX_REPORT = 240 * 1024
+_SHORT_TEXT = 60
 
 
 class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,7 +46,21 @@ _decoder = msgspec.json.Decoder(NodeReport)
 
 
 def encode_report(report: NodeReport) -> str:
-    return _encoder.encode(report).decode()
+    """In at most MAX_REPORT bytes, as far as versions and ports alone allow."""
+    if len(text := _encoder.encode(report)) <= MAX_REPORT:
+        return text.decode()
+    refused = {key: why[:_SHORT_TEXT] for key, why in report.refused.items()}
+    ports = {port: why[:_SHORT_TEXT] for port, why in report.ports.items()}
+    report = msgspec.structs.replace(report, ports=ports, refused={}, unnamed=len(refused))
+    left = MAX_REPORT - len(_encoder.encode(report))
+    kept: dict[str, str] = {}
+    for key, why in refused.items():
+        left -= len(_encoder.encode({key: why}))
+        if left < 0:
+            break
+        kept[key] = why
+    unnamed = len(refused) - len(kept)
+    return _encoder.encode(msgspec.structs.replace(report, refused=kept, unnamed=unnamed)).decode()
 
 
 def decode_report(text: str) -> NodeReport:

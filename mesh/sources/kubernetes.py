@@ -9,6 +9,7 @@ for again and again. Nothing is yielded as complete before every kind has been l
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
@@ -68,6 +69,9 @@ class _Kind:
         self.info = info
         self.group = group
         self.reflectors: list[Reflector] = []
+        # Of a version that is not served any more; what they knew is in force until it is known
+        # whether another is.
+        self._before: list[Reflector] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.problem: Problem | None = None
         self.version = self.newest = 0
@@ -144,6 +148,9 @@ class _Kind:
 
     def absent(self, what: str) -> None:
         """The server does not serve it; where it is of other people's, nobody need care."""
+        for reflector in self._before:
+            reflector.forget()
+        self._before, self.version, self.newest = [], 0, 0
         text = f"not served by the cluster ({what}): install its CustomResourceDefinition to use it"
         self.say(text, level="warning" if self.group == GROUP else "note")
 
@@ -167,15 +174,25 @@ class _Kind:
                 Reflector(client, path, self, query=TLS, backoff=backoff),
                 Reflector(client, path, others, query=OTHERS, metadata=True, backoff=backoff),
             ]
-        self.tasks = [spawn(one.run(), name=f"watch {self.info.plural}") for one in self.reflectors]
+        for reflector, before in zip(self.reflectors, self._before, strict=False):
+            reflector.go_on_from(before)
+        self._before = []
+        name = f"watch {self.info.plural}"
+        self.tasks = [spawn(self._follow(one), name=name) for one in self.reflectors]
+
+    async def _follow(self, reflector: Reflector) -> None:
+        """Until the kind is not served any more, in this version."""
+        try:
+            await reflector.run()
+        except ServerError as error:
+            _log.info("%s: %s", self.info.kind, error)
+        finally:
+            self._source.wake.set()
 
     def stop(self) -> None:
         for task in self.tasks:
             task.cancel()
-        for reflector in self.reflectors:
-            reflector.forget()
-        self.reflectors, self.tasks = [], []
-        self.version = self.newest = 0
+        self._before, self.reflectors, self.tasks = self.reflectors, [], []
 
 
 class KubernetesSource:
@@ -203,6 +220,7 @@ class KubernetesSource:
         self._discovery_s = discovery_s
         self._backoff = backoff
         self._server_problem: Problem | None = None
+        self._look_now = asyncio.Event()
         self._discovered = False
         self._complete = False
         self._kinds = {
@@ -293,14 +311,13 @@ class KubernetesSource:
         return tuple(sorted(found))
 
     async def _ended(self, task: asyncio.Task[None]) -> None:
-        """A reflector ends by itself only where its kind is not served any more; anything else is a
-        defect, and the caller's to see."""
-        for kind in self._kinds.values():
-            if task in kind.tasks and isinstance(error := task.exception(), ServerError):
-                kind.stop()
-                kind.absent(str(error))
-                return
+        """Following a kind ends where it is not served any more; anything else is a defect, and the
+        caller's to see."""
         task.result()
+        for kind in self._kinds.values():
+            if task in kind.tasks:
+                kind.stop()
+                self._look_now.set()
 
     # --- discovery -------------------------------------------------------------------------------
 
@@ -315,7 +332,9 @@ class KubernetesSource:
                 self._server_trouble("")
                 backoff.reset()
                 self.wake.set()
-                await asyncio.sleep(self._discovery_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._look_now.wait(), self._discovery_s)
+                self._look_now.clear()
             except ServerError as error:
                 self._server_trouble(f"{self.client.url} cannot be asked what it serves: {error}")
                 await backoff.wait(error.retry_after_s, until=self.client.reachable)

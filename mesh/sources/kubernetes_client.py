@@ -30,6 +30,8 @@ _CONNECT_S = 10.0
 # and resumed where it stood.
 _SILENCE_S = 150.0
 _CONNECTIONS = 100
+# Kinds of answers that are kept nowhere: success, discovery, access reviews.
+_UNVERSIONED = ("Status", "APIResourceList", "Review")
 
 
 class SourceError(Exception):
@@ -149,8 +151,7 @@ class Client:
             found = msgspec.json.decode(data)
         except msgspec.DecodeError as error:
             raise bad_answer(f"{method} {path}", f"not JSON: {error}") from None
-        # Every object says what it is (api-conventions, "Types"); so do lists and discovery.
-        if not isinstance(found, dict) or not ("kind" in found or path == "/version"):
+        if path != "/version" and not _is_answer(found):
             raise bad_answer(f"{method} {path}", "no object of Kubernetes")
         return found
 
@@ -206,6 +207,17 @@ class Client:
             with contextlib.suppress(SourceError):
                 await self.open()
         raise _refusal(response, data)
+
+
+def _is_answer(found: object) -> bool:
+    """api-conventions, "Types" and "Metadata": everything says what it is, and objects and lists
+    of what version they are."""
+    if not isinstance(found, dict) or not isinstance(found.get("kind"), str):
+        return False
+    metadata = found.get("metadata")
+    return found["kind"].endswith(_UNVERSIONED) or (
+        isinstance(metadata, dict) and isinstance(metadata.get("resourceVersion"), str)
+    )
 
 
 def bad_answer(what: str, why: str) -> ServerError:

@@ -73,7 +73,9 @@ class _AtVersion(msgspec.Struct):
     metadata: _Version
 
 
-class _Event(msgspec.Struct):
+class Event(msgspec.Struct):
+    """Of a watch (metav1.WatchEvent)."""
+
     type: str
     object: dict[str, Any]
 
@@ -144,6 +146,10 @@ class Reflector:
                     pause = error.retry_after_s
             await self._backoff.wait(pause, until=self._client.reachable)
 
+    def go_on_from(self, other: Reflector) -> None:
+        """What the other one has told need not be told again: the same objects, by another path."""
+        self._known = other._known
+
     def forget(self) -> None:
         """The server does not have the kind any more."""
         for key, known in list(self._known.items()):
@@ -178,11 +184,7 @@ class Reflector:
         return page.metadata.resource_version
 
     def _read(self, raw: object, kind: type[T]) -> T:
-        """ServerError: it is nothing that a server says."""
-        try:
-            return msgspec.convert(raw, kind)
-        except msgspec.ValidationError as error:
-            raise bad_answer(self._path, str(error)) from None
+        return _converted(raw, kind, self._path)
 
     def _take(self, raw: dict[str, Any]) -> ObjectKey:
         metadata = self._read(raw, _Object).metadata
@@ -215,13 +217,7 @@ class Reflector:
         return came or asyncio.get_running_loop().time() - began > _STOOD_S
 
     def _event(self, line: bytes) -> None:
-        try:
-            event = _decoder.decode(line)
-        except msgspec.DecodeError as error:
-            raise bad_answer(f"watch {self._path}", str(error)) from None
-        if event.type == "ERROR":
-            why = self._read(event.object, _Error)
-            raise ServerError(why.code, why.reason, f"watch {self._path}: {why.message}")
+        event = read_event(line, self._path)
         version = self._read(event.object, _AtVersion).metadata.resource_version
         if event.type == "DELETED":
             metadata = self._read(event.object, _Object).metadata
@@ -234,4 +230,25 @@ class Reflector:
         self._sink.reached(version)
 
 
-_decoder = msgspec.json.Decoder(_Event)
+_decoder = msgspec.json.Decoder(Event)
+
+
+def read_event(line: bytes, path: str) -> Event:
+    """A line of a watch. ServerError: it says that the watch is broken, or is nothing that a server
+    says."""
+    try:
+        event = _decoder.decode(line)
+    except msgspec.DecodeError as error:
+        raise bad_answer(f"watch {path}", str(error)) from None
+    if event.type == "ERROR":
+        why = _converted(event.object, _Error, path)
+        raise ServerError(why.code, why.reason, f"watch {path}: {why.message}")
+    return event
+
+
+def _converted(raw: object, kind: type[T], path: str) -> T:
+    """ServerError: it is nothing that a server says."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        raise bad_answer(path, str(error)) from None

@@ -30,6 +30,7 @@ from apiserver.target import Target, now
 
 # "Request size": etcd's limit of 1.5 MiB, and the server's of 3 MiB for a request.
 MAX_OBJECT = 3 * 1024 * 1024 // 2
+MAX_ANNOTATIONS = 256 * 1024
 
 
 class Who(NamedTuple):
@@ -320,6 +321,13 @@ class Objects:
         return self._put(target, new)
 
     def _put(self, target: Target, obj: Raw) -> Raw:
+        # "Annotations": 256 KiB altogether (ValidateAnnotationsSize).
+        annotations = obj["metadata"].get("annotations") or {}
+        size = sum(len(k.encode()) + len(v.encode()) for k, v in annotations.items())
+        if size > MAX_ANNOTATIONS:
+            text = f"Too long: may not be more than {MAX_ANNOTATIONS} bytes"
+            causes = [("metadata.annotations", "FieldValueTooLong", text)]
+            raise invalid(target.resource, target.name, causes)
         if len(msgspec.json.encode(obj)) > MAX_OBJECT:
             raise ApiError(413, "RequestEntityTooLarge", "etcdserver: request is too large")
         return self.store.put(target.key, obj)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ssl
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -46,6 +47,9 @@ class ApiServer:
         # Method and path, and path and Accept.
         self.requests: list[tuple[str, str]] = []
         self.accepted: list[tuple[str, str]] = []
+        # Requests for a path that are being answered, and the most that there were at once.
+        self.open: Counter[str] = Counter()
+        self.most_open: Counter[str] = Counter()
         self.port = port
         self._tls = tls
         self._authority = trustme.CA() if tls else None
@@ -145,6 +149,8 @@ class ApiServer:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs))
         self.accepted.append((request.path, request.headers.get("Accept", "")))
+        self.open[request.path] += 1
+        self.most_open[request.path] = max(self.most_open[request.path], self.open[request.path])
         try:
             await self.faults.before(request.path)
             if (body := self.faults.instead(request.path)) is not None:
@@ -156,6 +162,8 @@ class ApiServer:
             if request.transport is not None:
                 request.transport.abort()
             raise
+        finally:
+            self.open[request.path] -= 1
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         parts = request.path.strip("/").split("/")

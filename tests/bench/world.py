@@ -23,8 +23,8 @@ So that the comparison is fair:
   them is asked at a time.
 - Hops have one worker each, keep connections alive on both sides, and write no log of requests.
   What Weft does beside that, metrics and flow records, it does here too.
-- Weft and Envoy have the same 20 rules of a route, by header, of which the last one is for requests
-  without that header; Weft has a policy about methods and paths besides.
+- Weft and Envoy have the same 20 rules, by header, of which the last one is for requests without
+  that header; Weft has a policy about methods and paths besides.
 - That a request to Weft goes through its proxy, and by redirect or not as the hop's name says, is
   read from the counters of the eBPF programs before anything is measured.
 - The hop's CPU and memory are those of all its processes: for Weft worker, agent and supervisor,
@@ -63,6 +63,8 @@ FILES = {"small": 300, "1MiB": 2**20}
 PROGRAMS = ("wrk", "nginx", "haproxy", "curl")
 
 _PLAIN = "plain"
+# An HTTPRoute has no more.
+_RULES_MAX = 16
 _PORT = 8080
 _FIRST_PEER_PORT = 10000
 # For anything to start or end.
@@ -152,7 +154,7 @@ def _lab(hops: Sequence[str], directory: Path) -> dict[str, object]:
 
 
 def _rules(hops: Sequence[str]) -> Iterator[dict[str, object]]:
-    """A route and a policy for each backend."""
+    """Routes and a policy for each backend."""
     for node in sorted({_node_of(hop) for hop in hops}):
         about = {"name": f"backend-{node}", "namespace": "default"}
         backend = {"name": f"backend-{node}", "port": 80}
@@ -160,17 +162,17 @@ def _rules(hops: Sequence[str]) -> Iterator[dict[str, object]]:
             {"headers": [{"name": ROUTE_HEADER, "value": f"value-{number}"}]}
             for number in range(ROUTES - 1)
         ]
-        yield {
-            "apiVersion": "gateway.networking.k8s.io/v1",
-            "kind": "HTTPRoute",
-            "metadata": about,
-            "spec": {
-                "parentRefs": [{"group": "", "kind": "Service", **backend}],
-                "rules": [
-                    {"matches": [match], "backendRefs": [backend]} for match in (*by_header, {})
-                ],
-            },
-        }
+        rules = [{"matches": [match], "backendRefs": [backend]} for match in (*by_header, {})]
+        for first in range(0, ROUTES, _RULES_MAX):
+            yield {
+                "apiVersion": "gateway.networking.k8s.io/v1",
+                "kind": "HTTPRoute",
+                "metadata": {**about, "name": f"backend-{node}-{first}"},
+                "spec": {
+                    "parentRefs": [{"group": "", "kind": "Service", **backend}],
+                    "rules": rules[first : first + _RULES_MAX],
+                },
+            }
         allowed = {"method": "GET", "path": "/(small|1MiB)"}
         to_ports = {
             "ports": [{"port": str(_PORT), "protocol": "TCP"}],
@@ -214,6 +216,8 @@ def change_weft(
             return False
 
     until(ready, f"Weft is not ready on node {node.name}", lab.weft_log(node.name))
+    if problems := ask(run_dir.path, "/problems")["items"]:
+        raise BenchFailed(f"not everything is in force on node {node.name}: {problems}")
 
 
 def _hop(name: str, directory: Path, lab: LabDir, plan: Plan, stack: contextlib.ExitStack) -> Hop:

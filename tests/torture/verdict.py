@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from bpf.constants import LARGE_RESPONSE_MAX
 from bpf.reasons import Reason
 from l7proxy.redirect import LONG
 from torture.clients import Loss, Totals, unexplained
@@ -17,8 +18,8 @@ from torture.scene import Target
 # that what is more has come by redirect or to a proxy that lets it.
 QUEUE_BOUND = 4 << 20
 # What comes by redirect is bounded by the proxy (l7proxy.redirect): twice LONG and one write, as
-# sock_diag charges it.
-REDIRECT_BOUND = 4 * LONG
+# sock_diag charges it; what passes by the proxy by one response.
+REDIRECT_BOUND = 4 * LONG + LARGE_RESPONSE_MAX
 # Each is a bug wherever it happens.
 _NEVER = (Reason.UNPAIRED, Reason.ENROL_FAILED, Reason.STALE_TABLE, Reason.NO_ORIGIN)
 
