@@ -288,19 +288,20 @@ class Policies:
             second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
 
-    def sources(self, asker: Asker, address: str, port: int) -> tuple[str, str]:
-        """The client's rule, and that of the pod it goes to, that lets all requests pass; "": there
-        is none, or only some pass."""
+    def unasked(self, asker: Asker, address: str, port: int) -> tuple[str | None, str | None]:
+        """Where `for_kernel` asks for nothing: the rules that let all requests pass, as
+        `Rules.unasked`."""
         address = plain(address)
+        first: str | None = ""
+        second: str | None = ""
         if not self._pods or asker.address == address:
-            return "", ""
-        first = second = ""
+            return first, second
         if asker.egress is not None:
             identities, proved = (self.identity(address),), self._proved(asker, address, port)
-            first = asker.egress.source(identities, port, authenticated=proved)
+            first = asker.egress.unasked(identities, port, authenticated=proved)
         if (pod := self._at.get(address)) is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
-            second = pod.ingress.source(asker.identities, port, authenticated=proved)
+            second = pod.ingress.unasked(asker.identities, port, authenticated=proved)
         return first, second
 
     def _proved(self, asker: Asker, address: str, port: int) -> bool:

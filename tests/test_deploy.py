@@ -54,8 +54,8 @@ def by_kind(kind):
     return found["spec"]["template"]["spec"]
 
 
-# What a kubelet mounts. $1: the service account's files, $2: a copy of /etc. The checkout stays where
-# it is, also where one of the empty directories is mounted above it.
+# What a kubelet mounts. $1: the service account's files, $2: a copy of /etc. The checkout stays
+# where it is, also where one of the empty directories is mounted above it.
 _MOUNTS = """
 set -e
 mount --make-rprivate /
