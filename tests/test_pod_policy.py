@@ -30,7 +30,7 @@ from pod_world import NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_wo
 from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
-from bpf.structs import Policy, PolicyKey
+from bpf.structs import Number, Policy, PolicyKey
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
@@ -415,6 +415,26 @@ def test_a_flood_of_refusals_is_counted_and_not_all_told(world: PodWorld) -> Non
         counted = {one: after[one] - before[one] for one in after}
         assert counted[Reason.POLICY_DENIED] > 19_000
         assert counted[Reason.UNTOLD] > 10_000
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_before_anything_is_told_nothing_passes(world: PodWorld, version: int) -> None:
+    """The programs are loaded, and no agent has filled the maps."""
+    unjudged = ("ECONNREFUSED", {"UNJUDGED": 1, "RESET": 1})
+    generation = PinnedMap(world.pin, "generation", Number, Number)
+    with (
+        contextlib.closing(generation),
+        world.listen("b", B[version]) as server,
+        world.listen("out", OUT[version]) as elsewhere,
+    ):
+        world.enforce({})
+        generation.put(Number(0), Number(0))
+        assert world.attempt("a", server) == unjudged
+        assert world.attempt("out", server) == unjudged
+        assert world.attempt("b", elsewhere) == unjudged
+        assert world.attempt("node", server) == ANSWERED
+        world.enforce({})
+        assert world.attempt("out", server) == ANSWERED
 
 
 def test_what_an_earlier_agent_left_is_in_force_until_it_is_known_better(world: PodWorld) -> None:

@@ -286,14 +286,16 @@ class Datapath:
             if not self._loaded:
                 return
             versions.stop_redirects(self.pins, pins.other_versions(self.pins))
+            # Policy is kept at pods' interfaces wherever connections are steered to.
+            self._filter()
             attach.attach(
                 self.pins,
                 self._options.cgroup,
                 self._options.proxy_cgroup,
                 pairs=self._pairs,
             )
-            versions.take_over(self.pins)
-            self._unfiltered = podfilter.renew(self.pins, self._options.pods)
+            # What came meanwhile, by what another version has.
+            self._filter()
             if self._unfiltered:
                 self._again.set()
         except (DatapathError, OSError) as error:
@@ -304,6 +306,10 @@ class Datapath:
                 how = "by redirect" if self._redirects else "by TCP"
                 _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
             self.why_not = None
+
+    def _filter(self) -> None:
+        versions.take_over(self.pins)
+        self._unfiltered = podfilter.renew(self.pins, self._options.pods)
 
     def rebound(self, bound: frozenset[tuple[str, int]]) -> None:
         """These addresses and ports are Weft's now: the kernel sends to no others."""
