@@ -3,9 +3,10 @@
     pod_egress      packets from the pod: ingress of the veth's end on the node
     pod_ingress     packets to the pod: egress of that end
 
-Pods are recorded in files (a Pod each, by interface): `renew` attaches what is loaded to all of them. Works in the network namespace of the node. An
-attachment is a pinned tcx link: it lives without us, and ends with the interface, while its pin
-stays until it is removed. Knows nothing of how pods get their interfaces.
+Pods are recorded in files (a Pod each, by interface): `renew` attaches what is loaded to all of
+them. Works in the network namespace of the node. An attachment is a pinned tcx link: it lives
+without us, and ends with the interface, while its pin stays until it is removed. Knows nothing of
+how pods get their interfaces.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ process's own, on the pod's namespace, which is given by path. A pod gets a veth
     node: a veth named after the container, with those two addresses and a route to the pod's
 
 A pod can send from its own addresses only. The eBPF filter (bpf/podfilter.py) at the node's end of
-the veth sees to that, and to policy; as long as it is not loaded, ADD fails and is to be tried again,
-so no pod runs without it. Only on nodes that are never to have one there is reverse path filtering
-for IPv4 and routing rules for what is forwarded of IPv6 instead. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2
-and 5.
+the veth sees to that, and to policy; as long as it is not loaded, ADD fails and is to be tried
+again, so no pod runs without it. Only on nodes that are never to have one there is reverse path
+filtering for IPv4 and routing rules for what is forwarded of IPv6 instead. Knows nothing of labs.
+Source: CNI specification 1.1.0, sections 2 and 5.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ Phase = Literal["Pending", "Running", "Exited", "Failed", "Terminating", "Stoppe
 
 class PodStatus(Model, frozen=True, kw_only=True):
     """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed, or
-    what it waits for while it is Pending. A pod that is Terminating still serves, and has a `deletion_timestamp` (RFC 3339); one that is Stopped
-    has no process, network or cgroup. `start`: how often it was started before; each is another
-    Pod."""
+    what it waits for while it is Pending. A pod that is Terminating still serves, and has a
+    `deletion_timestamp` (RFC 3339); one that is Stopped has no process, network or cgroup.
+    `start`: how often it was started before; each is another Pod."""
 
     key: str
     phase: Phase
