@@ -2,42 +2,56 @@
 SVIDs, and their policy.
 
 All of a pod changes at once: rules are written as a set that nobody uses yet, then the pod gets it,
-from a generation on (bpf.enforcement).
-Pods with the same rules share one. A policy that cannot be taken refuses everything: it fails
-closed, for the pods that it selects and no others. Knows maps; what is in them stays in force
-without us.
+from a generation on (bpf.enforcement). Pods with the same rules share one.
+A policy that cannot be taken, for lack of room or because the kernel takes some whom it names for
+others, refuses everything: it fails closed, for the pods that it selects and no others. So does a
+pod for which there is no room: the filter knows that from there being nothing of it. Knows maps;
+what is in them stays in force without us.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from bpf import constants
 from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
+from bpf.settings import Mistaken
 from bpf.structs import Address, Number, Pod, Policy, PolicyKey, Rules, Target
 from mesh.model.nodeconfig import SvidSection, WorkloadSection
-from mesh.model.policyconfig import Direction, PolicySection
+from mesh.model.policyconfig import Direction, PolicyRule, PolicySection
 from mesh.model.section import SectionKey
 
 # Of one pod, so that one huge policy does not take the room of all others.
 MAX_ENTRIES = constants.POLICIES // 4
+# What has more entries leaves so much of the room to what has fewer.
+_LARGE, _FOR_SMALL = 1024, constants.POLICIES // 4
 
 PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
 
-_DENIED = constants.POD_POLICED | constants.POD_DEFAULT_DENY
-_ALL_DENIED = _DENIED | _DENIED << constants.POD_INGRESS_SHIFT
+_NOBODY: Mistaken = {}
 # The set that has no rules.
 _NO_RULES = 0
-_NOTHING = Rules(_NO_RULES, 0)
+_NOTHING, _CLOSED = Rules(_NO_RULES, 0), Rules(_NO_RULES, constants.POD_CLOSED)
+
+
+_NO_ROOM = "the kernel's maps have no room for it"
+# Under it stands what is in force for pods that nobody has told of yet.
+_NOWHERE = Address.of("::")
+_REFUSED = "everything is refused to it and from it: "
+_MISTAKEN = f"{_REFUSED}the kernel's maps have no room for all addresses that its rules name"
 
 
 class _Refused(Exception):
     """Why a policy is not taken."""
+
+
+class _NoRoom(_Refused):
+    """It is taken once others have made room."""
 
 
 class _Mtls(NamedTuple):
@@ -86,6 +100,13 @@ class Pods:
             self._written.setdefault(key.set, _Set([], {})).keys.append(key)
         # Of an earlier process, which stay until it is known what is wanted.
         self._adopted = list(self._written)
+        self._entries = sum(len(one.keys) for one in self._written.values())
+        # Policies for which there was no room, and addresses.
+        self._waiting: dict[SectionKey, PolicySection] = {}
+        self._refused: dict[SectionKey, str] = {}
+        self._missing: set[Address] = set()
+        # Sets whose rules do not hold as long as some are mistaken for others.
+        self._broken: set[int] = set()
         self._numbers = count(max(self._written, default=_NO_RULES) + 1)
         self._rule_numbers = count(1)
         self._sources: dict[int, str] = {}
@@ -100,11 +121,15 @@ class Pods:
         return self._sources.get(rule, "")
 
     def replace(
-        self, sections: Mapping[SectionKey, PodSection], since: int
+        self,
+        sections: Mapping[SectionKey, PodSection],
+        since: int,
+        mistaken: Mistaken = _NOBODY,
     ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
         known = self._mtls.keys() | self._policy.keys() | self._held.keys()
-        refused = self._change(sections, known - sections.keys(), since, set(self._in_force))
+        gone = known - sections.keys()
+        refused = self._change(sections, gone, since, mistaken, set(self._in_force))
         self._left += self._adopted
         self._adopted = []
         wanted = self._wanted_ports()
@@ -113,28 +138,42 @@ class Pods:
         return refused
 
     def apply(
-        self, put: Mapping[SectionKey, PodSection], remove: Iterable[SectionKey], since: int
+        self,
+        put: Mapping[SectionKey, PodSection],
+        remove: Iterable[SectionKey],
+        since: int,
+        mistaken: Mistaken = _NOBODY,
     ) -> dict[SectionKey, str]:
         """Add, change and remove, from generation `since` on; unknown keys to remove are ignored.
-        Returns which could not be taken, and why: then the pod's ports are STRICT, or everything is
-        refused to it and from it but what the node itself opens."""
-        return self._change(put, remove, since, set())
+        `mistaken`: who is taken for whom then. Returns all that are not in force, and why: then the
+        pod's ports are STRICT, or everything is refused to it and from it but what the node itself
+        opens."""
+        return self._change(put, remove, since, mistaken, set())
+
+    @property
+    def leaves(self) -> bool:
+        """There is room once more is changed."""
+        return bool(self._gone or self._left)
 
     def _change(
         self,
         put: Mapping[SectionKey, PodSection],
         remove: Iterable[SectionKey],
         since: int,
+        mistaken: Mistaken,
         touched: set[Address],
     ) -> dict[SectionKey, str]:
         self._reclaim()
-        refused: dict[SectionKey, str] = {}
         ports: list[Target] = []
         former: list[_Mtls | _Policy | None] = []
         proven = set(self._held.values())
         for key in (*remove, *put):
+            self._waiting.pop(key, None)
+        put, self._waiting = {**self._waiting, **put}, {}
+        for key in (*remove, *put):
             former += self._mtls.pop(key, None), self._policy.pop(key, None)
             self._held.pop(key, None)
+            self._refused.pop(key, None)
         for key, section in put.items():
             try:
                 if isinstance(section, SvidSection):
@@ -144,9 +183,11 @@ class Pods:
                 elif section.local:
                     self._put_mtls(key, section)
             except (_Refused, ValueError) as error:
-                refused[key] = f"everything is refused to it and from it: {error}"
+                self._refused[key] = f"{_REFUSED}{error}"
+                if isinstance(error, _NoRoom) and isinstance(section, PolicySection):
+                    self._waiting[key] = section
             except OSError as error:
-                refused[key] = f"the kernel's maps do not take it: {error.strerror}"
+                self._refused[key] = f"the kernel's maps do not take it: {error.strerror}"
             for made in (self._mtls.get(key), self._policy.get(key)):
                 touched |= made.addresses if made is not None else frozenset()
         for one in former:
@@ -158,10 +199,41 @@ class Pods:
         if changed := proven.symmetric_difference(self._held.values()):
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
-        self._settle(touched, since)
+        touched |= self._doubt(mistaken)
+        self._settle(touched | self._missing, since)
         for port in set(ports) - self._wanted_ports() if ports else ():
             self._ports.remove(port)
-        return refused
+        return self._refused | self._closed()
+
+    def _doubt(self, mistaken: Mistaken) -> set[Address]:
+        """Take note who is taken for whom; the pods for whose rules that makes or made a
+        difference."""
+        before = self._broken
+        self._broken = set()
+        if mistaken:
+            self._broken = {
+                number
+                for sides, number in self._sets.items()
+                if any(_tells(rule, mistaken) for side in sides for rule in side.rules)
+            }
+        changed = before ^ self._broken
+        return {
+            address
+            for policy in (self._policy.values() if changed else ())
+            if policy.number in changed
+            for address in policy.addresses
+        }
+
+    def _closed(self) -> dict[SectionKey, str]:
+        """Policies and pods to which everything is refused for lack of room elsewhere."""
+        claims: dict[SectionKey, _Mtls | _Policy] = {**self._mtls, **self._policy}
+        result: dict[SectionKey, str] = {}
+        for key, one in claims.items() if self._missing or self._broken else ():
+            if not self._missing.isdisjoint(one.addresses):
+                result[key] = f"{_REFUSED}{_NO_ROOM}"
+            elif isinstance(one, _Policy) and one.number in self._broken:
+                result[key] = _MISTAKEN
+        return result
 
     def _put_mtls(self, key: SectionKey, workload: WorkloadSection) -> None:
         addresses = frozenset(map(Address.of, workload.addresses))
@@ -182,7 +254,7 @@ class Pods:
     def _put_policy(self, key: SectionKey, section: PolicySection) -> None:
         addresses = frozenset(map(Address.of, section.addresses))
         # Whatever becomes of it, nobody is let through by what was in force before.
-        self._policy[key] = _Policy(addresses, _NO_RULES, _ALL_DENIED)
+        self._policy[key] = _Policy(addresses, _NO_RULES, constants.POD_CLOSED)
         number = self._set(section)
         flags = _flags(section.egress) | _flags(section.ingress) << constants.POD_INGRESS_SHIFT
         self._policy[key] = _Policy(addresses, number, flags)
@@ -209,9 +281,16 @@ class Pods:
         keys, rules = self._written[number]
         values: list[Policy] = []
         egress = entries(section.egress, constants.EGRESS)
-        for entry in chain(egress, entries(section.ingress, constants.INGRESS)):
-            if len(keys) == MAX_ENTRIES:
-                raise _Refused(f"its rules come to more than {MAX_ENTRIES} entries of the kernel's")
+        wanted = list(
+            islice(chain(egress, entries(section.ingress, constants.INGRESS)), MAX_ENTRIES + 1)
+        )
+        if len(wanted) > MAX_ENTRIES:
+            raise _Refused(f"its rules come to more than {MAX_ENTRIES} entries of the kernel's")
+        room = constants.POLICIES - (_FOR_SMALL if len(wanted) > _LARGE else 0) - self._entries
+        if len(wanted) > room:
+            raise _NoRoom(f"its rules come to {len(wanted)} entries, and {_NO_ROOM}")
+        self._entries += len(wanted)
+        for entry in wanted:
             source = _source(section.ingress if entry.direction else section.egress, entry.rule)
             if source not in rules:
                 rules[source] = next(self._rule_numbers)
@@ -239,6 +318,7 @@ class Pods:
             if not self._uses[number]:
                 del self._uses[number]
                 keys, rules = self._written.pop(number, _Set([], {}))
+                self._entries -= len(keys)
                 for key in keys:
                     self._policies.remove(key)
                 for rule in rules.values():
@@ -259,16 +339,45 @@ class Pods:
         for address in touched:
             mode, policy = modes.get(address), policies.get(address)
             number, flags = (policy.number, policy.flags) if policy else _NOTHING
+            if number in self._broken:
+                number, flags = _NO_RULES, constants.POD_CLOSED
             if mode is not None:
                 flags |= mode.flags | (constants.POD_PROVEN if mode.spiffe_id in held else 0)
-            rules = Rules(number, flags)
-            before = self._in_force.pop(address, _NOTHING)
+            known = mode is not None or policy is not None
+            rules = Rules(number, flags) if known else None
+            before = self._in_force.get(address)
             if rules != before:
-                self._pods.put(address, Pod(since, *rules, *before))
-            if rules.flags:
-                self._in_force[address] = rules
-            elif before.flags:
-                self._gone.add(address)
+                self._tell(address, rules, before, since)
+            else:
+                self._missing.discard(address)
+
+    def _tell(
+        self, address: Address, rules: Rules | None, before: Rules | None, since: int
+    ) -> None:
+        # A pod of which there is nothing yet is closed.
+        nothing = _NOTHING if address == _NOWHERE else _CLOSED
+        pod = Pod(since, *(rules or _NOTHING), *(before or nothing))
+        try:
+            self._pods.put(address, pod)
+        except OSError:
+            self._missing.add(address)
+            return
+        self._missing.discard(address)
+        if rules is not None:
+            self._in_force[address] = rules
+            self._gone.discard(address)
+        else:
+            del self._in_force[address]
+            self._gone.add(address)
+
+
+def _tells(rule: PolicyRule, mistaken: Mistaken) -> bool:
+    """Whether a rule is about somebody and not about whom it is taken for, or the other way."""
+    peers = rule.peers
+    return peers is not None and any(
+        not (peers >= those if other in peers else peers.isdisjoint(those))
+        for other, those in mistaken.items()
+    )
 
 
 def _source(direction: Direction, rule: int) -> str:

@@ -88,7 +88,7 @@ class Policies:
             return
         try:
             self._put_pod(key, section)
-        except Refused:
+        except Exception:
             self._put_pod(key, _closed(section))
             raise
 

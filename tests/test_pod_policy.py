@@ -25,12 +25,13 @@ from pod_policies import (
     policy,
     tcp,
 )
-from pod_world import NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
+from pod_world import LINK, NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
 
+from bpf import constants, pods, settings
 from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
-from bpf.structs import Number, Policy, PolicyKey
+from bpf.structs import Address, Number, Pod, Policy, PolicyKey
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
@@ -306,6 +307,108 @@ def test_a_policy_that_is_too_large_refuses_everything_to_its_pod_alone(world: P
     world.enforce({**KNOWN, **policy(ingress=only(allow(A_ONLY)))})
     with world.listen("b", B[4]) as server:
         assert world.attempt("a", server) == ANSWERED
+
+
+def test_a_policy_waits_until_there_is_room_for_it(
+    world: PodWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones leave room for others."""
+    monkeypatch.setattr(pods, "_FOR_SMALL", constants.POLICIES - 3000)
+    large = [only(allow(frozenset({ID["b"], *range(at, at + 2000)}))) for at in (2000, 5000)]
+    world.enforce({**KNOWN, **policy("a", large[0])})
+    refused = world.enforcement.apply(policy("b", egress=large[1]))
+    assert refused == {
+        "policy/shop/b": "everything is refused to it and from it: its rules come to 2002 entries, "
+        "and the kernel's maps have no room for it"
+    }
+    with world.listen("a", A[4]) as server, world.listen("b", B[4]) as at_b:
+        assert world.attempt("b", server) == DENIED
+        assert world.attempt("out", at_b) == DENIED
+        # What is small is taken, of whomever.
+        assert world.enforcement.apply(policy("b", egress=only(allow(A_ONLY)))) == {}
+        assert world.attempt("b", server) == ANSWERED
+        # What has waited is taken by itself.
+        assert world.enforcement.apply(policy("b", egress=only(*large[1].rules, allow(A_ONLY))))
+        assert world.attempt("b", server) == DENIED
+        assert world.enforcement.apply({}, ["policy/shop/a"]) == {}
+        assert world.attempt("b", server) == ANSWERED
+
+
+def test_a_range_for_which_there_is_no_room_opens_nothing(
+    world: PodWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an exception nor a denial; rules for which it makes no difference go on."""
+    outer, inner, other = _RANGES[4][0], _RANGES[4][1], "192.0.2.0/24"
+    number = {one: FIRST_CIDR + at for at, one in enumerate((outer, inner, other))}
+    section = {one: {f"cidr/{one}": CidrSection(one, number[one])} for one in number}
+    for address in _WITHIN[4]:
+        world.add_address("out", address)
+    monkeypatch.setattr(settings, "MAX_RANGES", len(settings._ALWAYS) + 2)
+    excepting = only(allow(frozenset({number[outer]})))
+    everybody = only(allow(frozenset({*WORLD, *number.values()})))
+    world.enforce({**KNOWN, **section[other], **section[outer], **policy("a", everybody)})
+    refused = world.enforcement.apply({**section[inner], **policy("b", excepting)})
+    assert set(refused) == {f"cidr/{inner}", "policy/shop/b"}
+    assert "no room for all addresses that its rules name" in refused["policy/shop/b"]
+    within, excepted = _WITHIN[4][:2]
+    with world.listen("a", A[4]) as at_a, world.listen("b", B[4]) as at_b:
+        assert [world.attempt("out", at_b, one) for one in (within, excepted)] == [DENIED] * 2
+        assert [world.attempt("out", at_a, one) for one in (within, excepted)] == [ANSWERED] * 2
+        # A denial of it as well.
+        deny = Direction(rules=(allow(frozenset({number[inner]}), deny=True),))
+        assert set(world.enforcement.apply(policy("b", deny))) == set(refused)
+        assert world.attempt("out", at_b, excepted) == DENIED
+        assert "policy/shop/b" not in world.enforcement.apply(policy("b", everybody))
+        assert world.attempt("out", at_b, excepted) == ANSWERED
+        # Once there is room, it is as it was written.
+        assert world.enforcement.apply(policy("b", excepting), [f"cidr/{other}"]) == {}
+        outcomes = [world.attempt("out", at_b, one) for one in (within, excepted)]
+        assert outcomes == [ANSWERED, DENIED]
+        # So it is where it takes the place of another.
+        assert world.enforcement.apply(section[other], [f"cidr/{inner}"]) == {}
+        assert world.attempt("out", at_b, excepted) == ANSWERED
+
+
+def test_a_pod_for_which_there_is_no_room_is_closed(world: PodWorld) -> None:
+    """The map of pods is full."""
+    known = dict(KNOWN)
+    workload = known.pop("workload/shop/b")
+    world.enforce(known)
+    world.enforcement.apply({})
+    everything = PinnedMap(world.pin, "pods", Address, Pod)
+    with contextlib.closing(everything), world.listen("b", B[4]) as server:
+        taken = len(list(everything.items()))
+        others = [Address.of(f"192.0.{n >> 8}.{n & 255}") for n in range(constants.PODS - taken)]
+        for one in others:
+            everything.put(one, Pod(0, 0, 0, 0, 0))
+        put = {"workload/shop/b": workload, **policy("a", egress=only(allow()))}
+        refused = world.enforcement.apply(put)
+        why = "everything is refused to it and from it: the kernel's maps have no room for it"
+        assert refused == {"workload/shop/b": why}
+        assert world.attempt("a", server) == DENIED
+        assert world.attempt("out", server) == DENIED
+        assert world.attempt("node", server) == ANSWERED
+        for one in others:
+            everything.remove(one)
+        assert world.enforcement.apply({}) == {}
+        assert world.attempt("out", server) == ANSWERED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_api_server_on_a_node_is_not_the_node(world: PodWorld, version: int) -> None:
+    """Its address is one of the node's, and has an identity of its own."""
+    size = 32 if version == 4 else 128
+    at = f"{LINK[version]}/{size}"
+    allowed = policy(egress=only(allow(frozenset({FIRST_CIDR}))))
+    with (
+        world.listen("node", LINK[version]) as api_server,
+        world.listen("node", NODE[version]) as node,
+    ):
+        world.enforce({**KNOWN, f"cidr/{at}": CidrSection(at, FIRST_CIDR), **allowed})
+        assert world.attempt("b", api_server) == ANSWERED
+        assert world.attempt("b", node) == DENIED
+        world.enforce({**KNOWN, **policy(egress=only(allow(frozenset({Reserved.HOST}))))})
+        assert world.attempt("b", api_server) == ANSWERED
 
 
 @contextlib.contextmanager

@@ -319,6 +319,30 @@ def test_services_are_their_endpoints_pods_or_not() -> None:
     assert not w.of("cidr")
 
 
+def test_ranges_are_only_of_policies_about_pods_of_this_node() -> None:
+    of_b = "endpointSelector: {matchLabels: {app: b}}"
+    w = world(
+        POD,
+        pod("there", "10.0.0.2", labels="{app: b}", node="n2"),
+        cnp(f"{{{of_b}, egress: [{{toCIDR: [192.0.2.0/24]}}]}}", "of-b"),
+        cnp("{endpointSelector: {matchLabels: {app: a}}, egress: [{toEntities: [world]}]}"),
+    )
+    assert not w.of("cidr")
+    assert [rule.peers for rule in of(w).egress.rules] == [{Reserved.WORLD}]
+    w.apply(pod("here", "10.0.0.3", labels="{app: b}"))
+    [number] = [one.identity for one in w.of("cidr").values()]  # type: ignore[union-attr]
+    assert [rule.peers for rule in of(w).egress.rules] == [{Reserved.WORLD, number}]
+    assert [rule.peers for rule in of(w, "here").egress.rules] == [{number}]
+    # The data plane has no room for it: its own policy is not Programmed, the other one is.
+    w.refuse("cidr/192.0.2.0/24", "no room")
+    assert why(w, name="of-b", type="Programmed") == (
+        "the data plane refused cidr/192.0.2.0/24: no room"
+    )
+    assert why(w, type="Programmed") == ""
+    w.delete("Pod", "here")
+    assert not w.of("cidr")
+
+
 def test_audit_of_a_policy_a_namespace_and_all() -> None:
     audited = "{weft.dev/policy-audit: 'true'}"
     rule = f"{ALL}ingress: [{{fromEntities: [world]}}]}}"

@@ -25,6 +25,10 @@ _NOBODY: Identities = frozenset()
 Bucket: TypeAlias = tuple[str, str, str]
 _EVERY: Bucket = ("", "", "")
 _WHOLE = ("0.0.0.0/0", "::/0")
+# Ranges by those in which they lie: of specs that select pods of this node, whose addresses have
+# their identities here; and of all, for selectors, which are there before it is known whom they are
+# about.
+_HERE, _ALL = "ranges_within_here", "ranges_within"
 _API_SERVER = ObjectKey("default", "kubernetes")
 _SERVICE_NAME = "kubernetes.io/service-name"
 _NAME_LABEL = "kubernetes.io/metadata.name"
@@ -81,7 +85,7 @@ def selected(view: View, selector: Selector) -> Identities:
     if any(term.key.kind == "reserved" for term in selector.terms):
         for name in (*_ENTITIES, "world", "kube-apiserver"):
             if all(term.holds(_reserved(term.key, name)) for term in selector.terms):
-                found |= entity(view, name) or _NOBODY
+                found |= entity(view, name, _ALL) or _NOBODY
     return frozenset(found)
 
 
@@ -158,9 +162,9 @@ def enclosing(text: str, identity: int) -> Iterator[str]:
     return cidr.around(text)
 
 
-def _within(view: View, text: str) -> Identities:
+def _within(view: View, text: str, index: str = _HERE) -> Identities:
     """A range and all that are within it, for an address has the identity of the longest."""
-    inside = view.bucket("ranges_within", text)
+    inside = view.bucket(index, text)
     return frozenset(view.get("range_identities", one) for one in inside)
 
 
@@ -304,15 +308,16 @@ def _api_at(view: View, *places: str) -> Identities:
 # --- entities ------------------------------------------------------------------------------------
 
 
-def entity(view: View, name: str) -> Identities | None:
-    """None: everybody."""
+def entity(view: View, name: str, index: str = _HERE) -> Identities | None:
+    """None: everybody. `index`: the one of ranges."""
     match name:
         case "all":
             return None
         case "none":
             return _NOBODY
         case "world":
-            outer = frozenset((Reserved.WORLD,)).union(*(_within(view, one) for one in _WHOLE))
+            inside = (_within(view, one, index) for one in _WHOLE)
+            outer = frozenset((Reserved.WORLD,)).union(*inside)
             return outer - _api_at(view, "host", "remote-node")
         case "cluster":
             pods = (view.get("identities", one) for one in view.bucket("labelled", _EVERY))

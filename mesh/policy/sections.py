@@ -25,7 +25,7 @@ from mesh.model.policyconfig import (
     PortRange,
 )
 from mesh.policy.audit import audited
-from mesh.policy.peers import Identities, resolve
+from mesh.policy.peers import Identities, ranges, resolve
 from mesh.policy.spec import PolicyKey, PortSpec, RuleSpec, Selector, Side, SpecKey
 
 # Kubelet's probes come from there, and whoever has the node has its pods.
@@ -269,6 +269,26 @@ def _own(one: _Rule, names: frozenset[NamedPort], requires: list[Identities]) ->
         lacking = one.labelled - one.labelled.intersection(*requires)
         rule = msgspec.structs.replace(rule, peers=rule.peers - lacking)
     return rule
+
+
+def hosted(key: ObjectKey, workload: WorkloadSection) -> Iterator[int]:
+    """The identity of a pod of this node (for an index)."""
+    if workload.local:
+        yield workload.identity
+
+
+def named_here(view: View, key: SpecKey) -> frozenset[str] | None:
+    """The ranges that a spec names; None: there are none, or it selects no pod of this node."""
+    found = frozenset(ranges(key, view.get("specs", key)))
+    if found and any(view.bucket("hosted", one) for one in view.get("subjects", key) or ()):
+        return found
+    return None
+
+
+def range_here(view: View, text: str) -> int:
+    """The identity of a range, where there are addresses that have it."""
+    number: int = view.get("range_identities", text)
+    return number
 
 
 def cidr_sections(view: View, text: str) -> CidrSection | None:

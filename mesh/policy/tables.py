@@ -36,7 +36,6 @@ def before_workloads(node: str, everything_audited: bool) -> tuple[Rule, ...]:
         Rule("range_numbers", "ranges", peers.range_number),
         Rule("range_identities", "ranges", peers.range_identity),
         Rule("api_places", "api_range", peers.api_places(node)),
-        Rule("cidr_sections", "ranges", sections.cidr_sections),
         Rule("selected", "selectors", peers.selected),
         # At which ports they want mutual TLS.
         Rule("port_names", "pods", sections.port_names),
@@ -49,6 +48,9 @@ def rules(mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
     """What is in force. `mesh`: there is one on this node."""
     return (
         Rule("subjects", "spec_keys", sections.subjects),
+        Rule("named_here", "spec_keys", sections.named_here),
+        Rule("identities_here", "ranges_here", sections.range_here),
+        Rule("cidr_sections", "ranges_here", sections.cidr_sections),
         Rule("resolved", "spec_keys", sections.resolved(everything_audited)),
         Rule("judged", "spec_keys", judged.judged),
         Rule("pod_policies", "workloads", sections.pod_policies),
@@ -66,6 +68,10 @@ INDEXES = (
     Index("ranges", "outside", peers.outside_ranges),
     Index("ranges_of_number", "range_numbers", peers.ranges_of_number),
     Index("ranges_within", "range_identities", peers.enclosing),
+    Index("hosted", "workloads", sections.hosted),
+    Index("ranges_here", "named_here", lambda key, found: found),
+    Index("ranges_here", "outside", peers.outside_ranges),
+    Index("ranges_within_here", "identities_here", peers.enclosing),
     Index("api_range", "outside", peers.api_ranges),
     Index("api_server", "api_places", lambda text, place: ("",)),
     Index("node_at", "nodes", peers.node_addresses),
