@@ -13,21 +13,10 @@ from typing import Any
 
 import click
 
-from mesh.agent.rundir import default_run_dir
 from mesh.cli.client import CliError, UsageError, ask, ask_authority
+from mesh.cli.options import MANIFESTS, output_option, run_dir_option
 from mesh.cli.output import dump, table
 from mesh.model.meta import say_duration
-
-_run_dir_option = click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=default_run_dir,
-    show_default="/run/weft, or $XDG_RUNTIME_DIR/weft",
-    help="Where the running gateway keeps its sockets.",
-)
-_output_option = click.option(
-    "-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", help="Format."
-)
 
 
 @click.group()
@@ -45,8 +34,8 @@ def certs() -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Of the authority in this directory: its own certificates, and what it did.",
 )
-@_output_option
-@_run_dir_option
+@output_option
+@run_dir_option
 def list_(authority: Path | None, output: str, run_dir: Path) -> None:
     """List the identities that a node holds, or with --authority the authority's certificates.
 
@@ -78,7 +67,7 @@ def list_(authority: Path | None, output: str, run_dir: Path) -> None:
     default="text",
     help="Format; pem: the certificates themselves.",
 )
-@_run_dir_option
+@run_dir_option
 def show(name: str, output: str, run_dir: Path) -> None:
     """Show the certificates of an identity or trust domain that a node has.
 
@@ -122,7 +111,7 @@ def _certificates_of(found: Mapping[str, Any], name: str) -> list[dict[str, Any]
     required=True,
     help="The directory of the authority.",
 )
-@_output_option
+@output_option
 def rotate(what: str, authority: Path, output: str) -> None:
     """Replace the root or the intermediate of an authority, without a break.
 
@@ -158,11 +147,62 @@ def export(authority: Path) -> None:
     dump(ask_authority(authority, "GET", "/v1/bundle"), "json")
 
 
-def run_authority(options: Mapping[str, object]) -> None:
-    """Replace this process by the authority."""
+@click.command()
+@click.option(
+    "--dir",
+    "directory",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Where its keys and certificates are, mode 0700; made if missing.",
+)
+@click.option(
+    "--manifests",
+    type=MANIFESTS,
+    multiple=True,
+    required=True,
+    help="Directory with the Pods: which service accounts are on which node; may be repeated.",
+)
+@click.option(
+    "--node",
+    metavar="NAME=SOCKET",
+    multiple=True,
+    help="A node, and the socket where its agent asks; may be repeated.",
+)
+@click.option("--trust-domain", metavar="NAME", default="cluster.local", show_default=True)
+@click.option(
+    "--svid-life",
+    metavar="DURATION",
+    default="1h",
+    show_default=True,
+    help="How long the certificates of workloads are valid; agents renew them at half of it.",
+)
+@click.option("--intermediate-life", metavar="DURATION", default="720h", show_default=True)
+@click.option("--root-life", metavar="DURATION", default="87600h", show_default=True)
+@click.option(
+    "--ca",
+    metavar="PATH",
+    type=click.Path(path_type=Path, exists=True),
+    help="A root or intermediate of your own: a directory with tls.crt, tls.key and ca.crt, or the"
+    " manifest of such a Secret (cert-manager's). Taken over anew whenever it changes.",
+)
+@click.option(
+    "--federation",
+    metavar="TRUST-DOMAIN=FILE",
+    multiple=True,
+    help="Roots of another trust domain, PEM or a SPIFFE bundle document; may be repeated.",
+)
+def authority(directory: Path, **options: object) -> None:
+    """Run the authority of a trust domain in the foreground: it signs certificates of workloads.
+
+    An agent gets certificates for the service accounts of pods on its own node and for nobody else;
+    which node asks is known by the socket.
+
+    Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
+    """
     from mesh.cli.up import become
 
-    become("mesh.authority.main", options)
+    become("mesh.authority.main", {"dir": directory, **options})
 
 
 def identity_table(identities: list[dict[str, Any]]) -> None:

@@ -2,78 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
 from mesh.agent.rundir import default_run_dir
-from mesh.cli.certs import certs
+from mesh.cli.certs import authority, certs
 from mesh.cli.controller import controller
 from mesh.cli.install import check, install, uninstall
 from mesh.cli.lab import lab
+from mesh.cli.options import MANIFESTS, output_option, plane_options, run_dir_option
 from mesh.cli.policy import policy
-
-F = TypeVar("F", bound=Callable[..., Any])
-_MANIFESTS = click.Path(path_type=Path, file_okay=False, exists=True)
-
-run_dir_option = click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=default_run_dir,
-    show_default="/run/weft, or $XDG_RUNTIME_DIR/weft",
-    help="Where the running gateway keeps its sockets.",
-)
-output_option = click.option(
-    "-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", help="Format."
-)
-
-
-def _plane_options(function: F) -> F:
-    """The options of the control plane, for `up` and for what works offline."""
-    for option in (
-        click.option(
-            "--mesh-address",
-            metavar="ADDRESS",
-            multiple=True,
-            help="Address of this host at which the proxy takes what workloads ask Services for,"
-            " one of each family; turns the mesh on.  [default: 127.0.0.1 and ::1 with --steer]",
-        ),
-        click.option(
-            "--node",
-            metavar="NAME",
-            help="This node as Pods' spec.nodeName calls it.  [default: the host's name, with"
-            " --steer]",
-        ),
-        click.option(
-            "--settings",
-            type=click.Path(path_type=Path, dir_okay=False, exists=True),
-            help="YAML or JSON file with limits and habits of the proxy.",
-        ),
-        click.option(
-            "--advertise",
-            metavar="ADDRESS",
-            multiple=True,
-            help="Address that Gateways show in their status when they listen on the bind address;"
-            " may be repeated.  [default: the bind address, or this host's for 0.0.0.0 and ::]",
-        ),
-        click.option(
-            "--bind-address",
-            metavar="ADDRESS",
-            default="0.0.0.0",
-            show_default=True,
-            help="Where Gateways listen that name no address, without a pool.",
-        ),
-        click.option(
-            "--address-pool",
-            metavar="CIDR",
-            multiple=True,
-            help="Addresses of this host to give to Gateways; may be repeated.",
-        ),
-    ):
-        function = option(function)
-    return function
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -85,7 +24,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--manifests", type=_MANIFESTS, help="Directory of YAML or JSON.")
+@click.option("--manifests", type=MANIFESTS, help="Directory of YAML or JSON.")
 @click.option(
     "--kubeconfig",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
@@ -114,7 +53,7 @@ def cli() -> None:
     type=click.IntRange(1, 256),
     help="Proxy processes.  [default: one per core]",
 )
-@_plane_options
+@plane_options
 @click.option(
     "--admin",
     metavar="ADDRESS:PORT",
@@ -208,66 +147,8 @@ def up(**options: object) -> None:
 
 
 @cli.command()
-@click.option(
-    "--dir",
-    "directory",
-    metavar="DIRECTORY",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
-    help="Where its keys and certificates are, mode 0700; made if missing.",
-)
-@click.option(
-    "--manifests",
-    type=_MANIFESTS,
-    multiple=True,
-    required=True,
-    help="Directory with the Pods: which service accounts are on which node; may be repeated.",
-)
-@click.option(
-    "--node",
-    metavar="NAME=SOCKET",
-    multiple=True,
-    help="A node, and the socket where its agent asks; may be repeated.",
-)
-@click.option("--trust-domain", metavar="NAME", default="cluster.local", show_default=True)
-@click.option(
-    "--svid-life",
-    metavar="DURATION",
-    default="1h",
-    show_default=True,
-    help="How long the certificates of workloads are valid; agents renew them at half of it.",
-)
-@click.option("--intermediate-life", metavar="DURATION", default="720h", show_default=True)
-@click.option("--root-life", metavar="DURATION", default="87600h", show_default=True)
-@click.option(
-    "--ca",
-    metavar="PATH",
-    type=click.Path(path_type=Path, exists=True),
-    help="A root or intermediate of your own: a directory with tls.crt, tls.key and ca.crt, or the"
-    " manifest of such a Secret (cert-manager's). Taken over anew whenever it changes.",
-)
-@click.option(
-    "--federation",
-    metavar="TRUST-DOMAIN=FILE",
-    multiple=True,
-    help="Roots of another trust domain, PEM or a SPIFFE bundle document; may be repeated.",
-)
-def authority(directory: Path, **options: object) -> None:
-    """Run the authority of a trust domain in the foreground: it signs certificates of workloads.
-
-    An agent gets certificates for the service accounts of pods on its own node and for nobody else;
-    which node asks is known by the socket.
-
-    Exit codes: 0 stopped as asked, 1 it cannot run, 2 wrong usage.
-    """
-    from mesh.cli.certs import run_authority
-
-    run_authority({"dir": directory, **options})
-
-
-@cli.command()
-@click.argument("directory", type=_MANIFESTS)
-@_plane_options
+@click.argument("directory", type=MANIFESTS)
+@plane_options
 @output_option
 def validate(directory: Path, output: str, **options: object) -> None:
     """Check the manifests in a directory, without a running gateway.
@@ -340,9 +221,9 @@ def status(output: str, run_dir: Path) -> None:
     help="The pod that asks: the URL names a Service as pods know it, or an address.",
 )
 @click.option(
-    "--manifests", type=_MANIFESTS, help="Explain for this directory; no gateway need run."
+    "--manifests", type=MANIFESTS, help="Explain for this directory; no gateway need run."
 )
-@_plane_options
+@plane_options
 @output_option
 @run_dir_option
 def explain(
@@ -373,8 +254,8 @@ def bpf() -> None:
 
 @bpf.command()
 @click.argument("service")
-@click.option("--manifests", type=_MANIFESTS, help="Of this directory; no gateway need run.")
-@_plane_options
+@click.option("--manifests", type=MANIFESTS, help="Of this directory; no gateway need run.")
+@plane_options
 @output_option
 @run_dir_option
 def automaton(
@@ -469,9 +350,7 @@ def version(output: str) -> None:
         dump({"version": version_of("weft")}, output)
 
 
-cli.add_command(lab)
-cli.add_command(certs)
-for command in (controller, install, uninstall, check, policy):
+for command in (authority, certs, controller, install, uninstall, check, lab, policy):
     cli.add_command(command)
 
 

@@ -8,20 +8,12 @@ from typing import Any
 import click
 import msgspec
 
-from mesh.agent.rundir import default_run_dir
 from mesh.cli.client import UsageError, ask
+from mesh.cli.options import run_dir_option
 from mesh.cli.output import dump, note, table
 
 # Of the pods that a policy selects so many are named; -o wide names all.
 _NAMED = 3
-
-_run_dir_option = click.option(
-    "--run-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=default_run_dir,
-    show_default="/run/weft, or $XDG_RUNTIME_DIR/weft",
-    help="Where the running gateway keeps its sockets.",
-)
 
 
 @click.group()
@@ -41,7 +33,7 @@ def policy() -> None:
     default="table",
     help="Format.",
 )
-@_run_dir_option
+@run_dir_option
 def get(namespace: str | None, output: str, run_dir: Path) -> None:
     """Show all policies: which pods they select, and whether they are enforced.
 
@@ -86,7 +78,7 @@ def _row(item: dict[str, Any], *, wide: bool) -> list[str]:
 @click.option(
     "-o", "--output", type=click.Choice(["text", "json", "yaml"]), default="text", help="Format."
 )
-@_run_dir_option
+@run_dir_option
 def explain(
     method: str | None,
     path: str | None,
