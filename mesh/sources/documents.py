@@ -7,6 +7,7 @@ mesh.model's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple
 
 from mesh.model.decode import KINDS, InvalidObject, Object, UnsupportedKind, decode, key_of
@@ -106,6 +107,18 @@ def read_objects(
                 )
             )
     return objects, problems
+
+
+def merged(
+    documents: Iterable[Document], before: Iterable[Document], stale: AbstractSet[ObjectId]
+) -> Any:
+    """The value of a document with the same objects, but those that are `stale` as they were."""
+    written: dict[ObjectId, Any] = {}
+    for given, which in ((before, stale.__contains__), (documents, lambda one: one not in stale)):
+        for item in _items(given):
+            if which(ident := _identity(item.value)):
+                written.setdefault(ident, item.value)
+    return {"apiVersion": "v1", "kind": "List", "items": list(written.values())}
 
 
 def _kept(problem: Problem) -> Problem:
