@@ -34,7 +34,7 @@ from bpf.reasons import Reason
 from bpf.structs import Address, Number, Pod, Policy, PolicyKey
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
-from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
+from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 
 pytestmark = needs_bpf
 
@@ -174,6 +174,29 @@ def test_a_pod_is_no_part_of_a_range(world: PodWorld, version: int) -> None:
     other = 10 - version
     with world.listen("b", B[other]) as server:
         assert world.attempt("out", server) == DENIED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_new_pod_of_another_node_is_not_of_the_world(world: PodWorld, version: int) -> None:
+    """As long as nobody has told of it, in the range of that node's pods. What unknown pods of this
+    node may do is not asked for it."""
+    pods_of_node, around = _RANGES[version][1], _RANGES[version][0]
+    sections = {
+        f"cidr/{around}": CidrSection(around, FIRST_CIDR),
+        f"cidr/{pods_of_node}": CidrSection(pods_of_node, Reserved.INIT),
+        "policy//": PolicySection("", "", Reserved.INIT, ("::",), only(), only()),
+    }
+    new = _WITHIN[version][1]
+    world.add_address("out", new)
+    inward, outward = only(allow(frozenset({FIRST_CIDR, *WORLD}))), Direction(rules=(allow(),))
+    world.enforce({**KNOWN, **sections, **policy(ingress=inward, egress=outward)})
+    with world.listen("b", B[version]) as server, world.listen("out", new) as elsewhere:
+        assert world.attempt("out", server, new) == DENIED
+        assert world.attempt("b", elsewhere) == ANSWERED
+        told = WorkloadSection("shop", "new", (new,), "n2", identity=302)
+        allowed = only(allow(frozenset({302})))
+        world.enforce({**KNOWN, **sections, "workload/shop/new": told, **policy(ingress=allowed)})
+        assert world.attempt("out", server, new) == ANSWERED
 
 
 @pytest.mark.parametrize("version", VERSIONS)

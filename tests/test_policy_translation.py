@@ -343,6 +343,23 @@ def test_ranges_are_only_of_policies_about_pods_of_this_node() -> None:
     assert not w.of("cidr")
 
 
+def test_who_is_in_a_range_of_pods_and_not_known_is_a_new_pod() -> None:
+    """Whatever range a policy names around it, or the very same."""
+    node = "kind: Node\nmetadata: {name: n2}\nspec: {podCIDRs: [10.244.1.0/24, nonsense]}"
+    rules = "{toCIDR: [10.0.0.0/8]}, {toCIDR: [10.244.1.0/24]}, {toEntities: [init]}"
+    w = world(POD, node, cnp(f"{ALL}egress: [{rules}]}}"))
+    at = {key.removeprefix("cidr/"): s.identity for key, s in w.of("cidr").items()}  # type: ignore[union-attr]
+    assert at.keys() == {"10.0.0.0/8", "10.244.1.0/24"}
+    assert at["10.244.1.0/24"] == Reserved.INIT
+    around, same, new = (rule.peers or frozenset() for rule in of(w).egress.rules)
+    assert at["10.0.0.0/8"] in around
+    assert Reserved.INIT not in around | same
+    assert new == {Reserved.INIT}
+    w.delete("Node", "n2", "")
+    [inner] = [s for key, s in w.of("cidr").items() if key == "cidr/10.244.1.0/24"]
+    assert inner.identity in same  # type: ignore[union-attr]
+
+
 def test_audit_of_a_policy_a_namespace_and_all() -> None:
     audited = "{weft.dev/policy-audit: 'true'}"
     rule = f"{ALL}ingress: [{{fromEntities: [world]}}]}}"

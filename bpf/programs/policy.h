@@ -33,7 +33,7 @@ static __always_inline struct rules rules_of(const u32 *address, u64 now)
 	struct rules rules = {};
 	struct pod *pod;
 
-	if (identity_of(address, now) == IDENTITY_INIT)
+	if (identity_of(address, now) == IDENTITY_INIT && interfaces.lookup(&key))
 		__builtin_memset(&key, 0, sizeof(key));
 	pod = pods.lookup(&key);
 	if (!pod) {

@@ -8,12 +8,14 @@ think again that could mean it. Knows nothing of rules beyond whom they name.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeAlias
 
 from mesh.model.core import EndpointSlice, Namespace, Service
 from mesh.model.derive import View
 from mesh.model.identity import Reserved
 from mesh.model.meta import ObjectKey
+from mesh.model.node import Node
 from mesh.model.nodeconfig import NodeSection
 from mesh.policy import cidr
 from mesh.policy.spec import Cidr, LabelKey, Peers, Selector, ServiceRef, Spec, SpecKey
@@ -189,6 +191,14 @@ class Outside(NamedTuple):
 def node_addresses(key: ObjectKey, node: NodeSection) -> Iterator[str]:
     """The addresses of a node, as ranges (for an index)."""
     return map(cidr.canonical, node.addresses)
+
+
+def pod_ranges(key: ObjectKey, node: Node) -> Iterator[str]:
+    """From which ranges a node's pods have their addresses (for an index). Whoever has one of them
+    and is not known yet is a new pod, not somebody out in the world."""
+    for text in node.spec.pod_cidrs:
+        with suppress(ValueError):
+            yield cidr.canonical(text)
 
 
 def outside(view: View, key: ObjectKey) -> Outside | None:

@@ -285,9 +285,9 @@ def named_here(view: View, key: SpecKey) -> frozenset[str] | None:
     return None
 
 
-def range_here(view: View, text: str) -> int:
-    """The identity of a range, where there are addresses that have it."""
-    number: int = view.get("range_identities", text)
+def range_here(view: View, text: str) -> int | None:
+    """The identity of a range, where there are addresses that have it; None: no policy names it."""
+    number: int | None = view.get("range_identities", text)
     return number
 
 
@@ -296,4 +296,6 @@ def cidr_sections(view: View, text: str) -> CidrSection | None:
     server's as well."""
     if view.bucket("node_at", text) and not view.bucket("api_range", text):
         return None
+    if view.bucket("pod_ranges", text):
+        return CidrSection(text, int(Reserved.INIT))
     return CidrSection(text, view.get("range_identities", text))

@@ -71,6 +71,8 @@ INDEXES = (
     Index("hosted", "workloads", sections.hosted),
     Index("ranges_here", "named_here", lambda key, found: found),
     Index("ranges_here", "outside", peers.outside_ranges),
+    Index("ranges_here", "Node", peers.pod_ranges),
+    Index("pod_ranges", "Node", peers.pod_ranges),
     Index("ranges_within_here", "identities_here", peers.enclosing),
     Index("api_range", "outside", peers.api_ranges),
     Index("api_server", "api_places", lambda text, place: ("",)),
