@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.control import Options
+from gateway.control import ControlPlane, Options
 from mesh.model.identity import Reserved
+from mesh.model.meta import ObjectKey
 from mesh.model.policyconfig import Direction, PolicyRule, PolicySection, PortRange
-from mesh.policy import cilium
+from mesh.policy import cilium, sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
-from tests.gateway_world import World, join
+from tests.gateway_world import World, join, objects
 from tests.test_gateway_workloads import MESH, piece, pod, service
 
 
@@ -183,6 +184,38 @@ def test_one_bad_policy_affects_nothing_else() -> None:
     assert both.of("policy").keys() == alone.of("policy").keys()
 
 
+def test_a_defect_in_reading_one_policy_denies_for_its_pods_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def resolve(view: Any, peers: Any) -> Any:
+        if peers and "health" in peers.entities:
+            raise ZeroDivisionError
+        return peers_resolve(view, peers)
+
+    peers_resolve = sections.resolve
+    monkeypatch.setattr(sections, "resolve", resolve)
+    of_a = "endpointSelector: {matchLabels: {app: a}}, ingress: [{fromEntities: [%s]}]"
+    control = ControlPlane(MESH)
+    texts = (
+        POD,
+        pod("q", "10.0.0.2", labels="{app: b}"),
+        cnp(f"{{{of_a % 'health'}}}"),
+        cnp(f"{{{of_a % 'world'}}}", "good"),
+        cnp(f"{{{of_a.replace('app: a', 'app: b') % 'world'}}}", "other"),
+    )
+    outcome = control.apply(objects(join(*texts)))
+    assert {table for table, _ in outcome.failures} == {"resolved"}
+    for policy, said in (("p", "a defect in Weft"), ("good", ""), ("other", "")):
+        status = outcome.statuses["CiliumNetworkPolicy", ObjectKey("default", policy)]
+        assert status.conditions[1].message.startswith(said)
+        assert (status.conditions[1].status == "True") == (not said)
+    for name, denied in (("p", True), ("q", False)):
+        section = outcome.put[f"policy/default/{name}"]
+        assert isinstance(section, PolicySection)
+        assert any(rule.deny and rule.peers is None for rule in section.ingress.rules) == denied
+        assert section.egress.default_deny == denied
+
+
 def test_huge_policies_are_refused() -> None:
     many = [
         {"fromEndpoints": [{"matchLabels": {"n": str(i)}}]} for i in range(cilium.MAX_RULES + 1)
@@ -272,6 +305,30 @@ def test_named_ports_are_the_pods_own_for_ingress_and_the_peers_for_egress() -> 
             ((PortRange("TCP", 8080, 8080),), frozenset({identity["one"]})),
             ((PortRange("TCP", 9090, 9090),), frozenset({identity["two"]})),
         }
+
+
+def test_a_name_that_pods_with_the_same_labels_have_for_different_ports() -> None:
+    """It is allowed where all have it, and denied where any has."""
+
+    def peer(name: str, address: str, port: int) -> str:
+        ports = f"containers: [{{name: c, ports: [{{name: web, containerPort: {port}}}]}}]"
+        return pod(name, address, labels="{app: b}").replace("spec: {", f"spec: {{{ports}, ")
+
+    group = "{toEndpoints: [{}], toPorts: [{ports: [{port: web, protocol: TCP}]}]}"
+    one, two = peer("one", "10.0.0.2", 8080), peer("two", "10.0.0.3", 9090)
+    w = world(POD, one, cnp(f"{ALL}egress: [{group}], egressDeny: [{group}]}}"))
+
+    def said() -> dict[bool, set[int]]:
+        rules = of(w).egress.rules
+        return {rule.deny: {port.first for port in rule.ports} for rule in rules}
+
+    assert said() == {False: {8080}, True: {8080}}
+    w.apply(two)
+    assert said() == {True: {8080, 9090}}
+    w.apply(peer("two", "10.0.0.3", 8080))
+    assert said() == {False: {8080}, True: {8080}}
+    w.apply(peer("two", "10.0.0.3", 8080).replace("name: web", "name: other"))
+    assert said() == {True: {8080}}
 
 
 def test_the_api_server_has_identities_of_its_own_also_on_a_node() -> None:

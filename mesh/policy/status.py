@@ -63,6 +63,8 @@ def _problems(book: Rulebook) -> str:
 
 
 def _refused(view: View, key: PolicyKey, book: Rulebook) -> str:
+    if any(view.get("resolved", (key, index)) is None for index in range(len(book.specs))):
+        return "a defect in Weft, which its log has: everything is denied to whom it selects"
     refused: set[SectionKey] = set(view.bucket("refused_policies", ""))
     if not refused:
         return ""
