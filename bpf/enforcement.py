@@ -60,7 +60,9 @@ class Enforcement:
         self, put: Mapping[SectionKey, EnforcedSection], gone: tuple[SectionKey, ...]
     ) -> dict[SectionKey, str]:
         since = self._generation.next()
-        refused = self._identities.apply(_of_addresses(put), gone, since)
+        addresses = _of_addresses(put)
+        left = (key for key, one in put.items() if isinstance(one, CidrSection) and not one.here)
+        refused = self._identities.apply(addresses, (*gone, *left), since)
         refused |= self._pods.apply(_of_pods(put), gone, since, self._identities.mistaken())
         self._generation.begin(since)
         return refused
@@ -83,8 +85,10 @@ def _of_pods(sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey,
 def _of_addresses(
     sections: Mapping[SectionKey, EnforcedSection],
 ) -> dict[SectionKey, WorkloadSection | NodeSection | CidrSection]:
+    """Who is told apart here."""
     return {
         key: one
         for key, one in sections.items()
-        if isinstance(one, WorkloadSection | NodeSection | CidrSection)
+        if isinstance(one, WorkloadSection | NodeSection)
+        or (isinstance(one, CidrSection) and one.here)
     }

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import (
@@ -156,9 +157,16 @@ def test_the_smallest_range_is_who_an_address_is(world: PodWorld, version: int) 
         outcomes = [world.attempt("out", server, address) for address in _WITHIN[version]]
         assert outcomes == [ANSWERED, DENIED, ANSWERED]
         assert world.attempt("out", server) == DENIED
-        # Without the smallest range, its address is of the next one.
-        del ranges[f"cidr/{_RANGES[version][2]}"]
+        # Without the smallest range, its address is of the next one; so it is if only other nodes'
+        # policies name it.
+        smallest = f"cidr/{_RANGES[version][2]}"
+        elsewhere = {smallest: msgspec.structs.replace(ranges[smallest], here=False)}
+        assert world.enforcement.apply(elsewhere) == {}
+        assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
+        del ranges[smallest]
         world.enforce({**KNOWN, **ranges, **policy(ingress=ingress)})
+        assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
+        world.enforce({**KNOWN, **ranges, **elsewhere, **policy(ingress=ingress)})
         assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
 
 

@@ -11,7 +11,7 @@ import yaml
 from gateway.control import ControlPlane, Options
 from mesh.model.identity import Reserved
 from mesh.model.meta import ObjectKey
-from mesh.model.policyconfig import Direction, PolicyRule, PolicySection, PortRange
+from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 from mesh.policy import cilium, sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
 from tests.gateway_world import World, join, objects
@@ -376,7 +376,7 @@ def test_services_are_their_endpoints_pods_or_not() -> None:
     assert not w.of("cidr")
 
 
-def test_ranges_are_only_of_policies_about_pods_of_this_node() -> None:
+def test_who_is_in_a_range_is_told_apart_where_policies_about_pods_here_name_it() -> None:
     of_b = "endpointSelector: {matchLabels: {app: b}}"
     w = world(
         POD,
@@ -384,10 +384,17 @@ def test_ranges_are_only_of_policies_about_pods_of_this_node() -> None:
         cnp(f"{{{of_b}, egress: [{{toCIDR: [192.0.2.0/24]}}]}}", "of-b"),
         cnp("{endpointSelector: {matchLabels: {app: a}}, egress: [{toEntities: [world]}]}"),
     )
-    assert not w.of("cidr")
+
+    def section() -> CidrSection:
+        [found] = w.of("cidr").values()
+        assert isinstance(found, CidrSection)
+        return found
+
+    assert not section().here
     assert [rule.peers for rule in of(w).egress.rules] == [{Reserved.WORLD}]
     w.apply(pod("here", "10.0.0.3", labels="{app: b}"))
-    [number] = [one.identity for one in w.of("cidr").values()]  # type: ignore[union-attr]
+    assert section().here
+    number = section().identity
     assert [rule.peers for rule in of(w).egress.rules] == [{Reserved.WORLD, number}]
     assert [rule.peers for rule in of(w, "here").egress.rules] == [{number}]
     # The data plane has no room for it: its own policy is not Programmed, the other one is.
@@ -397,7 +404,7 @@ def test_ranges_are_only_of_policies_about_pods_of_this_node() -> None:
     )
     assert why(w, type="Programmed") == ""
     w.delete("Pod", "here")
-    assert not w.of("cidr")
+    assert not section().here
 
 
 def test_who_is_in_a_range_of_pods_and_not_known_is_a_new_pod() -> None:

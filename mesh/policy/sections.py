@@ -312,4 +312,5 @@ def cidr_sections(view: View, text: str) -> CidrSection | None:
         return None
     if view.bucket("pod_ranges", text):
         return CidrSection(text, int(Reserved.INIT))
-    return CidrSection(text, view.get("range_identities", text))
+    here = bool(view.bucket("ranges_here", text))
+    return CidrSection(text, view.get("range_identities", text), here)
