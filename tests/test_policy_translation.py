@@ -3,6 +3,7 @@ fails closed. What rules mean is compared elsewhere (test_policy_model)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mesh.model.meta import ObjectKey
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 from mesh.policy import cilium, sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
+from mesh.sources.directory import Manifests
 from tests.gateway_world import World, join, objects
 from tests.test_gateway_workloads import MESH, piece, pod, service
 
@@ -182,6 +184,85 @@ def test_one_bad_policy_affects_nothing_else() -> None:
     both = world(pod("q", "10.0.0.2", namespace="n"), POD.replace("app: a", "app: b"), good, bad)
     assert of(both) == of(alone)
     assert both.of("policy").keys() == alone.of("policy").keys()
+
+
+_UNREADABLE = {
+    # What is written of a policy for pods with app a; which sides it closes, and whether above what
+    # others allow.
+    "a rule": ("CiliumNetworkPolicy", {"ingress": [{"fromEntities": 7}]}, {"ingress": False}),
+    "a denial": (
+        "CiliumNetworkPolicy",
+        {"egress": [{}], "ingressDeny": [{"oops": 1}]},
+        {"egress": False, "ingress": True},
+    ),
+    "a field": ("CiliumNetworkPolicy", {"ingresDeny": [{}]}, {"egress": True, "ingress": True}),
+    "a requirement": (
+        "CiliumNetworkPolicy",
+        {"ingress": [{"fromRequires": [{"matchLabels": {"a": "b"}}], "oops": 1}]},
+        {"ingress": True},
+    ),
+    "of all namespaces": (
+        "CiliumClusterwideNetworkPolicy",
+        {"egress": [{"toPorts": "x"}]},
+        {"egress": False},
+    ),
+    "NetworkPolicy": (
+        "NetworkPolicy",
+        {"ingress": [{"from": [{"ipBlock": {"cidr": "300.0.0.0/8"}}]}], "policyTypes": ["Ingress"]},
+        {"ingress": False},
+    ),
+    "NetworkPolicy's types": (
+        "NetworkPolicy",
+        {"policyTypes": ["ingress"]},
+        {"egress": False, "ingress": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _UNREADABLE)
+def test_a_policy_that_cannot_be_read_denies_for_whom_it_selects(case: str, tmp_path: Path) -> None:
+    kind, spec, closed = _UNREADABLE[case]
+    selector = "podSelector" if kind == "NetworkPolicy" else "endpointSelector"
+    api = "networking.k8s.io/v1" if kind == "NetworkPolicy" else "cilium.io/v2"
+    metadata = {"name": "p"}
+    manifests, w = Manifests(tmp_path), world(POD, pod("q", "10.0.0.2", labels="{app: b}"))
+    everybody = cnp("{endpointSelector: {}, ingress: [{fromEntities: [all]}],"
+                    " egress: [{toEntities: [all]}]}", "open")  # fmt: skip
+    w.apply(everybody)
+
+    def write(**spec: Any) -> None:
+        manifest = {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec}
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(manifest))
+        update = manifests.scan()
+        w.change(update.changes)
+        told.append(" ".join(problem.message for problem in update.problems))
+
+    told: list[str] = []
+    write(**{selector: {"matchLabels": {"app": "a"}}}, **spec)
+    assert "until that is mended, it denies for whom it selects" in told[-1]
+    section = of(w)
+    for side in ("ingress", "egress"):
+        direction = getattr(section, side)
+        assert any(name.split()[1] in ("p", "default/p") for name in direction.selected_by) == (
+            side in closed
+        )
+        assert any(rule.deny for rule in direction.rules) == closed.get(side, False)
+    assert not any(rule.deny for rule in of(w, "q").ingress.rules)
+    namespace = "" if kind == "CiliumClusterwideNetworkPolicy" else "default"
+    status = w.statuses[kind, ObjectKey(namespace, "p")]
+    assert status.conditions[0].status == "False"
+    assert "spec" in status.conditions[0].message
+    # Another selector is followed; one that cannot be read changes nothing, but if it is the first.
+    for labels in ({"app": "b"}, 7):
+        write(**{selector: {"matchLabels": labels}}, **spec)
+        assert of(w).ingress.selected_by == ("CiliumNetworkPolicy default/open",)
+        found = [*of(w, "q").ingress.selected_by, *of(w, "q").egress.selected_by]
+        assert any(name.split()[1] in ("p", "default/p") for name in found)
+    (tmp_path / "p.yaml").unlink()
+    w.change(manifests.scan().changes)
+    write(**{selector: {"matchLabels": 7}}, **spec)
+    assert "whom it selects cannot be read, so it denies nothing" in told[-1]
+    assert not any(name.split()[1] in ("p", "default/p") for name in of(w, "q").ingress.selected_by)
 
 
 def test_a_defect_in_reading_one_policy_denies_for_its_pods_alone(

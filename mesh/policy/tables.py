@@ -15,8 +15,18 @@ from mesh.model.derive import Index, Rule, View
 from mesh.model.meta import ObjectKey
 from mesh.model.networkpolicy import NetworkPolicy
 from mesh.model.section import SectionKey, cidr_key, policy_key
-from mesh.policy import audit, cilium, demands, judged, kubernetes, peers, sections, status
-from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey
+from mesh.policy import (
+    audit,
+    cilium,
+    demands,
+    judged,
+    kubernetes,
+    peers,
+    sections,
+    status,
+    unreadable,
+)
+from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey, refused
 
 # The tables whose entries are sections.
 SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
@@ -104,8 +114,11 @@ def inputs(
 def rulebook(view: View, key: PolicyKey) -> Rulebook:
     policy = view.get("Policy", key)
     if isinstance(policy, NetworkPolicy):
-        return kubernetes.translate(policy)
-    return cilium.translate(policy)
+        book = kubernetes.translate(policy)
+    else:
+        book = cilium.translate(policy)
+    why = unreadable.why(policy)
+    return refused(book.specs, (why,)) if why else book
 
 
 def spec(view: View, key: SpecKey) -> Spec:
