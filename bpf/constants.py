@@ -12,10 +12,11 @@ FRONTEND_HTTP, FRONTEND_SOCKMAP = 1, 2
 # A backend is reached through the relay of this node's proxy.
 BACKEND_REMOTE = 1
 # The proxy sends to workloads of this node by redirect.
-CONFIG_SOCKMAP = 1
+# Also: nothing goes plainly to a pod of another node that takes mutual TLS.
+CONFIG_SOCKMAP, CONFIG_MTLS = 1, 2
 # An address whose sockets are never enrolled; of a meshed pod of another node; of a pod that is not
-# in the mesh.
-IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART = 1, 2, 4
+# in the mesh; of one of another node that takes mutual TLS, at some port at least.
+IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART, IDENTITY_MTLS = 1, 2, 4, 8
 # Of a connection between proxy and workload: to be enrolled if both ends can be; enrolled.
 STATE_WANTED, STATE_ENROLLED = 1, 2
 
@@ -69,13 +70,20 @@ FLOW_TCP_S, FLOW_S = 86_400, 120
 # is older), in seconds.
 FRAGMENTS = 1 << 12
 FRAGMENT_S = 30
-# Refusals of packets that are told of in one second, on each CPU.
+# Packets that are told of in one second, on each CPU: that were refused; that were not.
 TOLD_MAX = 500
-# Pairs, and what went past the proxy by them. A response that does is no longer than this, and its
-# client has read all before: so that all pairs' hold no more than 512 MiB.
+# Pairs, and what goes past the proxy by them. A request that does is no longer than this, nor a
+# response, except of LARGE_PAIRS of a worker, whose responses have been longer; both ends have read
+# all before: so that responses hold no more than 512 MiB, and as much for each worker.
 PAIRS_MAX = 1 << 13
 EXCHANGES_MAX = 1 << 14
 RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
+LARGE_RESPONSE_MAX, LARGE_PAIRS = 4 << 20, 1 << 7
+# What is counted under is by route, ends, policy rules and status: 200 bytes for each CPU.
+PASSED_MAX = 1 << 16
+# Of 4 KiB; a power of two: requests that have passed, until somebody looks, each with so many bytes
+# of how it began.
+PASSING_PAGES, PASSING_HEAD = 32, 160
 # Of its head; a power of two.
 RESPONSE_HEAD_MAX = 2048
 # Of 4 KiB; a power of two.

@@ -13,14 +13,24 @@ from typing import TypeAlias
 
 from bpf.pods import Pods, PodSection
 from bpf.settings import Generation, Identities
-from mesh.model.nodeconfig import NodeSection, SvidSection, WorkloadSection
+from mesh.model.nodeconfig import (
+    NodeSection,
+    SvidSection,
+    TrustBundleSection,
+    WorkloadSection,
+)
 from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.section import SectionKey
 
-EnforcedSection: TypeAlias = (
-    WorkloadSection | NodeSection | CidrSection | PolicySection | SvidSection
+EnforcedSection: TypeAlias = NodeSection | CidrSection | PodSection
+ENFORCED = (
+    WorkloadSection,
+    NodeSection,
+    CidrSection,
+    PolicySection,
+    SvidSection,
+    TrustBundleSection,
 )
-ENFORCED = (WorkloadSection, NodeSection, CidrSection, PolicySection, SvidSection)
 
 
 class Enforcement:
@@ -78,7 +88,7 @@ def _of_pods(sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey,
     return {
         key: one
         for key, one in sections.items()
-        if isinstance(one, WorkloadSection | PolicySection | SvidSection)
+        if isinstance(one, WorkloadSection | PolicySection | SvidSection | TrustBundleSection)
     }
 
 

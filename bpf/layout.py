@@ -32,6 +32,9 @@ from bpf.structs import (
     Outgoing,
     Pair,
     Paired,
+    Passed,
+    PassedKey,
+    Passing,
     Pod,
     Policy,
     PolicyKey,
@@ -71,6 +74,9 @@ T = TypeVar(
     Pair,
     Paired,
     Exchange,
+    Passed,
+    PassedKey,
+    Passing,
     AutomatonPlace,
     Number,
 )
@@ -111,6 +117,7 @@ TARGET = Layout("target", "!", {"address": "16s", "port": "H", "protocol": "B", 
 FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I"})
 BACKEND = Layout("backend", "=", {"target": "20s", "flags": "I"})
 ORIGIN = Layout("origin", "=", {"asked": "20s", "backend": "20s", "flags": "I"})
+CONNECTED = Layout("connected", "=", {"peer": "20s", "origin": f"{ORIGIN.size}s"})
 ORIGIN_KEY = Layout("origin_key", "=", {"cookie": "Q", "peer": "20s", "zero": "4x"})
 MEMBER = Layout("member", "=", {"frontend": "20s", "backend": "20s"})
 AFFINITY_KEY = Layout("affinity_key", "=", {"client": "Q", "frontend": "20s", "zero": "4x"})
@@ -143,7 +150,16 @@ IDENTITY = Layout(
 )
 PREFIX = Layout("prefix", "=", {"bits": "I", "address": "16s"})
 POD = Layout(
-    "pod", "=", {"since": "Q", "policy": "I", "flags": "I", "old_policy": "I", "old_flags": "I"}
+    "pod",
+    "=",
+    {
+        "since": "Q",
+        "proven_until": "Q",
+        "policy": "I",
+        "flags": "I",
+        "old_policy": "I",
+        "old_flags": "I",
+    },
 )
 POLICY_KEY = Layout(
     "policy_key",
@@ -159,7 +175,11 @@ POLICY_KEY = Layout(
 )
 POLICY = Layout("policy", "=", {"flags": "I", "rule": "I"})
 FLOW_KEY = Layout("flow_key", "=", {"tuple": "40s", "direction": "I"})
-FLOW = Layout("flow", "=", {"seen_ns": "Q", "generation": "Q", "flags": "I", "refused": "I"})
+FLOW = Layout(
+    "flow",
+    "=",
+    {"seen_ns": "Q", "generation": "Q", "until": "Q", "flags": "I", "refused": "I"},
+)
 FRAGMENT = Layout(
     "fragment",
     "=",
@@ -195,6 +215,9 @@ PAIR = Layout(
         "handed": "I",
         "until": "I",
         "expires_ns": "Q",
+        "series": "Q",
+        "response_max": "I",
+        "zero": "4x",
         "offer_again": "Q",
     },
 )
@@ -204,16 +227,59 @@ EXCHANGE = Layout(
     "=",
     {
         "started_ns": "Q",
+        "backend": "Q",
+        "series": "Q",
+        "egress": "I",
+        "ingress": "I",
+        "forwarded": "I",
+        "answered": "I",
+        "handed": "I",
+        "parted": "I",
+        "sent": "I",
+        "unsent": "I",
+        "left": "I",
+        "bodiless": "I",
+        "status": "I",
+        "bytes_in": "I",
+        "bytes_out": "I",
+        "response_max": "I",
+        "port": "I",
+        "shown": "I",
+        "head": f"{constants.PASSING_HEAD}s",
+    },
+)
+PASSED_KEY = Layout(
+    "passed_key",
+    "=",
+    {"series": "Q", "egress": "I", "ingress": "I", "status": "I", "zero": "4x"},
+)
+PASSED = Layout(
+    "passed",
+    "=",
+    {
+        "requests": "Q",
         "bytes_in": "Q",
         "bytes_out": "Q",
         "elapsed_ns": "Q",
         "faster": f"{8 * constants.PAIR_BUCKETS}s",
-        "forwarded": "I",
-        "answered": "I",
-        "handed": "I",
-        "bodiless": "I",
-        "left": "I",
+    },
+)
+PASSING = Layout(
+    "passing",
+    "=",
+    {
+        "started_ns": "Q",
+        "elapsed_ns": "Q",
+        "series": "Q",
+        "egress": "I",
+        "ingress": "I",
+        "status": "I",
+        "bytes_in": "I",
+        "bytes_out": "I",
+        "port": "I",
+        "shown": "I",
         "zero": "4x",
+        "head": f"{constants.PASSING_HEAD}s",
     },
 )
 WORKLOAD = Layout("workload", "=", {"cookie": "Q", "base": "I", "is_backend": "I"})

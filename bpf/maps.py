@@ -93,6 +93,7 @@ MAPS = {
     "frontends": Spec(layout.TARGET, layout.FRONTEND, constants.FRONTENDS),
     "slots": Spec(layout.U32, layout.U64, constants.SLOTS),
     "backends": Spec(layout.U32, layout.BACKEND, constants.BACKENDS),
+    "connected": Spec(layout.U32, layout.CONNECTED, 0),
     "origins": Spec(layout.ORIGIN_KEY, layout.ORIGIN, constants.ORIGINS),
     "affinities": Spec(layout.AFFINITY_KEY, layout.AFFINITY, constants.AFFINITIES),
     "members": Spec(layout.MEMBER, layout.U32, constants.MEMBERS),
@@ -109,6 +110,8 @@ MAPS = {
     "pairs": Spec(layout.U64, layout.PAIR, constants.PAIRS_MAX),
     "paired": Spec(layout.U64, layout.PAIRED, constants.PAIRS_MAX),
     "exchanges": Spec(layout.U64, layout.EXCHANGE, constants.EXCHANGES_MAX),
+    "passed": Spec(layout.PASSED_KEY, layout.PASSED, constants.PASSED_MAX),
+    "passings": Spec(None, None, constants.PASSING_PAGES * 4096),
     "responses": Spec(layout.U32, layout.RESPONSES, 1),
     "interfaces": Spec(layout.ADDRESS, layout.U32, constants.PODS),
     "namespaces": Spec(layout.U64, layout.ADDRESSES, constants.PODS),
@@ -119,7 +122,7 @@ MAPS = {
     "generation": Spec(layout.U32, layout.U64, 1),
     "flows": Spec(layout.FLOW_KEY, layout.FLOW, constants.FLOWS),
     "fragments": Spec(layout.FRAGMENT, layout.U64, constants.FRAGMENTS),
-    "told": Spec(layout.U32, layout.TOLD, 1),
+    "told": Spec(layout.U32, layout.TOLD, 2),
     "events": Spec(None, None, constants.EVENT_PAGES * 4096),
     "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, constants.AUTOMATA),
     "automaton_arenas": Spec(layout.U32, layout.U32, constants.AUTOMATON_ARENAS),
@@ -233,12 +236,12 @@ def counters(directory: Path) -> dict[Reason, int]:
 
 
 def _sum(fd: int, reason: Reason) -> int:
-    size = layout.U64.size * _possible_cpus()
+    size = layout.U64.size * possible_cpus()
     data = syscall.lookup(fd, layout.U32.pack(Number(reason)), size)
     return 0 if data is None else sum(memoryview(data).cast("Q"))
 
 
-def _possible_cpus() -> int:
+def possible_cpus() -> int:
     """The kernel's own number, which the size of per-CPU values follows, not that of CPUs at work:
     "0-3", or "0,2-3"."""
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().rsplit(",")[-1]

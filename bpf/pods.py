@@ -11,6 +11,7 @@ what is in them stays in force without us.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain, count, islice
@@ -22,7 +23,7 @@ from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
 from bpf.settings import Mistaken
 from bpf.structs import Address, Number, Pod, Policy, PolicyKey, Rules, Target
-from mesh.model.nodeconfig import SvidSection, WorkloadSection
+from mesh.model.nodeconfig import SvidSection, TrustBundleSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicyRule, PolicySection
 from mesh.model.section import SectionKey
 
@@ -31,17 +32,16 @@ MAX_ENTRIES = constants.POLICIES // 4
 # What has more entries leaves so much of the room to what has fewer.
 _LARGE, _FOR_SMALL = 1024, constants.POLICIES // 4
 
-PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
+PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection | TrustBundleSection
 
 _NOBODY: Mistaken = {}
 # The set that has no rules.
 _NO_RULES = 0
 _NOTHING, _CLOSED = Rules(_NO_RULES, 0), Rules(_NO_RULES, constants.POD_CLOSED)
-
-
-_NO_ROOM = "the kernel's maps have no room for it"
 # Under it stands what is in force for pods that nobody has told of yet.
 _NOWHERE = Address.of("::")
+
+_NO_ROOM = "the kernel's maps have no room for it"
 _REFUSED = "everything is refused to it and from it: "
 _MISTAKEN = f"{_REFUSED}the kernel's maps have no room for all addresses that its rules name"
 
@@ -61,6 +61,13 @@ class _Mtls(NamedTuple):
     flags: int
     ports: Mapping[Target, int]
     spiffe_id: str
+
+
+class _Held(NamedTuple):
+    """An SVID, and when it ends by CLOCK_MONOTONIC, in ns."""
+
+    spiffe_id: str
+    until: int
 
 
 class _Policy(NamedTuple):
@@ -91,7 +98,8 @@ class Pods:
         self._gone: set[Address] = set()
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
-        self._held: dict[SectionKey, str] = {}  # the SPIFFE IDs of SVIDs
+        self._held: dict[SectionKey, _Held] = {}
+        self._bundles: set[SectionKey] = set()
         self._sets: dict[tuple[Direction, Direction], int] = {}
         self._written: dict[int, _Set] = {}
         self._uses: Counter[int] = Counter()
@@ -127,7 +135,7 @@ class Pods:
         mistaken: Mistaken = _NOBODY,
     ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
-        known = self._mtls.keys() | self._policy.keys() | self._held.keys()
+        known = self._mtls.keys() | self._policy.keys() | self._held.keys() | self._bundles
         gone = known - sections.keys()
         refused = self._change(sections, gone, since, mistaken, set(self._in_force))
         self._left += self._adopted
@@ -166,18 +174,21 @@ class Pods:
         self._reclaim()
         ports: list[Target] = []
         former: list[_Mtls | _Policy | None] = []
-        proven = set(self._held.values())
+        proven, trusted = set(self._held.values()), bool(self._bundles)
         for key in (*remove, *put):
             self._waiting.pop(key, None)
         put, self._waiting = {**self._waiting, **put}, {}
         for key in (*remove, *put):
             former += self._mtls.pop(key, None), self._policy.pop(key, None)
             self._held.pop(key, None)
+            self._bundles.discard(key)
             self._refused.pop(key, None)
         for key, section in put.items():
             try:
                 if isinstance(section, SvidSection):
-                    self._held[key] = section.spiffe_id
+                    self._held[key] = _held(section)
+                elif isinstance(section, TrustBundleSection):
+                    self._bundles.add(key)
                 elif isinstance(section, PolicySection):
                     self._put_policy(key, section)
                 elif section.local:
@@ -196,9 +207,11 @@ class Pods:
                 self._leave(one)
             elif one is not None:
                 ports += one.ports
-        if changed := proven.symmetric_difference(self._held.values()):
+        if changed := {one.spiffe_id for one in proven.symmetric_difference(self._held.values())}:
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
+        if trusted != bool(self._bundles):
+            touched.add(_NOWHERE)
         touched |= self._doubt(mistaken)
         self._settle(touched | self._missing, since)
         for port in set(ports) - self._wanted_ports() if ports else ():
@@ -335,16 +348,20 @@ class Pods:
         later one's."""
         modes = {address: one for one in self._mtls.values() for address in one.addresses}
         policies = {address: one for one in self._policy.values() for address in one.addresses}
-        held = set(self._held.values())
+        held = {one.spiffe_id: one.until for one in self._held.values()}
         for address in touched:
             mode, policy = modes.get(address), policies.get(address)
-            number, flags = (policy.number, policy.flags) if policy else _NOTHING
+            number, flags = (policy.number, policy.flags) if policy else (_NO_RULES, 0)
             if number in self._broken:
                 number, flags = _NO_RULES, constants.POD_CLOSED
+            until = held.get(mode.spiffe_id, 0) if mode is not None else 0
             if mode is not None:
-                flags |= mode.flags | (constants.POD_PROVEN if mode.spiffe_id in held else 0)
-            known = mode is not None or policy is not None
-            rules = Rules(number, flags) if known else None
+                flags |= mode.flags | (constants.POD_PROVEN if until else 0)
+            # Where there are identities, who is not known yet may be STRICT.
+            if address == _NOWHERE and self._bundles:
+                flags |= constants.POD_STRICT
+            known = mode is not None or policy is not None or flags
+            rules = Rules(number, flags, until) if known else None
             before = self._in_force.get(address)
             if rules != before:
                 self._tell(address, rules, before, since)
@@ -354,9 +371,11 @@ class Pods:
     def _tell(
         self, address: Address, rules: Rules | None, before: Rules | None, since: int
     ) -> None:
+        now = rules or _NOTHING
         # A pod of which there is nothing yet is closed.
-        nothing = _NOTHING if address == _NOWHERE else _CLOSED
-        pod = Pod(since, *(rules or _NOTHING), *(before or nothing))
+        old = before or (_NOTHING if address == _NOWHERE else _CLOSED)
+        proven = now.proven_until or old.proven_until
+        pod = Pod(since, proven, now.policy, now.flags, old.policy, old.flags)
         try:
             self._pods.put(address, pod)
         except OSError:
@@ -378,6 +397,11 @@ def _tells(rule: PolicyRule, mistaken: Mistaken) -> bool:
         not (peers >= those if other in peers else peers.isdisjoint(those))
         for other, those in mistaken.items()
     )
+
+
+def _held(svid: SvidSection) -> _Held:
+    left = svid.not_after * 10**9 - time.time_ns()
+    return _Held(svid.spiffe_id, max(1, time.monotonic_ns() + left))
 
 
 def _source(direction: Direction, rule: int) -> str:

@@ -91,7 +91,8 @@ class Offer(NamedTuple):
     the backend, until `until` have been forwarded for the client, or CLOCK_MONOTONIC is at
     `expires_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
     from each since the connection was established, and is done with (modulo 2^32); `handed`:
-    likewise responses."""
+    likewise responses. What passes is counted under `series`; a response has no more than
+    `response_max` bytes."""
 
     client: int
     backend: int
@@ -104,6 +105,8 @@ class Offer(NamedTuple):
     handed: int
     until: int
     expires_ns: int
+    series: int
+    response_max: int
 
 
 class ProxyHandles:
@@ -142,7 +145,7 @@ class ProxyHandles:
         """Of a connection that the proxy opened: the far socket's cookie once it may send there by
         redirect; 0: it sends by TCP; None: ask again, and send nothing until then."""
         version, found = self._look(fd)
-        if found is None or found.state != constants.STATE_ENROLLED:
+        if version is None or found is None or found.state != constants.STATE_ENROLLED:
             return 0
         if found.peer:
             return found.peer
@@ -158,7 +161,7 @@ class ProxyHandles:
     def queued(self, cookie: int) -> int:
         """Bytes of memory that a workload's socket holds unread; 0 once it is gone."""
         frame = _FRAME.pack(cookie)
-        return max(0, *(syscall.run(version.queue, frame) for version in self._versions))
+        return max([0, *(syscall.run(version.queue, frame) for version in self._versions)])
 
     def mark_plain(self, backend: Target) -> None:
         """Connections to this backend are not enrolled for PLAIN_S seconds: it did not show its
@@ -197,6 +200,8 @@ class ProxyHandles:
             offer.handed & _U32,
             offer.until & _U32,
             offer.expires_ns,
+            offer.series,
+            offer.response_max,
             number,
         )
         client = layout.U64.pack(Number(offer.client))
@@ -239,10 +244,10 @@ class ProxyHandles:
         data = syscall.lookup(self._pairs.exchanges, key, layout.EXCHANGE.size)
         return None if data is None else layout.EXCHANGE.unpack(Exchange, data)
 
-    def _look(self, fd: int) -> tuple[_Version, Proxied | None]:
+    def _look(self, fd: int) -> tuple[_Version, Proxied] | tuple[None, None]:
         key = layout.U32.pack(Number(fd))
         for version in self._versions:
             data = syscall.lookup(version.proxied, key, layout.PROXIED.size)
             if data is not None:
                 return version, layout.PROXIED.unpack(Proxied, data)
-        return version, None
+        return None, None

@@ -10,6 +10,7 @@ import enum
 import errno
 
 
+@enum.unique
 class Reason(enum.IntEnum):
     """Numbers are indices into the counters: append, never renumber."""
 
@@ -39,12 +40,16 @@ class Reason(enum.IntEnum):
     UNJUDGED = 21, errno.EPERM, "a fragment or chain of headers that policy cannot judge; dropped"
     RESET = 22, None, "a refused packet of TCP was answered with RST"
     FORGED = 23, None, "it came from elsewhere in the name of a pod of this node; dropped"
-    UNTOLD = 24, None, "a refusal was not told of: too many in one second"
+    UNTOLD = 24, None, "a packet was not told of: too many in one second"
 
     PAIR_REQUEST = 25, None, "a request went straight to its backend's socket"
     PAIR_RESPONSE = 26, None, "a response went straight to its client's socket"
     PAIR_HANDED = 27, None, "the response to such a request was left to the proxy"
     PAIR_BROKEN = 28, None, "a backend sent what was no part of its response; send fails"
+    PAIR_UNCOUNTED = 29, None, "a request passed that there was no room to count, by route and ends"
+    PAIR_UNTOLD = 30, None, "a request passed of which nobody is told: nobody took others out"
+
+    PLAIN = 31, None, "from elsewhere somebody reached a pod, not by mutual TLS"
 
     errno: int | None
     meaning: str

@@ -1,8 +1,9 @@
 """Which responses may pass by the proxy, as tables that bpf/programs/response.h walks.
 
-A head that is whole and nothing out of the ordinary: "HTTP/1.1 200", fields by the grammar of RFC
-9110 §5.1 and §5.5, exactly one Content-Length of at most six digits, and none of the fields that
-concern a connection but "Connection: keep-alive". Everything else leads to the state that nothing
+A head that is whole and nothing out of the ordinary: "HTTP/1.1", a final status, fields by the
+grammar of RFC 9110 §5.1 and §5.5, exactly one Content-Length of at most seven digits (none with 204
+and 304, which have no body: RFC 9112 §6.3), and none of the fields that concern a connection but
+"Connection: keep-alive". Everything else leads to the state that nothing
 leads out of, and is the proxy's. No I/O.
 """
 
@@ -22,7 +23,7 @@ from bpf.constants import (
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TEXT = bytes([9, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _REFUSED = 0
-_DIGITS = 6
+_DIGITS = 7
 # What a hop says to the next one, or what the proxy would have to look at.
 _UNUSUAL = (
     b"transfer-encoding",
@@ -34,6 +35,9 @@ _UNUSUAL = (
     b"upgrade",
 )
 _LENGTH, _CONNECTION = b"content-length", b"connection"
+_BODILESS = (b"204", b"304")
+# Endpoints that answer so are left alone for a while: the proxy must know.
+_TOLD = (b"502", b"503", b"504")
 
 
 class _Tables:
@@ -73,19 +77,42 @@ def tables() -> bytes:
     """struct responses."""
     table = _Tables()
     line = RESPONSE_START
-    for byte in b"HTTP/1.1 200":
+    for byte in b"HTTP/1.1 ":
         after = table.state()
         table.lead(line, (byte,), after)
         line = after
-    reason, end = table.state(), table.state()
-    table.lead(line, b" ", reason)
-    table.lead(reason, _TEXT, reason)
-    table.lead(reason, b"\r", end)
     # Fields before Content-Length, and behind it.
     behind = _fields(table, None)
     before = _fields(table, behind)
-    table.lead(end, b"\n", before)
+    ends = [_reason(table, fields) for fields in (before, behind)]
+    _status(table, line, *ends)
     return table.packed()
+
+
+def _reason(table: _Tables, fields: int) -> int:
+    """The state behind the status."""
+    blank, reason, end = (table.state() for _ in range(3))
+    table.lead(blank, b" ", reason)
+    table.lead(reason, _TEXT, reason)
+    table.lead(reason, b"\r", end)
+    table.lead(end, b"\n", fields)
+    return blank
+
+
+def _status(table: _Tables, line: int, whole: int, bodiless: int) -> None:
+    """Three digits lead to `whole`, those of _BODILESS to `bodiless`, 1xx and _TOLD nowhere."""
+    digits = b"0123456789"
+    for first in b"2345":
+        tens = table.state()
+        table.lead(line, (first,), tens)
+        other, zero = table.state(), table.state()
+        table.lead(tens, digits, other)
+        table.lead(tens, b"0", zero)
+        table.lead(other, digits, whole)
+        for last in digits:
+            status = bytes((first, ord("0"), last))
+            if status not in _TOLD:
+                table.lead(zero, (last,), bodiless if status in _BODILESS else whole)
 
 
 def _fields(table: _Tables, behind: int | None) -> int:

@@ -60,7 +60,7 @@ def _own_stack(pin: Path) -> str:
     with _pod(pin) as enforcement, socket.socket(type=socket.SOCK_DGRAM) as receiver:
         receiver.bind((_POD, 0))
         receiver.settimeout(TIMEOUT_S)
-        svid = {f"svid/{who}": SvidSection(who, "", "", 0)}
+        svid = {f"svid/{who}": SvidSection(who, "", "", 1 << 32)}
         enforcement.apply({"workload/self/test": strict, **svid})
         with _attached(pin, "pod_ingress", _TCX_EGRESS):
             _send("127.0.0.1", receiver)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from bpf import maps, pins, settings, syscall
 from bpf.attach import open_program
 from bpf.balancer import Balancer
+from bpf.constants import RESPONSE_MAX
 from bpf.proxy import Offer, Origin, ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
@@ -238,7 +239,7 @@ def _pairs(world: _World) -> str:
                 sock.settimeout(TIMEOUT_S)
             handles, client = world.handles, pair.origin.cookie
             cookie = handles.pair(proxy.fileno()) or 0
-            if not handles.prepare(Offer(client, cookie, 0, 0, 0, 0, 0, 0, 0, 0, 0)):
+            if not handles.prepare(Offer(client, cookie, *[0] * 11)):
                 return "there is no room for a pair"
             _forward(world, client, 1)
             taken.sendall(_RESPONSE)
@@ -265,7 +266,8 @@ def _forward(world: _World, client: int, requests: int) -> None:
     with contextlib.closing(exchanges):
         before = exchanges.get(Number(client))
         if before is not None:
-            exchanges.put(Number(client), before._replace(forwarded=requests))
+            now = before._replace(forwarded=requests, response_max=RESPONSE_MAX)
+            exchanges.put(Number(client), now)
 
 
 def _filter(world: _World) -> str:

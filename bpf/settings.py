@@ -24,10 +24,13 @@ from mesh.model.section import SectionKey
 _NOWHERE = bytes(layout.TARGET.size)
 
 
-def steer_to_proxy(directory: Path, ports: Iterable[tuple[str, int]], *, sockmap: bool) -> None:
+def steer_to_proxy(
+    directory: Path, ports: Iterable[tuple[str, int]], *, sockmap: bool, mtls: bool = False
+) -> None:
     """From now on new connections to HTTP frontends and remote backends go to these ports of the
     proxy, MESH_HTTP_PORT and MESH_RELAY_PORT on at most one address of each family; where there is
-    none, straight to backends. DatapathError, OSError."""
+    none, straight to backends; with `mtls` not to those of other nodes that take it. DatapathError,
+    OSError."""
     by_place: dict[tuple[int, int], str] = {
         (ip_address(address).version, port): address for address, port in ports
     }
@@ -36,6 +39,8 @@ def steer_to_proxy(directory: Path, ports: Iterable[tuple[str, int]], *, sockmap
         address = by_place.get((version, port))
         return layout.TARGET.pack(Target.of(address, port, "TCP")) if address else _NOWHERE
 
+    flags = constants.CONFIG_SOCKMAP if sockmap else 0
+    flags |= constants.CONFIG_MTLS if mtls else 0
     config = PinnedMap(directory, "config", Number, Config)
     try:
         config.put(
@@ -45,7 +50,7 @@ def steer_to_proxy(directory: Path, ports: Iterable[tuple[str, int]], *, sockmap
                 at(6, MESH_HTTP_PORT),
                 at(4, MESH_RELAY_PORT),
                 at(6, MESH_RELAY_PORT),
-                constants.CONFIG_SOCKMAP if sockmap else 0,
+                flags,
             ),
         )
     finally:
@@ -207,6 +212,9 @@ class Identities:
             flags |= constants.IDENTITY_APART
         elif section.node and not section.local:
             flags |= constants.IDENTITY_FAR
+            modes = {section.mtls, *section.mtls_ports.values()}
+            if "STRICT" in modes or (section.spiffe_id and "PERMISSIVE" in modes):
+                flags |= constants.IDENTITY_MTLS
         return Who(section.identity, flags)
 
     def _claim(

@@ -6,6 +6,8 @@ import ipaddress
 import socket
 from typing import NamedTuple
 
+from bpf import constants
+
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -172,16 +174,20 @@ class Prefix(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """`policy`: a set of rules; `flags`: POD_…; 0: nothing is in force."""
+    """`policy`: a set of rules; `flags`: POD_…; 0: nothing is in force. `proven_until` by
+    CLOCK_MONOTONIC, in ns: where POD_PROVEN."""
 
     policy: int
     flags: int
+    proven_until: int = 0
 
 
 class Pod(NamedTuple):
-    """struct pod: what is in force for one from a generation on, and before it (Rules)."""
+    """struct pod: what is in force for one from a generation on, and before it (Rules);
+    `proven_until` is of the newer one that is proven."""
 
     since: int
+    proven_until: int
     policy: int
     flags: int
     old_policy: int
@@ -189,7 +195,8 @@ class Pod(NamedTuple):
 
     def at(self, generation: int) -> Rules:
         new = self.since <= generation
-        return Rules(self.policy, self.flags) if new else Rules(self.old_policy, self.old_flags)
+        policy, flags = (self.policy, self.flags) if new else (self.old_policy, self.old_flags)
+        return Rules(policy, flags, self.proven_until if flags & constants.POD_PROVEN else 0)
 
 
 class PolicyKey(NamedTuple):
@@ -218,10 +225,12 @@ class FlowKey(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """struct flow: `seen_ns` by CLOCK_MONOTONIC; `flags`: FLOW_…; `refused` is a Reason or 0."""
+    """struct flow: `seen_ns` and `until` by CLOCK_MONOTONIC; `flags`: FLOW_…; `refused` is a Reason
+    or 0."""
 
     seen_ns: int
     generation: int
+    until: int
     flags: int
     refused: int
 
@@ -259,6 +268,8 @@ class Pair(NamedTuple):
     handed: int
     until: int
     expires_ns: int
+    series: int
+    response_max: int
     offer_again: int
 
 
@@ -270,25 +281,71 @@ class Paired(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """struct exchange: what went past the proxy. `faster`: packed u64, one for each of PAIR_BOUNDS;
-    `bodiless`: the last request's response has no body, as it is of HEAD; `left`: so many bytes of
-    it are still to come, as the first ones came."""
+    """struct exchange: what goes past the proxy. `parted`: requests that came in more than one
+    message; `bodiless`: the last request's response has no body, as it is of HEAD; `unsent`,
+    `left`: so many bytes of it, and of the response, are still to come: as the first ones came,
+    those of the request only while the client's socket has sent no more than `sent` by TCP."""
 
     started_ns: int
-    bytes_in: int
-    bytes_out: int
-    elapsed_ns: int
-    faster: bytes
+    backend: int
+    series: int
+    egress: int
+    ingress: int
     forwarded: int
     answered: int
     handed: int
-    bodiless: int
+    parted: int
+    sent: int
+    unsent: int
     left: int
+    bodiless: int
+    status: int
+    bytes_in: int
+    bytes_out: int
+    response_max: int
+    port: int
+    shown: int
+    head: bytes
 
     @property
     def outstanding(self) -> bool:
         """A request was forwarded, and nothing of its response has come."""
         return (self.answered + self.handed - self.forwarded) & 0xFFFFFFFF != 0
+
+
+class PassedKey(NamedTuple):
+    """struct passed_key: what requests that passed by the proxy are counted under."""
+
+    series: int
+    egress: int
+    ingress: int
+    status: int
+
+
+class Passed(NamedTuple):
+    """struct passed: how many there were. `faster`: packed u64, one for each of PAIR_BOUNDS."""
+
+    requests: int
+    bytes_in: int
+    bytes_out: int
+    elapsed_ns: int
+    faster: bytes
+
+
+class Passing(NamedTuple):
+    """struct passing: one of them. `head` has `shown` bytes of how it began."""
+
+    started_ns: int
+    elapsed_ns: int
+    series: int
+    egress: int
+    ingress: int
+    status: int
+    bytes_in: int
+    bytes_out: int
+    port: int
+    shown: int
+    head: bytes
 
 
 class AutomatonPlace(NamedTuple):

@@ -134,15 +134,23 @@ class Authority:
             )
         if spiffe_id not in allowed:
             raise IssueRefused("not_on_this_node", f"{spiffe_id} is no identity of this node's")
+        if why := self.problem(now):
+            raise IssueRefused("issuer_expired", why)
         end = min(
             now + self._lives.svid_s,
             *(one.not_valid_after_utc.timestamp() for one in (self._root, *self._chain)),
         )
-        if end <= now:
-            raise IssueRefused("issuer_expired", "the authority's own certificates have expired")
         leaf = self._issuer.svid(key, spiffe_id, Life.between(now - SKEW_S, end))
         chain = leaf.public_bytes(Encoding.PEM).decode() + self._state.signer.chain
         return Issued(spiffe_id, chain, math.floor(end))
+
+    def problem(self, now: float) -> str:
+        """Why nothing can be issued now, or ""."""
+        for one in (self._root, *self._chain):
+            if why := _unusable(one, now):
+                remedy = "bring another" if self._state.signer.brought else "it is being replaced"
+                return f"{why}: {remedy}"
+        return ""
 
     def bundle(self) -> Bundle:
         """All roots that certificates in use may lead to."""
@@ -184,9 +192,12 @@ class Authority:
         """Do what is due. `everywhere`: the bundle's version that all nodes have; `brought`: the
         authority to go over to. Returns when to look again at the latest (seconds since 1970 UTC).
         AuthorityError: a step could not be written down, and was not done."""
+        self._heed_clock(now)
         state = self._state
         if state.next is not None and (
-            everywhere >= state.next_version or now >= state.next_since + state.longest_life_s
+            everywhere >= state.next_version
+            or now >= state.next_since + state.longest_life_s
+            or _unusable(self._root, now)  # and so is all that was issued
         ):
             self._go_over(state.next, now)
         state = self._state
@@ -194,22 +205,33 @@ class Authority:
         if kept != state.retiring:
             self._change(retiring=kept, version=state.version + 1)
         due = [one.until for one in kept]
+        if self._state.next is None:
+            if brought is not None:
+                if not _unusable(_one(brought.root), now):
+                    self._bring(brought, now)
+            elif not self._state.signer.brought:
+                if not _lasts(self._root, _ROOT_LEFT, now):
+                    self.rotate_root(now)
+                due.append(max(_replaced_at(self._root, _ROOT_LEFT), now + 1))
         if self._state.next is not None:
-            due.append(self._state.next_since + self._state.longest_life_s)
-        elif brought is not None:
-            self._bring(brought, now)
-        elif not self._state.signer.brought:
-            replace = _replaced_at(self._root, _ROOT_LEFT)
-            if replace <= now:
-                self.rotate_root(now)
-            due.append(max(replace, now + 1))
-        if self._state.signer.root_key:
-            replace = _replaced_at(self._chain[0], _INTERMEDIATE_LEFT)
-            if replace <= now:
+            due.append(max(self._state.next_since + self._state.longest_life_s, now + 1))
+        if _unusable(self._root, now):
+            due.append(now + 1 if self._state.next is not None else math.inf)
+        elif self._state.signer.root_key:
+            if not _lasts(self._chain[0], _INTERMEDIATE_LEFT, now):
                 self.rotate_intermediate(now)
-                replace = _replaced_at(self._chain[0], _INTERMEDIATE_LEFT)
-            due.append(max(replace, now + 1))
+            due.append(max(_replaced_at(self._chain[0], _INTERMEDIATE_LEFT), now + 1))
         return min(due, default=math.inf)
+
+    def _heed_clock(self, now: float) -> None:
+        """Forget what is of no use any more, or was made or noted by a clock that was ahead."""
+        state = self._state
+        if state.next is None:
+            return
+        if _unusable(_one(state.next.root), now):
+            self._change(next=None, version=state.version + 1)
+        elif state.next_since > now:
+            self._change(next_since=now)
 
     def describe(self) -> list[Described]:
         """All certificates of the authority, keys left out."""
@@ -273,6 +295,8 @@ class Authority:
         if not signer.root_key:
             return signer
         certificate = _one(signer.root)
+        if why := _unusable(certificate, now):
+            raise AuthorityError(f"{why}: it can issue nothing")
         root = Issuer(certificate, _key(signer.root_key))
         end = min(now + self._lives.intermediate_s, certificate.not_valid_after_utc.timestamp())
         number = f"{x509.random_serial_number():x}"[:8]
@@ -325,6 +349,23 @@ def _replaced_at(certificate: x509.Certificate, left: float) -> float:
     start = certificate.not_valid_before_utc.timestamp()
     end = certificate.not_valid_after_utc.timestamp()
     return end - (end - start) * left
+
+
+def _lasts(certificate: x509.Certificate, left: float, now: float) -> bool:
+    """Whether it need not be replaced: as it would have to be too where it was made by a clock that
+    was ahead."""
+    return certificate.not_valid_before_utc.timestamp() <= now < _replaced_at(certificate, left)
+
+
+def _unusable(certificate: x509.Certificate, now: float) -> str:
+    """Why it cannot be used now, or ""."""
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    subject = certificate.subject.rfc4514_string()
+    if end.timestamp() <= now:
+        return f"{subject} has expired ({end:%Y-%m-%d %H:%M} UTC)"
+    if start.timestamp() > now:
+        return f"{subject} is not valid before {start:%Y-%m-%d %H:%M} UTC"
+    return ""
 
 
 def _described(

@@ -212,7 +212,7 @@ _SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
     "gateway_entries": lambda key: entry_key(key[0], key[1], "TCP"),
     "pod_entries": lambda key: entry_key(key[0], key[1], "TCP"),
     "service_sections": lambda key: service_key(*key),
-    "workloads": lambda key: workload_key(*key),
+    "workload_sections": lambda key: workload_key(*key),
     "nodes": lambda key: node_key(key.name),
     **policy.SECTIONS,
 }
@@ -290,6 +290,7 @@ def _rules(options: Options) -> tuple[Rule, ...]:
         # Load-balancer entries.
         Rule("slice_ports", "EndpointSlice", pod_ports.slice_ports(mesh)),
         Rule("said", "slices_that_say", lambda view, said: True),
+        Rule("workload_sections", "workloads", workloads.sections),
         Rule("service_entries", "service_frontends", entries.service_entry(mesh)),
         Rule("gateway_entries", "gateway_frontends", entries.gateway_entry),
         Rule("pod_entries", "said_at", pod_entries.pod_entry(mesh)),
@@ -332,6 +333,7 @@ def _indexes(options: Options) -> tuple[Index, ...]:
         Index("slices_that_say", "slice_ports", pod_ports.said_in_slice),
         Index("slices_that_say", "judged", pod_ports.said_by_policy),
         Index("said_at", "said", pod_ports.said_at),
+        Index("said_of", "said", pod_ports.said_of),
         Index("grpc_listeners", "candidates", mixed.grpc_listeners),
         Index("http_at", "candidates", mixed.http_at),
         Index("http_under", "candidates", mixed.http_under),

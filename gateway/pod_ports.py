@@ -71,6 +71,11 @@ def said_at(said: Said, _: object) -> Iterator[PortKey]:
     yield said.address, said.port
 
 
+def said_of(said: Said, _: object) -> Iterator[str]:
+    """The address that something is said of (for an index)."""
+    yield said.address
+
+
 def spoken(view: View, place: PortKey) -> Speaks:
     """What is spoken at a pod's address and port; "http2": one HTTP or another."""
     said = {one.speaks for one in view.bucket("said_at", place)}

@@ -17,6 +17,7 @@ import msgspec
 from gateway.addresses import canonical
 from gateway.annotations import APART, client_headers, may_use_sockmap, meshed, mtls, mtls_ports
 from gateway.node import Mesh
+from gateway.pod_ports import spoken
 from mesh.model.core import Namespace
 from mesh.model.derive import View
 from mesh.model.identity import FIRST_WORKLOAD, WORKLOAD_BITS
@@ -231,6 +232,16 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
         )
 
     return compute
+
+
+def sections(view: View, key: ObjectKey) -> WorkloadSection:
+    """With what Services say of its ports, where that is asked for."""
+    workload: WorkloadSection = view.get("workloads", key)
+    if not workload.client_headers:
+        return workload
+    places = {(at, one.port) for at in workload.addresses for one in view.bucket("said_of", at)}
+    ports = {place[1] for place in places if spoken(view, place) in ("http1", "http2")}
+    return msgspec.structs.replace(workload, http_ports=tuple(sorted(ports)))
 
 
 def _modes(pod: PodState, demanded: frozenset[int] | None) -> tuple[MtlsMode, dict[int, MtlsMode]]:

@@ -13,7 +13,7 @@ from l7proxy.acceptor import Admission, Client, Drainable
 from l7proxy.direct import Direct
 from l7proxy.entry import Selection
 from l7proxy.exchange import Exchanges
-from l7proxy.forwarding import ClientAddress, pass_on, request_id, tell_client
+from l7proxy.forwarding import ClientAddress, request_id, take_off, tell_client
 from l7proxy.handles import Destination
 from l7proxy.http_acceptor import HttpAcceptor
 from l7proxy.mesh import GATEWAY
@@ -57,15 +57,15 @@ class Arrival:
         return self._caller
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
-        """The proxy of the client's node has taken off what clients must not claim, and told what
-        the pod asks for, if it has read the request."""
-        client = self._caller.client or self._caller.told
-        client = "" if "/" in client else client
-        if not self._read:
-            pass_on(head, info)
-            if self._pod.client_headers:
-                tell_client(head, client, self._identity)
-        return ClientAddress(client, request_id(head), self._read)
+        """What the proxy of the client's node has told of the client, or should have taken off, is
+        told again here, by what is proved here."""
+        caller = self._caller
+        asked = take_off(head) and self._read  # by a route of the client's node
+        if asked or self._pod.client_headers:
+            # Behind a Gateway the address stands there already.
+            tell_client(head, None if caller.gateway else caller.client, self._identity)
+        client = caller.client or caller.told
+        return ClientAddress("" if "/" in client else client, request_id(head), self._read)
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         match = self._direct.to(self._destination, self._pod.name, http2=head.version == b"2")

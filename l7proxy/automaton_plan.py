@@ -71,15 +71,12 @@ def plan(
     routes: RouteIndex,
     policies: Iterable[HttpRules],
     settings: Settings,
-    *,
-    timeouts: bool = False,
 ) -> Plan:
     """Of a listener (its id; "": what no route is about, rule 1 is as the request asks).
-    `policies`: all that may be asked of requests there. `timeouts`: whoever passes requests on in
-    the kernel keeps the time of those whose rules have a timeout."""
+    `policies`: all that may be asked of requests there."""
     rules: list[PlannedRule] = []
     if listener:
-        ordered = tuple(_routes(listener, routes, rules, timeouts))
+        ordered = tuple(_routes(listener, routes, rules))
     else:
         straight = CompiledRule(0, None, (), total_weight=0)
         rules.append(PlannedRule(RouteMatchResult(NO_ROUTE, straight, None, 0), ""))
@@ -111,9 +108,7 @@ def _text(rules: HttpRules) -> str:
 # --- routes ---------------------------------------------------------------------------------------
 
 
-def _routes(
-    listener: str, routes: RouteIndex, rules: list[PlannedRule], timeouts: bool
-) -> Iterator[Rule]:
+def _routes(listener: str, routes: RouteIndex, rules: list[PlannedRule]) -> Iterator[Rule]:
     """In the order in which l7proxy.routing asks them: by host, kind of path, precedence."""
     numbers: dict[tuple[RouteRef, int], int] = {}
     for pattern, match in sorted(routes.placed(listener), key=_precedence):
@@ -121,7 +116,7 @@ def _routes(
         name = result.route, result.rule.index
         number = numbers.get(name)
         if number is None:
-            rules.append(PlannedRule(result, needs_proxy(result.rule, timeouts=timeouts)))
+            rules.append(PlannedRule(result, needs_proxy(result.rule)))
             number = numbers[name] = len(rules)
         yield Rule(tuple(_match(pattern, match)), PUNT if rules[number - 1].why else number)
 
@@ -159,7 +154,7 @@ def _value(of: Literal["header", "query"], condition: ValueCondition) -> Conditi
     return Condition(of, kind, condition.value, condition.name)
 
 
-def needs_proxy(rule: CompiledRule, *, timeouts: bool) -> str:
+def needs_proxy(rule: CompiledRule) -> str:
     """Why requests of a rule must go through the proxy; "": they need not."""
     backends = rule.backends
     reasons = (
@@ -173,10 +168,6 @@ def needs_proxy(rule: CompiledRule, *, timeouts: bool) -> str:
         (rule.retry, "it retries"),
         (rule.client_headers, "it tells backends who the client is"),
         (_changes(rule), "it changes headers or paths"),
-        (
-            not timeouts and (rule.request_timeout_s or rule.backend_timeout_s),
-            "it has a timeout",
-        ),
     )
     return "; ".join(why for holds, why in reasons if holds)
 

@@ -30,7 +30,7 @@ from l7proxy.mirror import Mirrors
 from l7proxy.pairing import Follower
 from l7proxy.pairs import Pairs, Refusal
 from l7proxy.policies import Policies
-from l7proxy.record import Record, Series
+from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
 from l7proxy.routing import (
     CompiledBackend,
@@ -53,13 +53,15 @@ _WEBSOCKET = b"websocket"
 
 class Sent(NamedTuple):
     """A request that has gone to its backend past the proxy, as one before it. `lease`: for its
-    response, or the reply if there will be none; `responded`: a part has come."""
+    response, or the reply if there will be none; `responded`: a part has come; `answered`: others
+    were, past the proxy, before."""
 
     selected: Selection
     backend: CompiledBackend
     before: Lease
     lease: Lease | Reply
     responded: bool = False
+    answered: bool = False
 
 
 class Exchanges:
@@ -215,10 +217,12 @@ class _Exchange:
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
         certificate = self._client_certificate()
+        policies = self._shared.policies
         caller = self._entry.caller(self.record.client)
         if caller.gateway and caller.client:
-            caller = caller._replace(told=self._shared.policies.told_as(caller.client))
-        self._guard = guard = Guard(self._shared.policies, caller, self._sent, self.record)
+            client = policies.client_of(self.info.peer[0], caller.client)
+            caller = caller._replace(client=client, told=policies.told_as(client))
+        self._guard = guard = Guard(policies, caller, self._sent, self.record)
         for mirror in (*rule.mirrors, *backend.mirrors):
             if filters.sampled(mirror, random.random):
                 copy = dataclasses.replace(head, headers=list(head.headers))
@@ -230,13 +234,18 @@ class _Exchange:
         )
         self._forwarded = head
         attempt, response = await attempts.run(head, rule, backend, prefer)
-        self._propose(selected, rule, backend, attempt.lease)
+        self._propose(selected, rule, backend, attempt.lease, response)
         await self._relay(attempt, response, rule, backend)
 
     # --- past the proxy ---------------------------------------------------------------------------
 
     def _propose(
-        self, selected: Selection, rule: CompiledRule, backend: CompiledBackend, lease: Lease
+        self,
+        selected: Selection,
+        rule: CompiledRule,
+        backend: CompiledBackend,
+        lease: Lease,
+        response: ResponseHead,
     ) -> None:
         """Requests like this one, to the same endpoint, may pass by the proxy from now on."""
         pairing, shared = self.info.pairing, self._shared
@@ -244,15 +253,23 @@ class _Exchange:
             return
         caller = self._entry.caller(self.record.client)
         allowed = shared.pairs.allowed(
-            selected, rule, backend, caller, lease.way, lease.endpoint, endpoints=lease.endpoints
+            selected,
+            rule,
+            caller,
+            lease.way,
+            lease.endpoint,
+            self.record.series(),
+            endpoints=lease.endpoints,
+            length=response.body if isinstance(response.body, int) else 0,
         )
         if isinstance(allowed, Refusal):
             return
         version = shared.pairs.version
-        series = Series(self.record)
 
-        def handler(lease: Lease | Reply, responded: bool = False) -> Handler:
-            sent = Sent(selected, backend, before, lease, responded)
+        def handler(
+            lease: Lease | Reply, *, responded: bool = False, answered: bool = False
+        ) -> Handler:
+            sent = Sent(selected, backend, before, lease, responded, answered)
             return partial(shared.resume, self._entry, sent)
 
         before = lease
@@ -262,10 +279,9 @@ class _Exchange:
                 allowed,
                 self.record.head.authority,
                 current=lambda: shared.pairs.version == version,
-                passed=series.passed,
-                resume=lambda stream: handler(before.again(stream)),
+                resume=lambda stream, answered: handler(before.again(stream), answered=answered),
                 fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
-                broken=lambda reason, detail: handler(Reply(502, reason, detail), True),
+                broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
             ),
         )
 
@@ -279,6 +295,8 @@ class _Exchange:
         record.backend, record.attempts = sent.backend.label, 1
         record.endpoint, record.destination = before.endpoint_id, before.endpoint
         record.way = before.way
+        if sent.answered:
+            before.succeeded(200)
         if isinstance(sent.lease, Reply):
             self._responded = sent.responded
             raise sent.lease
@@ -288,7 +306,7 @@ class _Exchange:
             response = await attempt.response(self._sent, sent=True)
             if isinstance(response, Failure):
                 raise Reply(response.status, response.reason, response.detail)
-            self._propose(sent.selected, match.rule, sent.backend, sent.lease)
+            self._propose(sent.selected, match.rule, sent.backend, sent.lease, response)
             await self._relay(attempt, response, match.rule, sent.backend)
 
     def _choose(

@@ -76,9 +76,17 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
 
 def pass_on(head: RequestHead, info: ConnectionInfo) -> ClientAddress:
     """A request between workloads goes on as it was sent; only the reserved field is taken out."""
-    if any(name == _RESERVED for name, _ in head.headers):
-        head.headers = [item for item in head.headers if item[0] != _RESERVED]
+    take_off(head)
     return ClientAddress(info.peer[0], request_id(head), False)
+
+
+def take_off(head: RequestHead) -> bool:
+    """Take out the field that is reserved; whether it was there."""
+    before = head.headers
+    if not any(name == _RESERVED for name, _ in before):
+        return False
+    head.headers = [item for item in before if item[0] != _RESERVED]
+    return True
 
 
 def request_id(head: RequestHead) -> str:

@@ -43,8 +43,8 @@ class Guard:
         policies = self._policies
         if not policies.any:
             return FREE
-        asker = policies.asker(self._caller)
-        return policies.request(asker, endpoint.address, endpoint.port, self._sent, head)
+        asker, pod = policies.asker(self._caller), bool(endpoint.name)
+        return policies.request(asker, endpoint.address, endpoint.port, self._sent, head, pod=pod)
 
     def watch(self, endpoint: Endpoint, head: RequestHead, cut: Callable[[], None]) -> Watch:
         """Call `cut` as soon as policy refuses what it has let pass."""

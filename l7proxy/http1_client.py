@@ -44,6 +44,7 @@ class Http1Client(Link):
         self.cookie = 0  # of the far socket, where requests can reach it past the proxy
         self.held = False  # by whoever keeps it: no requests come from the pool
         self._keeper: Callable[[], None] | None = None
+        self._last = False  # what it serves
         self._on_change = on_change
         self._stream: _Stream | None = None
         self._streams = 0
@@ -82,14 +83,21 @@ class Http1Client(Link):
         """Bytes that have come while it was held."""
         return self.codec.buffer.left
 
-    def resume(self, head: RequestHead) -> ClientStream:
-        """For the response to a request that was sent past the proxy. ValueError: as `request`."""
+    def resume(self, head: RequestHead, *, last: bool) -> ClientStream:
+        """For the response to a request that was sent past the proxy. `last`: no other goes over
+        the connection. ValueError: as `request`."""
+        self._last = last
         self.held = False
         self._keeper = None
         self.answered = False
         self.codec.request(head)
         self._stream = _Stream(self, reused=True, sent=True)
         return self._stream
+
+    def bring(self, data: bytes) -> None:
+        """The rest of a request that was sent past the proxy, or a part of it."""
+        if not self.gone:
+            self.write((data,))
 
     def let_go(self, *, reusable: bool) -> None:
         """Back to the pool, or closed; also if it is not held (any more)."""
@@ -146,7 +154,7 @@ class Http1Client(Link):
         if not reusable:
             self._closing = True
             self.abort()
-        elif self.closed or not self.codec.keep_alive or self.codec.buffer.left:
+        elif self._last or self.closed or not self.codec.keep_alive or self.codec.buffer.left:
             self._closing = True
             self.reset_on_close(False)
             self.close_now()

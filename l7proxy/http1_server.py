@@ -177,9 +177,10 @@ class Http1Server(Link):
         goes on."""
         self.timer.clear()
         moved = self.eof or not self.codec.between_requests
-        handler = await pairing.take_over(moved=moved)
+        handler = await pairing.take_over(moved=moved, take=self._take)
         if self.lost:
             return False
+        self._served += pairing.count
         if handler is not None:
             self.codec.resume(pairing.head)
             if pairing.lost:
@@ -188,6 +189,13 @@ class Http1Server(Link):
         self._head_started = False
         self.timer.set(self.settings.idle_timeout_s)
         return True
+
+    def _take(self, count: int) -> bytes:
+        """Of what has come as it is, up to so many bytes."""
+        buffer = self.codec.buffer
+        data = bytes(buffer.take(min(count, buffer.left)))
+        self.hold_input(buffer.left)
+        return data
 
     async def _next_head(self) -> RequestHead | None:
         """The next request's head; None at the end of the connection."""
@@ -253,7 +261,15 @@ class Http1Server(Link):
         pairing, codec = self._pairing, self.codec
         if pairing is None or not pairing.proposed or self._draining or self.eof or self.gone:
             return None
-        return pairing if codec.keep_alive and codec.request_whole else None
+        if self.more_requests == 0 or not codec.request_whole:
+            return None
+        return pairing if codec.keep_alive else None
+
+    @property
+    def more_requests(self) -> int | None:
+        """How many may come before the last one, which goes through the proxy; None: any number."""
+        limit = self.settings.max_requests_per_connection
+        return None if limit is None else max(0, limit - self._served - 1)
 
     async def _discard_body(self) -> bool:
         """Take what is left of the request off the connection; whether that came to its end."""
@@ -432,7 +448,9 @@ class _Stream:
         connection = self._connection
         if pairing is None:
             return False
-        sent = pairing.offer(connection.received, lambda: connection.write_through(last))
+        sent = pairing.offer(
+            connection.received, lambda: connection.write_through(last), connection.more_requests
+        )
         if sent:
             self._held = b""
         return sent

@@ -28,6 +28,21 @@ DURATION = Histogram(
     ("gateway", "backend"),
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
+REQUEST_BYTES = Counter(
+    "weft_http_request_body_bytes_total",
+    "Bytes of the bodies of these requests",
+    ("gateway", "backend"),
+)
+RESPONSE_BYTES = Counter(
+    "weft_http_response_body_bytes_total",
+    "Bytes of the bodies of their responses",
+    ("gateway", "backend"),
+)
+BY_POLICY = Counter(
+    "weft_http_requests_by_policy_total",
+    "The same, by SPIFFE IDs of both ends, the policy that has decided, and class of status (2xx)",
+    ("source", "destination", "policy", "class"),
+)
 LOCAL_REPLIES = Counter(
     "weft_http_local_replies_total",
     "Requests the proxy answered itself because something was wrong, by reason",

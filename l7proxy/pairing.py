@@ -14,9 +14,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bpf.constants import PAIR_BOUNDS
+from bpf.constants import RESPONSE_MAX
+from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
 from l7proxy.handles import Handles
@@ -35,39 +36,30 @@ _U32 = 0xFFFFFFFF
 
 class Allowed(NamedTuple):
     """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `requests`: how many at most,
-    None: any number."""
+    None: any number. `timeout_s`: how long each may take, with its response."""
 
     generation: int
     egress: int
     ingress: int
     rule: int
     expires_ns: int
+    series: int
+    response_max: int
     requests: int | None
-
-
-class Passed(NamedTuple):
-    """What has passed since it was last asked: requests and their latencies (by PAIR_BOUNDS, and in
-    all, seconds), bytes of requests and responses."""
-
-    requests: int
-    faster: tuple[int, ...]
-    elapsed_s: float
-    bytes_in: int
-    bytes_out: int
+    timeout_s: float | None
 
 
 class Follower(NamedTuple):
     """How requests that follow one that was answered are treated. `current`: nothing that this was
-    decided by has changed. `passed` is told what has passed.
-    `resume` makes a handler for a response that comes through the proxy after all, on this stream;
-    `fail` one for a request without a response (status, reason, detail), `broken` for one whose
-    response has begun and will not end (reason, detail)."""
+    decided by has changed. `resume` makes a handler for a response that comes through the proxy
+    after all, on this stream, and is told whether others have passed before; `fail` one for a
+    request without a response (status, reason, detail), `broken` for one whose response has begun
+    and will not end (reason, detail)."""
 
     allowed: Allowed
     authority: bytes
     current: Callable[[], bool]
-    passed: Callable[[Passed], None]
-    resume: Callable[[ClientStream], Handler]
+    resume: Callable[[ClientStream, bool], Handler]
     fail: Callable[[int, str, str], Handler]
     broken: Callable[[str, str], Handler]
 
@@ -86,7 +78,9 @@ class Pairing:
     ) -> None:
         self.offered = False  # requests may pass, or one may be outstanding
         self.due = False  # `take_over` is
-        self.lost = False  # a response has not come and could still: nothing may follow its answer
+        # A response has not come and could still, or a request is not whole: nothing may follow.
+        self.lost = False
+        self.count = 0  # of requests that have passed while an offer stood, once nothing passes
         self.head = RequestHead(b"GET", b"http", b"", b"/", None, [])  # of what `take_over` gives
         self.wake: Callable[[], None] = lambda: None
         self.active: Callable[[], None] = lambda: None
@@ -97,10 +91,10 @@ class Pairing:
         self._settled = settled
         self._kept: Kept | None = None
         self._follower: Follower | None = None
-        self._counted = _NOTHING
-        self._seen = 0  # of `forwarded`
-        self._handed = 0
-        self._overdue = False
+        self._before = _NOTHING  # when it was offered
+        self._seen = _NOTHING  # when it was last looked at, and what had changed since
+        self._moved_at = 0.0
+        self._overdue: tuple[int, str, str] | None = None
         self._happened = asyncio.Event()
 
     # --- offers -----------------------------------------------------------------------------------
@@ -114,10 +108,20 @@ class Pairing:
     def proposed(self) -> bool:
         return self._kept is not None and not self.offered
 
-    def offer(self, received: int, send: Callable[[], bool]) -> bool:
+    @property
+    def large(self) -> bool:
+        """Responses may take more memory than most may."""
+        return self._follower is not None and self._follower.allowed.response_max > RESPONSE_MAX
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Of a request, if it passes by the proxy."""
+        return self._follower.allowed.timeout_s if self._follower is not None else None
+
+    def offer(self, received: int, send: Callable[[], bool], most: int | None = None) -> bool:
         """A request was served but for the last bytes of its response, which `send` gives to the
         kernel, all of them, or none (False). The client has sent `received` bytes here, all of them
-        done with. Whether they were sent."""
+        done with. `most`: no more requests may pass. Whether they were sent."""
         kept, follower = self._kept, self._follower
         assert kept is not None
         assert follower is not None
@@ -129,6 +133,7 @@ class Pairing:
             return False
         passed = self._handles.passed(self._client) or _NOTHING
         allowed = follower.allowed
+        requests = min(one for one in (allowed.requests, most, _MANY) if one is not None)
         offer = Offer(
             self._client,
             kept.cookie,
@@ -136,8 +141,10 @@ class Pairing:
             client_received=received,
             backend_received=kept.received,
             handed=passed.handed,
-            until=passed.forwarded + (allowed.requests or _MANY),
+            until=passed.forwarded + requests,
             expires_ns=allowed.expires_ns,
+            series=allowed.series,
+            response_max=allowed.response_max,
         )
         # The client's next request may come at once: what can be done before goes first.
         ready = not passed.outstanding and self._handles.prepare(offer)
@@ -146,10 +153,10 @@ class Pairing:
             self._handles.forget(kept.cookie)
             self._let_go(reusable=not passed.outstanding)
             return sent
-        self._counted = passed
-        self._seen, self._handed = passed.forwarded, passed.handed
+        self._before = self._seen = passed
         self.offered = True
-        self.due = self._overdue = False
+        self.due = False
+        self._overdue = None
         self._opened(self)
         return True
 
@@ -168,25 +175,39 @@ class Pairing:
         """The client's connection is gone; `ended`: the client had said that it sends no more."""
         if self.offered:
             self._handles.withdraw(self._client)
-            passed = self._count()
+            passed = self._handles.passed(self._client)
             self._withdrawn()
-            self._let_go(reusable=ended and passed is not None and not passed.outstanding)
+            self._let_go(
+                reusable=ended
+                and passed is not None
+                and not passed.outstanding
+                and passed.parted == self._before.parted
+            )
         else:
             self.decline()
 
     # --- what is outstanding ----------------------------------------------------------------------
 
-    async def take_over(self, *, moved: bool) -> Handler | None:
+    async def take_over(self, *, moved: bool, take: Callable[[int], bytes]) -> Handler | None:
         """From now on everything comes here. When nothing passes by the proxy any more: None, or
         what answers the request that is outstanding (`head`), and nothing else may be answered
-        before. `moved`: the client has sent something here since the offer, or its end."""
+        before. `moved`: the client has sent something here since the offer, or its end. `take`
+        gives what it has sent, up to so many bytes: the rest of a request that has begun."""
         kept, follower = self._kept, self._follower
         assert kept is not None
         assert follower is not None
         self._handles.withdraw(self._client)
         wait_s = _FIRST_LOOK_S
+        brought = 0
         while True:
-            passed = self._count()
+            passed = self._handles.passed(self._client)
+            # What has been received by now was sent after all that has passed of the request: the
+            # kernel passes no more of it once something has come here.
+            left = passed.unsent - brought if passed is not None and passed.outstanding else 0
+            if left and (more := take(left)):
+                brought += len(more)
+                kept.bring(more)
+                self._moved_at = time.monotonic()
             if passed is None or passed.outstanding:
                 failure = self._failure(passed, kept)
                 if failure is not None:
@@ -200,7 +221,8 @@ class Pairing:
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
-            if not moved and passed.handed == self._handed:
+            handed = passed.handed != self._before.handed
+            if not moved and not handed:
                 # A request could be passing just now, by the offer as it was; by numbers it could
                 # not if the client had sent something here, or a response had come here.
                 await self._settled()
@@ -208,11 +230,18 @@ class Pairing:
                 continue
             await self._delivery()
             self._withdrawn()
-            if passed.handed != self._handed:
+            self.count = passed.forwarded - self._before.forwarded & _U32
+            # Of a request in parts one may have been lost on its way, when memory is short: who
+            # waits for it would take the next request for it.
+            whole = passed.parted == self._before.parted
+            if handed:
+                # What is left of the request may pass or come here: nobody could tell it apart.
+                self.lost = passed.unsent != brought
                 self._tell_head(passed, follower)
                 self._kept = self._follower = None
-                return follower.resume(kept.resume(self.head))
-            self._let_go(reusable=not kept.unread and not kept.closed)
+                stream = kept.resume(self.head, last=not whole)
+                return follower.resume(stream, passed.answered != self._before.answered)
+            self._let_go(reusable=whole and not kept.unread and not kept.closed)
             return None
 
     async def _delivery(self) -> None:
@@ -227,8 +256,8 @@ class Pairing:
         """Why what is outstanding will not come."""
         if passed is None:
             return 502, "pair_lost", "the kernel does not know any more what has passed"
-        if self._overdue:
-            return 504, "request_timeout", "the request timeout has passed"
+        if self._overdue is not None:
+            return self._overdue
         if kept.closed:
             return 502, "upstream_reset", "the backend closed before its response was whole"
         return None
@@ -245,42 +274,27 @@ class Pairing:
         except TimeoutError:
             pass
 
-    def look(self, timeout_s: float | None) -> None:
-        """Count what has passed; a request that has been outstanding for so long is given up."""
-        passed = self._count()
+    def look(self, body_timeout_s: float) -> None:
+        """Notice what has passed; a request that has been outstanding for too long is given up, or
+        whose body has not gone on for so long."""
+        passed = self._handles.passed(self._client)
         if passed is None:
             self._be_due()
             return
-        if passed.forwarded != self._seen:
-            self._seen = passed.forwarded
+        if passed.forwarded != self._seen.forwarded:
             self.active()
+        now = time.monotonic()
+        if passed != self._seen:
+            self._seen, self._moved_at = passed, now
         if not passed.outstanding:
             return
-        if timeout_s is not None and ((time.monotonic_ns() - passed.started_ns) * _NS > timeout_s):
-            self._overdue = True
+        timeout_s = self.timeout_s
+        if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
+            self._overdue = 504, "request_timeout", "the request timeout has passed"
             self._be_due()
-
-    # --- counting ---------------------------------------------------------------------------------
-
-    def _count(self) -> Exchange | None:
-        passed = self._handles.passed(self._client)
-        before = self._counted
-        if passed is None or passed.answered == before.answered or self._follower is None:
-            return passed
-        self._follower.passed(
-            Passed(
-                passed.answered - before.answered & _U32,
-                tuple(
-                    new - old
-                    for new, old in zip(_words(passed.faster), _words(before.faster), strict=True)
-                ),
-                (passed.elapsed_ns - before.elapsed_ns) * _NS,
-                passed.bytes_in - before.bytes_in,
-                passed.bytes_out - before.bytes_out,
-            )
-        )
-        self._counted = passed
-        return passed
+        elif passed.unsent and now - self._moved_at > body_timeout_s:
+            self._overdue = 408, "body_timeout", "the request's body did not come"
+            self._be_due()
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -307,8 +321,4 @@ class Pairing:
             kept.let_go(reusable=reusable)
 
 
-def _words(packed: bytes) -> Any:
-    return memoryview(packed).cast("Q")
-
-
-_NOTHING = Exchange(0, 0, 0, 0, bytes(8 * len(PAIR_BOUNDS)), 0, 0, 0, 0, 0)
+_NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))

@@ -4,7 +4,7 @@ After a request of a workload to a workload of this node the sockets at both far
 the kernel as a pair (`pairing`). This module decides whether, by the automaton's plan of the
 destination, and takes all pairs back when anything in force has changed: each connection's next
 request comes to the proxy, and what is right then is offered anew. It looks after pairs now and
-then: what has passed is counted, what takes too long is given up. Knows sections, no sockets.
+then: what takes too long is given up. Knows sections, no sockets.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ import asyncio
 import time
 from typing import NamedTuple
 
+import msgspec
+
+from bpf.constants import LARGE_PAIRS, LARGE_RESPONSE_MAX, RESPONSE_MAX
 from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
 from l7proxy.pairing import Allowed, Pairing
 from l7proxy.peers import Caller, Direct, Peers, Tunnelled
-from l7proxy.policies import Policies
+from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE
-from l7proxy.routing import CompiledBackend, CompiledRule, RouteIndex
+from l7proxy.routing import CompiledRule, RouteIndex
+from l7proxy.series import Series, SeriesNumbers
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Endpoint, Settings
 
-# How often pairs are looked after, in seconds.
-_LOOK_S = 0.25
+# How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
+_LOOK_S, _LEAST_LOOK_S = 0.25, 0.01
 # Where a connection's requests are for several endpoints, so many go to one before the proxy
 # chooses again: in the long run each gets its share.
 _FEW = 64
@@ -43,7 +47,12 @@ class Pairs:
     """Those of a worker."""
 
     def __init__(
-        self, kernel: Kernel, routes: RouteIndex, policies: Policies, peers: Peers
+        self,
+        kernel: Kernel,
+        routes: RouteIndex,
+        policies: Policies,
+        peers: Peers,
+        numbers: SeriesNumbers,
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
@@ -51,6 +60,7 @@ class Pairs:
         self._routes = routes
         self._policies = policies
         self._peers = peers
+        self._numbers = numbers
         self._open: set[Pairing] = set()
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
         self._look_at: asyncio.TimerHandle | None = None
@@ -59,10 +69,9 @@ class Pairs:
     def pairing(self, info: ConnectionInfo) -> Pairing | None:
         """For a new connection over HTTP/1.1; None: its requests all go through the proxy."""
         steered, handles = info.steered, self._kernel.handles
-        settings = self.settings
-        if not settings.http_in_kernel or steered is None or not steered.cookie:
+        if not self.settings.http_in_kernel or steered is None or not steered.cookie:
             return None
-        if handles is None or info.tls or settings.max_requests_per_connection is not None:
+        if handles is None or info.tls:
             return None
         return Pairing(handles, steered.cookie, self._opened, self._open.discard, self._settled)
 
@@ -77,14 +86,16 @@ class Pairs:
         self,
         selected: Selection,
         rule: CompiledRule,
-        backend: CompiledBackend,
         caller: Caller,
         way: Direct | Tunnelled,
         endpoint: Endpoint,
+        series: Series,
         *,
         endpoints: int,
+        length: int,
     ) -> Allowed | Refusal:
-        """What may follow a request that went to `endpoint`, one of so many of the backend."""
+        """What may follow a request that went to `endpoint`, one of so many of the backend, and was
+        answered with so many bytes. `series`: what is known but for policies."""
         if not isinstance(way, Direct) or way.destination is None or not way.destination.local:
             return Refusal("the endpoint is no workload of this node")
         if way.destination.client_headers:
@@ -116,10 +127,45 @@ class Pairs:
                 return Refusal("the rule is not in the kernel")
         if why := found.rules[number - 1].why:
             return Refusal(why)
+        series = self._with_policies(series, asker, endpoint, asked)
+        counted = self._numbers.number(series)
+        if counted is None:
+            return Refusal("there is no room to count them")
         several = selected.prefer is None and (endpoints > 1 or len(rule.backends) > 1)
+        times = (rule.request_timeout_s or self.settings.request_timeout_s, rule.backend_timeout_s)
         return Allowed(
-            found.generation, egress, ingress, number, expires_ns, _FEW if several else None
+            found.generation,
+            egress,
+            ingress,
+            number,
+            expires_ns,
+            counted,
+            self._response_max(length),
+            _FEW if several else None,
+            min((one for one in times if one is not None), default=None),
         )
+
+    def _with_policies(
+        self,
+        series: Series,
+        asker: Asker,
+        endpoint: Endpoint,
+        asked: tuple[HttpRules, HttpRules],
+    ) -> Series:
+        always = self._policies.sources(asker, endpoint.address, endpoint.port)
+        egress, ingress = (
+            (one, *(rule.source for rule in rules))
+            for one, rules in zip(always, asked, strict=True)
+        )
+        return msgspec.structs.replace(series, egress=egress, ingress=ingress)
+
+    def _response_max(self, length: int) -> int:
+        """A few connections may have long responses, if they have had some."""
+        if RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX // 2 and (
+            sum(pairing.large for pairing in self._open) < LARGE_PAIRS
+        ):
+            return LARGE_RESPONSE_MAX
+        return RESPONSE_MAX
 
     def _expiry_ns(self, caller: Caller, way: Direct) -> int | Refusal:
         """Until when, by CLOCK_MONOTONIC, both ends have valid identities."""
@@ -160,12 +206,24 @@ class Pairs:
 
     def _opened(self, pairing: Pairing) -> None:
         self._open.add(pairing)
-        if self._look_at is None:
-            self._look_at = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+        self._look_within(self._soonest(pairing))
+
+    def _look_within(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._look_at is not None:
+            if self._look_at.when() <= loop.time() + seconds:
+                return
+            self._look_at.cancel()
+        self._look_at = loop.call_later(seconds, self._look)
 
     def _look(self) -> None:
         self._look_at = None
         for pairing in tuple(self._open):
-            pairing.look(self.settings.request_timeout_s)
+            pairing.look(self.settings.body_timeout_s)
         if self._open:
-            self._look_at = asyncio.get_running_loop().call_later(_LOOK_S, self._look)
+            self._look_within(min(map(self._soonest, self._open)))
+
+    @staticmethod
+    def _soonest(pairing: Pairing) -> float:
+        timeout_s = pairing.timeout_s
+        return _LOOK_S if timeout_s is None else max(min(timeout_s / 4, _LOOK_S), _LEAST_LOOK_S)

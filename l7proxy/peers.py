@@ -250,14 +250,21 @@ class Peers:
         node = self._nodes.get(node_key(destination.node))
         if node is None or not node.addresses:
             return NoWay("node_unknown", f"no address of node {destination.node} is known")
-        if (held := self.credentials.problem(source.spiffe_id, time.time())) is not None:
-            return NoWay(*held)
-        trust_domain = trust_domain_of(destination.spiffe_id)
-        if not self.credentials.trusts(trust_domain):
-            return NoWay("bundle_missing", f"there is no trust bundle for {trust_domain}")
+        if (missing := self.lacking(source, destination.spiffe_id)) is not None:
+            return NoWay(*missing)
         if sni_of(destination.spiffe_id) is None:
             return NoWay("no_server_name", f"{destination.spiffe_id} cannot be asked for by SNI")
         return Tunnelled(source, destination, _nearest(node, destination.addresses[0]))
+
+    def lacking(self, source: Source, destination: str) -> tuple[str, str] | None:
+        """What this node needs to speak for `source` to an identity, and has not now: a reason to
+        count, and words."""
+        if (problem := self.credentials.problem(source.spiffe_id, time.time())) is not None:
+            return problem
+        trust_domain = trust_domain_of(destination)
+        if not self.credentials.trusts(trust_domain):
+            return "bundle_missing", f"there is no trust bundle for {trust_domain}"
+        return None
 
     @property
     def has_authority(self) -> bool:

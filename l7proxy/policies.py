@@ -157,6 +157,18 @@ class Policies:
                     return _Range(text, length, found.identity)
         return None
 
+    def client_of(self, peer: str, said: str) -> str:
+        """A Gateway's client: who is connected (`peer`), or whom a trusted proxy says to stand in
+        front of it. It is believed of addresses outside of the cluster only, and no pod is such a
+        proxy: else one could speak for another."""
+        if peer == said or self._is_inside(said) or self._peers.at(plain(peer)) is not None:
+            return peer
+        return said
+
+    def _is_inside(self, address: str) -> bool:
+        address = plain(address)
+        return self._peers.at(address) is not None or self._peers.node_at(address) is not None
+
     def told_as(self, address: str) -> str:
         """A Gateway's client, as other nodes are told of it: what their policies could tell apart.
         A pod's address, or the longest range that some policy names; "" neither."""
@@ -203,8 +215,22 @@ class Policies:
 
     # --- verdicts -------------------------------------------------------------------------------
 
+    def _end(self, address: str, pod: bool) -> tuple[Identities, _Pod | None]:
+        """Whose an address is that is connected to, and who judges what comes there. `pod`:
+        somebody says that it is a pod's. One that nobody has told of is judged as the kernel does
+        it: as `init`, whatever ranges say, by what is denied by default."""
+        if pod and not self._is_inside(address):
+            return (int(Reserved.INIT),), self._at.get(_NOWHERE)
+        return (self.identity(address),), self._at.get(address)
+
     def connection(
-        self, asker: Asker, address: str, port: int, transport: Transport = "TCP"
+        self,
+        asker: Asker,
+        address: str,
+        port: int,
+        transport: Transport = "TCP",
+        *,
+        pod: bool = False,
     ) -> Verdict:
         """Of a connection to an address, whatever it carries: refused, allowed, or `http`: only
         requests that are judged one by one may pass."""
@@ -212,16 +238,24 @@ class Policies:
         if not self._pods or asker.address == address:
             return FREE
         first = second = FREE
+        identities, end = self._end(address, pod)
         if asker.egress is not None:
-            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            proved = self._proved(asker, address, port)
             first = asker.egress.connection(identities, transport, port, authenticated=proved)
-        if first.allowed and (pod := self._at.get(address)) is not None:
+        if first.allowed and end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
-            second = pod.ingress.connection(asker.identities, transport, port, authenticated=proved)
+            second = end.ingress.connection(asker.identities, transport, port, authenticated=proved)
         return _both(first, second)
 
     def request(
-        self, asker: Asker, address: str, port: int, sent: RequestHead, forwarded: RequestHead
+        self,
+        asker: Asker,
+        address: str,
+        port: int,
+        sent: RequestHead,
+        forwarded: RequestHead,
+        *,
+        pod: bool = False,
     ) -> Verdict:
         """Of a request to an endpoint: the client's own policies judge it as it was `sent`, those
         of the pod it goes to as it is to be `forwarded`."""
@@ -229,13 +263,14 @@ class Policies:
         if not self._pods or asker.address == address:
             return FREE
         first = second = FREE
+        identities, end = self._end(address, pod)
         if asker.egress is not None:
-            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            proved = self._proved(asker, address, port)
             first = asker.egress.request(identities, port, sent, authenticated=proved)
-        if first.allowed and (pod := self._at.get(address)) is not None:
+        if first.allowed and end is not None:
             head = mended(forwarded, first)
             proved = asker.authenticated or self._are_here(asker.address, address)
-            second = pod.ingress.request(asker.identities, port, head, authenticated=proved)
+            second = end.ingress.request(asker.identities, port, head, authenticated=proved)
         return _both(first, second)
 
     def for_kernel(
@@ -256,6 +291,21 @@ class Policies:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
+
+    def sources(self, asker: Asker, address: str, port: int) -> tuple[str, str]:
+        """The client's rule, and that of the pod it goes to, that lets all requests pass; "": there
+        is none, or only some pass."""
+        address = plain(address)
+        if not self._pods or asker.address == address:
+            return "", ""
+        first = second = ""
+        if asker.egress is not None:
+            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            first = asker.egress.source(identities, port, authenticated=proved)
+        if (pod := self._at.get(address)) is not None:
+            proved = asker.authenticated or self._are_here(asker.address, address)
+            second = pod.ingress.source(asker.identities, port, authenticated=proved)
+        return first, second
 
     def _proved(self, asker: Asker, address: str, port: int) -> bool:
         """Whether who is asked is known by more than its address."""

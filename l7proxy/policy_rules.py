@@ -131,6 +131,10 @@ class Rules:
         )
         return None if mends else ()
 
+    def source(self, identities: Identities, port: int, *, authenticated: bool = False) -> str:
+        """Of the rule that lets all requests pass; "": there is none."""
+        return self._relevant(identities, "TCP", port, authenticated).allow or ""
+
     @property
     def _closed(self) -> bool:
         return self.direction.default_deny and not self.direction.audit

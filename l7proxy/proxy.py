@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import socket
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -31,6 +32,7 @@ from l7proxy.peers import Peers
 from l7proxy.policies import Policies
 from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
+from l7proxy.series import SeriesNumbers
 from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.tunnel import Digger
 from l7proxy.tunnel_acceptor import TunnelAcceptor
@@ -118,7 +120,13 @@ class Proxy:
         self._admission.idle.set()
         self._access_log = log
         self._policies = Policies(self._peers)
-        self._pairs = Pairs(self._kernel, self._routes, self._policies, self._peers)
+        self._pairs = Pairs(
+            self._kernel,
+            self._routes,
+            self._policies,
+            self._peers,
+            SeriesNumbers(os.environ.get("PROMETHEUS_MULTIPROC_DIR")),
+        )
         self._exchanges = Exchanges(
             self._routes,
             self._clusters,

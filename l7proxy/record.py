@@ -11,9 +11,9 @@ from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
 from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
 from l7proxy.message import RequestHead
-from l7proxy.pairing import Passed
 from l7proxy.peers import Direct, Tunnelled, identities
 from l7proxy.route_compile import NO_ROUTE
+from l7proxy.series import Series
 from mesh.model.flow import Encryption, Verdict
 from mesh.model.nodeconfig import Endpoint
 
@@ -21,8 +21,13 @@ from mesh.model.nodeconfig import Endpoint
 # together, by gateway and code, under this name.
 _MAX_SERIES = 20_000
 _OTHER = "(other)"
+# Labels that do not make many.
+_FEW = ("gateway", "code", "class")
 _durations: dict[tuple[str, ...], Any] = {}
 _requests: dict[tuple[str, ...], Any] = {}
+_by_policy: dict[tuple[str, ...], Any] = {}
+_bytes_in: dict[tuple[str, ...], Any] = {}
+_bytes_out: dict[tuple[str, ...], Any] = {}
 
 
 def _series(known: dict[tuple[str, ...], Any], metric: Any, *labels: str) -> Any:
@@ -30,28 +35,9 @@ def _series(known: dict[tuple[str, ...], Any], metric: Any, *labels: str) -> Any
     if series is None:
         if len(known) >= _MAX_SERIES:
             names = zip(metric._labelnames, labels, strict=True)
-            labels = tuple(one if name in ("gateway", "code") else _OTHER for name, one in names)
+            labels = tuple(one if name in _FEW else _OTHER for name, one in names)
         series = known[labels] = metric.labels(*labels)
     return series
-
-
-class Series:
-    """Where requests like one that was recorded are counted, if they pass by the proxy."""
-
-    def __init__(self, record: Record) -> None:
-        self._gateway, self._route, self._rule = record.gateway, record.route, record.rule
-        self._backend = record.backend
-
-    def passed(self, passed: Passed) -> None:
-        """They were answered 200."""
-        place = self._gateway, self._route, self._rule, self._backend
-        _series(_requests, metrics.REQUESTS, *place, "200").inc(passed.requests)
-        series = _series(_durations, metrics.DURATION, self._gateway, self._backend)
-        *bounded, slower = series._buckets
-        for bucket, count in zip(bounded, passed.faster, strict=True):
-            bucket.inc(count)
-        slower.inc(passed.requests - sum(passed.faster))
-        series._sum.inc(passed.elapsed_s)
 
 
 class Record:
@@ -110,6 +96,28 @@ class Record:
         self.verdict = verdict
         self.reason, self.detail = reason, detail
 
+    def series(self) -> Series:
+        """What requests like this one, that go to the same endpoint, have in common."""
+        endpoint = self.destination
+        assert endpoint is not None
+        own, other = identities(self.way)
+        return Series(
+            gateway=self.gateway,
+            listener=self.listener,
+            route=self.route,
+            rule=self.rule,
+            service=self.service,
+            backend=self.backend,
+            endpoint=self.endpoint,
+            client=self.client,
+            address=endpoint.address,
+            port=endpoint.port,
+            pod=endpoint.name,
+            client_identity=own,
+            endpoint_identity=other,
+            encryption=self.encryption or (self.way.encryption if self.way else "none"),
+        )
+
     def close(self, log: AccessLog) -> None:
         """Count the request, write its line. A client gone before a response counts as code 499."""
         self.elapsed = elapsed = time.monotonic() - self.started
@@ -123,11 +131,18 @@ class Record:
             self.backend,
             str(code),
         ).inc()
-        _series(_durations, metrics.DURATION, self.gateway, self.backend).observe(elapsed)
-        if not log.wanted:
-            return
+        place = self.gateway, self.backend
+        _series(_durations, metrics.DURATION, *place).observe(elapsed)
+        if self.bytes_in:
+            _series(_bytes_in, metrics.REQUEST_BYTES, *place).inc(self.bytes_in)
+        if self.bytes_out:
+            _series(_bytes_out, metrics.RESPONSE_BYTES, *place).inc(self.bytes_out)
         way = self.way
         own, other = identities(way)
+        which = own, other, self.policy, f"{code // 100}xx"
+        _series(_by_policy, metrics.BY_POLICY, *which).inc()
+        if not log.wanted:
+            return
         agent = next((value for name, value in self.head.headers if name == b"user-agent"), b"")
         log.write(
             AccessLogEntry(

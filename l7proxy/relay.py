@@ -153,8 +153,8 @@ class Relay:
             side.pass_early_on()
 
     def abides(self, policies: Policies, caller: Caller, address: str, port: int) -> bool:
-        """Whether policy lets bytes pass that nobody judges further; else it has failed."""
-        found = policies.connection(policies.asker(caller), address, port)
+        """Whether policy lets bytes pass to a pod, unjudged from then on; else it has failed."""
+        found = policies.connection(policies.asker(caller), address, port, pod=True)
         self.policy = found.audit or found.source
         if not found.allowed or found.http:
             metrics.POLICY.labels("connection", "denied").inc()

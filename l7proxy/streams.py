@@ -106,8 +106,12 @@ class Kept(Protocol):
     def closed(self) -> bool:
         """The endpoint sends no more."""
 
-    def resume(self, head: RequestHead) -> ClientStream:
-        """For the response to a request that was sent past the proxy."""
+    def resume(self, head: RequestHead, *, last: bool) -> ClientStream:
+        """For the response to a request that was sent past the proxy. `last`: no other goes over
+        the connection."""
+
+    def bring(self, data: bytes) -> None:
+        """The rest of a request that was sent past the proxy, or a part of it."""
 
     def let_go(self, *, reusable: bool) -> None:
         """Back to the pool, or closed."""

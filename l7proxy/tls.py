@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import ssl
+from typing import Any
 
 from certs.keypair import BadCertificate, check_ca_bundle, check_keypair
 from mesh.model.nodeconfig import CertificateSection, SvidSection
@@ -18,14 +19,52 @@ from mesh.model.section import SectionKey
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
+# What a peer may make us answer while it reads nothing: 32 key updates, each a record of 27 bytes.
+# OpenSSL has no limit of its own.
+MAX_UNREAD_ANSWERS = 32 * 27
+
+
 class TLSRefused(Exception):
     """A section whose TLS cannot be put in force, and why."""
+
+
+class BoundedObject(ssl.SSLObject):
+    """A connection of asyncio's TLS, which asks for new keys no more often than it reads the
+    answers (RFC 8446 §4.6.3). As long as its peer reads, asyncio empties `outgoing` at once."""
+
+    _outgoing: ssl.MemoryBIO
+    _unread = 0
+
+    @classmethod
+    def _create(cls, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, **rest: Any) -> Any:
+        self = super()._create(incoming, outgoing, **rest)  # type: ignore[misc]
+        self._outgoing = outgoing
+        return self
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """ssl.SSLError: it asks too often."""
+        before = self._outgoing.pending
+        try:
+            return super().read(len, buffer)
+        finally:
+            if not before:
+                self._unread = 0
+            elif self._outgoing.pending > before:
+                self._unread += self._outgoing.pending - before
+                if self._unread > MAX_UNREAD_ANSWERS:
+                    raise unread()
+
+
+def unread() -> ssl.SSLError:
+    """A peer asks for new keys again and again, and reads no answer."""
+    return ssl.SSLError("too many key updates of a peer that reads nothing")
 
 
 def new_context(protocol: int) -> ssl.SSLContext:
     """TLS 1.2 or 1.3 without renegotiation and compression. `protocol` is ssl.PROTOCOL_TLS_*."""
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.sslobject_class = BoundedObject
     context.set_ciphers(_CIPHERS)
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
     return context

@@ -27,7 +27,7 @@ from mesh.model.section import SectionKey
 _ALPN = ["h2", "http/1.1"]
 
 
-class _ServerObject(ssl.SSLObject):
+class _ServerObject(tls.BoundedObject):
     """Remembers the SNI, which Python's server side does not tell otherwise."""
 
     sni: str | None = None

@@ -12,6 +12,8 @@ import ssl
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+from l7proxy.tls import MAX_UNREAD_ANSWERS, unread
+
 # A record's plain text is at most this long (RFC 8446 §5.1), bytes.
 _RECORD = 16 * 1024
 # What is kept for whoever comes to read it, before reading pauses.
@@ -57,6 +59,8 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         self._closing = False
         self.lost = False  # the connection is over
         self._failure: Exception | None = None
+        self._writing_paused = False
+        self._unread = 0  # bytes of answers to key updates, while writing is paused
         self.on_lost: Callable[[], None] | None = None
 
     # --- the beginning ----------------------------------------------------------------------------
@@ -166,7 +170,11 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             self._peer_ended = True
         except ssl.SSLError as error:
             self._failure = error
-        if self._outgoing.pending > left:  # an answer to a key update, or an alert
+        if self._outgoing.pending > left:  # answers to key updates, or an alert
+            if self._writing_paused:
+                self._unread += self._outgoing.pending - left
+                if self._unread > MAX_UNREAD_ANSWERS and self._failure is None:
+                    self._failure = unread()
             self._flush()
         if chunks:
             self._tell(chunks[0] if len(chunks) == 1 else b"".join(chunks))
@@ -212,10 +220,13 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
             self._above.connection_lost(self._failure)
 
     def pause_writing(self) -> None:
+        self._writing_paused = True
         if self._above is not None:
             self._above.pause_writing()
 
     def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._unread = 0
         if self._above is not None:
             self._above.resume_writing()
 

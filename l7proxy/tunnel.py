@@ -103,6 +103,9 @@ class Digger:
         self, way: Tunnelled, preface: Preface, timeout_s: float
     ) -> tuple[TLSStream, Peer]:
         credentials, expected = self.peers.credentials, way.destination.spiffe_id
+        # It may have gone since the way was found.
+        if (missing := self.peers.lacking(way.source, expected)) is not None:
+            raise _Failed(*missing)
         context = credentials.client(way.source.spiffe_id, trust_domain_of(expected))
         key = SessionKey(way.source.spiffe_id, expected, way.node)
         # What was proved before is no proof.

@@ -158,13 +158,15 @@ class TunnelAcceptor(Acceptor):
 
         node = self._peers.node_at(address)
         assert node is not None  # it was let in
+        port = incoming.preface.port
+        told = _tells(destination, port)
 
         def still() -> str | None:
             try:
-                judge(self._peers, address, peer.spiffe_id, own, incoming.preface)
+                _, now = judge(self._peers, address, peer.spiffe_id, own, incoming.preface)
             except Refusal as refusal:
                 return refusal.reason
-            return None
+            return None if _tells(now, port) == told else "destination_changed"
 
         tunnel = Tunnel(
             "in",
@@ -221,7 +223,7 @@ class _Incoming(Relay):
             self._client = port.count_for(source, client)
             self._tell(peer, source, destination)
             caller = self._caller(source)
-            if self._is_for_requests(caller):
+            if self._is_for_requests(caller) or _tells(destination, preface.port):
                 stream.write(tunnel_wire.encode(Answer()))
                 port.open.add(self)
                 port.watch(self, client.address[0], peer, own, source, destination)
@@ -332,6 +334,12 @@ class _Incoming(Relay):
             "mtls" if self._verified else "none",
             self.policy,
         )
+
+
+def _tells(pod: WorkloadSection, port: int) -> bool:
+    """Requests to it tell the pod who their client is, which the client's node cannot be left to
+    say."""
+    return pod.client_headers and port in pod.http_ports
 
 
 def judge(

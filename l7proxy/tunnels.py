@@ -32,6 +32,10 @@ Direction: TypeAlias = Literal["out", "in"]
 _OLD = 0.75
 # Proofs that fail are not tried again sooner, seconds.
 _SOONEST_S = 0.2
+# Pairs whose last proofs are kept, to be told of again.
+_MAX_SHOWN = 4096
+# Clocks are set: no timer is trusted for longer, seconds.
+_LONGEST_S = 30.0
 
 
 class Pair(NamedTuple):
@@ -88,7 +92,8 @@ class Tunnel:
         """Unless it has ended by then."""
         loop = asyncio.get_running_loop()
         self._timers = [one for one in self._timers if one.when() > loop.time()]
-        self._timers.append(loop.call_later(delay_s, callback, *args))
+        # With less than a millisecond, what uvloop gives is no timer.
+        self._timers.append(loop.call_later(max(delay_s, 0.001), callback, *args))
 
     def forget_timers(self) -> None:
         for timer in self._timers:
@@ -104,7 +109,9 @@ class Tunnels:
         self._by_key: dict[SectionKey | Pair, set[Tunnel]] = {}
         self._proving: set[Pair] = set()
         # Proofs come to one of the node's workers; this tells the others.
-        self.announce: Callable[[Proof], None] = lambda _: None
+        self._announce: Callable[[Proof], None] = lambda _: None
+        # The last that came to this one, and until when it proves anything.
+        self._shown: dict[Pair, tuple[Proof, int]] = {}
 
     def add(self, tunnel: Tunnel) -> None:
         """Until its stream is lost."""
@@ -168,17 +175,27 @@ class Tunnels:
         """The end that made tunnels of this pair has proved to this worker who it is."""
         self.proven(pair, peer, self._credentials.until(pair.destination))
         source = pair.source
-        self.announce(
-            Proof(
-                source.name,
-                source.gateway,
-                source.spiffe_id,
-                pair.destination,
-                pair.node,
-                peer.chain,
-                source.told,
-            )
+        proof = Proof(
+            source.name,
+            source.gateway,
+            source.spiffe_id,
+            pair.destination,
+            pair.node,
+            peer.chain,
+            source.told,
         )
+        self._shown.pop(pair, None)
+        self._shown[pair] = proof, peer.until
+        if len(self._shown) > _MAX_SHOWN:
+            del self._shown[next(iter(self._shown))]
+        self._announce(proof)
+
+    def announce_by(self, announce: Callable[[Proof], None]) -> None:
+        """There is a new way to tell the others. What went by the one before may be lost."""
+        self._announce, now = announce, time.time()
+        for proof, until in self._shown.values():
+            if until > now:
+                announce(proof)
 
     def hear(self, proof: Proof) -> None:
         """Another worker was shown it."""
@@ -193,10 +210,15 @@ class Tunnels:
                 self.proven(pair, peer, self._credentials.until(pair.destination))
 
     def _wake_at_end(self, tunnel: Tunnel) -> None:
-        tunnel.call_later(max(0.0, tunnel.until - time.time()), self._ended, tunnel)
+        until = tunnel.until
+        delay = min(max(0.0, until - time.time()), _LONGEST_S)
+        tunnel.call_later(delay, self._ended, tunnel, until)
 
-    def _ended(self, tunnel: Tunnel) -> None:
-        """A certificate that it had has ended."""
+    def _ended(self, tunnel: Tunnel, until: int) -> None:
+        """A certificate that it had has ended, if it is `until` by now."""
+        if until > time.time():
+            self._wake_at_end(tunnel)
+            return
         if tunnel.direction == "in":  # whether ours is renewed the other end sees for itself
             tunnel.shown_until = self._credentials.until(tunnel.own)
         if not self._review(tunnel):
@@ -211,9 +233,15 @@ class Tunnels:
         self._wake_at_end(tunnel)
 
     def _wake_when_old(self, tunnel: Tunnel) -> None:
-        until = tunnel.until
-        delay = max(_OLD * (until - time.time()), _SOONEST_S)
-        tunnel.call_later(delay, self._old, tunnel, until)
+        until, now = tunnel.until, time.time()
+        self._await_age(tunnel, until, now + max(_OLD * (until - now), _SOONEST_S))
+
+    def _await_age(self, tunnel: Tunnel, until: int, at: float) -> None:
+        left = at - time.time()
+        if left > 0:
+            tunnel.call_later(min(left, _LONGEST_S), self._await_age, tunnel, until, at)
+        else:
+            self._old(tunnel, until)
 
     def _old(self, tunnel: Tunnel, until: int) -> None:
         tunnel.grow_old()

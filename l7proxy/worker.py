@@ -26,6 +26,7 @@ from typing import cast
 import uvloop
 
 from bpf.proxy import ProxyHandles
+from certs.secrecy import keep_memory_private
 from l7proxy import metrics
 from l7proxy.accesslog import AccessLog
 from l7proxy.flows import FlowLog
@@ -78,7 +79,7 @@ class ConfigChannel(asyncio.Protocol):
             transport.close()
         else:
             self._flows.connect(self._transport)
-            self._proxy.tunnels.announce = self._announce
+            self._proxy.tunnels.announce_by(self._announce)
 
     def connection_lost(self, exc: Exception | None) -> None:
         assert self._transport is not None
@@ -102,7 +103,7 @@ class ConfigChannel(asyncio.Protocol):
             transport.abort()
 
     def _announce(self, proof: Proof) -> None:
-        """Tell the node's other workers. Without an agent nobody can; the next proof will."""
+        """Tell the node's other workers. Without an agent nobody can: the next channel will."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode_frame(proof))
 
@@ -218,6 +219,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # connections are descriptors
     if os.geteuid() == 0:
         drop_root(args.user)
+    keep_memory_private()
     gc.freeze()  # what is imported stays: the collector need not look at it again
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(socket.socket(fileno=args.control_fd)))

@@ -22,6 +22,17 @@ version: 0.1.0
 appVersion: {manifests.IMAGE.partition(":")[2]}
 kubeVersion: ">=1.30.0-0"
 """
+_IMAGE = """\
+# The image of Weft, as the nodes pull it: sed -i 's|newName: .*|newName: REGISTRY/weft|' this file.
+"""
+_NOTES = """\
+Agents have the network of their nodes. Where the cluster looks at that ("Pod Security Admission"),
+say that they may:
+
+  kubectl label namespace {{ .Release.Namespace }} pod-security.kubernetes.io/enforce=privileged
+
+Then "weft check" says whether all is well.
+"""
 
 
 def content() -> dict[str, str]:
@@ -36,7 +47,10 @@ def content() -> dict[str, str]:
             )
     listed = "".join(f"- {name}.yaml\n" for name in manifests.NAMES)
     head = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
-    result["manifests/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}"
+    name, _, tag = manifests.IMAGE.partition(":")
+    image = f"{_IMAGE}images:\n- name: {name}\n  newName: {name}\n  newTag: {tag}\n"
+    result["manifests/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}{image}"
+    result["chart/templates/NOTES.txt"] = _NOTES
     result["chart/Chart.yaml"] = _WRITTEN + _CHART
     result["chart/values.yaml"] = _WRITTEN + manifests.CHART_VALUES
     return result

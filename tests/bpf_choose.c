@@ -26,7 +26,7 @@ int choose_for_packet(struct __sk_buff *skb)
 	frontend = frontends.lookup(&target);
 	if (!frontend)
 		return -2;
-	result = table_backend(frontend, question->cookie, &backend, &reason);
+	result = table_backend(frontend, question->cookie, &target, &backend, &reason);
 	if (!result)
 		__builtin_memcpy(&question->target, &backend.target, sizeof(backend.target));
 	return result;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterable
 
 from cryptography import x509
@@ -18,6 +19,7 @@ from certs.issue import Issuer, Life
 NOW = 1_800_000_000.0
 LIFE = Life.between(NOW - 60, NOW + 3600)
 LONG = Life.between(NOW - 86_400, NOW + 86_400)
+TODAY = Life.between(time.time() - 3600, time.time() + 86_400)
 
 BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 CART = "spiffe://cluster.local/ns/shop/sa/cart"

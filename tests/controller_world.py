@@ -26,8 +26,9 @@ class World:
         self.tasks.append(task)
         return controller, task
 
-    def report(self, node="a", **report):
-        """What an agent would: in force is everything that there is, or what is said."""
+    def report(self, node="a", *, owner=None, lasts=40, **report):
+        """What an agent would: in force is everything that there is, or what is said. `owner`: the
+        Node that its Lease goes with."""
         everything = {kind: 10**9 for _, kind in KINDS}
         report = {"ready": True, "versions": everything, "addresses": ("192.0.2.1",), **report}
         lease = {
@@ -39,8 +40,11 @@ class World:
                 "labels": LABELS,
                 "annotations": {ANNOTATION: encode_report(NodeReport(node, **report))},
             },
-            "spec": {"holderIdentity": node, "leaseDurationSeconds": 40},
+            "spec": {"holderIdentity": node, "leaseDurationSeconds": lasts},
         }
+        if owner is not None:
+            about = {"name": node, "uid": owner["metadata"]["uid"]}
+            lease["metadata"]["ownerReferences"] = [{"apiVersion": "v1", "kind": "Node", **about}]
         if self.server.get("coordination.k8s.io/leases", f"weft-node.{node}", NAMESPACE):
             self.server.change(lease, lease)
         else:

@@ -15,8 +15,8 @@ WORLD = frozenset({Reserved.WORLD})
 NOTHING = Direction()
 A_ONLY = frozenset({ID["a"]})
 SPIFFE = {name: f"spiffe://cluster.local/ns/shop/sa/{name}" for name in ID}
-# That the node holds their SVIDs is all that the data path asks.
-SVIDS = {f"svid/{one}": SvidSection(one, "", "", 0) for one in SPIFFE.values()}
+# That the node holds their SVIDs, and until when, is all that the data path asks.
+SVIDS = {f"svid/{one}": SvidSection(one, "", "", 1 << 32) for one in SPIFFE.values()}
 KNOWN = {
     **{
         f"workload/shop/{name}": WorkloadSection(

@@ -46,6 +46,7 @@ _PASSED = {
     Reason.ANSWERED,
     Reason.TO_PROXY,
     Reason.TO_RELAY,
+    Reason.PLAIN,
     # Nobody reads of them here, and there is a bound.
     Reason.EVENTS_LOST,
     Reason.UNTOLD,

@@ -166,6 +166,13 @@ fcntl.ioctl = ioctl
 """
 
 
+def patched(directory: Path, text: str) -> dict[str, str]:
+    """An environment whose processes run this first."""
+    (directory / "patch").mkdir()
+    (directory / "patch" / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": os.pathsep.join((str(directory / "patch"), str(PROJECT)))}
+
+
 def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
     """By an agent that then cannot load, so that the programs of the one before it stay."""
     manifests, workload, arguments = world
@@ -186,10 +193,7 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
     wrong = pins.map_path(pin, "counters")
     wrong.unlink()
     pins.map_path(pin, "x").rename(wrong)
-    (tmp_path / "patch").mkdir()
-    (tmp_path / "patch" / "sitecustomize.py").write_text(_NO_REDIRECT)
-    path = os.pathsep.join((str(tmp_path / "patch"), str(PROJECT)))
-    with running(tmp_path / "run", *arguments, env={"PYTHONPATH": path}) as weft:
+    with running(tmp_path / "run", *arguments, env=patched(tmp_path, _NO_REDIRECT)) as weft:
         weft.await_line("self-test: fionread")
         weft.await_line("the map pinned at")
         status = weft.await_status(lambda status: status["ready"])
@@ -200,8 +204,10 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
 
 def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_path, world):
     manifests, workload, arguments = world
-    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
-    with running(tmp_path / "run", *arguments) as weft:
+    one, two = (workload("serve_tcp", "127.0.0.1", name) for name in ("one", "two"))
+    write(manifests, one)
+    hurried = "import mesh.agent.rollout; mesh.agent.rollout.ACK_LIMIT_S = 0.2"
+    with running(tmp_path / "run", *arguments, env=patched(tmp_path, hurried)) as weft:
         status = weft.await_status(lambda status: any(one["version"] for one in status["workers"]))
         worker = status["workers"][0]["pid"]
         os.kill(worker, signal.SIGSTOP)
@@ -212,6 +218,11 @@ def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_
                 weft.await_line(step)
             said = [step for line in weft.said for step in steps if step in line]
             assert said == list(steps)
+            # Nor later; it is named.
+            write(manifests, two)
+            behind = f"worker 0 (pid {worker}) does not acknowledge configurations; it has version"
+            weft.await_status(lambda now: any(text.startswith(behind) for text in now["degraded"]))
+            assert workload("connect", VIP, 80)["name"] == "two"
         finally:
             os.kill(worker, signal.SIGCONT)
 

@@ -54,7 +54,7 @@ class Client:
 
 
 @asynccontextmanager
-async def backend():
+async def backend(address="127.0.0.1"):
     async def serve(reader, writer):
         try:
             while await reader.readuntil(b"\r\n\r\n"):
@@ -64,7 +64,7 @@ async def backend():
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, address, 0)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:

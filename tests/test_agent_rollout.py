@@ -6,6 +6,7 @@ import json
 import socket
 from contextlib import asynccontextmanager
 
+import msgspec
 import pytest
 
 from gateway.control import ControlPlane, Options
@@ -373,8 +374,17 @@ async def test_a_status_goes_with_its_object():
 
 async def test_what_peers_prove_to_one_worker_is_told_to_the_others():
     proof = Proof("shop/web", False, "spiffe://x/ns/shop/sa/web", "spiffe://x/y", "::1", (b"c",))
-    async with made(3) as (_, _, ends):
+    async with made(3) as (rollout, _, ends):
         ends[1].sock.send(encode_frame(proof))
         assert await ends[0].receive() == proof
         assert await ends[2].receive() == proof
         assert ends[1].received_nothing()
+        # The last one of each pair is told again to who was not there.
+        newer = msgspec.structs.replace(proof, chain=(b"d",))
+        other = msgspec.structs.replace(proof, told="10.0.0.1")
+        for one in (newer, other):
+            ends[1].sock.send(encode_frame(one))
+            assert await ends[0].receive() == one
+        ends[2].sock.close()
+        ends[2] = await connect(rollout, 2)
+        assert [await ends[2].receive() for _ in range(2)] == [newer, other]

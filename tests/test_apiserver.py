@@ -559,6 +559,24 @@ async def test_signing_requests(api):
     found = await patch(api, f"{path}/approval", change, merge)
     assert found["status"]["conditions"][0]["type"] == "Approved"
     assert not found["status"].get("certificate")
+    # What is decided stays so, and is either.
+    denied, failed = ({**approved, "type": kind} for kind in ("Denied", "Failed"))
+    for endpoint, conditions in (
+        ("approval", [approved, denied]),
+        ("approval", [denied]),
+        ("approval", [approved, approved]),
+        ("approval", [approved, {**failed, "status": "False"}]),
+        ("status", [approved, denied]),
+        ("status", [{**approved, "message": "by nobody"}]),
+        ("status", []),
+    ):
+        with refused(422, "Invalid"):
+            await patch(api, f"{path}/{endpoint}", {"status": {"conditions": conditions}}, merge)
+    with refused(422, "Invalid"):
+        await patch(api, f"{path}/status", {"status": {"certificate": "eA=="}}, merge)
+    change = {"status": {"conditions": [approved, failed]}}
+    found = await patch(api, f"{path}/status", change, merge)
+    assert [one["type"] for one in found["status"]["conditions"]] == ["Approved", "Failed"]
     await certificates.delete_certificate_signing_request(name)
 
 

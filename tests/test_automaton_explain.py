@@ -54,7 +54,8 @@ spec:
   - matches: [{path: {value: /api}, headers: [{name: x-version, value: v2}]}]
     backendRefs: [{name: cart, port: 80}]
   - matches: [{path: {value: /slow}}]
-    timeouts: {request: 5s}
+    filters:
+    - {type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: b}]}}
     backendRefs: [{name: cart, port: 80}]
   - matches: [{path: {value: /old}, headers: [{name: cookie, value: "a=1"}]}]
     backendRefs: [{name: cart, port: 80}]
@@ -94,7 +95,7 @@ def test_automata_of_a_service(weft):
     for one in (bare, judged):
         assert (one["service"], one["listener"]) == ("shop/cart:80", "Service/shop/cart/80")
         told = {rule["rule"]: rule["why"] for rule in one["rules"]}
-        assert told == {"0": "", "1": "it has a timeout", "2": COOKIE, "3": ""}
+        assert told == {"0": "", "1": "it changes headers or paths", "2": COOKIE, "3": ""}
         assert {rule["route"] for rule in one["rules"]} == {"HTTPRoute/shop/cart"}
         # What is after the header is cells, and all else that there is.
         assert one["bytes"] > 4 * one["states"] * one["classes"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from bench.peers import Row, compare, median
 from bench.processes import usage
+from bench.wrk import percentile, without_added
 from lab_world import needs_root
 
 _MISSING = [program for program in ("wrk", "nginx", "curl") if shutil.which(program) is None]
@@ -48,3 +51,19 @@ def test_descendants_count_and_others_do_not() -> None:
     mine, parents = usage((os.getpid(),)), usage((os.getppid(),))
     assert 0 < mine.rss_mib < parents.rss_mib
     assert usage(()) == (0, 0)
+
+
+def test_requests_that_wrk_has_added_do_not_count() -> None:
+    chance = random.Random(1)
+    made = Counter(
+        chance.choice((20, 30, 40, 3_000, 66_000)) + chance.randrange(9) for _ in range(500)
+    )
+    for interval in (7, 25, 31):
+        counts = Counter(made)
+        for value in range(2 * interval, max(made) + 1):  # stats_correct
+            for less in range(value - interval, interval, -interval):
+                counts[less] += made[value]
+        assert +Counter(without_added(counts, interval)) == made
+    assert percentile(made, 0.0001) == min(made)
+    assert percentile(made, 1) == max(made)
+    assert percentile({1: 98, 5: 1, 9: 1}, 0.99) == 5

@@ -13,7 +13,7 @@ from bpf_world import Actor, loader, needs_bpf, new_actor, new_cgroup, steered
 from bpf import layout, maps
 from bpf.balancer import Balancer
 from bpf.reasons import Reason
-from bpf.structs import Affinity, AffinityKey, Member, Number, Target
+from bpf.structs import Affinity, AffinityKey, Member, Number, Origin, OriginKey, Target
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
 from mesh.model.section import entry_key
 
@@ -112,6 +112,21 @@ def test_a_socket_connected_anew_believes_in_its_new_peer(world, balancer, front
     balancer.apply(entry(frontend, {backend[1]: 1}, "UDP"))
     peers = world.actor("udp_connected_anew", frontend, PORT, *backend)
     assert peers == [[frontend, PORT], list(backend)]
+
+
+@pytest.mark.parametrize("frontend", [V4, V6])
+def test_what_a_connection_asked_for_is_not_pushed_out_by_others(world, balancer, frontend):
+    port = world.actor("serve_tcp", LOOPBACK[frontend], "one")
+    assert balancer.apply(entry(frontend, {port: 1})) == {}
+    number = world.actor("connect", frontend, PORT, True)["id"]
+    origins = maps.PinnedMap(world.pin, "origins", OriginKey, Origin)
+    with contextlib.closing(origins):
+        found = list(origins.items())
+        assert found
+        for key, _ in found:
+            origins.remove(key)
+    assert world.actor("echo", number, "more") == ["more", [frontend, PORT]]
+    world.actor("close", number)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])

@@ -25,6 +25,7 @@ from redirect_world import (
 
 from bpf import constants, maps, settings
 from bpf.podfilter import netns_cookie
+from bpf.proxy import ProxyHandles
 from bpf.reasons import Reason
 from bpf.structs import Address, Addresses, Number, Pod, Target
 from mesh.model.nodeconfig import MESH_HTTP_PORT, MESH_RELAY_PORT, EntryBackend, WorkloadSection
@@ -44,6 +45,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def steer(world: World, *, sockmap: bool = True) -> None:
     ports = [(one, port) for one in (NODE, NODE6) for port in (MESH_HTTP_PORT, MESH_RELAY_PORT)]
     settings.steer_to_proxy(world.pin, ports, sockmap=sockmap)
+
+
+def test_without_descriptors_nothing_is_known():
+    """Where nothing could be loaded."""
+    handles = ProxyHandles({})
+    with socket.socket() as any_socket:
+        assert handles.origin(any_socket.fileno()) is None
+        assert handles.pair(any_socket.fileno()) == 0
+    assert handles.queued(1) == 0
 
 
 @pytest.mark.parametrize(
@@ -427,7 +437,12 @@ def test_nobody_connects_in_the_name_of_another_address(world):
     world.run(scenario)
 
 
-def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are_policies(world):
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(3, Reason.POLICY_DENIED), (constants.POD_STRICT, Reason.MTLS_REQUIRED)],
+    ids=["policies", "identities"],
+)
+def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are(world, flags, reason):
     """The proxy may still know another one that had its address."""
 
     def scenario(world: World) -> None:
@@ -440,14 +455,16 @@ def test_a_pod_that_nobody_has_told_of_reaches_no_proxy_where_there_are_policies
         interfaces = maps.PinnedMap(world.pin, "interfaces", Address, Number)
         with contextlib.closing(pods), contextlib.closing(interfaces):
             interfaces.put(Address.of(NODE), Number(1))
-            pods.put(Address.of("::"), Pod(0, 0, 3, 0, 0))
+            pods.put(Address.of("::"), Pod(0, 0, 0, flags, 0, 0))
+            before = world.counted(reason)
             for told in (True, None):
                 world.know(told)
                 client = world.connect(VIP, 80)
                 proxy = world.accept(server)
                 assert (handles.origin(proxy.fileno()) is not None) == bool(told)
                 client.close()
-            # Without policies it is let in as somebody that is not known.
+            assert world.counted(reason) == before + 1
+            # Without either it is let in as somebody that is not known.
             pods.remove(Address.of("::"))
             client = world.connect(VIP, 80)
             assert handles.origin(world.accept(server).fileno()) is not None

@@ -199,7 +199,7 @@ def test_open_connections_are_known_to_the_next_version(tmp_path):
         flows = maps.PinnedMap(world.pin, "flows", FlowKey, Flow)
         # More than are read at a time.
         known = {
-            FlowKey(port.to_bytes(40, "big"), 0): Flow(1, port, 0, 0) for port in range(10_000)
+            FlowKey(port.to_bytes(40, "big"), 0): Flow(1, port, 0, 0, 0) for port in range(10_000)
         }
         flows.put_all(known.items())
         another_weft(world)
@@ -208,9 +208,9 @@ def test_open_connections_are_known_to_the_next_version(tmp_path):
         assert dict(theirs.items()) == known
         # What it has come to know since stays.
         key = next(iter(known))
-        theirs.put(key, Flow(2, 3, 0, 0))
+        theirs.put(key, Flow(2, 3, 0, 0, 0))
         another_weft(world)
-        assert dict(theirs.items()) == {**known, key: Flow(2, 3, 0, 0)}
+        assert dict(theirs.items()) == {**known, key: Flow(2, 3, 0, 0, 0)}
 
     with redirect_world(tmp_path) as world:
         world.run(scenario)

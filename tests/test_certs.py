@@ -7,6 +7,7 @@ import datetime
 import shutil
 import ssl
 import subprocess
+import sys
 
 import pytest
 from cryptography import x509
@@ -189,3 +190,17 @@ def test_issued_certificates_pass_openssls_strictest_verification(client, tmp_pa
             two_in.write(one_out.read())
     verifier = one if client else two
     assert ("DNS", "a.test") in verifier.getpeercert()["subjectAltName"]
+
+
+def test_memory_that_is_kept_private():
+    code = """
+import ctypes, os, resource
+from certs.secrecy import keep_memory_private
+if os.geteuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+keep_memory_private()
+core = resource.getrlimit(resource.RLIMIT_CORE)
+print(ctypes.CDLL(None).prctl(3), *core, os.stat("/proc/self/mem").st_uid)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0 0 0 0\n", "")

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from authority_world import DOMAIN, GATEWAY, authority_in, pod, spiffe
@@ -43,7 +44,7 @@ CART, WEB = spiffe("cart"), spiffe("web")
 
 class World:
     """An authority, node a of it, and what the node's workers were told. `down`: the authority
-    does not answer; `slow`: workers do not acknowledge."""
+    does not answer; `hangs`: nor say so; `slow`: workers do not acknowledge."""
 
     def __init__(self, directory, life=LIFE):
         self._loop = asyncio.get_running_loop()
@@ -53,6 +54,7 @@ class World:
         self.placement = Placement(DOMAIN)
         self.service = Service(self.authority, self.placement, ("a",), self.now)
         self.down = self.slow = False
+        self.hangs = None
         self.forge = None
         self.sections = {}
         self.told = []
@@ -68,6 +70,8 @@ class World:
 
     async def sign(self, requests):
         self.asked += 1
+        if self.hangs:
+            await self.hangs.wait()
         if self.down:
             raise NoAnswer("the authority is away")
         if self.forge:
@@ -283,6 +287,19 @@ async def test_the_authority_is_away(tmp_path):
 
 
 @on_virtual_loop
+async def test_what_expires_does_so_while_an_answer_is_waited_for(tmp_path):
+    async with world_in(tmp_path) as world:
+        world.hangs = asyncio.Event()
+        await after(990)
+        assert world.svid(GATEWAY)
+        await after(20)
+        assert world.svid(GATEWAY) is None
+        world.hangs.set()
+        await after(10)
+        assert world.svid(GATEWAY)
+
+
+@on_virtual_loop
 async def test_the_authority_is_not_there_yet(tmp_path):
     world = World(tmp_path)
     world.down = True
@@ -435,6 +452,9 @@ def test_an_agent_and_its_authority(tmp_path):
             status = weft.await_status(lambda status: status["ready"])
             assert {one["spiffeId"] for one in status["svids"]} == {CART, GATEWAY}
             assert all(one["why"] == "" and one["notAfter"] for one in status["svids"])
+            for pid in (authority.process.pid, status["agent"]["pid"]):
+                limits = Path(f"/proc/{pid}/limits").read_text()
+                assert re.search(r"Max core file size +0 +0 ", limits)
             config = weft.ask("/config")
             assert config["sections"][svid_key(CART)]["key_pem"] == "<redacted>"
             assert config["sections"][bundle_key(DOMAIN)]["roots_pem"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -186,8 +187,8 @@ def test_a_node_that_never_comes_does_not_hold_up_a_root_for_ever(opened):
     trusted(signed(authority), old)
     # What it held has expired by now.
     authority.tick(NOW + 3600, 0)
-    with pytest.raises(NotTrusted):
-        trusted(signed(authority), old)
+    with pytest.raises(NotTrusted, match="no valid path to a root"):
+        trusted(signed(authority, NOW + 3600), old, now=NOW + 3600)
 
 
 def test_lives_that_were_longer_count_for_rotation(opened):
@@ -238,6 +239,60 @@ def test_nothing_outlives_its_issuer(opened):
     with pytest.raises(IssueRefused) as caught:
         signed(authority, NOW + 7200)
     assert caught.value.reason == "issuer_expired"
+
+
+def test_a_root_that_has_expired_makes_way(opened):
+    """The authority was away for as long, or the clock was put forward."""
+    lives = Lives(root_s=100 * DAY, intermediate_s=30 * DAY, svid_s=3600)
+    authority, late = opened(lives=lives), NOW + 200 * DAY
+    assert re.search(r"Weft root .* has expired \(2027-04-25", authority.problem(late))
+    assert authority.problem(NOW) == ""
+    # No node has the next one; what they have is of no use to anybody.
+    due = authority.tick(late, 0)
+    assert due == late + 1
+    with pytest.raises(IssueRefused, match=r"has expired .*: it is being replaced"):
+        signed(authority, late)
+    authority.tick(due, 0)
+    assert authority.problem(due) == ""
+    trusted(signed(authority, due), authority.bundle(), now=due)
+
+
+def test_a_brought_root_that_has_expired_waits_for_another(opened):
+    data = {one: secret_of(root := company()[0], root=root) for one in ("old", "new")}
+    brought, late = from_secret(data["old"], "x"), LONG.not_after.timestamp()
+    authority = opened(brought=brought)
+    assert authority.tick(late, 0, brought) > late + DAY
+    for sign in (authority.sign, authority.sign):
+        with pytest.raises(IssueRefused, match=r"company root has expired .*: bring another"):
+            sign(request(CART), ALLOWED, late)
+    with pytest.raises(AuthorityError, match="company root has expired"):
+        authority.rotate_intermediate(late)
+    life = Life.between(late - 60, late + DAY)
+    another = from_secret(secret_of(root := Issuer.new_root("company 2", life), root=root), "x")
+    authority.tick(late, 0, another)
+    authority.tick(late + 1, 0, another)
+    trusted(signed(authority, late + 1), authority.bundle(), now=late + 1)
+    # What has expired before it was gone over to is forgotten.
+    authority.tick(late + 2, 0, from_secret(data["new"], "x"))
+    assert authority.bundle().roots[0].subject == root.certificate.subject
+    assert authority.tick(late + DAY, 0, another) > late + DAY
+
+
+@pytest.mark.parametrize("everywhere", [0, 9], ids=["next-root", "next-root-issues"])
+def test_clocks_that_are_put_forward_and_back(opened, everywhere):
+    """What was made by the clock that was ahead is not valid yet, and is made again."""
+    lives = Lives(root_s=100 * DAY, intermediate_s=30 * DAY, svid_s=3600)
+    authority, ahead = opened(lives=lives), NOW + 85 * DAY
+    authority.tick(authority.tick(ahead, everywhere), everywhere)
+    chain = chain_der(signed(authority, ahead + 1).chain_pem)
+    now = NOW
+    while (due := authority.tick(now, 0)) < now + 3600:
+        now = due
+    assert now <= NOW + 2
+    assert authority.problem(now) == ""
+    issued = signed(authority, now)
+    trusted(issued, authority.bundle(), now=now)
+    assert chain_der(issued.chain_pem)[1] != chain[1]
 
 
 def test_former_roots_do_not_pile_up(opened):

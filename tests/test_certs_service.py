@@ -11,7 +11,7 @@ import time
 
 import pytest
 from authority_world import DOMAIN, GATEWAY, Connection, ask, authority_in, pod, spiffe, until
-from certs_world import LONG, chain_der, request
+from certs_world import LONG, TODAY, chain_der, request
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from certs.bundle import Bundle
@@ -263,7 +263,7 @@ def test_it_goes_on_where_it_was_killed(tmp_path):
 def test_federation_and_an_authority_that_is_brought(tmp_path):
     """Files that change are taken over; what cannot be used leaves what is in force."""
     away = Issuer.new_root("away", LONG)
-    company = Issuer.new_root("company", LONG)
+    company = Issuer.new_root("company", TODAY)
     federated, brought = tmp_path / "away.json", tmp_path / "brought"
     federated.write_bytes(Bundle("example.org", [away.certificate]).to_document(1, 60))
     brought.mkdir()
@@ -294,7 +294,7 @@ def test_federation_and_an_authority_that_is_brought(tmp_path):
         second = authority.bundle("a", have=first["tag"])
         assert Bundle.from_pem("x", second["bundles"]["example.org"]).roots == (moved.certificate,)
 
-        other = Issuer.new_root("company 2", LONG)
+        other = Issuer.new_root("company 2", TODAY)
         bring(other)
         third = authority.bundle("a", have=second["tag"])
         assert set(Bundle.from_pem(DOMAIN, third["bundles"][DOMAIN]).roots) == {

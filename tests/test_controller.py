@@ -6,6 +6,8 @@ import pytest
 from controller_world import NAMESPACE, controller_world
 from kube_world import GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
+from mesh.controller.balancers import gateway_label
+
 pytestmark = needs_crds
 
 
@@ -109,6 +111,7 @@ async def test_an_unchanged_status_is_not_written_again(world):
     _, task = world.start()
     await world.until(lambda: world.conditions("httproutes", "r"))
     await world.until(lambda: world.conditions()["Programmed"] == "True")
+    await world.until(lambda: world.conditions("gatewayclasses", "weft", "")["Accepted"] == "True")
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     before = {
@@ -260,6 +263,46 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     }
     world.server.create(more)
     await world.until(lambda: [p["port"] for p in service()["spec"]["ports"]] == [80, 8081])
+    # Mistakes that pass do not cost the Gateway its address: the Service stays.
+    uid = service()["metadata"]["uid"]
+    world.server.create(gateway_class("more"))
+    reference = {"group": "example.com", "kind": "Config", "name": "none"}
+    for wrong in (
+        {"listeners": [{"name": "http", "port": 80, "protocol": "example.com/other"}]},
+        {"infrastructure": {**labelled["spec"]["infrastructure"], "parametersRef": reference}},
+    ):
+        world.server.change(gateway(), {"spec": wrong})
+        await world.until(lambda: world.conditions()["Programmed"] == "False")
+        await _looked_at(world)
+        assert service()["metadata"]["uid"] == uid
+        world.server.change(gateway(), {"spec": {"infrastructure": None}})
+        world.server.change(gateway(), {"spec": labelled["spec"]})
+        await world.until(lambda: world.conditions()["Programmed"] == "True")
+    world.server.delete(gateway_class())
+    await _looked_at(world)
+    assert service()["metadata"]["uid"] == uid
+    world.server.create(gateway_class())
+    # What somebody changes or deletes of it is made good.
+    world.server.change(slice_, {"endpoints": []})
+    await world.until(lambda: endpoints() == ["10.0.0.1", "10.0.0.2"])
+    world.server.delete(slice_)
+    await world.until(lambda: endpoints() == ["10.0.0.1", "10.0.0.2"])
+    world.server.change(made, {"spec": {"type": "ClusterIP"}})
+    await world.until(lambda: service()["spec"]["type"] == "LoadBalancer")
+    # Without nodes of IPv6 there is nothing there.
+    world.report(ports={"0.0.0.0:80": "", "192.0.2.9:8080": ""}, addresses=("10.0.0.1",))
+    ipv6 = "weft-gw-ipv6"
+    await world.until(
+        lambda: not world.server.get("discovery.k8s.io/endpointslices", ipv6)["endpoints"]
+    )
+    # Another controller's, it is no more Weft's to keep; then again.
+    world.server.change(gateway(), {"spec": {"gatewayClassName": "other"}})
+    world.server.create(gateway_class("other", "example.com/other"))
+    await world.until(lambda: service() is None)
+    world.server.change(gateway(), {"spec": {"gatewayClassName": "weft"}})
+    made = await world.until(service)
+    world.server.change(made, status, "status")
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
     # Deleted by somebody, it is made again; with its Gateway it goes.
     world.server.delete(made)
     await world.until(service)
@@ -267,6 +310,21 @@ async def test_a_gateway_gets_a_load_balancer_and_shows_its_address(world):
     assert world.server.get("/services", "weft-named") is None
     world.server.delete(gateway())
     assert service() is None
+
+
+async def _looked_at(world):
+    """Until a Gateway that comes now has its Service."""
+    later = gateway("later", "more", port=82)
+    world.server.create(later)
+    await world.until(lambda: world.server.get("/services", "weft-later"))
+    world.server.delete(later)
+
+
+def test_names_of_gateways_as_values_of_labels():
+    """At most 63 characters, the last a letter or digit ("Labels and selectors", syntax)."""
+    long = f"{'a' * 62}.{'b' * 100}"
+    assert gateway_label("gw") == "gw"
+    assert gateway_label(long) == "a" * 62
 
 
 async def test_a_service_of_somebody_else_is_left_alone(world):

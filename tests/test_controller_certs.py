@@ -15,6 +15,7 @@ from certs.spiffe import gateway, workload
 from certs.svid import new_request
 from mesh.agent.authority import NoAnswer
 from mesh.agent.authority_cluster import ClusterAuthority
+from mesh.model.nodereport import SIGNER
 from mesh.sources.kubernetes_client import Client
 
 DOMAIN = "cluster.local"
@@ -143,6 +144,65 @@ async def test_requests_that_are_none(world):
     assert not world.server.get(CSR, "other", "").get("status")
 
 
+def asked(world, name, account, node="a", conditions=()):
+    """A request as an agent has made it, and as somebody has decided it."""
+    obj = {
+        "apiVersion": "certificates.k8s.io/v1",
+        "kind": "CertificateSigningRequest",
+        "metadata": {"name": name},
+        "spec": {
+            "request": base64.b64encode(request(account).encode()).decode(),
+            "signerName": SIGNER,
+            "usages": ["digital signature", "client auth", "server auth"],
+        },
+    }
+    user = world.server.auth.user(f"Bearer {node}")
+    world.server.objects.create(world.server.target(obj), obj, Who("test", user))
+    if conditions:
+        world.server.change(obj, {"status": {"conditions": list(conditions)}}, "approval")
+
+
+def condition(kind):
+    return {"type": kind, "status": "True", "reason": "Test", "message": "by a test"}
+
+
+async def test_what_was_approved_and_may_not_be_had_any_more_fails(world):
+    """The leader before approved it and died; its pod has gone. Or somebody approved what nobody
+    may have. It cannot be denied any more, and others are answered."""
+    asked(world, "gone", "cart", conditions=[condition("Approved")])
+    asked(world, "still", "web", conditions=[condition("Approved")])
+    world.start(trust_domain=DOMAIN)
+
+    def status(name):
+        return world.server.get(CSR, name, "")["status"]
+
+    failed = await world.until(lambda: status("gone")["conditions"][1])
+    assert (failed["type"], failed["reason"]) == ("Failed", "not_on_this_node")
+    assert "certificate" not in status("gone")
+    await world.until(lambda: status("still")["certificate"])
+    (answer,) = await (await world.agent("a")).sign([request("web")])
+    assert answer.chain_pem
+
+
+async def test_requests_wait_for_the_authority(world):
+    """One whose turn comes just when the authority begins to write down its next state is answered
+    after that, with nothing else to remind the signer."""
+    controller, _ = world.start(trust_domain=DOMAIN)
+    await (await world.agent("a")).sign([request("web")])
+    ready = controller.certificates.authority.ready
+    ready.clear()
+    asked(world, "waits", "web")
+    async with asyncio.timeout(WAIT_S):
+        while "waits" not in controller.certificates._signer._open:
+            await asyncio.sleep(0.01)
+    ready.set()
+    ready.clear()
+    # The signer's turn.
+    await asyncio.sleep(0.01)
+    ready.set()
+    await world.until(lambda: world.server.get(CSR, "waits", "")["status"]["certificate"])
+
+
 async def test_the_next_controller_has_the_same_root(world):
     _, first = world.start("one", trust_domain=DOMAIN)
     a = await world.agent("a")
@@ -216,6 +276,28 @@ async def test_without_a_controller_there_is_no_answer_and_no_bundle(world, monk
         await a.bundle("")
 
 
+async def test_a_request_that_nobody_answers_holds_up_no_other(world, monkeypatch):
+    monkeypatch.setattr("mesh.agent.authority_cluster._SIGN_S", 0.5)
+    a = await world.agent("a")
+    asked = asyncio.ensure_future(a.sign([request("web"), cart := request("cart")]))
+
+    def made():
+        store = world.server.store
+        found = [one for _, one in store.list(CSR, None, store.revision)]
+        return [one for one in found if base64.b64decode(one["spec"]["request"]) == cart.encode()]
+
+    await world.until(made)
+    (one,) = made()
+    answer = {"type": "Denied", "status": "True", "reason": "no", "message": "because"}
+    world.server.change(one, {"status": {"conditions": [answer]}}, "approval")
+    silent, denied = await asked
+    assert (silent.refused, denied.refused, denied.why) == ("no_answer", "no", "because")
+    # Nor do those before it take a request's time without end.
+    a._turn = asyncio.Semaphore(0)
+    with pytest.raises(NoAnswer, match="no controller has signed"):
+        await asyncio.wait_for(a.sign([request("web")]), WAIT_S)
+
+
 async def test_a_new_bundle_is_told_to_who_waits(world):
     controller, _ = world.start(trust_domain=DOMAIN)
     a = await world.agent("a")
@@ -231,3 +313,38 @@ async def test_a_new_bundle_is_told_to_who_waits(world):
     assert found.tag != have.tag
     assert found.bundles[DOMAIN].count("BEGIN CERTIFICATE") == 2
     assert a.have == have.tag
+
+
+async def test_a_new_root_waits_for_nodes_that_are_away(world, caplog):
+    """Theirs is the old bundle until they are back: what others would show them they could not
+    believe. Nodes without identities are no matter; how long is the authority's to bound."""
+    caplog.set_level("INFO", "weft.controller")
+    controller, _ = world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    await a.sign([request("web")])
+    have = await a.bundle("")
+    world.report("a", bundle=have.tag)
+    world.report("b", bundle=have.tag, lasts=1)
+    world.report("gateway-only", bundle="")
+    async with asyncio.timeout(WAIT_S):
+        while "weft-node.b" not in controller.nodes._seen:
+            await asyncio.sleep(0.01)
+        while len(controller.nodes.ready()) != 2:
+            await asyncio.sleep(0.01)
+    authority = controller.certificates.authority
+
+    def states():
+        return [one.state for one in authority._authority.describe() if one.role == "root"]
+
+    authority._authority.rotate_root(time.time())
+    authority.look_again()
+    new = await a.bundle(have.tag)
+    world.report("a", bundle=new.tag)
+    async with asyncio.timeout(WAIT_S):
+        while "the next root waits for node b, which is away" not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert sorted(states()) == ["active", "next"]
+    world.report("b", bundle=new.tag)
+    async with asyncio.timeout(WAIT_S):
+        while sorted(states()) != ["active", "retiring"]:
+            await asyncio.sleep(0.01)

@@ -2,6 +2,7 @@
 or do not know it any more, clocks, other versions of itself."""
 
 import asyncio
+import copy
 import time
 
 import msgspec
@@ -10,6 +11,7 @@ from controller_world import NAMESPACE, controller_world
 from kube_world import CONTROLLER, GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
 from mesh.controller.election import Election
+from mesh.install import manifests
 from mesh.model.decode import KINDS
 from mesh.model.nodereport import ANNOTATION
 from mesh.sources.kubernetes_client import APPLY, Client
@@ -150,6 +152,27 @@ async def test_reports_of_other_versions(world, caplog):
     assert "Lease weft-system/weft-node.c: its report cannot be read" in caplog.text
 
 
+async def test_nodes_that_have_gone_are_waited_for_by_nobody(world):
+    """Not even by a controller that starts, though their Leases are still there: who takes those
+    away, garbage collection, is not quick, nor is a node's name its identity."""
+    about = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "a"}}
+    node = world.server.create(about)
+    gone = {"metadata": {"uid": "of-one-before"}}
+    ports = {"0.0.0.0:80": ""}
+    world.report("a", owner=node, ports=ports)
+    world.report("b", owner=gone, versions={"Gateway": 1}, ports=ports)
+    controller, _ = world.start()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    assert [one.node for one in controller.nodes.ready()] == ["a"]
+    # A Node that comes after its Lease counts from then on.
+    later = world.server.create({**about, "metadata": {"name": "c"}})
+    world.report("c", owner=later, ports={"0.0.0.0:80": "address in use"})
+    await world.until(lambda: world.conditions()["Programmed"] == "False")
+    # And none any more once it has gone.
+    world.server.delete(later)
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+
 @pytest.mark.parametrize("renewed", ["1970-01-01T00:00:00Z", "2099-01-01T00:00:00Z"])
 async def test_clocks_of_nodes_that_are_wrong(world, renewed):
     """A node lives while its Lease changes, whatever time it says it is."""
@@ -182,6 +205,38 @@ async def test_a_token_that_expires(world):
     assert not world.status("httproutes", "r")
     world.server.kubeconfig(world.kubeconfig, token="second")
     await world.until(lambda: world.conditions("httproutes", "r")["Accepted"] == "True")
+
+
+async def test_a_right_that_comes_later_than_the_controller(world, caplog):
+    """Others are not held up meanwhile; nothing else has to change for what waits."""
+    server = world.server
+    server.auth.token("admin", "admin", groups=["system:masters"])
+    server.auth.service_account("controller", NAMESPACE, "weft-controller")
+    server.kubeconfig(world.kubeconfig, token="controller")
+    for obj in manifests.objects():
+        if obj["apiVersion"].startswith("rbac.") and "namespace" not in obj["metadata"]:
+            server.create(obj)
+    for obj in manifests.objects():
+        if obj["kind"] in ("Role", "RoleBinding") and obj["metadata"]["namespace"] == NAMESPACE:
+            server.create(obj)
+    role = server.get("rbac.authorization.k8s.io/clusterroles", "weft-controller", "")
+    without = copy.deepcopy(role)
+    for rule in without["rules"]:
+        rule["resources"] = [one for one in rule["resources"] if one != "httproutes/status"]
+    server.change(role, {"rules": without["rules"]})
+    server.auth.rbac = True
+    for number in range(20):
+        server.create(route(f"r{number}"))
+    world.start()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    async with asyncio.timeout(WAIT_S):
+        while 'cannot patch resource "httproutes/status"' not in caplog.text:
+            await asyncio.sleep(0.01)
+    server.change(role, {"rules": role["rules"]})
+    await world.until(
+        lambda: all(world.conditions("httproutes", f"r{n}")["Accepted"] for n in range(20))
+    )
+    assert len([line for line in caplog.messages if "cannot patch resource" in line]) == 1
 
 
 async def test_a_slow_server(world):

@@ -12,7 +12,7 @@ from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore, Line, Lost
 from mesh.model.flow import Flows, Peer
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import NodeSection, WorkloadSection
+from mesh.model.nodeconfig import NodeSection, SvidSection, WorkloadSection
 from mesh.model.section import node_key, workload_key
 
 
@@ -114,6 +114,30 @@ def test_an_address_that_another_pod_has_got_is_the_others(peers):
     assert complete(peers, "10.244.0.2").pod == "new-1"
     peers.publish(workload("new-2", "10.244.0.2"), (workload_key("shop", "new-1"),))
     assert complete(peers, "10.244.0.2").pod == "new-2"
+
+
+def test_pods_of_one_node_are_proven_by_valid_svids(peers):
+    """Of what no proxy saw."""
+    ends = {one: f"spiffe://cluster.local/ns/shop/sa/{one}" for one in ("web", "cart")}
+    after, before = TIME // 10**9 + 1, TIME // 10**9
+    svids = {one: SvidSection(one, "", "", after) for one in ends.values()}
+    peers.publish(workload("web-1", "10.244.0.2", local=True, spiffe_id=ends["web"]), ())
+    peers.publish(svids, ())
+
+    def proven(**fields):
+        peers.publish(workload("cart-1", "10.244.0.3", spiffe_id=ends["cart"], **fields), ())
+        flow = peers.proven(connection())
+        return flow.encryption, flow.source.spiffe_id, flow.destination.spiffe_id
+
+    assert proven(local=True) == ("local", *ends.values())
+    plain = ("none", "", "")
+    assert proven(local=False) == plain
+    peers.publish({ends["cart"]: SvidSection(ends["cart"], "", "", before)}, ())
+    assert proven(local=True) == plain
+    peers.publish(svids, ())
+    assert proven(local=True) == ("local", *ends.values())
+    peers.publish({}, (ends["web"],))
+    assert proven(local=True) == plain
 
 
 def test_services_by_frontend(peers):

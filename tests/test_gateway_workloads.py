@@ -209,6 +209,19 @@ def test_sockmap_by_annotation(value: str, expected: bool) -> None:
     assert workload(found).sockmap is expected
 
 
+def test_who_is_told_its_clients_is_told_them_where_services_declare_http() -> None:
+    asks = pod(annotations="{weft.dev/client-headers: 'true'}")
+    found = world(asks, service("s", HTTP), piece("s", "10.0.0.1"))
+    assert (workload(found).client_headers, workload(found).http_ports) == (True, (8080,))
+    found.apply(service("s", "{name: http, port: 80, appProtocol: tcp}"))
+    assert workload(found).http_ports == ()
+    found.apply(service("s", "{name: x, port: 80, appProtocol: kubernetes.io/h2c}"))
+    found.apply(piece("s", "10.0.0.1", "{name: x, port: 8080}"))
+    assert workload(found).http_ports == (8080,)
+    found.apply(pod())
+    assert workload(found).http_ports == ()
+
+
 def test_an_address_is_the_younger_pods() -> None:
     found = world(
         pod("old", "10.0.0.1 fd00::1", created="2024-01-01T00:00:00Z"),

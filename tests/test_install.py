@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ from kube_world import (
     tls_secret,
 )
 
+from l7proxy.tasks import spawn
+from mesh.agent import supervisor
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
 from mesh.install import manifests
@@ -75,7 +78,22 @@ async def test_installed_again_and_removed(server, tmp_path):
     assert (await weft("install", config, "--image=weft:next"))[0] == 0
     pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == "weft:next"
-    assert (await weft("uninstall", config))[0] == 0
+    # While a controller runs its GatewayClass stays: without it, statuses would go.
+    deployment = server.get("apps/deployments", "weft-controller", NAMESPACE)
+    server.change(deployment, {"metadata": {"finalizers": ["foregroundDeletion"]}})
+    deployments = server.store.watch("apps/deployments")
+    removing = spawn(weft("uninstall", config), name="uninstall")
+    async with asyncio.timeout(20):
+        while not (await deployments.get()).new["metadata"].get("deletionTimestamp"):
+            pass
+        asked = len(server.requests)
+        while len(server.requests) < asked + 3:
+            await asyncio.sleep(0.01)
+    assert server.get(f"{GROUP}/gatewayclasses", "weft", "")
+    server.change(deployment, {"metadata": {"finalizers": []}})
+    assert (await removing)[0] == 0
+    (path,) = [path for method, path in server.requests if method == "DELETE" and "deploy" in path]
+    assert path.endswith("/weft-controller?propagationPolicy=Foreground")
     assert stored(server) == before
     assert (await weft("uninstall", config))[0] == 0
 
@@ -105,6 +123,7 @@ async def test_checks_of_a_cluster_that_is_well(server, tmp_path):
     assert {one["result"] for what, one in findings.items() if what in ("Gateway", "agents")} == {
         "ok"
     }
+    assert findings["rights of this user"]["result"] == "ok"
     old = {"gateway.networking.k8s.io/bundle-version": "v1.2.0"}
     crd = {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -115,6 +134,56 @@ async def test_checks_of_a_cluster_that_is_well(server, tmp_path):
     _, said = await weft("check", config, "--only=cluster", "-o", "json")
     found = next(one for one in json.loads(said) if one["what"] == "Gateway")
     assert (found["result"], found["todo"]) == ("warning", "Weft knows v1.4 to v1.6")
+
+
+@needs_crds
+async def test_checks_name_each_right_that_is_missing(server, tmp_path):
+    """Of who would install, and of what is installed: exactly those of the manifests' roles."""
+    server.install_crds(CRDS)
+    for obj in manifests.objects():
+        server.create(obj)
+    server.auth.token("admin", "admin", groups=["system:masters"])
+    server.auth.token("somebody", "somebody")
+    server.auth.rbac = True
+    config = server.kubeconfig(tmp_path / "kubeconfig")
+
+    async def findings():
+        _, said = await weft("check", f"--kubeconfig={config}", "--only=cluster", "-o", "json")
+        return {one["what"]: one for one in json.loads(said)}
+
+    found = await findings()
+    accounts = ("this user", "weft-agent", "weft-controller")
+    assert [found[f"rights of {who}"]["result"] for who in accounts] == ["ok"] * 3
+    role = server.get("rbac.authorization.k8s.io/clusterroles", "weft-agent", "")
+    for rule in role["rules"]:
+        rule["resources"] = [one for one in rule["resources"] if one != "nodes"]
+    server.change(role, {"rules": role["rules"]})
+    of_agent = (await findings())["rights of weft-agent"]
+    assert (of_agent["result"], of_agent["found"]) == ("failed", "may not list nodes; watch nodes")
+    server.kubeconfig(config, token="somebody")
+    for obj in _reviewer():
+        server.create(obj)
+    mine = (await findings())["rights of this user"]
+    for right in (
+        "create namespaces",
+        "patch daemonsets.apps in weft-system",
+        "update secrets weft-authority in weft-system",
+        "sign signers.certificates.k8s.io weft.dev/workload",
+        "patch httproutes/status.gateway.networking.k8s.io",
+    ):
+        assert right in mine["found"]
+
+
+def _reviewer():
+    """What everybody may in a cluster ("Discovery roles", system:basic-user)."""
+    rule = {"apiGroups": ["authorization.k8s.io"], "resources": ["selfsubjectaccessreviews"]}
+    metadata = {"name": "system:basic-user"}
+    rbac = "rbac.authorization.k8s.io"
+    about = {"apiVersion": f"{rbac}/v1", "metadata": metadata}
+    yield {**about, "kind": "ClusterRole", "rules": [{**rule, "verbs": ["create"]}]}
+    ref = {"apiGroup": rbac, "kind": "ClusterRole", "name": "system:basic-user"}
+    subject = {"apiGroup": rbac, "kind": "Group", "name": "system:authenticated"}
+    yield {**about, "kind": "ClusterRoleBinding", "roleRef": ref, "subjects": [subject]}
 
 
 def test_a_cluster_that_is_not_there(tmp_path):
@@ -132,6 +201,15 @@ def test_deploy_is_what_install_applies():
     result = CliRunner().invoke(cli, ["install", "--dry-run"])
     printed = list(yaml.safe_load_all(result.output))
     assert printed == manifests.objects()
+
+
+def test_an_agent_that_is_stopped_has_the_time_that_it_takes():
+    (agent,) = [one for one in manifests.objects() if one["kind"] == "DaemonSet"]
+    pod = agent["spec"]["template"]["spec"]
+    args = supervisor.parser().parse_known_args(pod["containers"][0]["args"])[0]
+    takes_s = supervisor.LEAVE_S + args.drain_delay + args.drain_timeout + 2 * supervisor.GRACE_S
+    assert args.drain_delay > 0
+    assert takes_s < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_chart_is_what_install_applies():
@@ -225,6 +303,19 @@ def test_the_kustomization_is_whole():
     built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = sorted(yaml.safe_load_all(built), key=path_of)
     assert found == sorted(manifests.objects(), key=path_of)
+
+
+@needs_kubectl
+def test_the_kustomization_takes_another_image_by_one_line(tmp_path):
+    """The README's."""
+    readme = (PROJECT / "README.md").read_text()
+    (line,) = re.findall(r"^\$ (sed .*kustomization.yaml) && kubectl apply -k", readme, re.M)
+    shutil.copytree(PROJECT / "deploy/manifests", tmp_path / "deploy/manifests")
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+    command = [KUBECTL, "kustomize", str(tmp_path / "deploy/manifests")]
+    built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = sorted(yaml.safe_load_all(built), key=path_of)
+    assert found == sorted(manifests.objects(image="REGISTRY/weft:0.1.0"), key=path_of)
 
 
 @needs_crds

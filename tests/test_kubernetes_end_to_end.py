@@ -3,9 +3,11 @@ traffic, and back to its status; with the real kubectl where there is one."""
 
 import asyncio
 import json
+import re
 import socket
 import subprocess
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import yaml
 from apiserver.server import ApiServer
 from kube_world import CRDS, GROUP, KUBECTL, needs_crds, needs_kubectl
 
+from l7proxy.tasks import spawn
 from mesh.model.nodereport import ANNOTATION, decode_report
 from tests.support.running import PROJECT, free_port, gateway, route, running, service
 from tests.test_agent_end_to_end import WAIT_S, Client, backend, busy
@@ -75,33 +78,68 @@ async def test_from_an_object_to_traffic_and_back_to_its_status(server, tmp_path
     port = free_port()
     async with backend() as target:
         create(server, gateway(port), service(target=target), route("r"))
+        name = socket.gethostname().lower()
+        about = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}}
+        node = server.create(about)
         options = (f"--kubeconfig={kubeconfig}", "--workers=1", "--admin=off")
-        with running(tmp_path / "run", *options, "--drain-timeout=0.1", stub=False) as weft:
-            await asyncio.to_thread(weft.await_status, lambda status: status["ready"])
-            async with controller(kubeconfig):
+        options += ("--drain-timeout=0.1", "--drain-delay=0.5")
+        with running(tmp_path / "run", *options, stub=False) as weft:
+            status = await asyncio.to_thread(weft.await_status, lambda status: status["ready"])
+            async with controller(kubeconfig) as leader:
                 await until(server, "gateways", "gw", lambda c: c.get("Programmed") == "True")
+                for pid in (leader.pid, status["workers"][0]["pid"]):  # there are keys
+                    limits = Path(f"/proc/{pid}/limits").read_text()
+                    assert re.search(r"Max core file size +0 +0 ", limits)
                 await until(server, "httproutes", "r", lambda c: c.get("Accepted") == "True")
                 client = Client()
                 await client.connect(port)
                 assert client.statuses == {200}
                 # A status that says Accepted is true: the route serves.
-                for number in range(5):
+                began, before = time.monotonic(), _reports(server)
+                for number in range(3):
                     create(server, route(f"new{number}", path=f"/new{number}", service="nothing"))
-                    name = f"new{number}"
-                    await until(server, "httproutes", name, lambda c: c.get("Accepted") == "True")
+                    new = f"new{number}"
+                    await until(server, "httproutes", new, lambda c: c.get("Accepted") == "True")
                     assert await client.ask(f"/new{number}") == 500
+                # That the node has come so far is not told more often than once a second.
+                assert _reports(server) - before <= time.monotonic() - began + 2
                 client.close()
             assert _report(server).ready
-            await asyncio.to_thread(weft.stop)
+            # It first says that it leaves: who is sent to it until everybody knows is served.
+            leases = server.store.watch(LEASES)
+            stopping = spawn(asyncio.to_thread(weft.stop), name="stop")
+            async with asyncio.timeout(WAIT_S):
+                while _report(server).ready:
+                    await leases.get()
+            client = Client()
+            await client.connect(port)
+            assert client.statuses == {200}
+            client.close()
+            await stopping
             # A node that has ended in good order is waited for by nobody.
             assert not _report(server).ready
+            # Its Lease goes with the Node.
+            (owner,) = _lease(server)["metadata"]["ownerReferences"]
+            assert (owner["kind"], owner["uid"]) == ("Node", node["metadata"]["uid"])
+            server.delete(about)
+            assert _lease(server) is None
+
+
+def _reports(server):
+    return sum(
+        method == "PATCH" and "/leases/weft-node." in path for method, path in server.requests
+    )
+
+
+LEASES = "coordination.k8s.io/leases"
+
+
+def _lease(server):
+    return server.get(LEASES, f"weft-node.{socket.gethostname().lower()}", NAMESPACE)
 
 
 def _report(server):
-    lease = server.get(
-        "coordination.k8s.io/leases", f"weft-node.{socket.gethostname().lower()}", NAMESPACE
-    )
-    return decode_report(lease["metadata"]["annotations"][ANNOTATION])
+    return decode_report(_lease(server)["metadata"]["annotations"][ANNOTATION])
 
 
 async def test_nothing_drops_while_the_server_is_away(server, tmp_path):

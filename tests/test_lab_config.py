@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from mesh.cli.main import cli
 from mesh.lab.config import read_config
 from mesh.lab.errors import LabError
 from mesh.lab.plan import Plan, make_plan
@@ -144,6 +146,13 @@ def test_no_two_places_share_a_name_or_an_address() -> None:
 def test_names_of_labs(tmp_path: Path, name: str) -> None:
     with pytest.raises(LabError, match="cannot name a lab"):
         LabDir(tmp_path, name)
+
+
+def test_an_option_is_not_taken_for_a_command(tmp_path: Path) -> None:
+    arguments = ("lab", "exec", "web", "--run-dir", str(tmp_path), "--", "true")
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2
+    assert "--run-dir: options stand before POD" in result.stderr
 
 
 def test_what_is_no_lab_is_not_removed(tmp_path: Path) -> None:

@@ -186,9 +186,11 @@ def test_plain_clients_are_seen_and_taken_by_permissive_pods_only(lab: Lab, plai
     with captured(lab) as packets:
         assert say(lab, plain, ECHO) == f"same {len(MARKER)}"
     assert [packet for packet in packets if MARKER.encode() in packet]  # so the capture can see
-    if plain == "plain":  # who is no workload leaves no record of what succeeds
-        way = ("--from", "default/plain", "--to", "default/echo")
-        until(lambda: [one.get("encryption", "none") for one in flows(lab, "a", *way)] == ["none"])
+    who = "default/plain" if plain == "plain" else "remote-node"
+    # What opens a connection tells of it if it is a workload, and so does the filter at the pod.
+    for node in "ab" if plain == "plain" else "b":
+        way = (node, "--from", who, "--to", "default/echo")
+        until(lambda way=way: [one["encryption"] for one in flows(lab, *way)] == ["none"])
     assert say(lab, "client", "strict") == f"same {len(MARKER)}"
     before = refused(lab)
     assert say(lab, plain, STRICT) in ("ConnectionResetError", "ConnectionRefusedError")
@@ -229,6 +231,19 @@ def test_both_nodes_tell_who_it_was(lab: Lab) -> None:
             ]
 
         until(lambda told=told: ("mtls", client, echo) in told())
+
+
+def test_pods_of_one_node_are_told_to_be_proven(lab: Lab) -> None:
+    """What goes past all proxies; the kernel knows who it is."""
+    assert say(lab, "alone", ECHO) == f"same {len(MARKER)}"
+    way = ("b", "--from", "default/alone", "--to", "default/echo")
+    until(lambda: bool(flows(lab, *way)))
+    [flow] = flows(lab, *way)
+    ends = (flow["source"]["spiffe_id"], flow["destination"]["spiffe_id"])  # type: ignore[index]
+    assert flow["encryption"] == "local"
+    assert ends == tuple(
+        f"spiffe://cluster.local/ns/default/sa/{one}" for one in ("default", "echo")
+    )
 
 
 def test_an_identity_that_goes_takes_its_connections_with_it(lab: Lab) -> None:

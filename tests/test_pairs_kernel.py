@@ -12,21 +12,28 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
 from redirect_world import NODE, OTHER, VIP, World, redirect_world
 from support import policy as policies
 from support.mesh import mesh_route, service, workload
-from support.proxy import Message, get, ok, read_message, rule, to
+from support.proxy import Message, get, ok, read_body, read_message, rule, to
 from support.two_nodes import Authority, life
 from test_mesh_kernel import Node, node, scenario, served
 
 from bpf import maps
 from bpf.automaton import Automata
 from bpf.reasons import Reason
+from bpf.settings import Generation
 from bpf.structs import Number, Pair
+from l7proxy.accesslog import AccessLog
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plans import Plans
+from mesh.agent.flow_peers import Peers
+from mesh.agent.flows import FlowStore
+from mesh.agent.passed import PassedBy
+from mesh.model.flow import Flow
 from mesh.model.nodeconfig import (
     ClusterSection,
     Endpoint,
@@ -42,8 +49,8 @@ pytestmark = needs_bpf
 FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
-    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|hint|kept|long|other|p"
-    "|parts|size|slow|status|two|twice|up|x"
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|early|hint|kept|long|other"
+    "|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
 
@@ -99,13 +106,21 @@ class Backend:
         self.lingers = False  # with its own end, when the other one has ended
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while (message := await read_message(reader)) is not None:
+        while (message := await read_message(reader, head_only=True)) is not None:
             method, target, version = message.start.split(" ")
+            if target == "/early":
+                writer.write(ok(b"early"))
+            await read_body(reader, message)
+            if target == "/early":
+                continue
             assert version == "HTTP/1.1"
             self.targets.append(target)
             what, _, rest = target[1:].partition("/")
             if what == "slow":
                 self.reached.set()
+                await self.go_on.wait()
+            if what == "stalls":
+                writer.write(ok(b"x" * 100)[:-50])
                 await self.go_on.wait()
             if what == "close":
                 writer.write(ok(b"x" * 100)[: int(rest)])
@@ -261,12 +276,200 @@ def test_later_requests_pass_by_the_proxy(world):
             assert counts.since == (50, 50, 0)
             await own.ask(get("/denied", "web"))  # which it has sent by TCP
             assert own.delivered
-        place = 'gateway="mesh",route="HTTPRoute/shop/r",rule="0"'
-        cluster = 'backend="cluster/Service/default/web/80"'
-        name = f'weft_http_requests_total{{{cluster},code="200",{place}}}'
-        await here.proxy.metric(name, lambda value: value == 51)
-        name = f'weft_http_request_duration_seconds_count{{{cluster},gateway="mesh"}}'
-        assert here.proxy.metrics()[name] == 51
+
+    with_backend(world, test)
+
+
+def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_path):
+    """The same requests through the proxy and past it: the same metrics, flow records and lines."""
+    reader = policies.rule("get", 301, http=policies.http(method="GET"))
+    writer = policies.rule("put", 301, http=policies.http(method="PUT"))
+    authority = Authority("cluster.local")
+    put = "PUT /p/1 HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\n"
+    asked: tuple[str | bytes, ...] = (
+        get("/size/7", "web", "User-Agent: test"),
+        get("/status/404", "web"),
+        put + "abc",
+    )
+
+    async def test(here: Node, backend: Backend) -> None:
+        identities = authority.svid(FRONT) | authority.svid(SHOP) | authority.bundle()
+        await change(here, allowed(reader, writer) | identities)
+        with open(tmp_path / "log", "wb") as file:
+            log = AccessLog(asyncio.get_running_loop(), file.fileno())
+            store = FlowStore(Peers())
+            passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), store, log)
+            passed.start()
+            here.proxy.merge = passed.merged
+            async with paired(world) as own:
+                start = here.proxy.metrics()
+                counts = Counts(world)
+                for request in asked:
+                    await own.ask(request)
+                assert counts.since == (3, 3, 0)
+                middle = here.proxy.metrics()
+                for request in asked:  # which it now sends in two parts, the first of them short
+                    text = request if isinstance(request, bytes) else request.encode()
+                    own.writer.write(text[:9])
+                    await own.offered(stands=False)
+                    await own.ask(text[9:])
+                    await own.offered()
+                assert counts.since == (3, 3, 0)
+            end = here.proxy.metrics()
+            async with asyncio.timeout(5):
+                while store.seen["FORWARDED"] < 3:
+                    await asyncio.sleep(0.01)
+            passed.close()
+
+        def changes(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+            return {
+                name: round(after[name] - before.get(name, 0), 9)
+                for name in after
+                if after[name] != before.get(name)
+                and name.startswith("weft_http")
+                and not name.startswith("weft_http_request_duration_seconds")
+            }
+
+        assert changes(start, middle) == changes(middle, end)
+        by = f'destination="{SHOP}",policy="%s",source="{FRONT}"}}'
+        name = 'weft_http_requests_by_policy_total{class="2xx",'
+        assert changes(start, middle)[name + by % "get"] == 1
+        assert changes(start, middle)[name + by % "put"] == 1
+        name = 'weft_http_request_duration_seconds_bucket{backend="%s",gateway="mesh",le="+Inf"}'
+        name %= "cluster/Service/default/web/80"
+        assert middle[name] - start[name] == 3 == end[name] - middle[name]
+        theirs: list[Flow] = []
+        while len(theirs) < 4:
+            theirs += (await here.proxy.flows()).records
+        for flow, other in zip(store.held(), theirs[1:4], strict=True):
+            assert plainly(flow) == plainly(store.peers.complete(other, ""))
+        lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        others = [json.loads(line) for line in here.proxy.access_log().splitlines()][1:4]
+        for line in (*lines, *others):
+            for name in ("time", "duration_ms", "request_id"):
+                line.pop(name)
+        assert lines == others
+
+    with_backend(world, test)
+
+
+def plainly(flow: Flow) -> Flow:
+    """Without what is never the same twice."""
+    assert flow.http is not None
+    http = msgspec.structs.replace(flow.http, latency_ms=0, request_id="")
+    there = msgspec.structs.replace(flow.destination, labels={}, identity=0)
+    source = msgspec.structs.replace(flow.source, labels={}, identity=0)
+    return msgspec.structs.replace(
+        flow, time=0, http=http, source=source, destination=there, node=""
+    )
+
+
+def test_routes_have_timeouts_past_the_proxy_too(world):
+
+    async def test(here: Node, backend: Backend) -> None:
+        for name, target, status in (
+            ("request_timeout_ms", "/slow", 504),
+            ("backend_timeout_ms", "/slow", 504),
+            ("request_timeout_ms", "/stalls", 0),
+        ):
+            await change(here, mesh_route("r", rule(to("web"), matches=MATCHES, **{name: 200})))
+            async with paired(world) as own:
+                counts = Counts(world)
+                own.writer.write(get(target, "web").encode())
+                if status:
+                    assert (await own.answer()).status == status
+                else:  # the response has begun
+                    with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                        await own.answer()
+                assert counts.since[0] == 1
+                assert await own.ended()
+
+    with_backend(world, test)
+
+
+def test_the_last_request_of_a_connection_is_the_proxy_s(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for number in range(2, 6):
+                message = await own.ask(get(f"/a/{number}", "web"))
+                assert (message.header("connection") == "close") == (number == 5)
+            assert counts.since[0] == 3
+            assert await own.ended()
+
+    with_backend(world, test, max_requests_per_connection=5)
+
+
+def test_bodies_in_parts_go_past_the_proxy(world):
+    """Head and body apart, as most clients send them; what stands behind is another's."""
+    size = 40_000
+    head = f"PUT /p HTTP/1.1\r\nHost: web\r\nContent-Length: {size}\r\n\r\n".encode()
+    body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, 1, 1)
+            for parts in ((head, body), (head + body[:1], body[1:30_000], body[30_000:])):
+                for part in parts:
+                    own.writer.write(part)
+                    await asyncio.sleep(0.002)
+                assert (await own.answer()).body == body
+                assert own.delivered
+            assert counts.since == (2, 2, 0)
+            # Two requests behind the end of the body, one of them denied.
+            own.writer.write(head + body[:9])
+            await asyncio.sleep(0.002)
+            own.writer.write(body[9:] + get("/denied", "web").encode() + get("/a", "web").encode())
+            assert (await own.answer()).body == body
+            assert (await own.answer()).status == 404
+            assert (await own.answer()).body == b"/a"
+            assert counts.since == (3, 2, 1)
+            await own.pair()
+            # An answer before the request is whole: then the connection is over.
+            own.writer.write(b"PUT /early HTTP/1.1\r\nHost: web\r\nContent-Length: 9\r\n\r\n1234")
+            assert (await own.answer()).body == b"early"
+            own.writer.write(b"56789" + get("/denied", "web").encode())
+            assert await own.ended()
+        async with paired(world) as own:  # by another connection
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            # A body that does not come.
+            own.writer.write(head + body[:5])
+            assert (await own.answer()).status == 408
+            assert await own.ended()
+        assert "/denied" not in backend.targets
+
+    with_backend(world, test, body_timeout_s=0.3)
+
+
+def test_long_responses_pass_once_there_was_one(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for _ in range(4):
+                assert len((await own.ask(get("/size/1000000", "web"))).body) == 1_000_000
+                await own.offered()
+            assert counts.since == (4, 3, 1)
+            # Beyond what any may have.
+            assert len((await own.ask(get("/size/5000000", "web"))).body) == 5_000_000
+            assert counts.since == (5, 3, 2)
+
+    with_backend(world, test)
+
+
+def test_statuses_that_pass(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for status in (200, 201, 204, 206, 301, 304, 404, 418, 500, 505):
+                message = await own.ask(get(f"/status/{status}", "web"))
+                assert message.status == status
+            assert counts.since == (10, 10, 0)
+            # What says how an endpoint fares is the proxy's to know.
+            for status in (502, 503, 504):
+                assert (await own.ask(get(f"/status/{status}", "web"))).status == status
+                await own.pair()
+            assert counts.since[2] == 3
 
     with_backend(world, test)
 
@@ -433,6 +636,25 @@ def test_a_change_dissolves_all_pairs(world):
             assert (await other.answer()).status == 500
         assert "/a" not in backend.targets
         assert "/b" not in backend.targets
+
+    with_backend(world, test)
+
+
+def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            # The worker knows nothing of it.
+            with contextlib.closing(Generation(world.pin)) as generation:
+                generation.begin(generation.next())
+            assert (await own.ask(get("/b", "web"))).body == b"/b"
+            assert counts.since == (1, 1, 0)
+            # What it offers from now on stands.
+            await own.pair()
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (2, 2, 0)
 
     with_backend(world, test)
 

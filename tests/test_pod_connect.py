@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import A_ONLY, KNOWN, SVIDS, VERSIONS, WORLD, allow, only, policy, tcp
 from pod_world import NODE, OUT, A, B, PodWorld, pod_world
 
-from bpf import constants, events, maps, settings
+from bpf import constants, events, layout, maps, settings
 from bpf.balancer import Balancer
 from bpf.events import SocketEvent
 from bpf.reasons import Reason
 from bpf.ringbuf import RingBuffer
-from bpf.structs import Target
-from mesh.model.nodeconfig import MESH_HTTP_PORT, EntryBackend, LoadBalancerEntry
+from bpf.structs import Backend, Number, Target
+from mesh.model.nodeconfig import (
+    MESH_HTTP_PORT,
+    EntryBackend,
+    LoadBalancerEntry,
+    WorkloadSection,
+)
 from mesh.model.policyconfig import Direction, PolicyRule
 
 pytestmark = needs_bpf
@@ -38,6 +45,10 @@ def balancer(world: PodWorld) -> Iterator[Balancer]:
     yield balancer
     balancer.replace({})
     balancer.close()
+
+
+def packed(address: str, port: int) -> bytes:
+    return layout.TARGET.pack(Target.of(address, port, "TCP"))
 
 
 @contextlib.contextmanager
@@ -100,6 +111,37 @@ def test_a_refusal_is_told_with_its_rule(world: PodWorld, version: int) -> None:
     assert event.asked == event.peer == Target.of(OUT[version], port, "TCP")
     assert event.source == Target.of(B[version], 0, "TCP")
     assert world.enforcement.source(event.rule) == rule.source
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_comes_plainly_from_elsewhere_is_told_once(world: PodWorld, version: int) -> None:
+    world.enforce({**KNOWN, **SVIDS})
+    port = 7050
+    with world.listen("a", A[version], port) as server, told(world) as found:
+        with world.connection("out", server) as (client, accepted):
+            for one in (client, accepted):
+                one.sendall(b"more")
+            source = Target.of(*client.getsockname()[:2], "TCP")
+            # Judged anew, but no news.
+            world.enforce(KNOWN)
+            client.sendall(b"more")
+            assert accepted.recv(8, socket.MSG_WAITALL) == b"moremore"
+        assert world.attempt("node", server) == ANSWERED
+        assert world.attempt("b", server) == ANSWERED
+    [event] = [one for one in found if one.reason == Reason.PLAIN]
+    assert (event.source, event.peer) == (source, Target.of(A[version], port, "TCP"))
+    with (
+        told(world) as found,
+        world.udp("a", A[version], port) as a,
+        world.udp("out", OUT[version], port) as out,
+        world.udp("out", OUT[version]) as other,
+    ):
+        world.pass_on(out, a, b"datagram")
+        world.pass_on(out, a, b"datagram")
+        # An answer is none.
+        world.pass_on(a, other, b"datagram")
+    [event] = [one for one in found if one.reason == Reason.PLAIN]
+    assert event.source == Target.of(OUT[version], port, "UDP")
 
 
 def test_what_is_audited_is_told_once_and_passes(world: PodWorld) -> None:
@@ -185,6 +227,67 @@ def test_a_backend_that_policy_lets_be_reached_is_found(
         out.setblocking(False)
         with pytest.raises(BlockingIOError):
             out.accept()
+
+
+def test_an_ipv4_socket_is_given_no_ipv6_backend(world: PodWorld, balancer: Balancer) -> None:
+    """Nor as the other backend that is tried because policy refuses the first."""
+    world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
+    backends = (EntryBackend(OUT[4], 80), EntryBackend(A[4], 80))
+    entry = LoadBalancerEntry(SERVICE[4], 80, "TCP", backends, "Service/shop/x")
+    assert balancer.apply({"entry": entry}) == {}
+    # The balancer takes no such backend.
+    found = maps.PinnedMap(world.pin, "backends", Number, Backend)
+    for index, backend in list(found.items()):
+        if backend.target == packed(A[4], 80):
+            found.put(index, backend._replace(target=packed(A[6], 80)))
+    found.close()
+    for _ in range(8):
+        before = world.counters()
+        with pytest.raises(ConnectionRefusedError):
+            world.connect_to("b", SERVICE[4], 80)
+        assert world.counted(before) == {"WRONG_FAMILY": 1}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_goes_plainly_because_the_relay_does_not_listen(
+    world: PodWorld, balancer: Balancer, version: int
+) -> None:
+    """To a pod of another node; what is plain by rule is so without a relay."""
+    far = WorkloadSection(
+        "shop", "far", (OUT[version],), node="n2", spiffe_id="spiffe://cluster.local/ns/x/sa/far"
+    )
+    disabled = msgspec.structs.replace(far, mtls="DISABLE")
+    strict = msgspec.structs.replace(disabled, mtls_ports={7030: "STRICT"}, spiffe_id="")
+    apart = msgspec.structs.replace(KNOWN["workload/shop/b"], meshed=False)
+    required = ("EPERM", {"MTLS_REQUIRED": 1})
+    with world.listen("out", OUT[version]) as server:
+        port = server.getsockname()[1]
+        backend = EntryBackend(OUT[version], port, remote=True)
+        entry = LoadBalancerEntry(SERVICE[version], 80, "TCP", (backend,), "Service/shop/x")
+        assert balancer.apply({"entry": entry}) == {}
+        settings.steer_to_proxy(world.pin, [], sockmap=False, mtls=True)
+        try:
+            for pod, outcome in (
+                ({"workload/shop/far": far}, required),
+                ({"workload/shop/far": strict}, required),
+                ({"workload/shop/far": disabled}, ANSWERED),
+                ({"workload/shop/far": far, "workload/shop/b": apart}, ANSWERED),
+                ({}, ANSWERED),
+            ):
+                world.enforce({**KNOWN, **pod})
+                assert world.attempt("b", server) == outcome, pod
+                if outcome == required:
+                    with pytest.raises(PermissionError):
+                        world.connect_to("b", SERVICE[version], 80)
+                else:
+                    world.connect_to("b", SERVICE[version], 80).close()
+                    server.accept()[0].close()
+            # Nobody gives the node identities.
+            settings.steer_to_proxy(world.pin, [], sockmap=False)
+            world.enforce({**KNOWN, "workload/shop/far": far})
+            assert world.attempt("b", server) == ANSWERED
+        finally:
+            settings.steer_to_proxy(world.pin, [], sockmap=False)
 
 
 def test_what_goes_to_the_proxy_is_judged_there(world: PodWorld, balancer: Balancer) -> None:

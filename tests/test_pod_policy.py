@@ -411,7 +411,7 @@ def test_a_pod_for_which_there_is_no_room_is_closed(world: PodWorld) -> None:
         taken = len(list(everything.items()))
         others = [Address.of(f"192.0.{n >> 8}.{n & 255}") for n in range(constants.PODS - taken)]
         for one in others:
-            everything.put(one, Pod(0, 0, 0, 0, 0))
+            everything.put(one, Pod(0, 0, 0, 0, 0, 0))
         put = {"workload/shop/b": workload, **policy("a", egress=only(allow()))}
         refused = world.enforcement.apply(put)
         why = "everything is refused to it and from it: the kernel's maps have no room for it"

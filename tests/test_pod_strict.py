@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
+import socket
+import time
 from collections.abc import Iterator
 
 import msgspec
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import KNOWN, SPIFFE, SVIDS
-from pod_world import NODE, OUT, A, B, PodWorld, arrived, pod_world
+from pod_world import NODE, OUT, TIMEOUT_S, A, B, PodWorld, arrived, pod_world
 
-from mesh.model.nodeconfig import SvidSection
+from mesh.model.nodeconfig import SvidSection, TrustBundleSection
 
 pytestmark = needs_bpf
 
@@ -51,6 +55,23 @@ def test_who_reaches_a_strict_port(world: PodWorld, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_a_pod_that_nobody_has_told_of_may_be_strict(world: PodWorld, version: int) -> None:
+    """Where there are identities, even if all have expired: with the agent away for long."""
+    known = {key: one for key, one in KNOWN.items() if key != "workload/shop/b"}
+    world.enforce({**known, **SVIDS, "bundle/x": TrustBundleSection("x", "")})
+    with world.listen("b", B[version]) as server:
+        for where in ("out", "a"):
+            assert world.attempt(where, server) == REFUSED
+        assert world.attempt("node", server) == ANSWERED
+        assert world.enforcement.apply({}, SVIDS) == {}
+        assert world.attempt("out", server) == REFUSED
+        assert world.enforcement.apply({"workload/shop/b": KNOWN["workload/shop/b"]}) == {}
+        assert world.attempt("out", server) == ANSWERED
+        world.enforce(known)
+        assert world.attempt("out", server) == ANSWERED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("lacking", SPIFFE.values())
 def test_pods_of_one_node_need_valid_svids_both(
     world: PodWorld, version: int, lacking: str
@@ -63,11 +84,35 @@ def test_pods_of_one_node_need_valid_svids_both(
         assert world.attempt("a", server) == REFUSED
         assert world.attempt("node", server) == ANSWERED
         # An SVID of somebody else is of no use.
-        other = SvidSection("spiffe://cluster.local/ns/shop/sa/c", "", "", 0)
+        other = SvidSection("spiffe://cluster.local/ns/shop/sa/c", "", "", 1 << 32)
         assert world.enforcement.apply({"svid/" + other.spiffe_id: other}) == {}
         assert world.attempt("a", server) == REFUSED
         assert world.enforcement.apply({f"svid/{lacking}": SVIDS[f"svid/{lacking}"]}) == {}
         assert world.attempt("a", server) == ANSWERED
+
+
+def send_for_ever(client: socket.socket, deadline: float) -> None:
+    """Now and then, until somebody says something."""
+    while not select.select([client], [], [], 0.05)[0]:
+        assert time.time() < deadline
+        client.send(b"x")
+    client.recv(1)
+
+
+def test_an_svid_proves_no_longer_than_it_is_valid(world: PodWorld) -> None:
+    """Though nobody says so: who should may hang. Also on connections that are open."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(world.listen("b", B[version])) for version in VERSIONS]
+        soon = SvidSection(SPIFFE["a"], "", "", int(time.time()) + 2)
+        world.enforce({**sections(mtls="STRICT"), "svid/" + SPIFFE["a"]: soon})
+        clients = [stack.enter_context(world.connection("a", one))[0] for one in servers]
+        for client in clients:
+            with pytest.raises(ConnectionResetError):
+                send_for_ever(client, soon.not_after + TIMEOUT_S)
+        assert time.time() >= soon.not_after
+        assert [world.attempt("a", one) for one in servers] == [REFUSED, REFUSED]
+        world.enforce(sections(mtls="STRICT"))
+        assert [world.attempt("a", one) for one in servers] == [ANSWERED, ANSWERED]
 
 
 @pytest.mark.parametrize("version", VERSIONS)

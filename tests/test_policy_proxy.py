@@ -425,6 +425,76 @@ async def test_behind_a_gateway_policies_see_the_gateway_and_its_client():
         assert port
 
 
+async def test_proxies_in_front_vouch_for_addresses_outside_of_the_cluster_only():
+    """And pods for none, though every peer is trusted to say who its client is."""
+    async with mesh_proxy() as mesh, backend() as web:
+        mesh.serve(WHO, cluster("web", web.port), route("r", route_rule(to("web"))))
+        port, outside, node = mesh.listen_outside(), "127.0.9.1", "127.0.8.1"
+        put = http_port(port) | pod("other", "127.0.1.9", OTHER)
+        put |= {
+            SETTINGS_KEY: Settings(trusted_hops=1),
+            node_key("n1"): NodeSection("n1", (node,)),
+            cidr_key("127.0.7.0/24"): CidrSection("127.0.7.0/24", 1 << 31),
+        }
+        assert mesh.apply(put) == {}
+
+        async def status(peer: str, said: str) -> int:
+            return (await ask(port, get("/", "a", f"X-Forwarded-For: {said}"), peer)).status
+
+        for peer, said, seen in (
+            (outside, "127.0.7.1", 1 << 31),
+            (outside, "127.0.6.1", Reserved.WORLD),
+            (node, "127.0.7.1", 1 << 31),
+            (outside, CLIENT, Reserved.WORLD),
+            (outside, f"::ffff:{CLIENT}", Reserved.WORLD),
+            (outside, node, Reserved.WORLD),
+            ("127.0.7.1", CLIENT, 1 << 31),
+            (node, CLIENT, Reserved.HOST),
+            ("127.0.1.9", CLIENT, OTHER),
+            ("127.0.1.9", "127.0.7.1", OTHER),
+            ("127.0.1.9", node, OTHER),
+        ):
+            for identity in (1 << 31, Reserved.WORLD, Reserved.HOST, ME, OTHER):
+                change(mesh, ingress=closed(rule("P", identity)))
+                expected = 200 if identity == seen else 403
+                assert await status(peer, said) == expected, (peer, said, identity)
+
+
+async def test_a_pod_that_nobody_has_told_of_is_judged_as_such_where_it_is_asked():
+    """An endpoint that is a pod's, of which nothing is known: what policies deny by default holds,
+    for those of the client as for its own. A node's address is none, nor is one without a pod."""
+    async with mesh_proxy() as mesh, backend() as web:
+        port, address = mesh.serve(service(), WHO), SERVER
+        assert mesh.apply({}, (workload_key("shop", "web"),)) == {}
+
+        async def status(name: str = "web") -> int:
+            endpoints = (Endpoint(address, web.port, name),)
+            assert (
+                mesh.apply(
+                    {cluster_key("Service", "default", "web", 80): ClusterSection(endpoints)}
+                )
+                == {}
+            )
+            return (await ask(port)).status
+
+        assert await status() == 200
+        unknown = PolicySection("", "", Reserved.INIT, ("::",), ingress=closed())
+        mesh.apply({policy_key("", ""): unknown})
+        assert (await status(), await status("")) == (403, 200)
+        mesh.apply({node_key("n1"): NodeSection("n1", (address,))})
+        assert await status() == 200
+        mesh.apply({}, (node_key("n1"),))
+        some = rule("P", ME, port=web.port)
+        mesh.apply({policy_key("", ""): msgspec.structs.replace(unknown, ingress=closed(some))})
+        assert await status() == 200
+        # Ranges are not about pods.
+        mesh.apply({cidr_key("127.0.0.0/8"): CidrSection("127.0.0.0/8", 1 << 31)})
+        change(mesh, egress=closed(rule("P", 1 << 31)))
+        assert (await status(), await status("")) == (403, 200)
+        change(mesh, egress=closed(rule("P", Reserved.INIT)))
+        assert (await status(), await status("")) == (200, 403)
+
+
 # --- connections ----------------------------------------------------------------------------------
 
 

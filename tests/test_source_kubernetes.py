@@ -6,9 +6,10 @@ import random
 
 import pytest
 from apiserver.server import ApiServer
-from kube_world import CRDS, WAIT_S, config_map, following, needs_crds, route
+from kube_world import CRDS, GROUP, WAIT_S, config_map, following, needs_crds, route
 
 from mesh.model.meta import ObjectKey
+from mesh.policy import unreadable
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError
 
 ONLY = frozenset(("ConfigMap",))
@@ -263,6 +264,28 @@ async def test_an_object_that_breaks_a_rule_keeps_its_last_good_version(server, 
         assert source.problems == ()
 
 
+async def test_a_policy_that_cannot_be_read_denies(server, tmp_path):
+    metadata = {"name": "p", "namespace": "default"}
+    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata}
+    server.create({**policy, "spec": {"podSelector": {}, "ingress": 7}})
+    async with following(server, tmp_path, kinds=frozenset(("NetworkPolicy",))) as source:
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert "spec.ingress" in unreadable.why(obj)
+        assert obj.spec.policy_types == ("Ingress", "Egress")
+        assert obj.metadata.uid
+        assert "it denies for whom it selects" in source.problems[0].message
+        server.change(policy, {"spec": {"ingress": [{}]}})
+        await source.until(lambda: not source.problems)
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert unreadable.why(obj) == ""
+        # From now on there is a last good version.
+        server.change(policy, {"spec": {"ingress": 7}})
+        await source.until(lambda: source.problems)
+        assert source.problems[0].message.endswith("its last good version stays in force")
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert unreadable.why(obj) == ""
+
+
 async def test_fields_of_newer_versions_are_passed_over_in_built_in_kinds(server, tmp_path):
     service = {
         "apiVersion": "v1",
@@ -321,6 +344,100 @@ async def test_large_objects_survive(server, tmp_path):
         assert len(source.values()["big"]) == 1_500_000
         server.change(big, {"data": {"ca.crt": "y" * 1_500_000}})
         await source.until(lambda: source.values()["big"].startswith("y"))
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"<html>a login page</html>",
+        b"\xff\xfe",
+        b"",
+        b"null",
+        b"[1]",
+        b"{}",
+        b'{"kind": "List", "items": [{"metad',
+        b'{"kind": "ConfigMapList", "metadata": {}, "items": []}',
+        b'{"kind": "List", "metadata": {"resourceVersion": "9"}, "items": [null]}',
+        b'{"kind": "List", "metadata": {"resourceVersion": "9"}, "items": [{"metadata": []}]}',
+        b'{"type": "ERROR", "object": 5}\n',
+        b'{"type": "MODIFIED", "object": {"metadata": {"name": "a"}}}\n',
+        b'{"type": "BOOKMARK", "object": {"metadata": {}}}\n',
+        b'{"type": 7}\n{"type": "ADDED"}\n',
+    ],
+)
+async def test_answers_that_are_none(server, tmp_path, garbage):
+    """Something else answers in the server's place, or half of what it said comes: to who asks what
+    there is, who reads everything, and who goes on from where it was."""
+
+    async def asked():
+        before = len(server.requests)
+        async with asyncio.timeout(WAIT_S):
+            while len(server.requests) < before + 3:
+                await asyncio.sleep(0.005)
+
+    server.create(config_map("a"))
+    server.faults.garbage = {"": garbage}
+    async with following(server, tmp_path, kinds=ONLY, wait=False) as source:
+        await asked()
+        server.faults.garbage = {"/configmaps": garbage}
+        await asked()
+        assert not source.complete
+        server.faults.garbage = {}
+        await source.until(lambda: source.values() == {"a": "1"})
+        server.faults.garbage = {"/configmaps": garbage}
+        server.cut_connections()
+        await asked()
+        server.faults.garbage = {}
+        server.change(config_map("a"), {"data": {"ca.crt": "2"}})
+        await source.until(lambda: source.values() == {"a": "2"} and not source.problems)
+    assert source.changes() == [("a", "1"), ("a", "2")]
+
+
+@needs_crds
+async def test_a_right_that_is_missing_is_named_and_holds_up_nothing_that_is_there(
+    server, tmp_path
+):
+    """Nothing is complete before everything has been read; what has been stays in force, and the
+    other kinds go on, when a right is taken away."""
+    server.install_crds(CRDS)
+    server.create(route("r", "/1"))
+    server.create(config_map("a"))
+    server.auth.token("agent", "agent")
+    server.auth.token("admin", "admin", groups=["system:masters"])
+    rbac = "rbac.authorization.k8s.io"
+    about = {"apiVersion": f"{rbac}/v1", "metadata": {"name": "agent"}}
+    some = {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["list", "watch"]}
+    more = {**some, "apiGroups": [GROUP], "resources": ["httproutes"]}
+    role = server.create({**about, "kind": "ClusterRole", "rules": [some]})
+    ref = {"apiGroup": rbac, "kind": "ClusterRole", "name": "agent"}
+    subjects = [{"apiGroup": rbac, "kind": "User", "name": "agent"}]
+    binding = {**about, "kind": "ClusterRoleBinding", "roleRef": ref, "subjects": subjects}
+    server.create(binding)
+    server.auth.rbac = True
+    kinds = frozenset(("ConfigMap", "HTTPRoute"))
+    async with following(server, tmp_path, kinds=kinds, token="agent", wait=False) as source:
+
+        def named():
+            return 'cannot list resource "httproutes"' in str(source.problems)
+
+        await source.until(named)
+        assert not source.complete
+        server.change(role, {"rules": [some, more]})
+        await source.until(lambda: source.complete and not source.problems)
+        server.change(role, {"rules": [some]})
+        server.cut_connections()
+        server.change(config_map("a"), {"data": {"ca.crt": "2"}})
+        server.change(route("r"), {"metadata": {"labels": {"a": "b"}}})
+        server.store.compact()
+        await source.until(
+            lambda: source.values() == {"a": "2"} and "httproutes" in str(source.problems)
+        )
+        assert not source.state["HTTPRoute"][ObjectKey("default", "r")].metadata.labels
+        server.change(role, {"rules": [some, more]})
+        await source.until(lambda: not source.problems)
+        await source.until(
+            lambda: source.state["HTTPRoute"][ObjectKey("default", "r")].metadata.labels
+        )
 
 
 async def test_only_secrets_that_listeners_can_refer_to(server, tmp_path):

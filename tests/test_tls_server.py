@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import pytest
 import trustme
 from loops import on_both_loops
+from rekeyer import Rekeyer
 from tls_peers import (
     AUTHORITY,
     OTHER_AUTHORITY,
@@ -26,6 +28,7 @@ from tls_peers import (
 
 from certs.selfsigned import Authority
 from l7proxy.tls_server import ServerTLS, TLSRefused
+from l7proxy.tls_stream import TLSStream
 from mesh.model.nodeconfig import CertificateSection, ClientValidation, Listener
 
 EXACT = certificate("www.example.com")
@@ -352,3 +355,32 @@ def test_certificates_load_after_root_is_given_up():
         timeout=30,
     )
     assert (done.stdout, done.stderr) == ("loaded as 65534\n", "")
+
+
+@on_both_loops
+async def test_who_asks_for_new_keys_and_reads_no_answers_is_cut_off(tmp_path):
+    context = client_context()
+    context.keylog_filename = str(tmp_path / "keys")
+    ours, theirs = socket.socketpair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    tls = ServerTLS(port_section(*LISTENERS), CERTIFICATES)
+    client = TLSStream(context, server_hostname="www.example.com")
+    loop, lost = asyncio.get_running_loop(), asyncio.Event()
+
+    class Served(asyncio.Protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            lost.set()
+
+    server = loop.connect_accepted_socket(Served, theirs, ssl=tls.context)
+    await asyncio.gather(loop.create_connection(lambda: client, sock=ours), server)
+    await client.handshake()
+    client.pause_reading()
+    rekeyer = Rekeyer(tmp_path / "keys")
+    try:
+        while not lost.is_set():
+            client._lower.write(rekeyer.key_updates(1000))
+            await asyncio.sleep(0)
+    finally:
+        client.abort()
+        while not client.lost:
+            await asyncio.sleep(0)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from loops import on_both_loops
+from rekeyer import Rekeyer
 
 from certs.selfsigned import Authority
 from l7proxy.tls import load_certificate
@@ -40,6 +41,10 @@ class Heard(asyncio.Protocol):
         self.data = b""
         self.events: list[object] = []
         self.changed = asyncio.Event()
+        self.paused = asyncio.Event()
+
+    def pause_writing(self) -> None:
+        self.paused.set()
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -199,3 +204,25 @@ async def test_who_is_refused_hears_why():
         assert isinstance(results[0], ssl.SSLCertVerificationError)
         assert isinstance(results[1], ssl.SSLError)
         assert "UNKNOWN_CA" in str(results[1])
+
+
+@on_both_loops
+async def test_who_asks_for_new_keys_and_reads_no_answers_is_cut_off(tmp_path):
+    client = context(server=False)
+    client.keylog_filename = str(tmp_path / "keys")
+    async with pair(client) as (one, other, here, there):
+        await asyncio.gather(one.handshake(), other.handshake())
+        one.set_protocol(here)
+        other.set_protocol(there)
+        rekeyer = Rekeyer(tmp_path / "keys")
+        # As often as it likes while it reads.
+        for size in range(1, 200, 20):
+            one._lower.write(rekeyer.key_updates(20) + rekeyer.data(b"x"))
+            await there.until(size // 20 + 1)
+        one.pause_reading()
+        other.write(b"x" * (1 << 20))
+        await there.paused.wait()
+        one._lower.write(rekeyer.key_updates(32) + rekeyer.data(b"x"))
+        await there.until(11)
+        one._lower.write(rekeyer.key_updates(2))  # OpenSSL answers when the next one comes
+        await there.until(11, ssl.SSLError)

@@ -16,7 +16,8 @@ from contextlib import asynccontextmanager
 import pytest
 from support.http1 import raw_backend
 from support.mesh import CLIENT, ask, connected
-from support.proxy import backend, get
+from support.policy import http, rule
+from support.proxy import backend, get, read_message
 from support.two_nodes import (
     GATEWAY,
     WEB,
@@ -30,12 +31,13 @@ from support.two_nodes import (
 )
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo
+from test_policy_tunnel import ME, identify, ingress
 
 from certs.spiffe import parse, to_sni
 from l7proxy import metrics, tunnel_wire
-from l7proxy.tunnel_wire import Preface
+from l7proxy.tunnel_wire import Kind, Preface
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings, SvidSection
-from mesh.model.section import svid_key
+from mesh.model.section import bundle_key, svid_key
 
 CLIENT_ID, WEB_ID, OTHER_ID = spiffe("client"), spiffe("web"), spiffe("other")
 ASKED = to_sni(parse(WEB_ID))
@@ -168,6 +170,35 @@ async def test_prefaces_that_the_peer_has_no_right_to(who, preface, reason, told
         (flow,) = await agent.records(1)
         assert (flow.verdict, flow.reason, web.connections) == ("DROPPED", reason, 0)
         assert counted(reason) == before + 1
+
+
+@pytest.mark.parametrize("kind", ["http", "tcp"])
+async def test_a_node_tells_no_other_identity_than_the_one_it_has_proved(kind: Kind):
+    """Whatever it says that it has read; at a pod that asks for its clients' identities, and at one
+    whose requests are judged there."""
+    forged = ("X-Forwarded-Client-Cert: URI=forged", "X-Forwarded-For: 6.6.6.6")
+    told = [("x-forwarded-for", CLIENT), ("x-forwarded-client-cert", f"URI={CLIENT_ID}")]
+    async with two_nodes(FAST) as nodes, backend() as web:
+        context = peer_context(nodes.authority, svid(nodes.authority))
+
+        async def seen() -> list[tuple[str, str]]:
+            async with dialled(nodes, context) as (reader, writer):
+                preface = Preface("shop/client", WEB, web.port, kind)
+                writer.write(tunnel_wire.encode(preface))
+                assert await words(reader) == ("", "")
+                writer.write(get("/public", "web", *forged).encode())
+                assert (await read_message(reader)).status == 200
+            (request,) = web.requests
+            web.requests.clear()
+            return [one for one in request.headers if one[0].startswith("x-forwarded-")]
+
+        nodes.pod("web", WEB, "b", client_headers=True, http_ports=(web.port,))
+        assert await seen() == told
+        nodes.pod("web", WEB, "b")
+        identify(nodes)
+        ingress(nodes, rule("P", ME, http=http(path="/public")))
+        # A route of the client's node may have asked for it.
+        assert await seen() == (told if kind == "http" else [("x-forwarded-for", "6.6.6.6")])
 
 
 async def test_a_stolen_svid_is_of_no_use_where_its_node_is_not():
@@ -511,6 +542,25 @@ async def test_a_peer_that_breaks_off_is_asked_once_more():
             writer.write_eof()
             assert await reader.read() == b""
         assert asked == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [(svid_key(CLIENT_ID), "svid_missing"), (bundle_key("cluster.local"), "bundle_missing")],
+)
+async def test_what_goes_meanwhile_is_missing_when_a_peer_is_asked_once_more(key: str, reason: str):
+    async with two_nodes(FAST) as nodes, backend() as web, agent_of(nodes.a) as agent:
+        context = peer_context(nodes.authority, svid(nodes.authority, WEB_ID), server=True)
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert nodes.a.apply({}, (key,)) == {}
+            writer.transport.abort()
+
+        port = nodes.http(web.port)
+        async with impostor(nodes, context, answer):
+            assert (await ask(port)).body.decode().strip() == f"tunnel_{reason}"
+        (flow,) = await agent.records(1)
+        assert flow.reason == f"tunnel_{reason}"
 
 
 async def test_nothing_is_plain_because_something_is_missing():

@@ -6,15 +6,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
-from loops import on_both_loops
+from http2_peer import GET, RawPeer
+from loops import advance, on_both_loops, on_virtual_loop
 from support.http1 import raw_backend
 from support.mesh import CLIENT, MeshProxy, ask, connected, mesh_route, service
-from support.proxy import backend, fetch, get, http_port, ok, read_message, route, rule, to
+from support.policy import http
+from support.policy import rule as policy_rule
+from support.proxy import backend, cluster, fetch, get, http_port, ok, read_message, route, rule, to
 from support.two_nodes import (
     GATEWAY,
     WEB,
@@ -26,10 +30,12 @@ from support.two_nodes import (
 )
 from test_mesh_flows import agent_of
 from test_mesh_relay import echo
+from test_policy_tunnel import ME, identify, ingress
 
 from l7proxy import metrics
+from l7proxy.tunnels import Tunnel
 from mesh.model.channel import Proof
-from mesh.model.nodeconfig import MESH_TUNNEL_PORT
+from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings
 from mesh.model.section import svid_key, workload_key
 
 OTHER = "127.0.1.2"
@@ -189,6 +195,35 @@ async def test_a_route_tells_the_identity_of_the_section_and_no_other():
         assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", CLIENT), told]
 
 
+@pytest.mark.parametrize("where", ["same-node", "other-node", "read-there", "gateway", "behind"])
+async def test_what_clients_say_of_their_identity_never_passes(where: str):
+    """In HTTP/1, HTTP/2 and requests to upgrade. "behind": by a Gateway's trusted proxy."""
+    settings = Settings(trusted_hops=1) if where == "behind" else None
+    async with two_nodes(settings) as nodes, backend() as web:
+        port = nodes.http(web.port)
+        if where == "same-node":
+            nodes.hold("a", "web")
+            nodes.pod("web", WEB, "a")
+        elif where == "read-there":
+            identify(nodes)
+            ingress(nodes, policy_rule("P", ME, http=http()))
+        elif where != "other-node":
+            port = nodes.a.listen_outside()
+            assert nodes.a.apply(http_port(port) | route("r", rule(to("web")))) == {}
+        field = "X-Forwarded-Client-Cert: URI=forged"
+        upgrade = ("Connection: Upgrade", "Upgrade: websocket")
+        for request in (get("/", "web", field, field), get("/", "web", field, *upgrade)):
+            assert (await ask(port, request)).status == 200
+        async with connected(port) as (reader, writer):
+            peer = RawPeer(reader, writer, client=True)
+            peer.start()
+            forged = (b"x-forwarded-client-cert", b"URI=forged")
+            assert (await peer.response(peer.request([*GET, forged])))[0] == 200
+            await peer.close()
+        found = [seen.header("x-forwarded-client-cert") for seen in web.requests]
+        assert found == [None, None, None]
+
+
 # --- what ends them -------------------------------------------------------------------------------
 
 
@@ -336,6 +371,24 @@ async def test_tcp_ends_with_a_certificate_that_is_not_renewed(node: str, accoun
             assert await ended_by_reset(reader)
 
 
+@on_virtual_loop
+async def test_tunnels_heed_a_clock_that_is_set(monkeypatch):
+    real, ahead = time.time, 0.0
+    outliving = metrics.TUNNELS_OUTLIVING._value.get()
+    monkeypatch.setattr(time, "time", lambda: real() + ahead)
+    async with two_nodes() as nodes, echoing(nodes) as (reader, writer):
+        # Back: certificates that end an hour from now end later.
+        ahead = -1000.0
+        advance(3610)
+        writer.write(b"b")
+        assert await reader.readexactly(1) == b"b"
+        assert metrics.TUNNELS_OUTLIVING._value.get() == outliving
+        # Forward: they have ended, and no timer that was set before knows.
+        ahead = 3610.0
+        advance(31)
+        assert await ended_by_reset(reader)
+
+
 async def test_tcp_ends_where_a_renewal_cannot_be_proved():
     """What the other end is not shown does not count there."""
     async with two_nodes() as nodes:
@@ -403,34 +456,83 @@ async def test_everything_is_rotated_under_load_and_no_request_fails():
         assert web.connections > 64
 
 
+@asynccontextmanager
+async def second_worker(nodes: TwoNodes) -> AsyncIterator[MeshProxy]:
+    """Another worker of node b: tunnels made from now on are its, after `back` the first one's."""
+    second = MeshProxy()
+    second.apply(dict(nodes.b.config.sections))
+    second.proxy.use(second.origins)
+    bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
+    nodes.b.proxy.unlisten(bind)
+    second.proxy.listen(bind, socket.create_server(bind))
+    try:
+        yield second
+    finally:
+        await second.close()
+        second._log.close()
+
+
+def back_to_the_first(nodes: TwoNodes, second: MeshProxy) -> None:
+    bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
+    second.proxy.unlisten(bind)
+    nodes.b.proxy.listen(bind, socket.create_server(bind))
+
+
 async def test_a_proof_that_another_worker_was_shown_counts():
     """Workers of a node take turns at its port; the agent passes on what one of them was shown."""
-    async with two_nodes() as nodes:
-        second = MeshProxy()
-        second.apply(dict(nodes.b.config.sections))
-        second.proxy.use(second.origins)
-        bind = (nodes.addresses["b"], MESH_TUNNEL_PORT)
-        nodes.b.proxy.unlisten(bind)
-        second.proxy.listen(bind, socket.create_server(bind))
-        try:
-            async with echoing(nodes) as (reader, writer):
-                second.proxy.unlisten(bind)
-                nodes.b.proxy.listen(bind, socket.create_server(bind))
-                told: list[Proof] = []
-                nodes.b.proxy.tunnels.announce = told.append
-                new = Authority()
-                for proxy in (nodes.a, nodes.b, second):
-                    proxy.apply(nodes.authority.bundle(new))
-                nodes.authority = new
-                nodes.hold("a", "client")
-                await nodes.grow_old()
-                (proof,) = told
-                second.proxy.tunnels.hear(msgspec.structs.replace(proof, chain=()))
-                second.proxy.tunnels.hear(msgspec.structs.replace(proof, source="shop/x"))
-                second.proxy.tunnels.hear(proof)
-                second.apply(new.bundle())  # with the old root goes what the tunnel was made with
-                writer.write(b"b")
-                assert await reader.read(1) == b"b"
-        finally:
-            await second.close()
-            second._log.close()
+    async with (
+        two_nodes() as nodes,
+        second_worker(nodes) as second,
+        echoing(nodes) as (reader, writer),
+    ):
+        back_to_the_first(nodes, second)
+        told: list[Proof] = []
+        nodes.b.proxy.tunnels.announce_by(told.append)
+        new = Authority()
+        for proxy in (nodes.a, nodes.b, second):
+            proxy.apply(nodes.authority.bundle(new))
+        nodes.authority = new
+        nodes.hold("a", "client")
+        await nodes.grow_old()
+        (proof,) = told
+        second.proxy.tunnels.hear(msgspec.structs.replace(proof, chain=()))
+        second.proxy.tunnels.hear(msgspec.structs.replace(proof, source="shop/x"))
+        second.proxy.tunnels.hear(proof)
+        second.apply(new.bundle())  # with the old root goes what the tunnel was made with
+        writer.write(b"b")
+        assert await reader.read(1) == b"b"
+
+
+def by_told(proxy: MeshProxy) -> dict[str, Tunnel]:
+    """The tunnels of a worker."""
+    held = proxy.proxy.tunnels._by_key.values()
+    return {one.pair.source.told: one for tunnels in held for one in tunnels}
+
+
+async def test_a_proof_is_for_those_that_a_gateway_spoke_for_and_is_told_again():
+    async with two_nodes() as nodes, backend() as web:
+        nodes.pod("other", OTHER, "a")
+        outside = nodes.a.listen_outside()
+        put = cluster("web", web.port) | http_port(outside) | route("r", rule(to("web")))
+        assert nodes.a.apply(put) == {}
+        async with second_worker(nodes) as second:
+            for client in (CLIENT, OTHER):
+                assert (await ask(outside, client=client)).status == 200
+            found = by_told(second)
+            assert found.keys() == {CLIENT, OTHER}
+            before = found[OTHER].peer.chain
+            assert found[CLIENT].peer.chain == before
+            back_to_the_first(nodes, second)
+            # The gateway has another SVID, and proves so for one of the two.
+            assert nodes.a.apply(nodes.authority.svid(GATEWAY)) == {}
+            said: list[Proof] = []
+            nodes.b.proxy.tunnels.announce_by(said.append)
+            await nodes.a.proxy.tunnels._prove(by_told(nodes.a)[CLIENT])
+            (proof,) = said
+            assert (proof.source, proof.gateway, proof.told) == ("default/gw", True, CLIENT)
+            # Had that been lost: it is told again by the next channel.
+            again: list[Proof] = []
+            nodes.b.proxy.tunnels.announce_by(again.append)
+            assert again == said
+            second.proxy.tunnels.hear(proof)
+            assert found[OTHER].peer.chain == before != found[CLIENT].peer.chain

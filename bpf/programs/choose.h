@@ -19,7 +19,8 @@ static __always_inline u32 spread(u64 cookie)
 
 /* The backend that a frontend's table has for a cookie; 0 or negative errno. */
 static __always_inline int table_backend(const struct frontend *frontend, u64 cookie,
-					 struct backend *backend, u32 *reason)
+					 const struct target *asked, struct backend *backend,
+					 u32 *reason)
 {
 	struct backend *found;
 	u32 index;
@@ -36,6 +37,8 @@ static __always_inline int table_backend(const struct frontend *frontend, u64 co
 	if (!found || !found->target.port)
 		return REFUSE(STALE_TABLE);
 	*backend = *found;
+	if (is_ipv4(asked) && !is_ipv4(&backend->target))
+		return REFUSE(WRONG_FAMILY);
 	return 0;
 }
 
@@ -50,12 +53,10 @@ static __always_inline int choose(struct bpf_sock_addr *ctx, u64 cookie,
 	int result;
 
 	if (!frontend->affinity_s || !affine_backend(frontend, &key, backend)) {
-		result = table_backend(frontend, cookie, backend, reason);
+		result = table_backend(frontend, cookie, asked, backend, reason);
 		if (result < 0)
 			return result;
 	}
-	if (is_ipv4(asked) && !is_ipv4(&backend->target))
-		return REFUSE(WRONG_FAMILY);
 	if (frontend->affinity_s)
 		keep_affinity(&key, backend);
 	return 0;

@@ -44,13 +44,20 @@ static __always_inline int is_own(u64 netns, const struct target *end)
 	return !own || same_address(end, &own->v4) || same_address(end, &own->v6);
 }
 
-/* Whose a socket is nobody has told yet, and there are policies. The proxy may still know a pod that
- * had the address before: it is told of no connection, and closes it. */
-static __always_inline int is_nobodys(const struct target *opener)
+/* Why the proxy must not take a connection for whose it may think it is: whose a socket is nobody has
+ * told yet, and there are policies, or identities. The proxy may still know a pod that had the address
+ * before, or connect plainly for one that is not known: it is told of no connection, and closes it. */
+static __always_inline u32 nobodys(const struct target *opener)
 {
-	struct address nowhere = {};
+	u64 now = in_force();
+	u32 flags;
 
-	return identity_of(opener->address, in_force()) == IDENTITY_INIT && pods.lookup(&nowhere);
+	if (identity_of(opener->address, now) != IDENTITY_INIT)
+		return 0;
+	flags = rules_of(opener->address, now).flags;
+	if (flags & (POD_POLICED | POD_POLICED << POD_INGRESS_SHIFT))
+		return REASON_POLICY_DENIED;
+	return flags & POD_STRICT ? REASON_MTLS_REQUIRED : 0;
 }
 
 /* Into the maps of sockets, by cookie; 0 or negative errno. (bcc makes a statement of the call.) */
@@ -87,10 +94,11 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 	struct tuple tuple;
 	struct proxied value = {};
 	struct origin *origin;
+	u32 reason;
 
 	opened(ctx, &tuple);
 	value.cookie = bpf_get_socket_cookie(ctx);
-	origin = recall(value.cookie, &tuple.peer);
+	origin = recall(ctx->sk, value.cookie, &tuple.peer);
 	if (!origin) {
 		/* Of an earlier connection that never came about. */
 		incoming.delete(&tuple);
@@ -99,8 +107,9 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 	value.netns = bpf_get_netns_cookie(ctx);
 	if (!is_own(value.netns, &tuple.opener))
 		return;
-	if (is_nobodys(&tuple.opener)) {
-		count(REASON_POLICY_DENIED);
+	reason = nobodys(&tuple.opener);
+	if (reason) {
+		count(reason);
 		incoming.delete(&tuple);
 		return;
 	}

@@ -92,9 +92,9 @@ static __always_inline int is_strict(struct rules pod, const struct target *end)
 }
 
 /* Why a flow is refused, by what is in force now for the pod at whose interface it is judged; 0: it
- * is not. `port` is what rules name. */
+ * is not. `port` is what rules name; `until`: for how long, if that is not for ever. */
 static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 port, u32 flags,
-				   u8 unreadable, u32 *rule)
+				   u8 unreadable, u32 *rule, u64 *until)
 {
 	const struct target *opener = &flow->tuple.opener, *peer = &flow->tuple.peer;
 	int ingress = flow->direction == INGRESS;
@@ -113,9 +113,10 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 	if (!pod.flags)
 		return 0;
 	if (ingress)
-		safe = flags & FLOW_FROM_POD && are_proven(pod, opener->address, now);
+		*until = flags & FLOW_FROM_POD ? are_proven(pod, opener->address, now) : 0;
 	else
-		safe = are_proven(pod, peer->address, now);
+		*until = are_proven(pod, peer->address, now);
+	safe = *until != 0;
 	if (unreadable) {
 		policed = ingress ? POD_POLICED << POD_INGRESS_SHIFT : POD_POLICED;
 		if (ingress && !safe)
@@ -132,6 +133,17 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 	return reason;
 }
 
+/* Whether a packet opens a connection, or something like it, that nothing is known of yet. */
+static __always_inline int is_news(const struct packet *packet, const struct flow *flow)
+{
+	u8 protocol = packet->tuple.opener.protocol;
+
+	if (protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6 ||
+	    packet->flags & (PACKET_OPENS_NOTHING | PACKET_UNREADABLE))
+		return 0;
+	return !flow || (packet->flags & PACKET_SYN && (flow->flags & FLOW_ENDED) == FLOW_ENDED);
+}
+
 /* Why a packet is refused as part of its flow, by what is in force in a generation; 0: it is not. */
 static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet *packet,
 				      u32 direction, u32 from, u64 generation)
@@ -139,7 +151,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 	struct flow_key key = {};
 	struct flow fresh = {}, *flow;
 	u64 now = bpf_ktime_get_ns();
-	u32 rule = 0, reason;
+	u32 rule = 0, reason, said;
 	u16 port = packet->port;
 	struct tuple inner;
 	int answers = 0;
@@ -157,6 +169,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		/* Who sends it is part of what was judged. */
 		fresh.flags = answers || direction == EGRESS ? flow->flags & FLOW_FROM : from;
 		if (flow->generation == fresh.generation && !(packet->flags & PACKET_SYN) &&
+		    (!flow->until || now < flow->until) &&
 		    (flow->flags & FLOW_FROM) == fresh.flags) {
 			if (!flow->refused)
 				note(flow, packet, answers, now);
@@ -168,16 +181,21 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		key.direction = direction;
 		fresh.flags = from;
 	}
-	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule);
-	if (reason) {
-		count(reason);
-		report_packet(&key.tuple, reason, rule);
-		if (reason == REASON_POLICY_AUDIT)
-			reason = 0;
+	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
+			 &fresh.until);
+	said = reason;
+	if (!said && direction == INGRESS && !fresh.flags && is_news(packet, flow))
+		said = REASON_PLAIN;
+	if (said) {
+		count(said);
+		report_packet(&key.tuple, said, rule);
 	}
+	if (reason == REASON_POLICY_AUDIT)
+		reason = 0;
 	fresh.refused = reason;
 	if (flow && !(packet->flags & PACKET_SYN)) {
 		flow->refused = reason;
+		flow->until = fresh.until;
 		flow->flags = (flow->flags & ~FLOW_FROM) | fresh.flags;
 		flow->generation = fresh.generation;
 		if (!reason)

@@ -9,8 +9,10 @@ BPF_F_TABLE("hash", struct target, struct frontend, frontends, FRONTENDS, BPF_F_
 /* All Maglev tables; a slot is an index into backends, 0 none. User space writes it mapped. */
 BPF_F_TABLE("array", u32, u64, slots, SLOTS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct backend, backends, BACKENDS, 0);
-/* What a socket asked for, by its cookie and the peer it was given: evicted when long unused, not
- * deleted when a socket closes, because a proxy may ask after that. */
+/* What a connected socket asked for, for as long as it lives. */
+BPF_SK_STORAGE(connected, struct connected);
+/* What a socket asked for, by its cookie and the peer it was given: that of connected ones for the
+ * next version of Weft. Evicted when long unused, also by other pods' sockets. */
 BPF_F_TABLE("lru_hash", struct origin_key, struct origin, origins, ORIGINS, 0);
 /* Which backend a client of a frontend had last: valid while it is a member, and used lately. */
 BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity, affinities, AFFINITIES, 0);
@@ -57,6 +59,10 @@ BPF_F_TABLE("hash", u64, struct paired, paired, PAIRS_MAX, BPF_F_NO_PREALLOC);
 /* By the client's socket's cookie; the proxy makes them, then only the programs write. Evicted when
  * long unused, never deleted: a program may still count in one. */
 BPF_F_TABLE("lru_hash", u64, struct exchange, exchanges, EXCHANGES_MAX, 0);
+/* What has passed by the proxy. User space deletes what it knows nobody to count in any more. */
+BPF_F_TABLE("percpu_hash", struct passed_key, struct passed, passed, PASSED_MAX, BPF_F_NO_PREALLOC);
+/* Each of them, as long as somebody takes them out. */
+BPF_RINGBUF_OUTPUT(passings, PASSING_PAGES);
 /* The automaton over response heads: by state and byte, what follows (bpf/response.py). */
 BPF_F_TABLE("array", u32, struct responses, responses, 1, 0);
 
@@ -79,8 +85,9 @@ BPF_F_TABLE("array", u32, u64, generation, 1, 0);
 BPF_F_TABLE("lru_hash", struct flow_key, struct flow, flows, FLOWS, 0);
 /* Packets whose first fragment has passed, and when (CLOCK_MONOTONIC, ns). */
 BPF_F_TABLE("lru_hash", struct fragment, u64, fragments, FRAGMENTS, 0);
-/* Of refusals, which whoever is refused can bring about as often as it likes. */
-BPF_F_TABLE("percpu_array", u32, struct told, told, 1, 0);
+/* Of packets that are refused, and of those that are not: whoever sends them can bring them about as
+ * often as it likes. */
+BPF_F_TABLE("percpu_array", u32, struct told, told, 2, 0);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 /* By reason, see bpf/reasons.py. */
 BPF_F_TABLE("percpu_array", u32, u64, counters, REASONS, 0);

@@ -1,29 +1,31 @@
 /* What workloads' enrolled sockets send: to the paired socket of another workload, or to the proxy.
  *
- * A message is redirected only if all of it is known to be one whole request, or a response that is
- * due, or a further part of it; everything else goes to the proxy as if there were no pair, and then nothing is
- * redirected until the proxy is done with it and says so. Whether it is follows from numbers: the
- * bytes that the socket has ever sent by TCP are those that the proxy has received, and every request
- * that was forwarded has been answered.
+ * A message is redirected only if it is known to be a whole request, or the begin of one whose length
+ * is known, or a response that is due, or a further part of either; everything else goes to the proxy
+ * as if there were no pair, and then nothing is redirected until the proxy is done with it and says so.
+ * Whether it is follows from numbers: the bytes that the socket has ever sent by TCP are those that the
+ * proxy has received, and every request that was forwarded has been answered.
  */
 #ifndef WEFT_PAIR_H
 #define WEFT_PAIR_H
 
 #include "count.h"
 #include "judge.h"
+#include "membership.h"
 #include "response.h"
 
 #define again(field) (*(volatile typeof(field) *)&(field))
 #define tcp_field(tcp, offset, type) (*(type *)((tcp) + (offset)))
 
-/* Its bytes from `data` on, as many of them as its head may have. 0: they are there. */
-static __always_inline int show(struct sk_msg_md *message)
+/* Its bytes from `data` on, so many of them at least. 0: they are there. (The size is read once, and
+ * told: the compiler would make one of several reads, by a pointer that the verifier does not know.) */
+static __always_inline int show(struct sk_msg_md *message, u32 size, u32 wanted)
 {
 	u32 shown = (u32)((long)message->data_end - (long)message->data);
 
-	if (shown >= message->size || shown >= AUTOMATON_HEAD_MAX)
-		return 0;
-	return bpf_msg_pull_data(message, 0, message->size, 0);
+	if (wanted > size)
+		wanted = size;
+	return shown >= wanted ? 0 : bpf_msg_pull_data(message, 0, wanted, 0);
 }
 
 static __always_inline int is_head_request(struct sk_msg_md *message)
@@ -34,73 +36,165 @@ static __always_inline int is_head_request(struct sk_msg_md *message)
 	       data[3] == 'D' && data[4] == ' ';
 }
 
-/* A client's socket sends; whether it is redirected. */
-static __always_inline int forward(struct sk_msg_md *message, const struct workload *own, u32 sent)
+/* How a message begins. */
+static __always_inline void copy_head(struct sk_msg_md *message, struct exchange *exchange)
 {
-	u64 client = own->cookie, backend, offer;
-	u32 rule;
-	struct exchange *exchange;
+	u64 size = (long)message->data_end - (long)message->data;
+
+	if (size > PASSING_HEAD)
+		size = PASSING_HEAD;
+	if (bpf_probe_read_kernel(exchange->head, size, (void *)(long)message->data))
+		size = 0;
+	exchange->shown = size;
+}
+
+/* A client's socket sends more of a request, which goes where that went; or, with something behind it,
+ * to the proxy, as all that follows (`sent` changes). To redirect the one part and pass the other does
+ * not work: what bpf_msg_apply_bytes cuts off goes where the first part went, whatever the program says
+ * then (msg->sk_redir stays). */
+static __always_inline int send_on(struct sk_msg_md *message, u32 size, struct exchange *exchange)
+{
+	u64 backend = exchange->backend;
+	int result;
+
+	if (size > exchange->unsent)
+		return SK_PASS;
+	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
+	if (result == SK_PASS)
+		exchange->unsent -= size;
+	return SK_PASS;
+}
+
+/* A client's socket begins a request, or something else: SK_PASS, redirected or not. */
+static __always_inline int forward(struct sk_msg_md *message, u32 size, struct exchange *exchange,
+				   u64 client, u32 sent)
+{
+	u64 backend, offer, series, whole;
 	struct judged judged;
+	u32 rule, response_max;
 	struct pair *pair;
 	int result;
 
 	pair = pairs.lookup(&client);
-	exchange = pair ? exchanges.lookup(&client) : 0;
-	if (!exchange)
-		return 0;
+	if (!pair)
+		return SK_PASS;
 	offer = pair->offer;
 	backend = pair->backend;
-	if (exchange->forwarded != exchange->answered + exchange->handed ||
+	series = pair->series;
+	response_max = pair->response_max;
+	/* Offers and what is in force are told by their time: a worker that hangs keeps nothing. */
+	if (offer < in_force() || exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
-	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns || message->size > REQUEST_MAX || show(message))
-		return 0;
+	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns ||
+	    show(message, size, AUTOMATON_HEAD_MAX))
+		return SK_PASS;
 	rule = pair->rule;
 	judge_head(message, pair->generation, pair->egress, pair->ingress, &judged);
-	if (judged.rule == 0 || judged.rule != rule || judged.size + judged.length != message->size)
-		return 0;
+	whole = judged.size + judged.length;
+	if (judged.rule == 0 || judged.rule != rule || whole < size || whole > REQUEST_MAX)
+		return SK_PASS;
 	/* The proxy's next pair may have taken the memory of this one meanwhile. */
 	asm volatile("" : : : "memory");
 	if (again(pair->offer) != offer || again(pair->offer_again) != offer)
-		return 0;
+		return SK_PASS;
 	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
 	if (result != SK_PASS)
-		return 0;
+		return SK_PASS;
 	exchange->bodiless = is_head_request(message);
 	exchange->started_ns = bpf_ktime_get_ns();
-	exchange->bytes_in += message->size;
+	exchange->backend = backend;
+	exchange->series = series;
+	exchange->response_max = response_max;
+	exchange->egress = judged.egress;
+	exchange->ingress = judged.ingress;
+	exchange->bytes_in = judged.length;
+	exchange->port = message->local_port;
+	exchange->sent = sent;
+	exchange->unsent = whole - size;
+	exchange->parted += exchange->unsent != 0;
+	copy_head(message, exchange);
 	__sync_fetch_and_add(&exchange->forwarded, 1);
 	count(REASON_PAIR_REQUEST);
-	return 1;
+	return SK_PASS;
 }
 
-static __always_inline void measure(struct exchange *exchange, u64 elapsed)
+/* A request was answered past the proxy. */
+static __always_inline void measure(const struct exchange *exchange, u64 elapsed)
 {
+	struct passed_key key = {
+		.series = exchange->series,
+		.egress = exchange->egress,
+		.ingress = exchange->ingress,
+		.status = exchange->status,
+	};
+	struct passed *counted, none = {};
 	u32 bucket = 0;
 
-	exchange->elapsed_ns += elapsed;
+	counted = passed.lookup_or_try_init(&key, &none);
+	if (!counted) {
+		count(REASON_PAIR_UNCOUNTED);
+		return;
+	}
+	/* As in `count`: per CPU, and atomic. */
+	__sync_fetch_and_add(&counted->requests, 1);
+	__sync_fetch_and_add(&counted->bytes_in, exchange->bytes_in);
+	__sync_fetch_and_add(&counted->bytes_out, exchange->bytes_out);
+	__sync_fetch_and_add(&counted->elapsed_ns, elapsed);
 #define SLOWER(bound) bucket += elapsed > (bound);
 	PAIR_BOUNDS(SLOWER)
 #undef SLOWER
 	if (bucket < PAIR_BUCKETS)
-		exchange->faster[bucket]++;
+		__sync_fetch_and_add(&counted->faster[bucket], 1);
+}
+
+/* Whoever takes these out looks now and then: nobody is woken. */
+static __always_inline void tell(const struct exchange *exchange, u64 elapsed)
+{
+	struct passing *passing = passings.ringbuf_reserve(sizeof(*passing));
+
+	if (!passing) {
+		count(REASON_PAIR_UNTOLD);
+		return;
+	}
+	passing->started_ns = exchange->started_ns;
+	passing->elapsed_ns = elapsed;
+	passing->series = exchange->series;
+	passing->egress = exchange->egress;
+	passing->ingress = exchange->ingress;
+	passing->status = exchange->status;
+	passing->bytes_in = exchange->bytes_in;
+	passing->bytes_out = exchange->bytes_out;
+	passing->port = exchange->port;
+	passing->shown = exchange->shown;
+	passing->zero = 0;
+	__builtin_memcpy(passing->head, exchange->head, PASSING_HEAD);
+	passings.ringbuf_submit(passing, BPF_RB_NO_WAKEUP);
 }
 
 /* How many bytes of a response will be left after this message; negative: it is the proxy's. */
-static __always_inline s64 left_after(struct sk_msg_md *message, const struct exchange *exchange,
-				      u32 unread)
+static __always_inline s64 left_after(struct sk_msg_md *message, u32 size,
+				      struct exchange *exchange, u32 unread)
 {
+	struct response response = {.state = RESPONSE_START};
+
 	if (exchange->left)
-		return (s64)exchange->left - message->size;
-	if (unread || message->size > RESPONSE_MAX || show(message))
+		return (s64)exchange->left - size;
+	if (unread || exchange->unsent || size > exchange->response_max ||
+	    show(message, size, RESPONSE_HEAD_MAX) || read_response(message, &response))
 		return -1;
-	return response_left(message, exchange->bodiless);
+	if (exchange->bodiless)
+		response.length = 0;
+	exchange->status = response.status;
+	exchange->bytes_out = response.length;
+	response.length += response.size;
+	return response.length <= exchange->response_max ? (s64)response.length - size : -1;
 }
 
 /* A backend's socket sends: SK_PASS or SK_DROP. */
-static __always_inline int give_back(struct sk_msg_md *message, const struct workload *own,
-				     u32 sent, u32 unread)
+static __always_inline int give_back(struct sk_msg_md *message, u32 size,
+				     const struct workload *own, u32 sent, u32 unread)
 {
-	u64 backend = own->cookie, client;
+	u64 backend = own->cookie, client, elapsed;
 	struct exchange *exchange;
 	struct paired *paired_with;
 	int result = SK_DROP;
@@ -114,7 +208,7 @@ static __always_inline int give_back(struct sk_msg_md *message, const struct wor
 	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
 		return SK_PASS;
 	if (sent == paired_with->received && again(paired_with->client) == client)
-		left = left_after(message, exchange, unread);
+		left = left_after(message, size, exchange, unread);
 	if (left >= 0)
 		result = workload_sockets.msg_redirect_hash(message, &client, BPF_F_INGRESS);
 	if (result != SK_PASS) {
@@ -128,9 +222,10 @@ static __always_inline int give_back(struct sk_msg_md *message, const struct wor
 		return SK_PASS;
 	}
 	exchange->left = left;
-	exchange->bytes_out += message->size;
 	if (!left) {
-		measure(exchange, bpf_ktime_get_ns() - exchange->started_ns);
+		elapsed = bpf_ktime_get_ns() - exchange->started_ns;
+		measure(exchange, elapsed);
+		tell(exchange, elapsed);
 		__sync_fetch_and_add(&exchange->answered, 1);
 		count(REASON_PAIR_RESPONSE);
 	}
@@ -140,8 +235,10 @@ static __always_inline int give_back(struct sk_msg_md *message, const struct wor
 static __always_inline int exchange_message(struct sk_msg_md *message)
 {
 	struct bpf_sock *sk = message->sk;
+	struct exchange *exchange;
 	struct workload *own;
-	u32 sent, unread;
+	u32 size = message->size, sent, unread;
+	u64 client;
 	void *tcp;
 
 	own = sk ? workload.sk_storage_get(sk, 0, 0) : 0;
@@ -153,10 +250,12 @@ static __always_inline int exchange_message(struct sk_msg_md *message)
 	unread = tcp_field(tcp, SK_RMEM_ALLOC, int);
 	sent = tcp_field(tcp, TCP_WRITE_SEQ, u32) - own->base;
 	if (own->is_backend)
-		return give_back(message, own, sent, unread);
-	if (!unread)
-		forward(message, own, sent);
-	return SK_PASS;
+		return give_back(message, size, own, sent, unread);
+	client = own->cookie;
+	exchange = exchanges.lookup(&client);
+	if (exchange && exchange->unsent && exchange->sent == sent)
+		return send_on(message, size, exchange);
+	return exchange && !unread ? forward(message, size, exchange, client, sent) : SK_PASS;
 }
 
 #endif

@@ -45,13 +45,27 @@ static __always_inline struct rules rules_of(const u32 *address, u64 now)
 		rules.policy = pod->old_policy;
 		rules.flags = pod->old_flags;
 	}
+	if (rules.flags & POD_PROVEN) {
+		rules.proven_until = pod->proven_until;
+		/* Whoever should say so may hang. */
+		if (bpf_ktime_get_ns() >= rules.proven_until)
+			rules.flags &= ~POD_PROVEN;
+	}
 	return rules;
 }
 
-/* Whether both ends are pods of this node that hold valid SVIDs: who they are the kernel knows. */
-static __always_inline int are_proven(struct rules pod, const u32 *other, u64 now)
+/* Until when both ends are pods of this node that hold valid SVIDs: who they are the kernel knows;
+ * 0: they are not. */
+static __always_inline u64 are_proven(struct rules pod, const u32 *other, u64 now)
 {
-	return pod.flags & POD_PROVEN && rules_of(other, now).flags & POD_PROVEN;
+	struct rules rules;
+
+	if (!(pod.flags & POD_PROVEN))
+		return 0;
+	rules = rules_of(other, now);
+	if (!(rules.flags & POD_PROVEN))
+		return 0;
+	return pod.proven_until < rules.proven_until ? pod.proven_until : rules.proven_until;
 }
 
 /* Why a pod's policy refuses it, or would (POLICY_AUDIT); 0: it does not. `safe`: both ends are

@@ -53,10 +53,10 @@ static __always_inline void report_packet(const struct tuple *tuple, u32 reason,
 {
 	u64 second = bpf_ktime_get_ns() / SECOND_NS;
 	struct event *event;
+	u32 which = reason == REASON_PLAIN;
 	struct told *last;
-	u32 zero = 0;
 
-	last = told.lookup(&zero);
+	last = told.lookup(&which);
 	if (!last)
 		return;
 	if (last->second != second) {

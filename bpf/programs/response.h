@@ -11,7 +11,8 @@
 struct response {
 	u32 state;
 	u32 size;   /* of the head, as far as it was read */
-	u32 length; /* Content-Length */
+	u32 length; /* Content-Length; none: 0 */
+	u32 status;
 };
 
 /* Without branches, as the verifier follows each of them in each step. */
@@ -25,11 +26,10 @@ static __always_inline void response_step(const u16 *table, u8 byte, struct resp
 	response->state = cell & (RESPONSE_STATES - 1);
 }
 
-/* A message with the whole head of a response: the bytes of the response that are still to come, or
- * negative: it is the proxy's. */
-static __always_inline s64 response_left(struct sk_msg_md *message, int bodiless)
+/* A message that begins with the whole head of a response; other than 0: it is the proxy's.
+ * `response->state` is RESPONSE_START. */
+static __always_inline int read_response(struct sk_msg_md *message, struct response *response)
 {
-	struct response response = {.state = RESPONSE_START};
 	const u8 *data, *end;
 	u32 zero = 0, i, j;
 	const u16 *table;
@@ -45,14 +45,14 @@ static __always_inline s64 response_left(struct sk_msg_md *message, int bodiless
 			break;
 #pragma clang loop unroll(full)
 		for (j = 0; j < RESPONSE_CHUNK; j++)
-			response_step(table, data[i + j], &response);
-		if (response.state == RESPONSE_DONE)
+			response_step(table, data[i + j], response);
+		if (response->state == RESPONSE_DONE)
 			break;
 	}
 	data = (void *)(long)message->data;
 	end = (void *)(long)message->data_end;
 	i = (u32)(end - data);
-	if (response.state != RESPONSE_DONE && i > RESPONSE_HEAD_MAX)
+	if (response->state != RESPONSE_DONE && i > RESPONSE_HEAD_MAX)
 		return -1;
 	/* The last few; if the head has ended they change nothing. */
 	i &= 2 * RESPONSE_HEAD_MAX - RESPONSE_CHUNK;
@@ -62,13 +62,16 @@ static __always_inline s64 response_left(struct sk_msg_md *message, int bodiless
 	for (j = 0; j < RESPONSE_CHUNK - 1; j++) {
 		if (data + j + 1 > end)
 			break;
-		response_step(table, data[j], &response);
+		response_step(table, data[j], response);
 	}
-	if (response.state != RESPONSE_DONE)
+	if (response->state != RESPONSE_DONE)
 		return -1;
-	if (!bodiless)
-		response.size += response.length;
-	return response.size <= RESPONSE_MAX ? (s64)response.size - message->size : -1;
+	data = (void *)(long)message->data;
+	end = (void *)(long)message->data_end;
+	if (data + sizeof("HTTP/1.1 200") > end)
+		return -1;
+	response->status = (data[9] - '0') * 100 + (data[10] - '0') * 10 + (data[11] - '0');
+	return 0;
 }
 
 #endif

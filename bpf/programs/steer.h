@@ -16,7 +16,7 @@
 enum calls { CONNECT, SENDMSG };
 
 /* Where the proxy listens for connections of a pod to `asked`, of HTTP or to be relayed: 1, and
- * `peer`; 0: nowhere. */
+ * `peer`; 0: nowhere; negative: nor does anything go plainly instead that takes mutual TLS. */
 static __always_inline int listening(u64 netns, const struct target *asked, int http,
 				     struct target *peer)
 {
@@ -29,7 +29,15 @@ static __always_inline int listening(u64 netns, const struct target *asked, int 
 		*peer = http ? at->http4 : at->relay4;
 	else
 		*peer = http ? at->http6 : at->relay6;
-	return peer->port != 0;
+	if (peer->port)
+		return 1;
+	return at->flags & CONFIG_MTLS ? -1 : 0;
+}
+
+/* Whether it is a pod of another node that takes mutual TLS. */
+static __always_inline int takes_mtls(const struct target *backend)
+{
+	return !!(who_is(backend->address, in_force()).flags & IDENTITY_MTLS);
 }
 
 /* Who a socket belongs to: its pod's address of the family that it speaks; `from` stays empty where
@@ -62,11 +70,11 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
 		return 0;
 	rules = rules_of(from->words, now);
 	reason = policy_refusal(rules, EGRESS, identity_of(to->address, now), to->protocol, to->port,
-				relayed || are_proven(rules, to->address, now), rule);
+				relayed || !!are_proven(rules, to->address, now), rule);
 	if (reason != REASON_POLICY_DENIED && !relayed) {
 		rules = rules_of(to->address, now);
 		reason = policy_refusal(rules, INGRESS, identity_of(from->words, now), to->protocol,
-					to->port, are_proven(rules, from->words, now), rule);
+					to->port, !!are_proven(rules, from->words, now), rule);
 	}
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }
@@ -74,7 +82,7 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
 /* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
  * no frontend there is only one): whether by the relay, or negative errno. */
 static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
-				     const struct address *from, const struct frontend *frontend,
+				     const struct target *asked, const struct address *from, const struct frontend *frontend,
 				     struct backend *backend, u32 *reason, u32 *rule)
 {
 	int result, relayed;
@@ -86,7 +94,7 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 			return relayed;
 		if (!frontend)
 			break;
-		result = table_backend(frontend, cookie + i, backend, reason);
+		result = table_backend(frontend, cookie + i, asked, backend, reason);
 		if (result < 0)
 			return result;
 		*rule = forgotten(*rule, ctx->protocol);
@@ -95,7 +103,7 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 }
 
 /* The peer for a socket, and the reason it is that one: 0 or negative errno. Before a proxy has ever
- * listened, everything goes straight to backends. What goes to the proxy is judged there. */
+ * listened, everything goes straight to backends that do not take mutual TLS. What goes to the proxy is judged there. */
 static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u64 cookie, u64 netns,
 				   const struct frontend *frontend, struct origin *origin,
 				   struct target *peer, u32 *reason, u32 *rule)
@@ -108,7 +116,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	if (frontend) {
 		origin->flags = frontend->flags;
 		if (asked->protocol == IPPROTO_TCP && frontend->flags & FRONTEND_HTTP)
-			http = listening(netns, asked, 1, peer);
+			http = listening(netns, asked, 1, peer) > 0;
 		/* The proxy may know of a route to other backends than these. */
 		if (!http || frontend->affinity_s)
 			result = choose(ctx, cookie, frontend, asked, &backend, reason);
@@ -123,7 +131,9 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 		/* A datagram may be an answer, which only the filter knows. */
 		if (frontend || asked->protocol == IPPROTO_TCP)
 			read_client(ctx, netns, asked, &from);
-		result = permitted(ctx, cookie, relay, &from, frontend, &backend, reason, rule);
+		result = permitted(ctx, cookie, relay > 0, asked, &from, frontend, &backend, reason, rule);
+		if (!result && relay < 0 && takes_mtls(&backend.target))
+			result = REFUSE(MTLS_REQUIRED);
 		if (!result)
 			*peer = backend.target;
 	}
@@ -154,7 +164,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 	if (!result && reason == REASON_PASSED) {
 		count(REASON_PASSED);
 		if (call == CONNECT) {
-			forget(cookie, asked);
+			forget(ctx, cookie, asked);
 			/* Resolvers connect datagram sockets to ask for a route, and send nothing. */
 			if (asked->protocol == IPPROTO_TCP)
 				report(netns, asked, asked, reason, 0);
@@ -162,7 +172,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 		return 0;
 	}
 	if (!result)
-		result = remember(cookie, peer, &origin, &reason);
+		result = remember(ctx, call == CONNECT, cookie, peer, &origin, &reason);
 	if (result < 0) {
 		report(netns, asked, &origin.backend, reason, rule);
 		return result;
@@ -176,7 +186,7 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 
 static __always_inline int steer4(struct bpf_sock_addr *ctx, enum calls call)
 {
-	struct target asked, peer;
+	struct target asked, peer = {};
 	int result;
 
 	read4(ctx, &asked);
@@ -188,7 +198,7 @@ static __always_inline int steer4(struct bpf_sock_addr *ctx, enum calls call)
 
 static __always_inline int steer6(struct bpf_sock_addr *ctx, enum calls call)
 {
-	struct target asked, peer;
+	struct target asked, peer = {};
 	int result;
 
 	read6(ctx, &asked);
@@ -204,7 +214,7 @@ static __always_inline void answer4(struct bpf_sock_addr *ctx)
 	struct origin *origin;
 
 	read4(ctx, &peer);
-	origin = recall(bpf_get_socket_cookie(ctx), &peer);
+	origin = recall(ctx->sk, bpf_get_socket_cookie(ctx), &peer);
 	if (origin) {
 		count(REASON_ANSWERED);
 		write4(ctx, &origin->asked);
@@ -217,7 +227,7 @@ static __always_inline void answer6(struct bpf_sock_addr *ctx)
 	struct origin *origin;
 
 	read6(ctx, &peer);
-	origin = recall(bpf_get_socket_cookie(ctx), &peer);
+	origin = recall(ctx->sk, bpf_get_socket_cookie(ctx), &peer);
 	if (origin) {
 		count(REASON_ANSWERED);
 		write6(ctx, &origin->asked);

@@ -59,6 +59,12 @@ struct origin {
 	u32 flags; /* FRONTEND_… */
 };
 
+/* With a connected socket: the peer that it was given, and for what. */
+struct connected {
+	struct target peer;
+	struct origin origin;
+};
+
 /* Where this node's proxy listens for workloads; port 0: nowhere. */
 struct config {
 	struct target http4;
@@ -101,8 +107,8 @@ struct workload {
 };
 
 /* What a proxy offers to a client's socket: requests that these tables and lists of policy rules let
- * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` stands at both
- * ends, so that who reads it while another takes its place notices. */
+ * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` is the time of it
+ * (CLOCK_MONOTONIC) and stands at both ends, so that who reads it while another takes its place notices. */
 struct pair {
 	u64 offer;
 	u64 backend; /* its socket's cookie */
@@ -114,6 +120,9 @@ struct pair {
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
 	u64 expires_ns; /* CLOCK_MONOTONIC */
+	u64 series;	/* as in struct passed_key */
+	u32 response_max;
+	u32 zero;
 	u64 offer_again;
 };
 
@@ -124,20 +133,64 @@ struct paired {
 	u32 zero;
 };
 
-/* What went past the proxy between a client's socket and its pairs' backends. Requests that were
- * forwarded are answered, or their responses were handed to the proxy; or one is outstanding. */
+/* What goes past the proxy between a client's socket and its pairs' backends. Requests that were
+ * forwarded are answered, or their responses were handed to the proxy; or one is outstanding. What is
+ * not a number of requests is of the last one. */
 struct exchange {
-	u64 started_ns; /* of the last request: CLOCK_MONOTONIC */
-	u64 bytes_in;	/* of requests */
-	u64 bytes_out;	/* of the responses that were answered, as the next ones */
-	u64 elapsed_ns; /* sum */
-	u64 faster[PAIR_BUCKETS]; /* by the bounds of a histogram; slower ones are in none */
+	u64 started_ns; /* CLOCK_MONOTONIC */
+	u64 backend;	/* its socket's cookie */
+	u64 series;
+	u32 egress; /* the numbers of the policy rules that have let it pass */
+	u32 ingress;
 	u32 forwarded;
 	u32 answered;
 	u32 handed;
-	u32 bodiless; /* the last request was HEAD */
-	u32 left;     /* bytes of the response to it that are still to come past the proxy */
+	u32 parted;    /* requests that came in more than one message */
+	u32 sent;      /* bytes that the client's socket had sent by TCP before it */
+	u32 unsent;    /* bytes of it that are still to come: past the proxy while no others do */
+	u32 left;      /* and of the response */
+	u32 bodiless;  /* it is HEAD */
+	u32 status;    /* of the response */
+	u32 bytes_in;  /* of bodies */
+	u32 bytes_out;
+	u32 response_max;
+	u32 port;  /* of the client's socket, in the machine's order */
+	u32 shown; /* bytes in `head` */
+	char head[PASSING_HEAD];
+};
+
+/* What passed by the proxy is counted under this. `series` stands for the route, both ends and their
+ * policies (l7proxy/series.py). */
+struct passed_key {
+	u64 series;
+	u32 egress;
+	u32 ingress;
+	u32 status;
 	u32 zero;
+};
+
+struct passed {
+	u64 requests;
+	u64 bytes_in; /* of bodies */
+	u64 bytes_out;
+	u64 elapsed_ns;		  /* sum */
+	u64 faster[PAIR_BUCKETS]; /* by the bounds of a histogram; slower ones are in none */
+};
+
+/* One that has passed, for access log and flow records. */
+struct passing {
+	u64 started_ns; /* CLOCK_MONOTONIC */
+	u64 elapsed_ns;
+	u64 series;
+	u32 egress;
+	u32 ingress;
+	u32 status;
+	u32 bytes_in;
+	u32 bytes_out;
+	u32 port;
+	u32 shown;
+	u32 zero;
+	char head[PASSING_HEAD]; /* how the request began */
 };
 
 /* The tables of bpf/response.py. (bcc makes code for each element of an array of numbers.) */
@@ -174,13 +227,15 @@ struct addresses {
 /* What is in force for a local pod from a generation on, and before it. */
 struct pod {
 	u64 since;
-	u32 policy; /* its set in `policies` */
+	u64 proven_until; /* CLOCK_MONOTONIC; where POD_PROVEN */
+	u32 policy;	  /* its set in `policies` */
 	u32 flags;  /* POD_… */
 	u32 old_policy;
 	u32 old_flags;
 };
 
 struct rules {
+	u64 proven_until;
 	u32 policy;
 	u32 flags;
 };
@@ -212,6 +267,7 @@ struct flow_key {
 struct flow {
 	u64 seen_ns;	/* CLOCK_MONOTONIC */
 	u64 generation; /* of what it was judged by */
+	u64 until;	/* CLOCK_MONOTONIC: it is judged anew; 0: it needs not */
 	u32 flags;	/* FLOW_… */
 	u32 refused;	/* the reason; 0: it is allowed */
 };

@@ -18,7 +18,9 @@ import sys
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Protocol
 
+from certs.secrecy import keep_memory_private
 from gateway.control import ControlPlane
+from l7proxy.accesslog import AccessLog
 from l7proxy.tasks import spawn
 from mesh.agent.admin import Admin
 from mesh.agent.api import Api
@@ -30,6 +32,7 @@ from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
 from mesh.agent.node import Node
 from mesh.agent.options import CLUSTER, AgentOptions, OptionError, parse
+from mesh.agent.passed import PassedBy
 from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
 from mesh.agent.svid_file import SvidFile
@@ -37,6 +40,7 @@ from mesh.agent.svids import Svids
 from mesh.model.channel import (
     Bound,
     Handles,
+    Leaving,
     PortAddress,
     Want,
     Worker,
@@ -51,7 +55,6 @@ if TYPE_CHECKING:
     from mesh.sources.kubernetes_client import Client
 
 _log = logging.getLogger("weft.agent")
-_PR_SET_DUMPABLE = 4
 _PR_SET_PDEATHSIG = 1
 _CHANNEL_PAUSE_S = 0.2
 # Objects live long here, and looking at 500,000 of them takes the collector 0.25 s in which nobody
@@ -81,6 +84,7 @@ class Agent:
             datapath=datapath,
             flows=flows,
             kernel=KernelFlows(datapath.pins, flows, datapath.rule) if datapath else None,
+            passed=self._passed(options, run_dir, flows),
             svids=self._svids(options, run_dir),
             automata=self._automata(options),
         )
@@ -102,6 +106,15 @@ class Agent:
     def _automata(self, options: AgentOptions) -> KernelAutomata | None:
         steer = options.steer
         return KernelAutomata(steer.pins) if steer is not None and steer.pairs else None
+
+    def _passed(self, options: AgentOptions, run_dir: RunDir, flows: FlowStore) -> PassedBy | None:
+        steer, log = options.steer, None
+        if steer is None or not steer.pairs:
+            return None
+        if options.plane.settings.access_log != "off":
+            log = AccessLog(self._loop, sys.stdout.fileno())
+            log.format = options.plane.settings.access_log
+        return PassedBy(steer.pins, run_dir.metrics, flows, log)
 
     def _svids(self, options: AgentOptions, run_dir: RunDir) -> Svids | None:
         if self._authority is None:
@@ -137,8 +150,9 @@ class Agent:
         await self._api.close()
         if self._authority is not None:
             await self._authority.close()
-        if self._node.kernel is not None:
-            self._node.kernel.close()
+        for teller in (self._node.kernel, self._node.passed):
+            if teller is not None:
+                teller.close()
         if self._node.automata is not None:
             self._node.automata.close()
         if datapath is not None:
@@ -152,8 +166,9 @@ class Agent:
     def _datapath_changed(self) -> None:
         node = self._node
         if node.datapath is not None and node.datapath.opened:
-            if node.kernel is not None:
-                node.kernel.start()
+            for teller in (node.kernel, node.passed):
+                if teller is not None:
+                    teller.start()
             if node.automata is not None:
                 node.automata.open()
         node.look_again()
@@ -173,7 +188,13 @@ class Agent:
         """To the proxies, by way of the supervisor."""
         self._send(Handles(tuple(descriptors)), tuple(descriptors.values()))
 
-    def _send(self, message: Want | Worker | Handles, fds: tuple[int, ...] = ()) -> None:
+    async def _leave(self) -> None:
+        self._node.leaving = True
+        if self._reporter is not None:
+            await self._reporter.leave()
+        self._send(Leaving())
+
+    def _send(self, message: Want | Worker | Handles | Leaving, fds: tuple[int, ...] = ()) -> None:
         try:
             send_control(self._control, message, fds)
         except OSError as error:
@@ -198,6 +219,8 @@ class Agent:
                     spawn(self._node.rollout.connect(number, pid, sock), name="config channel")
                 case Bound():
                     self._node.bound_changed(message)
+                case Leaving():
+                    spawn(self._leave(), name="leave")
                 case Handles() if self._node.datapath is not None:
                     self._node.datapath.handles_taken()
                 case _:
@@ -220,10 +243,12 @@ class Authority(AuthorityClient, Protocol):
     async def close(self) -> None: ...
 
 
-class Background(Protocol):
-    """Work that goes on beside, until it is cancelled."""
+class Reports(Protocol):
+    """Who tells the cluster what is in force here."""
 
     async def run(self) -> None: ...
+
+    async def leave(self) -> None: ...
 
 
 def _source(options: AgentOptions) -> tuple[Source, Client | None]:
@@ -252,8 +277,7 @@ def _authority(options: AgentOptions, client: Client | None) -> Authority | None
 
 def _reporter(
     options: AgentOptions, client: Client | None, node: Node, authority: Authority | None
-) -> Background | None:
-    """Who tells the cluster what is in force here."""
+) -> Reports | None:
     if client is None:
         return None
     from mesh.agent.cluster import Reporter
@@ -292,10 +316,8 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="agent: %(message)s")
     # Ctrl-C reaches the whole foreground group; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # Keys are here: nobody else reads this process's memory, and no core dump has them.
-    libc.prctl(_PR_SET_DUMPABLE, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    keep_memory_private()
     try:
         options = parse(sys.argv[1:])
     except OptionError as error:

@@ -23,7 +23,8 @@ class NoAnswer(Exception):
 
 class AuthorityClient(Protocol):
     async def sign(self, requests: Sequence[str]) -> tuple[Answer, ...]:
-        """An answer for each request (PEM). NoAnswer: there is none."""
+        """An answer for each request (PEM); where only some have one, the others are refused as
+        "no_answer". NoAnswer: there is none."""
 
     async def bundle(self, have: str) -> BundleAnswer:
         """The trust bundles, once they are others than those with tag `have`, or after a while.

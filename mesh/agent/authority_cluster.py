@@ -42,7 +42,17 @@ class ClusterAuthority:
         """The connection is the source's."""
 
     async def sign(self, requests: Sequence[str]) -> tuple[Answer, ...]:
-        return tuple(await asyncio.gather(*(self._sign(request) for request in requests)))
+        asked = (self._sign(request) for request in requests)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failed = [one for one in answers if isinstance(one, BaseException)]
+        for error in failed:
+            # What has been signed counts, whatever has become of the others.
+            if len(failed) == len(answers) or not isinstance(error, NoAnswer):
+                raise error
+        return tuple(
+            Answer(refused="no_answer", why=str(one)) if isinstance(one, BaseException) else one
+            for one in answers
+        )
 
     async def _sign(self, request: str) -> Answer:
         body = {
@@ -56,7 +66,7 @@ class ClusterAuthority:
             },
         }
         try:
-            async with self._turn, asyncio.timeout(_SIGN_S):
+            async with asyncio.timeout(_SIGN_S), self._turn:
                 made = await self._client.request("POST", _REQUESTS, {}, body)
                 return await self._answered(made["metadata"])
         except TimeoutError:
@@ -96,7 +106,8 @@ class ClusterAuthority:
             answer = _bundle(obj)
             return answer if answer.tag != have else None
 
-        self.have = have
+        # Who asks anew after a failure has still the one before.
+        self.have = have or self.have
         try:
             found = await self._client.request("GET", f"{self._bundles}/{BUNDLE_NAME}")
             with contextlib.suppress(TimeoutError):

@@ -12,8 +12,11 @@ import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+import msgspec
+
 from mesh.agent.node import Node
 from mesh.model.channel import PortAddress
+from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import (
     ANNOTATION,
     LABELS,
@@ -29,8 +32,10 @@ _log = logging.getLogger("weft.agent")
 
 LEASE_S = 40
 _RENEW_S = 10.0
-# Reports do not follow each other faster than this.
+# Reports do not follow each other faster than this, those of news that only says how far the node
+# is than that: with many nodes, objects that change all the time would keep the server busy.
 _PAUSE_S = 0.1
+_VERSIONS_S = 1.0
 # The agent's end is not to take long.
 _LAST_S = 1.0
 _MANAGER = "weft-agent"
@@ -62,22 +67,35 @@ class Reporter:
         self._mesh = {one: "::1" if ":" in one else "127.0.0.1" for one in mesh_addresses}
         self._bundle = bundle
         self._changed = asyncio.Event()
+        # The report written last but for its versions, and what the Lease belonged to.
+        self._said: tuple[NodeReport, list[dict[str, str]]] | None = None
+        self._left = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
     def changed(self) -> None:
         """Something that was asked for is in force now."""
         self._changed.set()
+
+    async def leave(self) -> None:
+        """Until the cluster knows that the node is leaving."""
+        self._changed.set()
+        await self._left.wait()
 
     async def run(self) -> None:
         """Until cancelled; then the node serves no more, and nobody is to wait for it."""
         try:
             await self._keep_up()
         finally:
-            with contextlib.suppress(ServerError, TimeoutError):
-                async with asyncio.timeout(_LAST_S):
-                    await self._write(leaving=True)
+            self._node.leaving = True
+            if not self._left.is_set():
+                with contextlib.suppress(ServerError, TimeoutError):
+                    async with asyncio.timeout(_LAST_S):
+                        await self._write()
 
     async def _keep_up(self) -> None:
         backoff, failing = Backoff(), ""
+        # That there is no server at first is the source's to say.
+        await self._client.reachable.wait()
         while True:
             try:
                 await self._write()
@@ -89,12 +107,26 @@ class Reporter:
                 continue
             failing = ""
             backoff.reset()
-            await asyncio.sleep(_PAUSE_S)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), _RENEW_S)
+            await self._until_due()
 
-    async def _write(self, *, leaving: bool = False) -> None:
+    async def _until_due(self) -> None:
+        """Until the next report: soon after news, but not one after each."""
+        last = self._loop.time()
+        due = last + _RENEW_S
+        while (left := due - self._loop.time()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+                self._changed.clear()
+                now = self._loop.time()
+                if (_but_versions(self._report()), self._owners()) != self._said:
+                    due = min(due, max(now, last + _PAUSE_S))
+                else:
+                    # What belongs together comes together.
+                    due = min(due, max(now + _PAUSE_S, last + _VERSIONS_S))
+
+    async def _write(self) -> None:
         self._changed.clear()
+        report, leaving, owners = self._report(), self._node.leaving, self._owners()
         body = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
@@ -102,7 +134,8 @@ class Reporter:
                 "name": f"{LEASE_PREFIX}{self._name}",
                 "namespace": self._namespace,
                 "labels": LABELS,
-                "annotations": {ANNOTATION: encode_report(self._report(leaving))},
+                "annotations": {ANNOTATION: encode_report(report)},
+                "ownerReferences": owners,
             },
             "spec": {
                 "holderIdentity": self._name,
@@ -112,8 +145,20 @@ class Reporter:
         }
         query = {"fieldManager": _MANAGER, "force": "true"}
         await self._client.request("PATCH", self._path, query, body, content_type=APPLY)
+        self._said = _but_versions(report), owners
+        if leaving:
+            self._left.set()
 
-    def _report(self, leaving: bool) -> NodeReport:
+    def _owners(self) -> list[dict[str, str]]:
+        """The Node, where this is one of the cluster's: the Lease goes with it, as its kubelet's
+        does ("Owners and dependents")."""
+        node = self._node.objects.get("Node", {}).get(ObjectKey("", self._name))
+        if node is None:
+            return []
+        uid = node.metadata.uid or ""
+        return [{"apiVersion": "v1", "kind": "Node", "name": self._name, "uid": uid}]
+
+    def _report(self) -> NodeReport:
         node = self._node
         refused = sorted(node.refusals.items())
         bound = node.bound
@@ -122,7 +167,7 @@ class Reporter:
         ports.update({self._port(one): why[:MAX_TEXT] for one, why in failed})
         return NodeReport(
             node=self._name,
-            ready=node.ready_once and not node.not_ready() and not leaving,
+            ready=node.ready_once and not node.not_ready(),
             versions=dict(node.in_force),
             ports=ports,
             refused={key: why[:MAX_TEXT] for key, why in refused[:MAX_REFUSALS]},
@@ -134,3 +179,7 @@ class Reporter:
     def _port(self, port: PortAddress) -> str:
         address = self._mesh.get(port.address, port.address)
         return f"{f'[{address}]' if ':' in address else address}:{port.port}"
+
+
+def _but_versions(report: NodeReport) -> NodeReport:
+    return msgspec.structs.replace(report, versions={})

@@ -331,7 +331,8 @@ class Datapath:
         ports = (MESH_HTTP_PORT, MESH_RELAY_PORT)
         places = [(address, port) for address in self._addresses for port in ports]
         there = [place for place in places if place in self._bound]
-        settings.steer_to_proxy(self.pins, there, sockmap=self._redirects)
+        mtls = self._options.mtls
+        settings.steer_to_proxy(self.pins, there, sockmap=self._redirects, mtls=mtls)
         self._pointed = True
 
     def _tidy(self) -> None:

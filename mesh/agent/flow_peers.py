@@ -10,17 +10,25 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
 from mesh.model.flow import Flow, Peer
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import LoadBalancerEntry, NodeSection, Section, WorkloadSection
+from mesh.model.nodeconfig import (
+    LoadBalancerEntry,
+    NodeSection,
+    Section,
+    SvidSection,
+    WorkloadSection,
+)
 from mesh.model.section import SectionKey
 
 RESERVED = {number.value: number.name.lower().replace("_", "-") for number in Reserved}
 _LABELS = {number: {f"reserved:{name}": ""} for number, name in RESERVED.items()}
 _MAPPED = "::ffff:"
+_Section: TypeAlias = WorkloadSection | LoadBalancerEntry | NodeSection | SvidSection
 
 
 class Peers:
@@ -31,7 +39,8 @@ class Peers:
         self._workloads: dict[str, WorkloadSection] = {}
         self._services: dict[tuple[str, int, str], str] = {}
         self._nodes: dict[str, NodeSection] = {}
-        self._sections: dict[SectionKey, WorkloadSection | LoadBalancerEntry | NodeSection] = {}
+        self._held: dict[str, SvidSection] = {}
+        self._sections: dict[SectionKey, _Section] = {}
 
     def publish(self, put: Mapping[SectionKey, Section], remove: Iterable[SectionKey]) -> None:
         """The step from one version of the configuration to the next."""
@@ -46,6 +55,8 @@ class Peers:
                     for address in before.addresses:
                         if self._nodes.get(address) is before:
                             del self._nodes[address]
+                case SvidSection() as before:
+                    del self._held[before.spiffe_id]
                 case LoadBalancerEntry() as before:
                     del self._services[before.address, before.port, before.protocol]
         for key, section in put.items():
@@ -56,6 +67,9 @@ class Peers:
                 case NodeSection():
                     self._sections[key] = section
                     self._nodes |= dict.fromkeys(section.addresses, section)
+                case SvidSection():
+                    self._sections[key] = section
+                    self._held[section.spiffe_id] = section
                 case LoadBalancerEntry() if section.source.startswith("Service/"):
                     name = section.source.removeprefix("Service/")
                     frontend = section.address, section.port, section.protocol
@@ -70,6 +84,25 @@ class Peers:
             destination=self._who(flow.destination, flow.service.partition("/")[0]),
             node=flow.node or node,
         )
+
+    def proven(self, flow: Flow) -> Flow:
+        """A flow that no proxy saw: "local" between pods of this node that both have valid SVIDs,
+        because the kernel knows who they are."""
+        ends = tuple(self._proven(peer, flow.time) for peer in (flow.source, flow.destination))
+        if not all(one.spiffe_id for one in ends):
+            return flow
+        source, destination = ends
+        return msgspec.structs.replace(
+            flow, source=source, destination=destination, encryption="local"
+        )
+
+    def _proven(self, peer: Peer, time_ns: int) -> Peer:
+        """With the identity of a pod of this node whose SVID was valid then."""
+        pod = self._workloads.get(peer.address)
+        held = self._held.get(pod.spiffe_id) if pod is not None and pod.local else None
+        if held is None or time_ns >= held.not_after * 1e9:
+            return peer
+        return msgspec.structs.replace(peer, spiffe_id=held.spiffe_id)
 
     def service(self, address: str, port: int, protocol: str) -> str:
         """ "<ns>/<name>:<port>" of a frontend; empty: of no Service."""

@@ -107,7 +107,7 @@ class KernelFlows:
         refused = event.reason.errno is not None
         protocol: _Protocol = _PROTOCOLS.get(event.asked.protocol, "other")
         asked = _peer(event.asked)
-        return Flow(
+        flow = Flow(
             time=epoch_ns + event.time_ns,
             verdict="DROPPED" if refused else "FORWARDED",
             source=_peer(event.source),
@@ -117,6 +117,7 @@ class KernelFlows:
             policy=self._source(event.rule),
             service=self._store.peers.service(asked.address, asked.port, protocol),
         )
+        return flow if refused else self._store.peers.proven(flow)
 
 
 def _peer(target: Target) -> Peer:

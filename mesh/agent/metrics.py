@@ -95,6 +95,19 @@ class _AgentCollector:
             yield _counters("weft_datapath_events", text, "reason", counts)
 
 
+class _WorkersCollector:
+    """Those of the workers, and of the requests that have passed by them."""
+
+    def __init__(self, node: Node, metrics_dir: Path) -> None:
+        self._node = node
+        collector: Any = MultiProcessCollector
+        self._files = collector(None, path=str(metrics_dir))
+
+    def collect(self) -> Iterable[Metric]:
+        passed, found = self._node.passed, self._files.collect()
+        return found if passed is None else passed.merged(found)
+
+
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(name, text, value=value)
 
@@ -112,8 +125,7 @@ def registry(node: Node, metrics_dir: Path) -> CollectorRegistry:
     result = CollectorRegistry()
     result.register(_AgentCollector(node))
     if metrics_dir.is_dir():
-        collector: Any = MultiProcessCollector
-        collector(result, path=str(metrics_dir))
+        result.register(_WorkersCollector(node, metrics_dir))
     return result
 
 

@@ -20,6 +20,7 @@ from mesh.agent.automata import KernelAutomata
 from mesh.agent.datapath import Datapath
 from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
+from mesh.agent.passed import PassedBy
 from mesh.agent.rollout import Rollout
 from mesh.agent.status_store import StatusStore
 from mesh.agent.svids import Svids
@@ -54,12 +55,14 @@ class Node:
         datapath: Datapath | None,
         flows: FlowStore,
         kernel: KernelFlows | None = None,
+        passed: PassedBy | None = None,
         svids: Svids | None = None,
         automata: KernelAutomata | None = None,
     ) -> None:
         self.rollout = rollout
         self.flows = flows
         self.kernel = kernel
+        self.passed = passed
         self.datapath = datapath
         self.svids = svids
         self.automata = automata
@@ -71,6 +74,8 @@ class Node:
         self.bound: Bound | None = None
         self.synced = False
         self.ready_once = False
+        # Whether this node is about to end.
+        self.leaving = False
         self.failures: Mapping[tuple[str, Any], Exception] = {}
         # Up to which version of the source everything is in force, and who wants to know.
         self.in_force: Mapping[str, int] = {}
@@ -290,8 +295,15 @@ class Node:
         serves."""
         reasons = []
         workers = self.rollout.workers
+        if self.leaving:
+            reasons.append("it is being shut down")
         if not self.synced:
             reasons.append("the manifests have not been read yet")
+            reasons += [
+                f"{one.kind}: {one.message}".removeprefix(": ")
+                for one in self.problems
+                if (one.rule, one.level) == ("source", "error")
+            ]
         if not workers:
             reasons.append("no worker is connected")
         if self.ready_once or reasons:

@@ -41,7 +41,7 @@ class Steering(NamedTuple):
     """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
     and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
     self-test says so, "kernel" insists on it, "proxy" never does. `pairs`: where it does, requests
-    may pass by the proxy."""
+    may pass by the proxy. `mtls`: the node has an authority."""
 
     cgroup: Path
     proxy_cgroup: Path
@@ -49,6 +49,7 @@ class Steering(NamedTuple):
     pods: Path
     mode: Literal["auto", "kernel", "proxy"]
     pairs: bool = False
+    mtls: bool = False
 
 
 class AgentOptions(NamedTuple):
@@ -139,7 +140,8 @@ def steering(args: argparse.Namespace) -> Steering | None:
     run_dir = RunDir(args.run_dir)
     pins = args.pins or run_dir.pins
     pairs = _pairs(args)
-    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, pairs)
+    mtls = args.authority is not None
+    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, pairs, mtls)
 
 
 def _pairs(args: argparse.Namespace) -> bool:

@@ -12,6 +12,8 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from mesh.model.channel import FrameReader, Proof, encode_frame
 from mesh.model.flow import Flows
 from mesh.model.nodeconfig import PROXY_SECTIONS, Ack, NodeConfig, Section, for_destination
@@ -21,6 +23,7 @@ _log = logging.getLogger("weft.agent")
 
 # A worker that has not acknowledged after this long is lagging.
 ACK_LIMIT_S = 5.0
+_MAX_PROOFS = 4096
 
 
 class WorkerState(NamedTuple):
@@ -109,6 +112,8 @@ class Rollout:
         self._changed = changed
         self._lost = lost
         self._links: dict[int, _Link] = {}
+        # The last of each pair, by what stands in it beside the chain: for who was not there.
+        self._proofs: dict[Proof, Proof] = {}
         self._loop = asyncio.get_running_loop()
         self._waiting_until = self._loop.time() + ACK_LIMIT_S
         self._loop.call_later(ACK_LIMIT_S, self._changed)
@@ -160,6 +165,7 @@ class Rollout:
         # worker what an agent before this one gave it.
         if self.config.version:
             self._send_whole(link)
+        self._repeat(link)
 
     def link_acked(self, link: _Link, ack: Ack) -> None:
         now = self._loop.time()
@@ -169,16 +175,26 @@ class Rollout:
         if link.lagging:
             _log.warning("worker %d (pid %d) answers again", link.id, link.pid)
             link.lagging = False
+            self._repeat(link)
         if link.acked == link.sent and link.sent != self.config.version:
             self._send_whole(link)
         self._changed()
 
     def pass_on(self, link: _Link, proof: Proof) -> None:
         """What one worker was told concerns tunnels of the others."""
+        pair = msgspec.structs.replace(proof, chain=())
+        self._proofs.pop(pair, None)
+        self._proofs[pair] = proof
+        if len(self._proofs) > _MAX_PROOFS:
+            del self._proofs[next(iter(self._proofs))]
         frame = encode_frame(proof)
         for other in self._links.values():
             if other is not link:
                 other.pass_on(frame)
+
+    def _repeat(self, link: _Link) -> None:
+        for proof in self._proofs.values():
+            link.pass_on(encode_frame(proof))
 
     def link_lost(self, link: _Link) -> None:
         if self._links.get(link.id) is link:

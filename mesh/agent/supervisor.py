@@ -16,8 +16,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 from bpf.attach import adopt
 from bpf.errors import DatapathError
@@ -32,6 +33,7 @@ from mesh.model.channel import (
     Control,
     Drain,
     Handles,
+    Leaving,
     Listen,
     PortAddress,
     Unlisten,
@@ -44,8 +46,10 @@ _log = logging.getLogger("weft.supervisor")
 # Ports that could not be bound are tried again after this long, then twice that, ...
 _RETRY_S = 1.0
 _MAX_RETRY_S = 30.0
+# How long the agent may take to say that the node leaves.
+LEAVE_S = 2.0
 # How long the agent may take to end, and workers beyond the deadline they were given.
-_GRACE_S = 2.0
+GRACE_S = 2.0
 _WORKER_USER = "nobody"
 
 
@@ -65,6 +69,7 @@ class Supervisor:
         self._retry_s = _RETRY_S
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._told = asyncio.Event()
         agent = [sys.executable, "-m", args.agent_module]
         about = [f"--run-dir={self._run_dir.path}", f"--workers={args.workers}", *agent_arguments]
         if args.steer is not None:
@@ -161,6 +166,8 @@ class Supervisor:
         match message:
             case Want(wanted):
                 self._want(wanted)
+            case Leaving():
+                self._told.set()
             case Worker(number, pid):
                 # The agent has lost its channel to a worker that is still there.
                 if number in self._workers and self._workers[number].pid == pid:
@@ -224,7 +231,13 @@ class Supervisor:
     # --- the end ---------------------------------------------------------------------------------
 
     async def _shut_down(self) -> int:
-        """Drain the workers, then end the agent. A second signal ends everything at once."""
+        """Say that the node leaves, drain the workers, then end the agent. A second signal ends
+        everything at once."""
+        self._agent.send(Leaving())
+        await self._unless_hurried(self._told.wait(), within=LEAVE_S)
+        if delay := float(self._args.drain_delay):
+            _log.info("going to close in %g s; a second signal ends everything at once", delay)
+            await self._unless_hurried(asyncio.sleep(delay), within=delay)
         deadline = float(self._args.drain_timeout)
         _log.info(
             "draining connections for up to %g s; a second signal ends them at once", deadline
@@ -237,9 +250,9 @@ class Supervisor:
             worker.send(Drain(deadline))
         for sock in self._sockets.values():
             sock.close()
-        drained = await self._gone(*self._workers.values(), within=deadline + _GRACE_S)
+        drained = await self._gone(*self._workers.values(), within=deadline + GRACE_S)
         self._agent.kill(signal.SIGTERM)
-        await self._gone(self._agent, within=_GRACE_S)
+        await self._gone(self._agent, within=GRACE_S)
         for child in (*self._workers.values(), self._agent):
             child.kill(signal.SIGKILL)
             await child.gone.wait()
@@ -254,18 +267,18 @@ class Supervisor:
             for child in children:
                 await child.gone.wait()
 
-        ends = spawn(all_gone(), name="children end")
-        hurry = spawn(_wait(self._stop_now), name="second signal")
-        await asyncio.wait({ends, hurry}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+        return await self._unless_hurried(all_gone(), within=within)
+
+    async def _unless_hurried(self, work: Coroutine[Any, Any, Any], within: float) -> bool:
+        """Whether it was done in time and before a second signal."""
+        done = spawn(work, name="end")
+        hurry = spawn(self._stop_now.wait(), name="second signal")
+        await asyncio.wait({done, hurry}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
-        if ends.done():
+        if done.done():
             return True
-        ends.cancel()
+        done.cancel()
         return False
-
-
-async def _wait(event: asyncio.Event) -> None:
-    await event.wait()
 
 
 def _discard(fds: list[int]) -> None:
@@ -278,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="weft up", add_help=False, allow_abbrev=False)
     result.add_argument("--run-dir", type=Path, default=default_run_dir())
     result.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    result.add_argument("--drain-delay", type=float, default=0.0)
     result.add_argument("--drain-timeout", type=float, default=30.0)
     result.add_argument("--steer", type=Path)
     result.add_argument("--proxy-cgroup", type=Path)

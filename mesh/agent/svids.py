@@ -91,6 +91,7 @@ class Svids:
         self._kept: dict[str, SvidSection] = {}
         self._unreachable = ""
         self._wake = asyncio.Event()
+        self._news = asyncio.Event()
         self._put: Put
 
     def attach(self, put: Put) -> None:
@@ -163,6 +164,7 @@ class Svids:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._follow_bundles(), name="trust bundles")
             group.create_task(self._renew(), name="SVIDs")
+            group.create_task(self._watch(), name="SVIDs that expire")
 
     def _change(
         self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...] = ()
@@ -211,17 +213,22 @@ class Svids:
         while True:
             self._wake.clear()
             now = self._now()
-            self._expire(now)
             due = [one for one in self._identities.values() if one.due <= now][:MAX_REQUESTS]
             if due and self._bundles:
                 await self._request(due)
                 continue
             moments = [now + _MAX_WAIT_S]
             moments += [one.due for one in self._identities.values() if one.due > now]
-            moments += [one.held.not_after for one in self._identities.values() if one.held]
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, min(moments) - now)):
-                    await self._wake.wait()
+            await _until(self._wake, min(moments) - now)
+
+    async def _watch(self) -> None:
+        """Expire what has, whatever the authority does."""
+        while True:
+            self._news.clear()
+            now = self._now()
+            self._expire(now)
+            ends = [one.held.not_after for one in self._identities.values() if one.held]
+            await _until(self._news, min([now + _MAX_WAIT_S, *ends]) - now)
 
     async def _request(self, due: list[_Identity]) -> None:
         """Ask for these, all at once; each answer counts for itself."""
@@ -259,6 +266,7 @@ class Svids:
         if identity.failures:
             _log.info("%s has an SVID again", identity.spiffe_id)
         identity.held, identity.failures, identity.why = section, 0, ""
+        self._news.set()
         left = section.not_after - self._now()
         identity.due = self._now() + left * random.uniform(*_RENEW_AT)
 
@@ -338,6 +346,13 @@ class Svids:
                     f"{say_duration(one.held.not_after - now)}: {one.why}"
                 )
         return result
+
+
+async def _until(event: asyncio.Event, seconds: float) -> None:
+    """Whichever comes first."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()
 
 
 def _bundles(pem: Mapping[str, str]) -> dict[str, Bundle]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from aiohttp import web
 
 from certs.authority import Authority
 from certs.errors import AuthorityError
+from certs.secrecy import keep_memory_private
 from mesh.authority.files import read_brought, read_federation
 from mesh.authority.options import AuthorityOptions, OptionError, parse
 from mesh.authority.pods import Placement
@@ -29,7 +29,6 @@ from mesh.sources.directory import DirectorySource
 from mesh.sources.watch import Watch
 
 _log = logging.getLogger("weft.authority")
-_PR_SET_DUMPABLE = 4
 
 
 class Process:
@@ -131,8 +130,7 @@ def main() -> int:
     except OptionError as error:
         print(f"authority: {error}", file=sys.stderr)
         return 2
-    # Keys are here: nobody else reads this process's memory, and no core dump has them.
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
+    keep_memory_private()
     try:
         asyncio.run(_run(options))
     except AuthorityError as error:

@@ -39,6 +39,8 @@ _log = logging.getLogger("weft.authority")
 # Certificates for one node: at once, and in the long run per second.
 BURST = 512
 RATE_PER_S = 64.0
+# Clocks are set: no timer is trusted for longer.
+_MAX_WAIT_S = 60.0
 
 
 class Allowance:
@@ -85,6 +87,7 @@ class Service:
 
     async def tend(self) -> None:
         """For ever: rotate what is due."""
+        said = ""
         while True:
             self._tend.clear()
             self._look_again()
@@ -94,9 +97,13 @@ class Service:
             except AuthorityError as error:
                 _log.error("%s", error)
                 due = self._now() + 10
+            problem = self._authority.problem(self._now())
+            if problem and problem != said:
+                _log.error("nothing can be issued: %s", problem)
+            said = problem
             self._look_again()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(max(0.05, due - self._now()), 3600)):
+                async with asyncio.timeout(min(max(0.05, due - self._now()), _MAX_WAIT_S)):
                     await self._tend.wait()
 
     def federate(self, bundles: Mapping[str, Bundle]) -> None:
@@ -226,6 +233,7 @@ class Service:
             {
                 "trustDomain": self._authority.trust_domain,
                 "version": self._authority.version,
+                "problem": self._authority.problem(self._now()),
                 "certificates": [_plain(one) for one in self._authority.describe()],
                 "federated": sorted(self._federated),
                 "nodes": nodes,

@@ -47,7 +47,7 @@ def list_(authority: Path | None, output: str, run_dir: Path) -> None:
             dump(state, output)
         else:
             _show_authority(state)
-        return
+        raise SystemExit(1 if state["problem"] else 0)
     found: dict[str, Any] = ask(run_dir, "/certs")
     if output != "text":
         dump(found, output)
@@ -225,6 +225,8 @@ def identity_table(identities: list[dict[str, Any]]) -> None:
 
 def _show_authority(state: Mapping[str, Any]) -> None:
     click.echo(f"trust domain: {state['trustDomain']}, bundle {state['version']}")
+    if state["problem"]:
+        click.echo(f"problem:      nothing can be issued: {state['problem']}")
     click.echo(f"federated:    {', '.join(state['federated']) or 'none'}")
     issued = ", ".join(f"{count} to {node}" for node, count in sorted(state["issued"].items()))
     click.echo(f"issued:       {issued or 'none'}")

@@ -55,6 +55,13 @@ import click
     " --secrets-namespace read them.  [default: they read the Secrets themselves]",
 )
 @click.option("--mesh", is_flag=True, help="The nodes steer workloads (weft up --steer).")
+@click.option(
+    "--health-port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Answer /healthz and /readyz there, on all addresses.  [default: nowhere]",
+)
 def controller(
     kubeconfig: Path | None,
     namespace: str,
@@ -65,6 +72,7 @@ def controller(
     trust_domain: str,
     load_balancer: bool,
     secrets_namespace: str,
+    health_port: int,
 ) -> None:
     """Write the statuses of a cluster's Gateway API objects.
 
@@ -79,6 +87,7 @@ def controller(
     import socket
     import sys
 
+    from certs.secrecy import keep_memory_private
     from certs.spiffe import BadSpiffeId, check_trust_domain
     from mesh.agent.options import OptionError, check_address, check_pool
     from mesh.cli.client import CliError, UsageError
@@ -96,12 +105,16 @@ def controller(
             mesh=mesh,
             load_balancer=load_balancer,
             secrets_namespace=secrets_namespace,
+            health_port=health_port,
             trust_domain=check_trust_domain(trust_domain) if trust_domain else "",
         )
     except (OptionError, BadSpiffeId) as error:
         raise UsageError(str(error)) from None
+    keep_memory_private()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="controller: %(message)s")
     try:
         asyncio.run(serve(options))
     except SourceError as error:
         raise CliError(str(error)) from None
+    except OSError as error:
+        raise CliError(f"--health-port {health_port}: {error.strerror}") from None

@@ -208,6 +208,8 @@ def exec(where: str, command: tuple[str, ...], name: str | None, run_dir: Path) 
     """
     from mesh.lab.use import execute
 
+    if command[0].startswith("-") and command[0] != "--":
+        raise click.UsageError(f"{command[0]}: options stand before POD, the command after --")
     execute(run_dir, name, where, command[1:] if command[0] == "--" else command)
 
 

@@ -126,6 +126,14 @@ def cli() -> None:
     help="Flow records held for 'weft observe', about 1 KiB of memory each.  [default: 16384]",
 )
 @click.option(
+    "--drain-delay",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Seconds that the gateway serves on when it is stopped, after it has said that it leaves:"
+    " to who looks at /readyz, and to its cluster.",
+)
+@click.option(
     "--drain-timeout",
     type=click.FloatRange(0),
     default=30.0,

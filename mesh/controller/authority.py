@@ -16,6 +16,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,20 @@ _log = logging.getLogger("weft.controller")
 SECRET = "weft-authority"
 _STATE = "authority.json"
 _MAX_WAIT_S = 60.0
+# Nodes that are named where some are waited for.
+_NAMED = 5
 
 
 class ClusterAuthority:
-    """`run` while this controller leads, and until then `ready` is not set. `have_it(tag)`: whether
-    every node has that bundle in force."""
+    """`run` while this controller leads, and until then `ready` is not set. `without(tag)`: the
+    nodes that have another bundle in force, for people."""
 
     def __init__(
         self,
         client: Client,
         namespace: str,
         trust_domain: str,
-        have_it: Callable[[str], bool],
+        without: Callable[[str], list[str]],
         bundles: Bundles,
         lives: Lives | None = None,
     ) -> None:
@@ -53,13 +56,16 @@ class ClusterAuthority:
         self._client = client
         self._namespace = namespace
         self._trust_domain = trust_domain
-        self._have_it = have_it
+        self._without = without
+        self._said: list[str] = []
         self._bundles = bundles
         self._lives = lives or Lives()
         self._authority: Authority | None = None
         self._version = ""
         self._written = b""
-        self._tag = ""
+        # The bundle that nodes are told of: its tag, and which version of the authority's it is.
+        self._tag, self._published = "", 0
+        self._problem = ""
         self._wake = asyncio.Event()
 
     def look_again(self) -> None:
@@ -99,15 +105,32 @@ class ClusterAuthority:
             self._wake.clear()
             # What follows is signed under only once it is kept.
             self.ready.clear()
-            everywhere = self._authority.version if self._tag and self._have_it(self._tag) else 0
+            lacking = self._without(self._tag)
+            everywhere = self._published if self._tag and not lacking else 0
             due = self._authority.tick(time.time(), everywhere)
+            self._say_who_lacks(lacking, due)
             await self._save(file)
             await self._publish()
+            problem = self._authority.problem(time.time())
+            if problem and problem != self._problem:
+                _log.error("nothing can be issued: %s", problem)
+            self._problem = problem
             self.ready.set()
             backoff.reset()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(max(0.05, due - time.time()), _MAX_WAIT_S)):
                     await self._wake.wait()
+
+    def _say_who_lacks(self, lacking: list[str], due: float) -> None:
+        """For whom the next root waits, if there is one."""
+        assert self._authority is not None
+        rotating = any(one.state == "next" for one in self._authority.describe())
+        who = lacking if rotating and self._tag else []
+        if who and who != self._said:
+            at_most = datetime.fromtimestamp(due, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            some = ", ".join(who[:_NAMED]) + (" and others" if who[_NAMED:] else "")
+            _log.info("the next root waits for %s; until %s at most", some, at_most)
+        self._said = who
 
     # --- where it is kept ------------------------------------------------------------------------
 
@@ -151,8 +174,10 @@ class ClusterAuthority:
         assert self._authority is not None
         own = self._authority.bundle()
         bundles = {own.trust_domain: own.to_pem()}
+        version = self._authority.version
         tag = hashlib.sha256(msgspec.json.encode(bundles)).hexdigest()[:16]
         if tag == self._tag:
+            self._published = version
             return
         answer = BundleAnswer(tag, own.trust_domain, bundles)
         body = {
@@ -168,7 +193,7 @@ class ClusterAuthority:
         query = {"fieldManager": MANAGER, "force": "true"}
         await self._client.request("PATCH", path, query, body, content_type=APPLY)
         await self._bundles.publish(own.trust_domain, own.to_pem())
-        self._tag = tag
+        self._tag, self._published = tag, version
         _log.info("trust bundle of %s: %d roots", own.trust_domain, own.to_pem().count("BEGIN"))
 
 

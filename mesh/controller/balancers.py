@@ -13,15 +13,16 @@ import hashlib
 import ipaddress
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from gateway.conditions import make
 from mesh.model.gateway import Gateway, GatewayStatus, GatewayStatusAddress
+from mesh.model.gatewayclass import GatewayClass
 from mesh.model.meta import ObjectKey
 from mesh.model.references import GROUP
-from mesh.sources.kubernetes import KubernetesSource
+from mesh.sources.kubernetes import KubernetesSource, number
 from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, ServerError, object_path
 
 _log = logging.getLogger("weft.controller")
@@ -31,32 +32,50 @@ GATEWAY_LABEL = f"{GROUP}/gateway-name"
 _MANAGED_LABEL = "app.kubernetes.io/managed-by"
 _MANAGED_BY = "weft.dev"
 _MAX_NAME = 63
+_SLICES = "discovery.k8s.io/v1"
 _MAX_ADDRESSES = 16
+_FORBIDDEN_S = 30.0
+_WHERE = {"Service": ("v1", "services"), "EndpointSlice": (_SLICES, "endpointslices")}
+
+
+class _Applied(NamedTuple):
+    """What was written last: for which Gateway, what, and its resourceVersion since."""
+
+    of: ObjectKey
+    body: Json
+    version: int
 
 
 class Balancers:
-    """Made while `enabled`. `wants(key)`: whether a Gateway is to have one; `ports(key)`: those of
-    its listeners."""
+    """Made while `enabled`. `name`: the controller's; `wants(key)`: whether a Gateway is to have
+    one; `ports(key)`: those of its listeners."""
 
     def __init__(
         self,
         source: KubernetesSource,
+        name: str,
         wants: Callable[[ObjectKey], bool],
         ports: Callable[[ObjectKey], tuple[int, ...]],
     ) -> None:
         self.enabled = False
         self._source = source
+        self._name = name
         self._wants = wants
         self._ports = ports
         self._nodes: tuple[str, ...] = ()
         self._dirty: set[ObjectKey] = set()
-        self._applied: dict[str, Json] = {}
+        self._applied: dict[tuple[str, ObjectKey], _Applied] = {}
         self._wake = asyncio.Event()
 
     def look_again(self, gateways: Iterable[ObjectKey]) -> None:
         """These Gateways, or what their Services look like, may have changed."""
         self._dirty.update(gateways)
         self._wake.set()
+
+    def seen(self, kind: str, key: ObjectKey) -> None:
+        """An object is another than before."""
+        if (made := self._applied.get((kind, key))) is not None:
+            self.look_again((made.of,))
 
     def nodes_changed(self, addresses: tuple[str, ...]) -> None:
         self._nodes = addresses
@@ -109,7 +128,12 @@ class Balancers:
                     await self._bring_about(key)
                 except ServerError as error:
                     _log.error("the Service of Gateway %s cannot be written: %s", key, error)
-                    if error.status in (400, 403, 404, 422):
+                    if error.status in (400, 404, 422):
+                        continue
+                    if error.status == 403:
+                        # Roles may be changed; others do not wait for that.
+                        loop = asyncio.get_running_loop()
+                        loop.call_later(_FORBIDDEN_S, self.look_again, (key,))
                         continue
                     self._dirty.add(key)
                     await backoff.wait(error.retry_after_s)
@@ -120,24 +144,54 @@ class Balancers:
         if self._foreign(key):
             return
         gateway = self._source.get("Gateway", key)
-        name = service_name(key.name)
-        there = self._source.get("Service", ObjectKey(key.namespace, name))
-        # A Service has to have a port.
-        if isinstance(gateway, Gateway) and self._wants(key) and self._ports(key):
-            if there is None:
-                # Deleted by somebody, or not there yet.
-                self._applied.pop(_path("v1", "services", key.namespace, name), None)
-            for path, body in _objects(gateway, self._ports(key), self._nodes):
-                if self._applied.get(path) != body:
-                    query = {"fieldManager": MANAGER, "force": "true"}
-                    await self._source.client.request(
-                        "PATCH", path, query, body, content_type=APPLY
-                    )
-                    self._applied[path] = body
-        elif there is not None:
-            path = _path("v1", "services", key.namespace, name)
-            await self._source.client.request("DELETE", path)
-            self._applied.pop(path, None)
+        service = ObjectKey(key.namespace, service_name(key.name))
+        if isinstance(gateway, Gateway) and self._may_keep(gateway):
+            # A Service has to have a port. One that is there outlives mistakes in its Gateway: with
+            # it would go the address that clients know.
+            if self._wants(key) and self._ports(key):
+                for kind, name, body in self._objects(gateway):
+                    await self._apply(key, kind, ObjectKey(key.namespace, name), body)
+        elif self._source.get("Service", service) is not None:
+            await self._source.client.request("DELETE", _path("Service", service))
+            self._applied = {one: made for one, made in self._applied.items() if made.of != key}
+
+    def _may_keep(self, gateway: Gateway) -> bool:
+        """Whether its Service may stay: it names no address of its own, and is nobody else's. Of a
+        class that is not there just now the controller is not known, but was Weft."""
+        name = ObjectKey("", gateway.spec.gateway_class_name)
+        found = self._source.get("GatewayClass", name)
+        ours = not isinstance(found, GatewayClass) or found.spec.controller_name == self._name
+        return ours and not gateway.spec.addresses
+
+    async def _apply(self, of: ObjectKey, kind: str, key: ObjectKey, body: Json) -> None:
+        """Unless it is so. ServerError: it could not be written."""
+        there, before = self._source.written(kind, key), self._applied.get((kind, key))
+        if (there is not None and before is not None and before.body == body) and number(
+            there.version
+        ) <= before.version:
+            return
+        query = {"fieldManager": MANAGER, "force": "true"}
+        answer = await self._source.client.request(
+            "PATCH", _path(kind, key), query, body, content_type=APPLY
+        )
+        version = number(answer["metadata"]["resourceVersion"])
+        self._applied[kind, key] = _Applied(of, body, version)
+
+    def _objects(self, gateway: Gateway) -> list[tuple[str, str, Json]]:
+        """Kind, name and content of the Service, and of an EndpointSlice for each family of
+        addresses that there are, or were."""
+        key = ObjectKey(gateway.metadata.namespace, gateway.metadata.name)
+        name, ports = service_name(key.name), self._ports(key)
+        metadata = _metadata(gateway)
+        result = [("Service", name, _service({**metadata, "name": name}, ports))]
+        for family, version in (("IPv4", 4), ("IPv6", 6)):
+            found = [one for one in self._nodes if ipaddress.ip_address(one).version == version]
+            slice_ = ObjectKey(key.namespace, f"{name}-{family.lower()}")
+            if found or self._source.get("EndpointSlice", slice_) is not None:
+                labels = {**metadata["labels"], "kubernetes.io/service-name": name}
+                about = {**metadata, "labels": labels, "name": slice_.name}
+                result.append(("EndpointSlice", slice_.name, _slice(about, family, ports, found)))
+        return result
 
 
 def service_name(gateway: str) -> str:
@@ -149,24 +203,27 @@ def service_name(gateway: str) -> str:
     return f"{name[: _MAX_NAME - 9].replace('.', '-')}-{digest}"
 
 
-def _path(version: str, plural: str, namespace: str, name: str) -> str:
-    return object_path(version, plural, {"namespace": namespace, "name": name})
+def gateway_label(gateway: str) -> str:
+    """A Gateway's name as the value of a label: at most 63 characters, the last of which is a
+    letter or digit ("Labels and selectors", syntax)."""
+    return gateway[:_MAX_NAME].rstrip("-.")
 
 
-def _objects(
-    gateway: Gateway, ports: tuple[int, ...], nodes: tuple[str, ...]
-) -> list[tuple[str, Json]]:
-    """The Service, and an EndpointSlice for each family of addresses."""
-    name, namespace = service_name(gateway.metadata.name), gateway.metadata.namespace
+def _path(kind: str, key: ObjectKey) -> str:
+    version, plural = _WHERE[kind]
+    return object_path(version, plural, key._asdict())
+
+
+def _metadata(gateway: Gateway) -> Json:
+    """Of all that is made for a Gateway, but for the name."""
     infrastructure = gateway.spec.infrastructure
-    labels = {
-        **(infrastructure.labels if infrastructure else {}),
-        GATEWAY_LABEL: gateway.metadata.name[:_MAX_NAME],
-        _MANAGED_LABEL: _MANAGED_BY,
-    }
-    metadata: Json = {
-        "namespace": namespace,
-        "labels": labels,
+    return {
+        "namespace": gateway.metadata.namespace,
+        "labels": {
+            **(infrastructure.labels if infrastructure else {}),
+            GATEWAY_LABEL: gateway_label(gateway.metadata.name),
+            _MANAGED_LABEL: _MANAGED_BY,
+        },
         "annotations": dict(infrastructure.annotations if infrastructure else {}),
         "ownerReferences": [
             {
@@ -177,10 +234,13 @@ def _objects(
             }
         ],
     }
-    service: Json = {
+
+
+def _service(metadata: Json, ports: tuple[int, ...]) -> Json:
+    return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {**metadata, "name": name},
+        "metadata": metadata,
         "spec": {
             "type": "LoadBalancer",
             "ports": [
@@ -189,24 +249,14 @@ def _objects(
             ],
         },
     }
-    result = [(_path("v1", "services", namespace, name), service)]
-    for family, number in (("IPv4", 4), ("IPv6", 6)):
-        found = [one for one in nodes if ipaddress.ip_address(one).version == number]
-        if not found:
-            continue
-        slice_name = f"{name}-{family.lower()}"
-        body: Json = {
-            "apiVersion": "discovery.k8s.io/v1",
-            "kind": "EndpointSlice",
-            "metadata": {
-                **metadata,
-                "labels": {**labels, "kubernetes.io/service-name": name},
-                "name": slice_name,
-            },
-            "addressType": family,
-            "ports": [{"name": f"port-{p}", "protocol": "TCP", "port": p} for p in ports],
-            "endpoints": [{"addresses": [one], "conditions": {"ready": True}} for one in found],
-        }
-        path = _path("discovery.k8s.io/v1", "endpointslices", namespace, slice_name)
-        result.append((path, body))
-    return result
+
+
+def _slice(metadata: Json, family: str, ports: tuple[int, ...], nodes: list[str]) -> Json:
+    return {
+        "apiVersion": _SLICES,
+        "kind": "EndpointSlice",
+        "metadata": metadata,
+        "addressType": family,
+        "ports": [{"name": f"port-{p}", "protocol": "TCP", "port": p} for p in ports],
+        "endpoints": [{"addresses": [one], "conditions": {"ready": True}} for one in nodes],
+    }

@@ -22,20 +22,20 @@ _CLUSTER = Path("cluster")
 
 
 class Certificates:
-    """`have_bundle(tag)`: whether every node has that trust bundle in force."""
+    """`without_bundle(tag)`: the nodes that have another trust bundle in force, for people."""
 
     def __init__(
         self,
         source: KubernetesSource,
         namespace: str,
         trust_domain: str,
-        have_bundle: Callable[[str], bool],
+        without_bundle: Callable[[str], list[str]],
         backoff: Callable[[], Backoff],
     ) -> None:
         client = source.client
         self.bundles = Bundles(source, namespace, backoff)
         self.authority = ClusterAuthority(
-            client, namespace, trust_domain, have_bundle, self.bundles
+            client, namespace, trust_domain, without_bundle, self.bundles
         )
         self._placement = Placement(trust_domain)
         self._signer = Signer(client, namespace, self.authority, self._placement, source.get)

@@ -24,6 +24,7 @@ from mesh.controller.balancers import Balancers
 from mesh.controller.certificates import Certificates
 from mesh.controller.election import Election
 from mesh.controller.events import Recorder
+from mesh.controller.health import Health
 from mesh.controller.nodes import Nodes
 from mesh.controller.secrets import Copies
 from mesh.controller.writer import Ident, Wanted, Writer
@@ -60,7 +61,8 @@ class ControllerOptions(NamedTuple):
     controller's, unlike any other's. `mesh`: nodes run with --steer. `trust_domain`: whose
     identities are signed, "" none's. `load_balancer`: Gateways that name no address get a Service
     of that type, not the nodes' addresses. `secrets_namespace`: where nodes find copies of the
-    Secrets that they need; "": they read the Secrets themselves."""
+    Secrets that they need; "": they read the Secrets themselves. `health_port`: where a kubelet
+    asks, 0 for nowhere."""
 
     kubeconfig: Path | None
     namespace: str
@@ -72,6 +74,7 @@ class ControllerOptions(NamedTuple):
     trust_domain: str = ""
     load_balancer: bool = False
     secrets_namespace: str = ""
+    health_port: int = 0
 
 
 class _Held(NamedTuple):
@@ -95,7 +98,7 @@ class Controller:
         self._name = plane.controller_name
         self._mesh = options.mesh
         self._wake = asyncio.Event()
-        self.nodes = Nodes(self._wake.set)
+        self.nodes = Nodes(self._wake.set, self._node_uid)
         self._source = KubernetesSource(
             options.kubeconfig,
             # Without a mesh, policies are somebody else's to enforce, and to speak of.
@@ -116,6 +119,7 @@ class Controller:
         self.balancers = (
             Balancers(
                 self._source,
+                self._name,
                 lambda key: ("Gateway", key) in self._on_nodes,
                 self._plane.gateway_ports,
             )
@@ -128,7 +132,7 @@ class Controller:
                 self._source,
                 options.namespace,
                 options.trust_domain,
-                self.nodes.have_bundle,
+                self.nodes.without_bundle,
                 backoff,
             )
             if options.trust_domain
@@ -145,6 +149,7 @@ class Controller:
             self.nodes,
             query={"labelSelector": ",".join(f"{k}={v}" for k, v in LABELS.items())},
         )
+        self._health = Health(options.health_port, self.not_ready) if options.health_port else None
         self._pending: dict[str, dict[ObjectKey, Any]] = {}
         self._needed: Mapping[str, int] = {}
         self._synced = False
@@ -162,9 +167,20 @@ class Controller:
         """Until cancelled."""
         try:
             await self._source.open()
+            if self._health is not None:
+                await self._health.open()
             await self._run()
         finally:
+            if self._health is not None:
+                await self._health.close()
             await self._source.close()
+
+    def not_ready(self) -> list[str]:
+        """Why this controller could not lead, were it its turn."""
+        reasons = [] if self._synced else ["the cluster's objects have not been read yet"]
+        if not self._leases.synced:
+            reasons.append("the nodes' Leases have not been read yet")
+        return reasons
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -196,12 +212,18 @@ class Controller:
             self.certificates.changed(update)
         self._wake.set()
 
+    def _node_uid(self, name: str) -> str:
+        node = self._source.get("Node", ObjectKey("", name))
+        return "" if node is None else node.metadata.uid or ""
+
     def _seen(self, kind: str, key: ObjectKey) -> None:
         """An object is another than before, if only in its status."""
-        self.writer.look_again({(kind, key): None})
+        self.writer.look_again(((kind, key),))
         if kind == "Service" and self.balancers is not None:
             self._addresses_changed = True
             self._wake.set()
+        if kind == "EndpointSlice" and self.balancers is not None:
+            self.balancers.seen(kind, key)
         if self.copies is not None and kind == "Secret":
             self.copies.look_again()
         if self.certificates is not None:

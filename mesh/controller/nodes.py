@@ -2,7 +2,8 @@
 which versions of the objects are in force everywhere.
 
 Fed by a reflector on the Leases that agents keep. A node counts while its Lease is renewed, by this
-process's own clock.
+process's own clock, and while the Node is there that the Lease belongs to, if it does to any:
+agents outside of the cluster have none. One that does not renew it is away: it may be back.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ _DEFAULT_LEASE_S = 40.0
 
 
 class _Seen(NamedTuple):
-    """`lasts`: seconds that a renewal counts for."""
+    """`lasts`: seconds that a renewal counts for; `owner`: the uid of its Node, "" if it has
+    none."""
 
     report: NodeReport
+    owner: str
     lasts: float
     until: float
+    away: bool = False
 
 
 class Answer(NamedTuple):
@@ -43,10 +47,11 @@ class Answer(NamedTuple):
 
 class Nodes:
     """A sink for the Leases' reflector; `changed` is called when a report has changed, come or
-    gone."""
+    gone. `node_uid(name)`: of the Node that has this name now, "" if none has."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], node_uid: Callable[[str], str]) -> None:
         self._changed = changed
+        self._node_uid = node_uid
         self._seen: dict[str, _Seen] = {}
         self._blind = False
         self._loop = asyncio.get_running_loop()
@@ -64,8 +69,10 @@ class Nodes:
             return
         lasts = float((raw.get("spec") or {}).get("leaseDurationSeconds") or _DEFAULT_LEASE_S)
         before = self._seen.get(key.name)
-        self._count(key.name, report, lasts)
-        if before is None or before.report != report:
+        owners = raw["metadata"].get("ownerReferences") or ()
+        owner = next((one["uid"] for one in owners if one["kind"] == "Node"), "")
+        self._count(key.name, _Seen(report, owner, lasts, 0.0))
+        if before is None or before.away or (before.report, before.owner) != (report, owner):
             self._changed()
 
     def gone(self, key: ObjectKey, uid: str, version: str) -> None:
@@ -84,24 +91,35 @@ class Nodes:
         elif self._blind:
             self._blind = False
             for name, seen in list(self._seen.items()):
-                self._count(name, seen.report, seen.lasts)
+                if not seen.away:
+                    self._count(name, seen)
 
-    def _count(self, name: str, report: NodeReport, lasts: float) -> None:
-        self._seen[name] = _Seen(report, lasts, self._loop.time() + lasts)
-        self._loop.call_later(lasts, self._expire, name)
+    def _count(self, name: str, seen: _Seen) -> None:
+        self._seen[name] = seen._replace(until=self._loop.time() + seen.lasts)
+        self._loop.call_later(seen.lasts, self._expire, name)
 
     def _expire(self, name: str) -> None:
         seen = self._seen.get(name)
-        if seen is not None and not self._blind and seen.until <= self._loop.time():
+        if seen is None or seen.away or self._blind:
+            return
+        if seen.until <= self._loop.time():
             _log.warning("node %s does not renew its Lease: it counts no more", seen.report.node)
-            del self._seen[name]
+            self._seen[name] = seen._replace(away=True)
             self._changed()
 
     # --- what can be asked -----------------------------------------------------------------------
 
+    def _there(self) -> list[_Seen]:
+        """Of all nodes that have not gone for good."""
+        return [
+            seen
+            for _, seen in sorted(self._seen.items())
+            if not seen.owner or seen.owner == self._node_uid(seen.report.node)
+        ]
+
     def ready(self) -> list[NodeReport]:
         """Of the nodes that serve."""
-        return [seen.report for _, seen in sorted(self._seen.items()) if seen.report.ready]
+        return [one.report for one in self._there() if one.report.ready and not one.away]
 
     def have(self, needed: Mapping[str, int]) -> bool:
         """Whether every node that serves has these versions in force, and there is one."""
@@ -121,9 +139,14 @@ class Nodes:
                 result.append(f"node {one.node} ({', '.join(sorted(behind))})")
         return result or ["a node that serves: there is none"]
 
-    def have_bundle(self, tag: str) -> bool:
-        """Whether every node that lives has this trust bundle in force."""
-        return all(seen.report.bundle == tag for seen in self._seen.values())
+    def without_bundle(self, tag: str) -> list[str]:
+        """The nodes that have another trust bundle in force than this, for people; also those that
+        are away: they go on with it. Who has none has no identities either."""
+        return [
+            f"node {one.report.node}{', which is away' if one.away else ''}"
+            for one in self._there()
+            if one.report.bundle not in ("", tag)
+        ]
 
     def addresses(self) -> tuple[str, ...]:
         """Where clients reach Gateways that name no address: the nodes'."""

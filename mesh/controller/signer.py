@@ -58,9 +58,8 @@ class Signer:
     # --- what the reflector tells ----------------------------------------------------------------
 
     def changed(self, key: ObjectKey, raw: dict[str, Any]) -> None:
-        status = raw.get("status") or {}
-        decided = {one["type"] for one in status.get("conditions") or ()}
-        if status.get("certificate") or decided & {"Denied", "Failed"}:
+        has_one = (raw.get("status") or {}).get("certificate")
+        if has_one or _decided(raw) & {"Denied", "Failed"}:
             self._open.pop(key.name, None)
             return
         if raw["spec"]["signerName"] == SIGNER:
@@ -87,50 +86,54 @@ class Signer:
             await self._authority.ready.wait()
             self._wake.clear()
             for name, raw in list(self._open.items()):
+                if not self._authority.ready.is_set():
+                    # It writes down what it has done; nobody else reminds of those that are left.
+                    self._wake.set()
+                    break
                 try:
                     await self._answer(name, raw)
                 except ServerError as error:
-                    if error.status in (404, 409):
-                        # Gone, or changed: it comes again as it is now.
-                        self._open.pop(name, None)
-                        continue
+                    if error.status not in (400, 404, 409, 422):
+                        _log.warning("request %s: %s; trying again", name, error)
+                        self._wake.set()
+                        await backoff.wait(error.retry_after_s)
+                        break
+                    # Gone, or changed: it comes again as it is now, if it has not yet. Or nothing
+                    # that can be written into it, whatever comes: others go on.
                     if error.status in (400, 422):
-                        # As of a request that somebody has approved whom this must not: others go
-                        # on.
-                        _log.warning("request %s: %s; it is left as it is", name, error)
-                        self._open.pop(name, None)
-                        continue
-                    _log.warning("request %s: %s; trying again", name, error)
-                    self._wake.set()
-                    await backoff.wait(error.retry_after_s)
-                    break
+                        _log.error("request %s: %s; it is left as it is", name, error)
+                    if self._open.get(name) is raw:
+                        del self._open[name]
                 backoff.reset()
 
     async def _answer(self, name: str, raw: dict[str, Any]) -> None:
-        if not self._authority.ready.is_set():
-            return
         try:
             node = self._requester(raw)
             request = base64.b64decode(raw["spec"]["request"], validate=True).decode("ascii")
             issued = self._authority.sign(request, self._placement.allowed(node))
         except (binascii.Error, UnicodeDecodeError):
-            await self._decide(
-                name, raw, "Denied", "malformed", "spec.request is not base64 of PEM"
-            )
+            await self._refuse(name, raw, "malformed", "spec.request is not base64 of PEM")
             return
         except IssueRefused as error:
-            await self._decide(name, raw, "Denied", error.reason, error.why)
+            await self._refuse(name, raw, error.reason, error.why)
             return
-        why = f"{issued.spiffe_id} runs on node {node}"
-        approved = await self._decide(name, raw, "Approved", "OnItsNode", why)
+        if "Approved" not in _decided(raw):
+            why = f"{issued.spiffe_id} runs on node {node}"
+            raw = await self._decide(name, raw, "approval", "Approved", "OnItsNode", why)
         certificate = base64.b64encode(issued.chain_pem.encode()).decode()
-        body = {
-            "metadata": {"resourceVersion": approved["metadata"]["resourceVersion"]},
-            "status": {"certificate": certificate},
-        }
-        await self._client.request("PATCH", f"{PATH}/{name}/status", {}, body, content_type=MERGE)
+        await self._write(name, raw, "status", {"certificate": certificate})
         self._open.pop(name, None)
         _log.info("issued %s to node %s", issued.spiffe_id, node)
+
+    async def _refuse(self, name: str, raw: dict[str, Any], reason: str, why: str) -> None:
+        """Denied; Failed, if somebody has approved it: the leader before this one, when it still
+        was right, or a person. It cannot be both approved and denied ("Request approval")."""
+        _log.warning("request %s is refused: %s: %s", name, reason, why)
+        if "Approved" in _decided(raw):
+            await self._decide(name, raw, "status", "Failed", reason, why)
+        else:
+            await self._decide(name, raw, "approval", "Denied", reason, why)
+        self._open.pop(name, None)
 
     def _requester(self, raw: dict[str, Any]) -> str:
         """The node that asks. IssueRefused: nobody who may."""
@@ -156,31 +159,33 @@ class Signer:
         return pod.spec.node_name
 
     async def _decide(
-        self, name: str, raw: dict[str, Any], decision: str, reason: str, message: str
+        self, name: str, raw: dict[str, Any], endpoint: str, decision: str, reason: str, why: str
     ) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        conditions = list((raw.get("status") or {}).get("conditions") or ())
-        if any(one["type"] == decision for one in conditions):
-            return raw
-        conditions.append(
-            {
-                "type": decision,
-                "status": "True",
-                "reason": reason,
-                "message": message,
-                "lastUpdateTime": now,
-                "lastTransitionTime": now,
-            }
-        )
+        condition = {
+            "type": decision,
+            "status": "True",
+            "reason": reason,
+            "message": why,
+            "lastUpdateTime": now,
+            "lastTransitionTime": now,
+        }
+        before = (raw.get("status") or {}).get("conditions") or ()
+        return await self._write(name, raw, endpoint, {"conditions": [*before, condition]})
+
+    async def _write(
+        self, name: str, raw: dict[str, Any], endpoint: str, status: dict[str, Any]
+    ) -> dict[str, Any]:
+        """ServerError 409: it is another than it was."""
         body = {
             "metadata": {"resourceVersion": raw["metadata"]["resourceVersion"]},
-            "status": {"conditions": conditions},
+            "status": status,
         }
-        if decision == "Denied":
-            _log.warning("request %s is denied: %s: %s", name, reason, message)
-        answer: dict[str, Any] = await self._client.request(
-            "PATCH", f"{PATH}/{name}/approval", {}, body, content_type=MERGE
+        written: dict[str, Any] = await self._client.request(
+            "PATCH", f"{PATH}/{name}/{endpoint}", {}, body, content_type=MERGE
         )
-        if decision == "Denied":
-            self._open.pop(name, None)
-        return answer
+        return written
+
+
+def _decided(raw: dict[str, Any]) -> set[str]:
+    return {one["type"] for one in (raw.get("status") or {}).get("conditions") or ()}

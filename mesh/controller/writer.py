@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from mesh.controller.events import Recorder, news
 from mesh.controller.render import render, rendered
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
-from mesh.sources.kubernetes import Written
+from mesh.sources.kubernetes import Written, number
 from mesh.sources.kubernetes_client import (
     APPLY,
     MANAGER,
@@ -32,6 +33,9 @@ from mesh.sources.kubernetes_client import (
 _log = logging.getLogger("weft.controller")
 
 _AT_ONCE = 8
+# Who may not write is let wait so long, then twice that, ...: roles may be changed.
+_FORBIDDEN_S = 1.0
+_MOST_FORBIDDEN_S = 120.0
 # Of built-in kinds it is known.
 _WITHOUT_STATUS = ("NetworkPolicy",)
 _INFO = {kind: (group, info) for (group, kind), info in KINDS.items()}
@@ -87,6 +91,9 @@ class Writer:
         self._without_status = set(_WITHOUT_STATUS)
         # What was told of objects that have no place for it.
         self._told: dict[Ident, Written] = {}
+        # Objects whose status may not be written, and the next pause; kinds of which that was told.
+        self._forbidden: dict[Ident, float] = {}
+        self._complained: set[str] = set()
         self._queue: asyncio.Queue[Ident] = asyncio.Queue()
         self._queued: set[Ident] = set()
         self._busy: set[Ident] = set()
@@ -96,7 +103,7 @@ class Writer:
         self.wanted.update(statuses)
         self.look_again(statuses)
 
-    def look_again(self, idents: Mapping[Ident, Any]) -> None:
+    def look_again(self, idents: Iterable[Ident]) -> None:
         """These may differ from what is on the server."""
         if not self.enabled:
             return
@@ -121,7 +128,7 @@ class Writer:
             self._queued.discard(ident)
             if ident in self._busy:
                 # Sequential per object: who is at it looks again.
-                self.look_again({ident: None})
+                self.look_again((ident,))
                 await asyncio.sleep(0.01)
                 continue
             self._busy.add(ident)
@@ -131,7 +138,10 @@ class Writer:
                 backoff.reset()
                 continue
             except ServerError as error:
-                if error.status in (400, 403, 404, 413, 422):
+                if error.status == 403:
+                    self._forbid(ident, error)
+                    continue
+                if error.status in (400, 404, 413, 422):
                     _log.error("status of %s %s cannot be written: %s", *ident, error)
                     continue
                 _log.warning("status of %s %s: %s; trying again", *ident, error)
@@ -139,12 +149,35 @@ class Writer:
             finally:
                 self._busy.discard(ident)
             await backoff.wait(pause)
-            self.look_again({ident: None})
+            self.look_again((ident,))
+
+    def _forbid(self, ident: Ident, error: ServerError) -> None:
+        """Later, and no other object waits for that: other kinds may well be written."""
+        if ident[0] not in self._complained:
+            self._complained.add(ident[0])
+            _log.error("status of %s %s cannot be written: %s; trying again", *ident, error)
+        pause = self._forbidden.get(ident, _FORBIDDEN_S)
+        self._forbidden[ident] = min(2 * pause, _MOST_FORBIDDEN_S)
+        again = random.uniform(0.5, 1.0) * pause
+        asyncio.get_running_loop().call_later(again, self.look_again, (ident,))
+
+    def _allowed(self, kind: str) -> None:
+        """One could be written: so, it seems, can the others."""
+        self._complained.discard(kind)
+        others = [ident for ident in self._forbidden if ident[0] == kind]
+        for ident in others:
+            del self._forbidden[ident]
+        self.look_again(others)
 
     def _actual(self, ident: Ident) -> Written | None:
         """The newest version that is known: the server's as seen, or what was written last."""
         seen, own = self._written(*ident), self._own.get(ident)
-        if own is None or seen is None or seen.uid != own.uid or _number(seen) >= _number(own):
+        if (
+            own is None
+            or seen is None
+            or seen.uid != own.uid
+            or number(seen.version) >= number(own.version)
+        ):
             self._own.pop(ident, None)
             return seen
         return own
@@ -196,6 +229,8 @@ class Writer:
                     continue
                 raise
             self.writes += 1
+            if kind in self._complained:
+                self._allowed(kind)
             self._keep(ident, answer)
             status = answer.get("status") or {}
             if "conditions" in body.status and "conditions" not in status:
@@ -254,7 +289,3 @@ class Writer:
         self._own[ident] = Written(
             metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
         )
-
-
-def _number(written: Written) -> int:
-    return int(written.version) if written.version.isdigit() else 0

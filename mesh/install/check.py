@@ -5,13 +5,15 @@ Each check says what it found, and where that is not well, what to do.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bpf import selftest
+from mesh.install import manifests, rights
 from mesh.install.cluster import CRDS
 from mesh.model.decode import KINDS
 from mesh.model.references import GROUP
@@ -108,13 +110,17 @@ async def cluster(client: Client, namespace: str) -> AsyncIterator[Finding]:
     )
     async for finding in _gateway_api(client):
         yield finding
-    for group, resource, verb, where in (
-        (GROUP, "gatewayclasses", "create", ""),
-        ("apps", "daemonsets", "create", namespace),
-        ("rbac.authorization.k8s.io", "clusterroles", "create", ""),
-    ):
-        yield await _may(client, group, resource, verb, where)
-    yield await _nodes(client, namespace)
+    installed, agents = await _nodes(client, namespace)
+    objects = manifests.objects(namespace=namespace)
+    given = rights.of_accounts(objects)
+    # Who gives rights must have them ("Privilege escalation prevention").
+    needed = {*rights.to_apply(objects), *itertools.chain(*given.values())}
+    todo = "weft install needs a user who may; an administrator of the cluster"
+    yield await _rights(client, "this user", sorted(needed), todo)
+    for account, of_account in given.items() if installed else ():
+        todo = "roles of another version, or not there: weft install, as such a user"
+        yield await _rights(client, account.partition(":")[2], of_account, todo, account)
+    yield agents
 
 
 _NUMBER = ("major", "minor")
@@ -157,35 +163,30 @@ def _bundle(kind: str, crd: dict[str, Any], versions: tuple[str, ...]) -> Findin
     return Finding(kind, "ok", found)
 
 
-async def _may(client: Client, group: str, resource: str, verb: str, namespace: str) -> Finding:
-    """https://kubernetes.io/docs/reference/access-authn-authz/authorization/, "Checking API
-    access"."""
-    attributes = {"group": group, "resource": resource, "verb": verb, "namespace": namespace}
-    body = {
-        "apiVersion": "authorization.k8s.io/v1",
-        "kind": "SelfSubjectAccessReview",
-        "spec": {"resourceAttributes": attributes},
-    }
-    what = f"may {verb} {resource}"
+async def _rights(
+    client: Client, who: str, needed: Collection[rights.Right], todo: str, account: str = ""
+) -> Finding:
+    what = f"rights of {who}"
     try:
-        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        allowed = (await client.request("POST", path, {}, body))["status"]["allowed"]
+        lacking = await rights.missing(client, needed, account)
     except ServerError as error:
-        return Finding(what, "warning", str(error), "it could not be asked; weft install will tell")
-    todo = "" if allowed else "weft install needs a user who may; an administrator of the cluster"
-    return Finding(what, "ok" if allowed else "failed", "yes" if allowed else "no", todo)
+        return Finding(what, "warning", str(error), "let this user create access reviews")
+    if not lacking:
+        return Finding(what, "ok", f"all {len(needed)} that the roles name")
+    return Finding(what, "failed", f"may not {'; '.join(map(str, lacking))}", todo)
 
 
-async def _nodes(client: Client, namespace: str) -> Finding:
+async def _nodes(client: Client, namespace: str) -> tuple[bool, Finding]:
+    """Whether Weft is installed, and how its agents are."""
     path = f"/apis/apps/v1/namespaces/{namespace}/daemonsets/weft-agent"
     try:
         status = (await client.request("GET", path)).get("status") or {}
     except ServerError as error:
         if error.status == 404:
-            return Finding("agents", "ok", "not installed: weft install")
-        return Finding("agents", "warning", str(error), "let this user get DaemonSets")
+            return False, Finding("agents", "ok", "not installed: weft install")
+        return False, Finding("agents", "warning", str(error), "let this user get DaemonSets")
     wanted, ready = status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
     if ready < wanted:
         todo = f"kubectl -n {namespace} get pods; kubectl -n {namespace} logs daemonset/weft-agent"
-        return Finding("agents", "failed", f"{ready} of {wanted} nodes are ready", todo)
-    return Finding("agents", "ok", f"{ready} of {wanted} nodes are ready")
+        return True, Finding("agents", "failed", f"{ready} of {wanted} nodes are ready", todo)
+    return True, Finding("agents", "ok", f"{ready} of {wanted} nodes are ready")

@@ -48,29 +48,48 @@ async def install(
 async def uninstall(
     client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None], wait_s: float
 ) -> None:
-    """Everything that `install` made, last first, and wait for the namespace to be gone. Statuses
-    that the controller wrote stay as they are. InstallError: it is not gone in time."""
+    """Everything that `install` made: the controllers, then the rest, last first, and wait for the
+    namespace to be gone. Statuses that the controller wrote stay as they are: it ends before its
+    GatewayClass goes. InstallError: something is not gone in time."""
+    newest_first = list(reversed(list(objects)))
+    controllers = [obj for obj in newest_first if obj["kind"] == "Deployment"]
+    for obj in controllers:
+        # Gone once its pods are ("Foreground cascading deletion").
+        if await _delete(client, obj, "Foreground", say):
+            await _gone(client, path_of(obj), wait_s)
     last = ""
-    for obj in reversed(list(objects)):
-        path = path_of(obj)
-        try:
-            await client.request("DELETE", path, {"propagationPolicy": "Background"})
-        except ServerError as error:
-            if error.status != 404:
-                raise
-            continue
-        say(f"{obj['kind']} {obj['metadata']['name']}: deleted")
-        last = path
+    for obj in newest_first:
+        if obj not in controllers and await _delete(client, obj, "Background", say):
+            last = path_of(obj)
+    if last:
+        await _gone(client, last, wait_s)
+
+
+async def _delete(
+    client: Client, obj: dict[str, Any], how: str, say: Callable[[str], None]
+) -> bool:
+    """Whether it was there."""
+    try:
+        await client.request("DELETE", path_of(obj), {"propagationPolicy": how})
+    except ServerError as error:
+        if error.status != 404:
+            raise
+        return False
+    say(f"{obj['kind']} {obj['metadata']['name']}: deleted")
+    return True
+
+
+async def _gone(client: Client, path: str, wait_s: float) -> None:
     try:
         async with asyncio.timeout(wait_s):
             while True:
-                if not last or not await _there(client, last):
+                if not await _there(client, path):
                     return
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise InstallError(
-            f"{last} is still there after {wait_s:g} s: see what holds it with kubectl get --raw"
-            f" {last}"
+            f"{path} is still there after {wait_s:g} s: see what holds it with kubectl get --raw"
+            f" {path}"
         ) from None
 
 

@@ -82,6 +82,11 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
     deadline_s: float
 
 
+class Leaving(msgspec.Struct, frozen=True, tag="leaving"):
+    """Supervisor to agent: this node is about to serve no more, tell who sends it anything. The
+    answer: they have been told, or there is nobody to tell."""
+
+
 class Proof(msgspec.Struct, frozen=True, tag="proof"):
     """Worker to agent, and agent to the node's other workers: the two ends of tunnels have proved
     to the first who they are once more (l7proxy.tunnels). `source` ("<ns>/<name>" of a pod, or of a
@@ -99,7 +104,7 @@ class Proof(msgspec.Struct, frozen=True, tag="proof"):
 
 
 Frame: TypeAlias = Delta | Ack | Flows | Proof
-Control: TypeAlias = Want | Bound | Worker | Channel | Listen | Unlisten | Handles | Drain
+Control: TypeAlias = Want | Bound | Worker | Channel | Listen | Unlisten | Handles | Drain | Leaving
 
 _encoder = msgspec.msgpack.Encoder()
 _control = msgspec.msgpack.Decoder(Control)

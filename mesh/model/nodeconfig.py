@@ -123,7 +123,8 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     off the redirect path, as its annotation asks. `spiffe_id`: who it is to other nodes ("": nobody
     can vouch for it). `mtls` holds for ports that do not stand in `mtls_ports`. `meshed` False: the
     mesh leaves it alone (it has opted out), and only policies know it. `client_headers`: requests
-    tell it who their client is. `uid` tells it from another pod of the same name."""
+    tell it who their client is; `http_ports` are then those of its ports at which Services declare
+    HTTP. `uid` tells it from another pod of the same name."""
 
     namespace: str
     name: str
@@ -139,6 +140,7 @@ class WorkloadSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="work
     mtls_ports: dict[int, MtlsMode] = {}
     meshed: bool = True
     client_headers: bool = False
+    http_ports: tuple[int, ...] = ()
     uid: str = ""
 
 

@@ -22,7 +22,13 @@ from mesh.model.meta import ObjectKey
 from mesh.model.references import GROUP
 from mesh.policy import unreadable
 from mesh.sources.documents import ObjectId, Problem
-from mesh.sources.kubernetes_client import Backoff, Client, ServerError, SourceError
+from mesh.sources.kubernetes_client import (
+    Backoff,
+    Client,
+    ServerError,
+    SourceError,
+    bad_answer,
+)
 from mesh.sources.kubernetes_objects import PLACE, problems, read
 from mesh.sources.kubernetes_secrets import OTHERS, TLS, CopiedSecrets, OtherSecrets
 from mesh.sources.kubernetes_watch import Reflector
@@ -44,6 +50,16 @@ class Written(NamedTuple):
     version: str
     uid: str
     status: dict[str, Any]
+
+
+class _Resource(msgspec.Struct):
+    name: str
+
+
+class _Resources(msgspec.Struct):
+    """APIResourceList, of discovery."""
+
+    resources: list[_Resource]
 
 
 class _Kind:
@@ -90,7 +106,7 @@ class _Kind:
         if before is not None and _same(before, obj):
             return
         self.current[key] = obj
-        self.newest = max(self.newest, _number(metadata["resourceVersion"]))
+        self.newest = max(self.newest, number(metadata["resourceVersion"]))
         source.tell(ident, obj)
 
     def gone(self, key: ObjectKey, uid: str, version: str) -> None:
@@ -104,11 +120,11 @@ class _Kind:
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
         if self.current.pop(key, None) is not None:
-            self.newest = max(self.newest, _number(version))
+            self.newest = max(self.newest, number(version))
             self._source.tell(ident, None)
 
     def reached(self, version: str) -> None:
-        self.version = _number(version)
+        self.version = number(version)
         self._source.wake.set()
 
     def listed(self) -> None:
@@ -348,10 +364,13 @@ class KubernetesSource:
             if error.status == 404:
                 return frozenset()
             raise
-        return frozenset(one["name"] for one in found["resources"])
+        try:
+            return frozenset(one.name for one in msgspec.convert(found, _Resources).resources)
+        except msgspec.ValidationError as error:
+            raise bad_answer(path, str(error)) from None
 
 
-def _number(version: str) -> int:
+def number(version: str) -> int:
     """A resourceVersion to compare with others of its server ("Resource versions": they are
     ordered); 0: there is none."""
     return int(version) if version.isdigit() else 0

@@ -137,7 +137,8 @@ class Client:
         content_type: str = "application/json",
         accept: str = "application/json",
     ) -> Any:
-        """The answer's body, decoded. ServerError: not a success."""
+        """The answer's body, decoded: an object. ServerError: not a success, or nothing that an API
+        server says."""
         response = await self._send(
             method, path, query, body, content_type, accept, aiohttp.ClientTimeout(_REQUEST_S)
         )
@@ -145,9 +146,13 @@ class Client:
             data = await response.read()
         await self._check(response, data)
         try:
-            return msgspec.json.decode(data) if data else None
+            found = msgspec.json.decode(data)
         except msgspec.DecodeError as error:
-            raise ServerError(0, "BadAnswer", f"{method} {path}: not JSON: {error}") from None
+            raise bad_answer(f"{method} {path}", f"not JSON: {error}") from None
+        # Every object says what it is (api-conventions, "Types"); so do lists and discovery.
+        if not isinstance(found, dict) or not ("kind" in found or path == "/version"):
+            raise bad_answer(f"{method} {path}", "no object of Kubernetes")
+        return found
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -201,6 +206,11 @@ class Client:
             with contextlib.suppress(SourceError):
                 await self.open()
         raise _refusal(response, data)
+
+
+def bad_answer(what: str, why: str) -> ServerError:
+    """Somebody else answers in the server's place, such as a proxy, or only a part came."""
+    return ServerError(0, "BadAnswer", f"{what}: {why}")
 
 
 def object_path(api_version: str, plural: str, metadata: Mapping[str, Any]) -> str:

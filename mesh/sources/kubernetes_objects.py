@@ -32,8 +32,8 @@ _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 def read(raw: Mapping[str, Any], *, custom: bool) -> Object:
     """`custom`: of a kind that a CustomResourceDefinition defines. InvalidObject: it cannot be
     used, and why."""
-    slim = _slim(raw)
     try:
+        slim = _slim(raw)
         return decode(slim) if custom else parse(slim, lenient=True)
     except InvalidObject:
         raise

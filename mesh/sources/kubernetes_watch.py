@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from mesh.model.meta import ObjectKey
-from mesh.sources.kubernetes_client import Backoff, Client, ServerError
+from mesh.sources.kubernetes_client import Backoff, Client, ServerError, bad_answer
+
+T = TypeVar("T")
 
 PAGE = 500
 _WATCH_S = (300, 600)
@@ -48,6 +50,49 @@ class Known(NamedTuple):
 
     version: str
     uid: str
+
+
+class _Metadata(msgspec.Struct, rename="camel"):
+    """What every object has that an API server shows."""
+
+    name: str
+    resource_version: str
+    uid: str
+    namespace: str = ""
+
+
+class _Object(msgspec.Struct):
+    metadata: _Metadata
+
+
+class _Version(msgspec.Struct, rename="camel"):
+    resource_version: str
+
+
+class _AtVersion(msgspec.Struct):
+    metadata: _Version
+
+
+class _Event(msgspec.Struct):
+    type: str
+    object: dict[str, Any]
+
+
+class _Error(msgspec.Struct):
+    """Of metav1.Status."""
+
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+class _ListVersion(_Version):
+    continue_: str | None = msgspec.field(default=None, name="continue")
+
+
+class _List(msgspec.Struct):
+    metadata: _ListVersion
+    items: list[dict[str, Any]] | None = None
 
 
 class Reflector:
@@ -121,20 +166,28 @@ class Reflector:
                     token, limit = "", 0
                     continue
                 raise
-            for raw in page.get("items") or ():
+            page = self._read(page, _List)
+            for raw in page.items or ():
                 seen[self._take(raw)] = None
-            token = page["metadata"].get("continue") or ""
+            token = page.metadata.continue_ or ""
             if not token:
                 break
             await asyncio.sleep(0)
         for key in [key for key in self._known if key not in seen]:
             self._sink.gone(key, self._known.pop(key).uid, "")
-        return str(page["metadata"]["resourceVersion"])
+        return page.metadata.resource_version
+
+    def _read(self, raw: object, kind: type[T]) -> T:
+        """ServerError: it is nothing that a server says."""
+        try:
+            return msgspec.convert(raw, kind)
+        except msgspec.ValidationError as error:
+            raise bad_answer(self._path, str(error)) from None
 
     def _take(self, raw: dict[str, Any]) -> ObjectKey:
-        metadata = raw["metadata"]
-        key = ObjectKey(metadata.get("namespace", ""), metadata["name"])
-        known = Known(metadata["resourceVersion"], metadata["uid"])
+        metadata = self._read(raw, _Object).metadata
+        key = ObjectKey(metadata.namespace, metadata.name)
+        known = Known(metadata.resource_version, metadata.uid)
         if self._known.get(key) != known:
             self._known[key] = known
             self._sink.changed(key, raw)
@@ -163,19 +216,22 @@ class Reflector:
 
     def _event(self, line: bytes) -> None:
         try:
-            event = msgspec.json.decode(line)
-            kind, raw = event["type"], event["object"]
-        except (msgspec.DecodeError, KeyError, TypeError) as error:
-            raise ServerError(0, "BadAnswer", f"watch {self._path}: {error!r}") from None
-        if kind == "ERROR":
-            text = f"watch {self._path}: {raw.get('message', '')}"
-            raise ServerError(int(raw.get("code") or 0), raw.get("reason", ""), text)
-        metadata = raw["metadata"]
-        if kind == "DELETED":
-            key = ObjectKey(metadata.get("namespace", ""), metadata["name"])
+            event = _decoder.decode(line)
+        except msgspec.DecodeError as error:
+            raise bad_answer(f"watch {self._path}", str(error)) from None
+        if event.type == "ERROR":
+            why = self._read(event.object, _Error)
+            raise ServerError(why.code, why.reason, f"watch {self._path}: {why.message}")
+        version = self._read(event.object, _AtVersion).metadata.resource_version
+        if event.type == "DELETED":
+            metadata = self._read(event.object, _Object).metadata
+            key = ObjectKey(metadata.namespace, metadata.name)
             if (known := self._known.pop(key, None)) is not None:
-                self._sink.gone(key, known.uid, metadata["resourceVersion"])
-        elif kind != "BOOKMARK":
-            self._take(raw)
-        self._version = metadata["resourceVersion"]
-        self._sink.reached(self._version)
+                self._sink.gone(key, known.uid, version)
+        elif event.type != "BOOKMARK":
+            self._take(event.object)
+        self._version = version
+        self._sink.reached(version)
+
+
+_decoder = msgspec.json.Decoder(_Event)

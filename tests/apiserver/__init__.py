@@ -8,6 +8,7 @@ Each rule cites the page of the Kubernetes documentation it follows; the pages a
 - crds: https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/
 - finalizers: https://kubernetes.io/docs/concepts/overview/working-with-objects/finalizers/
 - csr: https://kubernetes.io/docs/reference/access-authn-authz/certificate-signing-requests/
+- csr-v1: https://kubernetes.io/docs/reference/kubernetes-api/authentication-resources/certificate-signing-request-v1/
 
 What it does not do: CEL rules and formats of CRDs, admission, conversion other than None, quotas,
 controllers (but garbage of deleted namespaces and owners), protobuf, WatchList.

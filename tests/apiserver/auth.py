@@ -18,6 +18,16 @@ ANONYMOUS: dict[str, Any] = {
 _GROUP = "rbac.authorization.k8s.io"
 
 
+class What(NamedTuple):
+    """What somebody wants to do; `resource` with its subresource, as roles name it."""
+
+    verb: str
+    group: str
+    resource: str
+    namespace: str | None
+    name: str
+
+
 class Right(NamedTuple):
     """A rule of a role as it is bound to a user. `role`: NAMESPACE/NAME, of a ClusterRole /NAME."""
 
@@ -28,17 +38,20 @@ class Right(NamedTuple):
     verbs: tuple[str, ...]
     names: tuple[str, ...]
 
-    def allows(self, verb: str, target: Target) -> bool:
+    def allows(self, what: What) -> bool:
         def has(listed: tuple[str, ...], wanted: str) -> bool:
             return "*" in listed or wanted in listed
 
         return (
-            has(self.verbs, verb)
-            and has(self.groups, target.resource.group)
-            and has(self.resources, _resource(target))
+            has(self.verbs, what.verb)
+            and has(self.groups, what.group)
+            and has(self.resources, what.resource)
             # "Referring to resources": a name restricts, and create has none to compare with.
-            and (not self.names or target.name in self.names)
+            and (not self.names or what.name in self.names)
         )
+
+
+_EVERYTHING = Right("", "", ("*",), ("*",), ("*",), ())
 
 
 class Auth:
@@ -79,22 +92,41 @@ class Auth:
 
     def check(self, user: dict[str, Any], verb: str, target: Target) -> None:
         """403: no role that is bound to the user has a rule for this."""
-        if not self.rbac or "system:masters" in user["groups"]:
-            return
-        for right in self._rights(user, target.namespace):
-            if right.allows(verb, target):
-                used = right._replace(verbs=(verb,), resources=(_resource(target),))
-                self.used.add(used)
-                return
         resource = _resource(target)
+        what = What(verb, target.resource.group, resource, target.namespace, target.name)
+        if (right := self.may(user, what)) is not None:
+            if right is not _EVERYTHING:
+                self.used.add(right._replace(verbs=(verb,), resources=(resource,)))
+            return
         where = (
             f'in the namespace "{target.namespace}"' if target.namespace else "at the cluster scope"
         )
-        what = f'{verb} resource "{resource}" in API group "{target.resource.group}" {where}'
-        self.denied.append(f"{user['username']}: {what} {target.name}".strip())
+        text = f'{verb} resource "{resource}" in API group "{target.resource.group}" {where}'
+        self.denied.append(f"{user['username']}: {text} {target.name}".strip())
         about = f'{target.resource.qualified} "{target.name}"' if target.name else resource
-        message = f'{about} is forbidden: User "{user["username"]}" cannot {what}'
+        message = f'{about} is forbidden: User "{user["username"]}" cannot {text}'
         raise ApiError(403, "Forbidden", message)
+
+    def may(self, user: dict[str, Any], what: What) -> Right | None:
+        """By which right; None: by none."""
+        if not self.rbac or "system:masters" in user.get("groups", ()):
+            return _EVERYTHING
+        found = self._rights(user, what.namespace)
+        return next((right for right in found if right.allows(what)), None)
+
+    def review(self, user: dict[str, Any], body: Raw) -> Raw:
+        """authorization: the answer of a SelfSubjectAccessReview (`user`: who asks) or a
+        SubjectAccessReview (spec.user, spec.groups)."""
+        spec = body["spec"]
+        if "user" in spec:
+            user = {"username": spec["user"], "groups": spec.get("groups") or []}
+        about = spec["resourceAttributes"]
+        resource = "/".join(filter(None, (about["resource"], about.get("subresource"))))
+        namespace = about.get("namespace") or None
+        what = What(
+            about["verb"], about.get("group", ""), resource, namespace, about.get("name", "")
+        )
+        return {**body, "status": {"allowed": self.may(user, what) is not None}}
 
     def granted(self, username: str) -> set[Right]:
         """Every single right that roles give to a user, one verb of one resource each."""

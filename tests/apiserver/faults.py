@@ -18,6 +18,7 @@ class Faults:
     half of them in the middle of a line. `refuse`: share of requests answered with one of `codes`.
     `delay_s`: before every answer. `away`: connections are closed without an answer.
     `once`: for a part of a path, the code that the next request for such a path gets.
+    `garbage`: for a part of a path, what all requests for such paths get, as a success.
     `gone_as_status`: a watch from a compacted version gets 410 as its answer, not as an event; real
     servers do either.
     """
@@ -29,6 +30,7 @@ class Faults:
     codes: tuple[int, ...] = (429, 500, 503)
     delay_s: float = 0.0
     once: dict[str, int] = field(default_factory=dict)
+    garbage: dict[str, bytes] = field(default_factory=dict)
     away: bool = False
     gone_as_status: bool = False
     random: random.Random = field(default_factory=lambda: random.Random(1))
@@ -52,6 +54,10 @@ class Faults:
             headers = {"Retry-After": "0"} if code == 429 else {}
             reason = {429: "TooManyRequests", 503: "ServiceUnavailable"}.get(code, "InternalError")
             raise ApiError(code, reason, "refused on purpose", headers=headers)
+
+    def instead(self, path: str) -> bytes | None:
+        """The body that a request gets in place of its answer."""
+        return next((body for part, body in self.garbage.items() if part in path), None)
 
     def lifetime(self, path: str) -> int | None:
         """After how many events a new watch is cut; None: never."""

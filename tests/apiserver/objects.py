@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from apiserver import apply, schema
+from apiserver import apply, schema, signing
 from apiserver.consequences import Consequences
 from apiserver.errors import (
     MODIFIED,
@@ -161,8 +161,6 @@ class Objects:
                 data = obj.setdefault("data", {})
                 for name, text in obj.pop("stringData").items():
                     data[name] = base64.b64encode(text.encode()).decode()
-            case "SelfSubjectAccessReview":
-                obj["status"] = {"allowed": True}
 
     # --- update ------------------------------------------------------------------------------
 
@@ -286,6 +284,8 @@ class Objects:
             for name in ("clusterIP", "clusterIPs"):
                 if live["spec"].get(name) and new["spec"].get("type") != "ExternalName":
                     new["spec"].setdefault(name, live["spec"][name])
+        if resource.kind == "CertificateSigningRequest":
+            signing.check(target, live, new)
         new = self._complete(target, new)
         if resource.generation and _spec_of(new) != _spec_of(live):
             new["metadata"]["generation"] = before["generation"] + 1

@@ -55,6 +55,7 @@ BUILT_IN = (
     _core("Secret", "secrets"),
     _core("ConfigMap", "configmaps", short=("cm",)),
     _core("Event", "events", short=("ev",)),
+    _core("ResourceQuota", "resourcequotas", subresources=("status",), short=("quota",)),
     Resource(group="discovery.k8s.io", kind="EndpointSlice", plural="endpointslices"),
     # network-policies: it has no status.
     Resource(
@@ -116,6 +117,13 @@ BUILT_IN = (
         group="authorization.k8s.io",
         kind="SelfSubjectAccessReview",
         plural="selfsubjectaccessreviews",
+        namespaced=False,
+        create_only=True,
+    ),
+    Resource(
+        group="authorization.k8s.io",
+        kind="SubjectAccessReview",
+        plural="subjectaccessreviews",
         namespaced=False,
         create_only=True,
     ),

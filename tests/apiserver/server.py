@@ -147,6 +147,8 @@ class ApiServer:
         self.accepted.append((request.path, request.headers.get("Accept", "")))
         try:
             await self.faults.before(request.path)
+            if (body := self.faults.instead(request.path)) is not None:
+                return web.Response(body=body, content_type="application/json")
             return await self._answer(request)
         except ApiError as error:
             return _json(error.status, status=error.code, headers=error.headers)
@@ -195,7 +197,10 @@ class ApiServer:
                 return _json(_success(target, self.objects.get(target)), status=201)
             if target.name:
                 raise ApiError(405, "MethodNotAllowed", "the server does not allow this method")
-            made = self._create(target, await _body(request), who, dry_run)
+            body = await _body(request)
+            if target.resource.kind.endswith("SubjectAccessReview"):
+                return _json(self.auth.review(user, body), status=201)
+            made = self._create(target, body, who, dry_run)
             return _shown(request, target, made, status=201)
         if verb == "update":
             updated = self.objects.update(target, await _body(request), who, dry_run=dry_run)

@@ -12,14 +12,14 @@ import ssl
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from certs.selfsigned import Authority
@@ -57,6 +57,8 @@ class WorkerProcess:
     def __init__(self) -> None:
         self.config = NodeConfig.empty()
         self._reader = FrameReader()
+        # What is added to the metrics of the worker.
+        self.merge: Callable[[Iterable[Metric]], Iterable[Metric]] | None = None
         self._messages: deque[Any] = deque()
         self._flows: deque[Flows] = deque()
         self._channel_out: asyncio.StreamWriter | None = None
@@ -178,9 +180,12 @@ class WorkerProcess:
         registry = CollectorRegistry()
         collector: Any = MultiProcessCollector
         collector(registry, path=self.metrics_dir)
+        found = registry.collect()
+        if self.merge is not None:
+            found = self.merge(found)
         return {
             sample.name + _labels(sample.labels): sample.value
-            for metric in registry.collect()
+            for metric in found
             for sample in metric.samples
         }
 
@@ -340,8 +345,13 @@ async def read_message(reader: asyncio.StreamReader, *, head_only: bool = False)
     start, *lines = block[:-4].decode("latin-1").split("\r\n")
     headers = [tuple(re.split(r":\s*", line, maxsplit=1)) for line in lines]
     message = Message(start, headers)  # type: ignore[arg-type]
-    if head_only:
-        return message
+    if not head_only:
+        await read_body(reader, message)
+    return message
+
+
+async def read_body(reader: asyncio.StreamReader, message: Message) -> None:
+    """What follows a head."""
     if "chunked" in (message.header("transfer-encoding") or ""):
         while size := int(await reader.readuntil(b"\r\n"), 16):
             message.body += await reader.readexactly(size)
@@ -350,9 +360,12 @@ async def read_message(reader: asyncio.StreamReader, *, head_only: bool = False)
             pass
     elif length := message.header("content-length"):
         message.body = await reader.readexactly(int(length))
-    elif start.startswith("HTTP/") and message.status >= 200 and message.status not in (204, 304):
+    elif (
+        message.start.startswith("HTTP/")
+        and message.status >= 200
+        and message.status not in (204, 304)
+    ):
         message.body = await reader.read()
-    return message
 
 
 @asynccontextmanager

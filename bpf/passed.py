@@ -1,0 +1,56 @@
+"""What has passed by the proxy: counted by series, and single requests while somebody takes them.
+
+Knows `struct passed` and `struct passing` (bpf/layout.py), not what the number of a series means.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from bpf import constants, layout, syscall
+from bpf.maps import open_pinned, possible_cpus
+from bpf.ringbuf import RingBuffer
+from bpf.structs import Passed, PassedKey, Passing
+
+
+class PassedMaps:
+    """OSError of any method: as bpf(2) has it."""
+
+    def __init__(self, directory: Path) -> None:
+        """DatapathError: the maps are not there."""
+        self._counted = open_pinned(directory, "passed")
+        try:
+            ring = open_pinned(directory, "passings")
+        except BaseException:
+            os.close(self._counted)
+            raise
+        self._ring = RingBuffer(ring, constants.PASSING_PAGES * 4096)
+
+    def close(self) -> None:
+        os.close(self._counted)
+        self._ring.close()
+
+    def counted(self) -> Iterator[tuple[PassedKey, Passed]]:
+        """All that is counted, of all CPUs together."""
+        size = layout.PASSED.size * possible_cpus()
+        for key, values in syscall.entries(self._counted, layout.PASSED_KEY.size, size):
+            yield layout.PASSED_KEY.unpack(PassedKey, key), _sum(values)
+
+    def forget(self, key: PassedKey) -> None:
+        """Of a series that nobody has any more."""
+        syscall.delete(self._counted, layout.PASSED_KEY.pack(key))
+
+    def take(self, limit: int) -> list[Passing]:
+        """Requests, the oldest first; from now on the kernel may tell of so many others."""
+        return [layout.PASSING.unpack(Passing, record) for record in self._ring.read(limit)]
+
+
+def _sum(values: bytes) -> Passed:
+    """The struct is u64 throughout."""
+    words = memoryview(values).cast("Q")
+    each = layout.PASSED.size // 8
+    sums = [sum(words[at::each]) for at in range(each)]
+    return layout.PASSED.unpack(Passed, struct.pack(f"={each}Q", *sums))
