@@ -23,6 +23,7 @@ from bpf.maps import PinnedMap
 from bpf.rules import DEFAULT, entries
 from bpf.settings import Mistaken
 from bpf.structs import Address, Number, Pod, Policy, PolicyKey, Rules, Target
+from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import SvidSection, TrustBundleSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicyRule, PolicySection
 from mesh.model.section import SectionKey
@@ -115,6 +116,8 @@ class Pods:
         self._missing: set[Address] = set()
         # Sets whose rules do not hold as long as some are mistaken for others.
         self._broken: set[int] = set()
+        # A pod of this node may be one that nobody has told of, for lack of room.
+        self._nameless = False
         self._numbers = count(max(self._written, default=_NO_RULES) + 1)
         self._rule_numbers = count(1)
         self._sources: dict[int, str] = {}
@@ -221,8 +224,8 @@ class Pods:
     def _doubt(self, mistaken: Mistaken) -> set[Address]:
         """Take note who is taken for whom; the pods for whose rules that makes or made a
         difference."""
-        before = self._broken
-        self._broken = set()
+        before, nameless = self._broken, self._nameless
+        self._broken, self._nameless = set(), Reserved.INIT in mistaken
         if mistaken:
             self._broken = {
                 number
@@ -230,12 +233,10 @@ class Pods:
                 if any(_tells(rule, mistaken) for side in sides for rule in side.rules)
             }
         changed = before ^ self._broken
-        return {
-            address
-            for policy in (self._policy.values() if changed else ())
-            if policy.number in changed
-            for address in policy.addresses
-        }
+        touched = {_NOWHERE} if nameless != self._nameless else set()
+        for policy in self._policy.values() if changed else ():
+            touched |= policy.addresses if policy.number in changed else frozenset()
+        return touched
 
     def _closed(self) -> dict[SectionKey, str]:
         """Policies and pods to which everything is refused for lack of room elsewhere."""
@@ -357,9 +358,11 @@ class Pods:
             until = held.get(mode.spiffe_id, 0) if mode is not None else 0
             if mode is not None:
                 flags |= mode.flags | (constants.POD_PROVEN if until else 0)
-            # Where there are identities, who is not known yet may be STRICT.
-            if address == _NOWHERE and self._bundles:
-                flags |= constants.POD_STRICT
+            if address == _NOWHERE:
+                # Where there are identities, who is not known yet may be STRICT; where there is no
+                # room for who is known, it may be anybody.
+                flags |= constants.POD_STRICT if self._bundles else 0
+                flags |= constants.POD_CLOSED if self._nameless else 0
             known = mode is not None or policy is not None or flags
             rules = Rules(number, flags, until) if known else None
             before = self._in_force.get(address)

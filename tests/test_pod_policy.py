@@ -32,7 +32,7 @@ from bpf import constants, pods, settings
 from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
-from bpf.structs import Address, Number, Pod, Policy, PolicyKey
+from bpf.structs import Address, Identity, Number, Pod, Policy, PolicyKey, Prefix
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
@@ -423,6 +423,32 @@ def test_a_pod_for_which_there_is_no_room_is_closed(world: PodWorld) -> None:
             everything.remove(one)
         assert world.enforcement.apply({}) == {}
         assert world.attempt("out", server) == ANSWERED
+
+
+def test_a_pod_of_which_there_is_no_room_to_say_who_it_is_is_closed(world: PodWorld) -> None:
+    """The map of identities is full."""
+    known = dict(KNOWN)
+    workload = known.pop("workload/shop/b")
+    world.enforce(known)
+    world.enforcement.apply({})
+    everything = PinnedMap(world.pin, "identities", Prefix, Identity)
+    with contextlib.closing(everything), world.listen("b", B[4]) as server:
+        free = constants.IDENTITIES - len(list(everything.items()))
+        others = [Prefix(128, b"\xfd\x99" + bytes(10) + n.to_bytes(4, "big")) for n in range(free)]
+        everything.put_all((one, Identity(0, 300, 0, 300, 0)) for one in others)
+        # Its own policy would let everybody in, and a's names it.
+        open_to_all = policy(ingress=only(allow()))
+        of_a = policy("a", egress=Direction(rules=(allow(frozenset({ID["b"]}), deny=True),)))
+        refused = world.enforcement.apply({"workload/shop/b": workload, **open_to_all, **of_a})
+        assert refused.keys() == {"workload/shop/b", "policy/shop/a"}
+        assert "No space left" in refused["workload/shop/b"]
+        assert world.attempt("out", server) == DENIED
+        assert world.attempt("a", server) == DENIED
+        for one in others:
+            everything.remove(one)
+        assert world.enforcement.apply({}) == {}
+        assert world.attempt("out", server) == ANSWERED
+        assert world.attempt("a", server) == DENIED
 
 
 @pytest.mark.parametrize("version", VERSIONS)

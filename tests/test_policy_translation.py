@@ -13,8 +13,9 @@ from gateway.control import ControlPlane, Options
 from mesh.model.identity import Reserved
 from mesh.model.meta import ObjectKey
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
-from mesh.policy import cilium, sections
+from mesh.policy import sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
+from mesh.policy.spec import MAX_CIDRS, MAX_RULES
 from mesh.sources.directory import Manifests
 from tests.gateway_world import World, join, objects
 from tests.test_gateway_workloads import MESH, piece, pod, service
@@ -298,16 +299,22 @@ def test_a_defect_in_reading_one_policy_denies_for_its_pods_alone(
 
 
 def test_huge_policies_are_refused() -> None:
-    many = [
-        {"fromEndpoints": [{"matchLabels": {"n": str(i)}}]} for i in range(cilium.MAX_RULES + 1)
-    ]
+    many = [{"fromEndpoints": [{"matchLabels": {"n": str(i)}}]} for i in range(MAX_RULES + 1)]
     w = world(POD, cnp({"endpointSelector": {}, "ingress": many}))
     assert "1001 rules, 1000 are the most" in why(w)
     assert not rules(of(w).ingress)
-    cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(cilium.MAX_CIDRS + 1)]
+    cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(MAX_CIDRS + 1)]
     w = world(POD, cnp({"endpointSelector": {}, "egress": [{"toCIDR": cidrs}]}))
     assert "5001 CIDRs, 5000 are the most" in why(w)
     assert not w.of("cidr")
+    blocks = [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]
+    spec = {"podSelector": {}, "ingress": [{"from": blocks}]}
+    w = world(
+        POD, yaml.safe_dump({"kind": "NetworkPolicy", "metadata": {"name": "p"}, "spec": spec})
+    )
+    assert "5001 CIDRs, 5000 are the most" in why(w, "NetworkPolicy")
+    assert not w.of("cidr")
+    assert of(w).ingress.default_deny
 
 
 def test_expressions_are_bounded_one_by_one_and_together() -> None:

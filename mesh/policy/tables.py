@@ -26,7 +26,7 @@ from mesh.policy import (
     status,
     unreadable,
 )
-from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey, refused
+from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey, oversized, refused
 
 # The tables whose entries are sections.
 SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
@@ -117,8 +117,8 @@ def rulebook(view: View, key: PolicyKey) -> Rulebook:
         book = kubernetes.translate(policy)
     else:
         book = cilium.translate(policy)
-    why = unreadable.why(policy)
-    return refused(book.specs, (why,)) if why else book
+    why = (*filter(None, (unreadable.why(policy),)), *oversized(book.specs))
+    return refused(book.specs, (*book.problems, *why)) if why else book
 
 
 def spec(view: View, key: SpecKey) -> Spec:
