@@ -308,7 +308,7 @@ async def test_headers_that_are_not_as_a_rule_asks_are_mended_or_the_request_is_
 AROUND = [
     "/public/..%2fadmin", "/public/%2e%2e/admin", "/public/../admin", "//admin",
     "/public//../admin",
-    "/public/..;/admin", "/public/..%5cadmin", "/public\\..\\admin", "/admin;/public/",
+    "/admin;x", "/public/..;/admin", "/public/..%5cadmin", "/public\\..\\admin", "/admin;/public/",
     "/public/%00/../admin", "/./admin", "/%61dmin", "/admin/", "/ADMIN", "/admin?/public/",
     "http://web/admin", "/public/%2e%2e%2fadmin", "/public/x%2f..%2f..%2fadmin", "/admin#/public/",
 ]  # fmt: skip
