@@ -280,6 +280,17 @@ def test_later_requests_pass_by_the_proxy(world):
     with_backend(world, test)
 
 
+async def counted(here: Node, requests: int) -> dict[str, float]:
+    """The metrics once there were so many; what the proxy has answered it counts a moment later."""
+    async with asyncio.timeout(5):
+        while True:
+            found = here.proxy.metrics()
+            names = [name for name in found if name.startswith("weft_http_requests_total{")]
+            if sum(found[name] for name in names) == requests:
+                return found
+            await asyncio.sleep(0.01)
+
+
 def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_path):
     """The same requests through the proxy and past it: the same metrics, flow records and lines."""
     reader = policies.rule("get", 301, http=policies.http(method="GET"))
@@ -302,12 +313,12 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
             passed.start()
             here.proxy.merge = passed.merged
             async with paired(world) as own:
-                start = here.proxy.metrics()
+                start = await counted(here, 1)
                 counts = Counts(world)
                 for request in asked:
                     await own.ask(request)
                 assert counts.since == (3, 3, 0)
-                middle = here.proxy.metrics()
+                middle = await counted(here, 4)
                 for request in asked:  # which it now sends in two parts, the first of them short
                     text = request if isinstance(request, bytes) else request.encode()
                     own.writer.write(text[:9])
@@ -315,7 +326,7 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
                     await own.ask(text[9:])
                     await own.offered()
                 assert counts.since == (3, 3, 0)
-            end = here.proxy.metrics()
+            end = await counted(here, 7)
             async with asyncio.timeout(5):
                 while store.seen["FORWARDED"] < 3:
                     await asyncio.sleep(0.01)
@@ -344,7 +355,10 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
         for flow, other in zip(store.held(), theirs[1:4], strict=True):
             assert plainly(flow) == plainly(store.peers.complete(other, ""))
         lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-        others = [json.loads(line) for line in here.proxy.access_log().splitlines()][1:4]
+        async with asyncio.timeout(5):
+            while len(written := here.proxy.access_log().splitlines()) < 4:
+                await asyncio.sleep(0.01)
+        others = [json.loads(line) for line in written[1:4]]
         for line in (*lines, *others):
             for name in ("time", "duration_ms", "request_id"):
                 line.pop(name)
