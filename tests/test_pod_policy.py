@@ -28,7 +28,7 @@ from pod_policies import (
 )
 from pod_world import LINK, NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
 
-from bpf import constants, pods, settings
+from bpf import constants, rulesets, settings
 from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
@@ -344,7 +344,7 @@ def test_a_policy_waits_until_there_is_room_for_it(
     world: PodWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large ones leave room for others."""
-    monkeypatch.setattr(pods, "_FOR_SMALL", constants.POLICIES - 3000)
+    monkeypatch.setattr(rulesets, "_FOR_SMALL", constants.POLICIES - 3000)
     large = [only(allow(frozenset({ID["b"], *range(at, at + 2000)}))) for at in (2000, 5000)]
     world.enforce({**KNOWN, **policy("a", large[0])})
     refused = world.enforcement.apply(policy("b", egress=large[1]))
