@@ -225,7 +225,7 @@ def test_a_policy_that_cannot_be_read_denies_for_whom_it_selects(case: str, tmp_
     kind, spec, closed = _UNREADABLE[case]
     selector = "podSelector" if kind == "NetworkPolicy" else "endpointSelector"
     api = "networking.k8s.io/v1" if kind == "NetworkPolicy" else "cilium.io/v2"
-    metadata = {"name": "p"}
+    metadata: dict[str, Any] = {"name": "p"}
     manifests, w = Manifests(tmp_path), world(POD, pod("q", "10.0.0.2", labels="{app: b}"))
     everybody = cnp("{endpointSelector: {}, ingress: [{fromEntities: [all]}],"
                     " egress: [{toEntities: [all]}]}", "open")  # fmt: skip
@@ -239,6 +239,11 @@ def test_a_policy_that_cannot_be_read_denies_for_whom_it_selects(case: str, tmp_
         told.append(" ".join(problem.message for problem in update.problems))
 
     told: list[str] = []
+    metadata["annotations"] = {"weft.dev/policy-audit": "true"}
+    write(**{selector: {"matchLabels": {"app": "a"}}}, **spec)
+    directions = of(w).ingress, of(w).egress
+    assert all(rule.audit for one in directions for rule in one.rules if rule.deny)
+    del metadata["annotations"]
     write(**{selector: {"matchLabels": {"app": "a"}}}, **spec)
     assert "until that is mended, it denies for whom it selects" in told[-1]
     section = of(w)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mesh.model.decode import InvalidObject, Object, UnsupportedKind, decode
 from mesh.model.errors import FieldError
+from mesh.policy.audit import AUDIT
 
 # Why it cannot be read, in what is left of it.
 UNREADABLE = "weft.dev/unreadable"
@@ -42,13 +43,18 @@ def closed(raw: Any, errors: Iterable[FieldError]) -> Object | None:
     metadata, kind = raw.get("metadata"), str(raw["kind"])
     if not isinstance(metadata, Mapping):
         return None
+    annotations = metadata.get("annotations")
+    audit = annotations.get(AUDIT) if isinstance(annotations, Mapping) else None
     said = "; ".join(f"{one.path}: {one.message}" if one.path else one.message for one in errors)
     left = {
         "apiVersion": raw.get("apiVersion"),
         "kind": kind,
         "metadata": {
             **{key: metadata[key] for key in _OF_METADATA if key in metadata},
-            "annotations": {UNREADABLE: said[:_MOST] or "it cannot be read"},
+            "annotations": {
+                UNREADABLE: said[:_MOST] or "it cannot be read",
+                **({AUDIT: audit} if isinstance(audit, str) else {}),
+            },
         },
     }
     if kind == "NetworkPolicy":

@@ -94,7 +94,7 @@ class _Kind:
             obj = read(raw, custom=self.group not in _BUILT_IN)
         except InvalidObject as error:
             kept = before is not None and not unreadable.why(before)
-            left = None if kept else unreadable.closed(raw, error.errors)
+            left = None if kept else unreadable.closed(raw, error.errors) or before
             source.wrong[ident] = problems(raw, error, kept=kept, closed=left is not None)
             source.wake.set()
             if left is None:
