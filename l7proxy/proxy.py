@@ -166,6 +166,8 @@ class Proxy:
             except Exception as error:  # of this section; the others must not wait for its mending
                 _log.exception("section %s cannot be put in force", key)
                 state.refused[key] = f"a fault of the proxy's, its log has it: {error!r}"
+                if isinstance(section, PolicySection):
+                    state.keys[key] = section
             else:
                 state.refused.pop(key, None)
                 state.keys[key] = section
