@@ -135,11 +135,11 @@ class Deployed:
                 await asyncio.sleep(0.05)
 
     def end(self):
-        """By two signals, so that connections are not waited for."""
-        for _ in range(2):
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-        self.process.wait(WAIT_S)
+        """By more than one signal, so that nothing is waited for."""
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.3)
 
 
 async def _get(port, path):
