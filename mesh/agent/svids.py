@@ -143,7 +143,8 @@ class Svids:
             except BadSpiffeId as error:
                 _log.error("%s cannot have an identity: %s", workload, error)
                 return
-            if (kept := self._kept.pop(spiffe_id, None)) is not None:
+            kept = self._kept.pop(spiffe_id, None)
+            if kept is not None and kept.not_after > self._now():
                 self._hold(identity, kept)
                 self._put({svid_key(spiffe_id): kept}, ())
         if workload:
@@ -338,6 +339,11 @@ class Svids:
         """What is not as it should be, with the time that is left."""
         now = self._now()
         result = []
+        if self._file.problem:
+            result.append(
+                f"{self._file.problem}: if this agent ends while the authority is away, the next "
+                "one has no SVIDs"
+            )
         held = [one.held.not_after for one in self._identities.values() if one.held]
         if self._unreachable:
             left = f"; the first SVID expires in {say_duration(min(held) - now)}" if held else ""
