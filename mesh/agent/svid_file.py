@@ -49,7 +49,7 @@ class SvidFile:
         return Kept()
 
     def write(self, kept: Kept) -> None:
-        """Replace it at once. A failure is a `problem`: only the agent's next life depends on it."""
+        """Replace it at once. A failure is a `problem`, of the agent's next life only."""
         new = self._path.with_suffix(".new")
         try:
             with contextlib.suppress(FileNotFoundError):
