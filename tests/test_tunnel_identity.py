@@ -281,6 +281,22 @@ async def test_http_ends_after_the_request_in_flight():
         assert web.connections == 2
 
 
+async def test_http_ends_at_once_where_its_sender_proves_nothing_any_more():
+    arrived = asyncio.Event()
+
+    async def never(_: object) -> bytes:
+        arrived.set()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async with two_nodes() as nodes, backend(never) as web:
+        asking = asyncio.ensure_future(ask(nodes.http(web.port)))
+        await arrived.wait()
+        nodes.b.apply({}, ("bundle/cluster.local",))
+        async with asyncio.timeout(Settings().drain_timeout_s / 2):
+            assert (await asking).status == 502
+
+
 @pytest.mark.parametrize("node", ["a", "b"])
 async def test_websockets_end_with_an_identity_as_tcp_does(node: str):
     """To a pod of the client's own node, which no tunnel ends, and to one of another."""
