@@ -128,8 +128,8 @@ class Relay:
         self._ended = False
         self.joined = False
         self.running = False  # both sides are there
-        self.client = _Side(self)
-        self.backend = _Side(self)
+        self.client = Side(self)
+        self.backend = Side(self)
         self.client.other, self.backend.other = self.backend, self.client
 
     async def join(
@@ -177,11 +177,11 @@ class Relay:
         if not self.reason:
             self.verdict, self.reason = verdict, reason
 
-    def pass_end_on(self, side: _Side) -> None:
+    def pass_end_on(self, side: Side) -> None:
         """`side` has ended its half."""
         spawn(self._pass_end_on(side.other), name="relay half-close")
 
-    async def _pass_end_on(self, to: _Side) -> None:
+    async def _pass_end_on(self, to: Side) -> None:
         await to.half_close()
         self._halves -= 1
         if not self._halves:
@@ -189,7 +189,7 @@ class Relay:
                 side.reset_on_close(False)
                 side.close_now()
 
-    def lost(self, side: _Side) -> None:
+    def lost(self, side: Side) -> None:
         if self._halves:
             self.failed("ERROR", "client_reset" if side is self.client else "backend_reset")
             side.other.abort()
@@ -248,10 +248,10 @@ class _Steered(Relay):
         )
 
 
-class _Side(Link):
+class Side(Link):
     """One of the two connections: what it receives, the other sends."""
 
-    other: _Side
+    other: Side
 
     def __init__(self, relay: Relay) -> None:
         super().__init__(None)

@@ -27,7 +27,7 @@ from l7proxy.guard import POLICY_DENIED
 from l7proxy.handles import Destination, Kernel, Steered
 from l7proxy.peers import Caller, Peers, Source, keys_of
 from l7proxy.reach import reach
-from l7proxy.relay import Relay
+from l7proxy.relay import Relay, Side
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel_wire import Answer, Preface, WireError
 from l7proxy.tunnels import Pair, Tunnel, Tunnels
@@ -312,6 +312,14 @@ class _Incoming(Relay):
         self.stream.write(tunnel_wire.encode(Answer()))
         self.stream.close()
         self._port.left(self, self._client)
+
+    def pass_end_on(self, side: Side) -> None:
+        """A sender of HTTP that ends its half asks for nothing more: a backend that does not end
+        its own keeps no tunnel."""
+        super().pass_end_on(side)
+        if side is self.client and self.preface.kind == "http":
+            wait_s = self._settings.drain_timeout_s
+            self.client.loop.call_later(wait_s, self.cut_off, "backend_open")
 
     def revoke(self, reason: str) -> None:
         """It would not be let in any more. HTTP's sender ends it after the request in flight, and

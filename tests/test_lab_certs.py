@@ -48,8 +48,9 @@ numbers = itertools.count(10000)
 
 async def serve(reader, writer):
     number = next(numbers)
-    while (await reader.readuntil(b"\\r\\n\\r\\n")):
+    while b"\\r\\n\\r\\n" in await reader.read(1000):
         writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\n%d" % number)
+    writer.close()
 
 async def echo(reader, writer):
     while data := await reader.read(1000):

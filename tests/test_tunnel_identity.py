@@ -281,6 +281,29 @@ async def test_http_ends_after_the_request_in_flight():
         assert web.connections == 2
 
 
+@on_virtual_loop
+async def test_a_backend_that_does_not_end_keeps_no_tunnel():
+    ended = asyncio.Event()
+
+    async def stays(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ok())
+        await reader.read()
+        ended.set()
+        await asyncio.get_running_loop().create_future()
+
+    async with two_nodes() as nodes, raw_backend(stays) as web:
+        assert (await ask(nodes.http(web))).status == 200
+        nodes.a.apply({}, (svid_key(spiffe("client")),))
+        await ended.wait()
+        incoming = metrics.TUNNELS.labels("in")._value
+        assert incoming.get() == 1
+        advance(Settings().drain_timeout_s + 1)
+        async with asyncio.timeout(5):
+            while incoming.get():
+                await asyncio.sleep(0)
+
+
 async def test_http_ends_at_once_where_its_sender_proves_nothing_any_more():
     arrived = asyncio.Event()
 
