@@ -122,7 +122,7 @@ MAPS = {
     "generation": Spec(layout.U32, layout.U64, 1),
     "flows": Spec(layout.FLOW_KEY, layout.FLOW, constants.FLOWS),
     "fragments": Spec(layout.FRAGMENT, layout.U64, constants.FRAGMENTS),
-    "told": Spec(layout.U32, layout.TOLD, 2),
+    "told": Spec(layout.U32, layout.TOLD, 3),
     "events": Spec(None, None, constants.EVENT_PAGES * 4096),
     "automata": Spec(layout.U64, layout.AUTOMATON_PLACE, constants.AUTOMATA),
     "automaton_arenas": Spec(layout.U32, layout.U32, constants.AUTOMATON_ARENAS),

@@ -85,9 +85,9 @@ BPF_F_TABLE("array", u32, u64, generation, 1, 0);
 BPF_F_TABLE("lru_hash", struct flow_key, struct flow, flows, FLOWS, 0);
 /* Packets whose first fragment has passed, and when (CLOCK_MONOTONIC, ns). */
 BPF_F_TABLE("lru_hash", struct fragment, u64, fragments, FRAGMENTS, 0);
-/* Of packets that are refused, and of those that are not: whoever sends them can bring them about as
- * often as it likes. */
-BPF_F_TABLE("percpu_array", u32, struct told, told, 2, 0);
+/* Of packets that are refused, of those that are not, and of the node's own: whoever sends them can
+ * bring them about as often as it likes. */
+BPF_F_TABLE("percpu_array", u32, struct told, told, 3, 0);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 /* By reason, see bpf/reasons.py. */
 BPF_F_TABLE("percpu_array", u32, u64, counters, REASONS, 0);
