@@ -21,9 +21,10 @@ IDENTITY_PLAIN, IDENTITY_FAR, IDENTITY_APART, IDENTITY_MTLS = 1, 2, 4, 8
 STATE_WANTED, STATE_ENROLLED = 1, 2
 
 # Of a pod, for egress: it has policies; what no rule allows is refused; refusals are only told. For
-# ingress the same, shifted. Then: its ports are STRICT; not all of them are as the pod is; the node
-# holds a valid SVID of it.
+# ingress the same, shifted; everything is refused. Then: its ports are STRICT; not all of them are
+# as the pod is; the node holds a valid SVID of it.
 POD_POLICED, POD_DEFAULT_DENY, POD_AUDIT, POD_INGRESS_SHIFT = 1, 2, 4, 4
+POD_CLOSED = (POD_POLICED | POD_DEFAULT_DENY) * (1 | 1 << POD_INGRESS_SHIFT)
 POD_STRICT, POD_MTLS_PORTS, POD_PROVEN = 1 << 8, 1 << 9, 1 << 10
 # Whose rules judge: those of who opens a flow, those of whom it is opened to.
 EGRESS, INGRESS = 0, 1

@@ -53,21 +53,34 @@ class Enforcement:
     def replace(self, sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
         since = self._generation.next()
-        refused = self._pods.replace(_of_pods(sections), since)
-        refused |= self._identities.replace(_of_addresses(sections), since)
+        refused = self._identities.replace(_of_addresses(sections), since)
+        mistaken = self._identities.mistaken()
+        refused |= self._pods.replace(_of_pods(sections), since, mistaken)
         self._generation.begin(since)
-        return refused
+        return self._settled(refused)
 
     def apply(
         self, put: Mapping[SectionKey, EnforcedSection], remove: Iterable[SectionKey] = ()
     ) -> dict[SectionKey, str]:
-        """Add, change and remove; unknown keys to remove are ignored. Open connections are judged
-        by what is in force when this returns."""
-        gone = tuple(remove)
+        """Add, change and remove; unknown keys to remove are ignored. Returns all sections that are
+        not in force, and why. Open connections are judged by what is when this returns."""
+        return self._settled(self._change(put, tuple(remove)))
+
+    def _change(
+        self, put: Mapping[SectionKey, EnforcedSection], gone: tuple[SectionKey, ...]
+    ) -> dict[SectionKey, str]:
         since = self._generation.next()
-        refused = self._pods.apply(_of_pods(put), gone, since)
-        refused |= self._identities.apply(_of_addresses(put), gone, since)
+        addresses = _of_addresses(put)
+        left = (key for key, one in put.items() if isinstance(one, CidrSection) and not one.here)
+        refused = self._identities.apply(addresses, (*gone, *left), since)
+        refused |= self._pods.apply(_of_pods(put), gone, since, self._identities.mistaken())
         self._generation.begin(since)
+        return refused
+
+    def _settled(self, refused: dict[SectionKey, str]) -> dict[SectionKey, str]:
+        """What took the room may have been what the change has replaced."""
+        if refused and (self._identities.leaves or self._pods.leaves):
+            return self._change({}, ())
         return refused
 
 
@@ -82,8 +95,10 @@ def _of_pods(sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey,
 def _of_addresses(
     sections: Mapping[SectionKey, EnforcedSection],
 ) -> dict[SectionKey, WorkloadSection | NodeSection | CidrSection]:
+    """Who is told apart here."""
     return {
         key: one
         for key, one in sections.items()
-        if isinstance(one, WorkloadSection | NodeSection | CidrSection)
+        if isinstance(one, WorkloadSection | NodeSection)
+        or (isinstance(one, CidrSection) and one.here)
     }

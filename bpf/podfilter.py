@@ -3,10 +3,10 @@
     pod_egress      packets from the pod: ingress of the veth's end on the node
     pod_ingress     packets to the pod: egress of that end
 
-Pods are recorded in files (a Pod each, by interface), whether there is a filter yet or not: `renew`
-attaches what is loaded to all of them. Works in the network namespace of the node. An
-attachment is a pinned tcx link: it lives without us, and ends with the interface, while its pin
-stays until it is removed. Knows nothing of how pods get their interfaces.
+Pods are recorded in files (a Pod each, by interface): `renew` attaches what is loaded to all of
+them. Works in the network namespace of the node. An attachment is a pinned tcx link: it lives
+without us, and ends with the interface, while its pin stays until it is removed. Knows nothing of
+how pods get their interfaces.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def netns_cookie() -> int:
 
 
 def add(directory: Path, records: Path, pod: Pod) -> bool:
-    """Record a pod, and filter what it sends and gets from now on; False: once the filter is there.
-    DatapathError: what could not be done; `remove` undoes the rest."""
+    """Record a pod, and filter what it sends and gets from now on; False: there is no filter yet,
+    and nothing was done. DatapathError: what could not be done; `remove` undoes the rest."""
     with _explained(pod, "attach the filter to"), _locked(records):
-        draft = _draft(records, pod.interface)
-        draft.write_bytes(msgspec.json.encode(pod))
-        draft.rename(_record(records, pod.interface))
         version = loaded(directory)
         if version is None:
             return False
+        draft = _draft(records, pod.interface)
+        draft.write_bytes(msgspec.json.encode(pod))
+        draft.rename(_record(records, pod.interface))
         _know(directory, pod, version)
         _attach(directory, pod, version)
         return True

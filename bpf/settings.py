@@ -5,6 +5,7 @@ Knows maps; what is in them stays in force without us.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -90,6 +91,14 @@ _ALWAYS: dict[SectionKey, CidrSection] = {
 }
 
 
+# So many ranges at most: pods and nodes have room, and so have ranges that take the place of
+# others, which go with the next change.
+MAX_RANGES = constants.IDENTITIES // 2
+
+# By identity, those that the programs take for it.
+Mistaken: TypeAlias = Mapping[int, frozenset[int]]
+
+
 class _Claim(NamedTuple):
     """Who a section says is there; the greatest one stands."""
 
@@ -118,6 +127,10 @@ class Identities:
         self._lengths = Counter(prefix.bits for prefix in self._in_force)
         # Prefixes that say what those around them say, until the next change.
         self._gone: set[Prefix] = set()
+        self._ranges: set[Prefix] = set()
+        # What there is no room for: with each change it is tried again.
+        self._missing: dict[Prefix, str] = {}
+        self._refused: dict[SectionKey, str] = {}
 
     def close(self) -> None:
         self._map.close()
@@ -140,6 +153,24 @@ class Identities:
         out."""
         return self._change(put, remove, since, set())
 
+    def mistaken(self) -> Mistaken:
+        """Who is taken for somebody else, for lack of room."""
+        result: dict[int, set[int]] = {}
+        lengths = sorted(self._lengths, reverse=True)
+        for prefix in self._missing:
+            if (claimed := self._claimed(prefix)) is not None:
+                wider = (_cut(prefix, bits) for bits in lengths if bits <= prefix.bits)
+                there = next(filter(None, map(self._in_force.get, wider)), _NOBODY)
+                result.setdefault(there.number or Reserved.WORLD, set()).add(claimed.number)
+                if prefix.bits == _WHOLE:  # perhaps of a pod of this node
+                    result.setdefault(Reserved.INIT, set()).add(claimed.number)
+        return {number: frozenset(those) for number, those in result.items()}
+
+    @property
+    def leaves(self) -> bool:
+        """There is room once more is changed."""
+        return bool(self._gone)
+
     def _change(
         self,
         put: Mapping[SectionKey, IdentitySection],
@@ -150,7 +181,10 @@ class Identities:
         for prefix in self._gone:
             self._map.remove(prefix)
         self._gone.clear()
-        refused: dict[SectionKey, str] = {}
+        touched |= self._missing.keys()
+        self._missing.clear()
+        for key in (*remove, *put):
+            self._refused.pop(key, None)
         for key in remove:
             touched |= self._claim(key, frozenset())
         for key, section in put.items():
@@ -158,12 +192,12 @@ class Identities:
             try:
                 prefixes = frozenset(map(Prefix.of, addresses))
             except ValueError as error:
-                refused[key] = f"its addresses cannot be told to the kernel: {error}"
+                self._refused[key] = f"its addresses cannot be told to the kernel: {error}"
                 continue
             self._order += 1
             claim = _Claim(_ABOUT.index(type(section)), self._order, self._who(section))
             touched |= self._claim(key, prefixes, claim)
-        return refused | self._settle(touched, since)
+        return self._refused | self._settle(touched, since)
 
     def _who(self, section: IdentitySection) -> Who:
         # Who is no workload that is known has not said that it may be enrolled.
@@ -217,24 +251,34 @@ class Identities:
                 old = old or next(filter(None, map(self._in_force.get, wider)), _NOBODY)
                 new = new or next(filter(None, map(self._claimed, wider)), _NOBODY)
                 changed[prefix] = Identity(since, *new, *old)
-        refused: dict[SectionKey, str] = {}
-        for prefix, identity in changed.items():
+        # The widest first: if there is no room, fewer addresses are mistaken.
+        for prefix, identity in sorted(changed.items()):
             claims = self._claims.get(prefix, {})
+            is_new = prefix not in self._in_force
+            is_range = bool(claims) and max(claims.values()).rank == _ABOUT.index(CidrSection)
             try:
+                if is_new and is_range and len(self._ranges) == MAX_RANGES:
+                    raise OSError(errno.ENOSPC, f"more than {MAX_RANGES} ranges of addresses")
                 self._map.put(prefix, identity)
             except OSError as error:
-                why = f"its addresses cannot be told to the kernel: {error}"
-                refused |= dict.fromkeys(claims, why)
+                self._missing[prefix] = str(error.strerror)
                 continue
-            if prefix not in self._in_force:
+            if is_new:
                 self._lengths[prefix.bits] += 1
+            self._ranges.discard(prefix)
+            if is_range:
+                self._ranges.add(prefix)
             if claims:
                 self._in_force[prefix] = Who(identity.number, identity.flags)
             else:
                 del self._in_force[prefix]
                 self._lengths -= {prefix.bits: 1}
                 self._gone.add(prefix)
-        return refused
+        return {
+            key: f"its addresses cannot be told to the kernel: {why}"
+            for prefix, why in self._missing.items()
+            for key in self._claims.get(prefix, ())
+        }
 
     def _claimed(self, prefix: Prefix) -> Who | None:
         claims = self._claims.get(prefix)

@@ -14,6 +14,7 @@ import queue
 import select
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -35,6 +36,12 @@ def cut(text: bytes, limit: int = _MAX_TEXT) -> str:
     if len(text) <= limit:
         return text.decode("latin-1")
     return text[:limit].decode("latin-1") + "…"
+
+
+@lru_cache(maxsize=16)
+def protocol(version: bytes) -> str:
+    """ "HTTP/1.1" of b"1.1"."""
+    return "HTTP/" + version.decode("latin-1")
 
 
 class AccessLogEntry(msgspec.Struct, frozen=True, omit_defaults=True):

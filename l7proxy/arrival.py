@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from l7proxy.acceptor import Admission, Client, Drainable
 from l7proxy.direct import Direct
-from l7proxy.entry import Selection
+from l7proxy.entry import Selection, Standing
 from l7proxy.exchange import Exchanges
 from l7proxy.forwarding import ClientAddress, request_id, take_off, tell_client
 from l7proxy.handles import Destination
@@ -35,6 +35,7 @@ class Arrival:
     client_certificate: SectionKey | None = None
 
     encryption: Encryption | None = "mtls"
+    by_host = False
 
     def __init__(
         self,
@@ -56,6 +57,14 @@ class Arrival:
     def caller(self, client: str) -> Caller:
         return self._caller
 
+    def standing(
+        self, info: ConnectionInfo, authority: bytes, settings: Settings
+    ) -> Standing | None:
+        if self._pod.client_headers:
+            return None
+        match = self._direct.to(self._destination, self._pod.name, http2=False)
+        return Standing(Selection("", match, self._destination), self._client)
+
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """What the proxy of the client's node has told of the client, or should have taken off, is
         told again here, by what is proved here."""
@@ -64,8 +73,12 @@ class Arrival:
         if asked or self._pod.client_headers:
             # Behind a Gateway the address stands there already.
             tell_client(head, None if caller.gateway else caller.client, self._identity)
-        client = caller.client or caller.told
-        return ClientAddress("" if "/" in client else client, request_id(head), self._read)
+        return ClientAddress(self._client, request_id(head), self._read)
+
+    @property
+    def _client(self) -> str:
+        client = self._caller.client or self._caller.told
+        return "" if "/" in client else client
 
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
         match = self._direct.to(self._destination, self._pod.name, http2=head.version == b"2")
@@ -86,6 +99,7 @@ class ArrivalPort(HttpAcceptor):
             handler=functools.partial(exchanges.serve, arrival),
             settings=lambda: exchanges.settings,
             admission=admission,
+            lane=functools.partial(exchanges.lane, arrival),
         )
         self._on_end = on_end
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from l7proxy.lease import Lease
 from l7proxy.message import Framing, ProtocolError, RequestHead, ResponseHead
 from l7proxy.request_body import BodyAttempt, ClientGone, RequestBody
 from l7proxy.streams import ServerStream, StreamReset
-from l7proxy.upstream import Lease
 
 # A backend that never says 100 gets the body anyway after this long (RFC 9110 §10.1.1), seconds.
 _CONTINUE_WAIT_S = 1.0

@@ -15,14 +15,15 @@ from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
 from l7proxy.deadline import until
 from l7proxy.entry import Reply
 from l7proxy.guard import DENIED, POLICY_DENIED, Guard
+from l7proxy.lease import Lease, NotAllowed
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.peers import Caller, Direct, Tunnelled, caller_identity
-from l7proxy.pool import DENIED_THERE
+from l7proxy.pool import DENIED_THERE, UpstreamError
 from l7proxy.record import Record
 from l7proxy.request_body import RequestBody
 from l7proxy.routing import CompiledBackend, CompiledRule
 from l7proxy.streams import ServerStream
-from l7proxy.upstream import Clusters, NotAllowed, UpstreamError
+from l7proxy.upstream import Clusters
 from mesh.model.nodeconfig import CertificateSection
 from mesh.model.routeconfig import Retry
 from mesh.model.section import SectionKey
@@ -56,14 +57,25 @@ class Attempts:
         self._guard = guard
 
     async def run(
-        self, head: RequestHead, rule: CompiledRule, backend: CompiledBackend, prefer: str | None
+        self,
+        head: RequestHead,
+        rule: CompiledRule,
+        backend: CompiledBackend,
+        prefer: str | None,
+        sent: Lease | None = None,
     ) -> tuple[Attempt, ResponseHead]:
-        """Reply: no endpoint gave a response that stands."""
+        """`sent`: to where the request, without a body, has gone already. Reply: no endpoint gave a
+        response that stands."""
         retry = rule.retry
         repeats, retries = _SAFE_REPEATS, 0
         avoid: set[str] = set()
         while True:
-            outcome = await self._attempt(head, rule, backend, prefer, avoid)
+            if sent is None:
+                outcome = await self._attempt(head, rule, backend, prefer, avoid)
+            else:
+                first = Attempt(sent, self._stream, self._body, None)
+                outcome = await self._outcome(first, head, backend, sent=True)
+                sent = None
             failure = outcome if isinstance(outcome, Failure) else None
             status = outcome.status if isinstance(outcome, Failure) else outcome[1].status
             safe = failure is not None and failure.repeatable and repeats > 0
@@ -125,7 +137,7 @@ class Attempts:
                 if forwarded is None:
                     attempt.abandon("policy refuses it")
                     return _refused()
-                response = await attempt.response(forwarded)
+                return await self._outcome(attempt, forwarded, backend)
         except NotAllowed:
             return _refused()
         except UpstreamError as error:
@@ -144,6 +156,11 @@ class Attempts:
                 "no response in the route's backend timeout",
                 retryable=attempt is None or head.method in IDEMPOTENT,
             )
+
+    async def _outcome(
+        self, attempt: Attempt, head: RequestHead, backend: CompiledBackend, *, sent: bool = False
+    ) -> tuple[Attempt, ResponseHead] | Failure:
+        response = await attempt.response(head, sent=sent)
         if isinstance(response, Failure):
             metrics.UPSTREAM_FAILURES.labels(backend.label, response.reason).inc()
             return response

@@ -179,6 +179,9 @@ class Credentials:
 
     def _server_context(self) -> ssl.SSLContext:
         context = _context(ssl.PROTOCOL_TLS_SERVER)
+        # A ticket is the name of a session that is kept here (OpenSSL keeps at most 20,480): of one
+        # that holds a session the certificates are decoded, most of what resuming then costs.
+        context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 1
         for bundle in self._bundles.values():
             context.load_verify_locations(cadata=bundle.to_pem())

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from l7proxy import forwarding
 from l7proxy.filters import ListeningPort
 from l7proxy.forwarding import ClientAddress
-from l7proxy.message import RequestHead
+from l7proxy.message import RequestHead, host_of
 from l7proxy.peers import Caller
 from l7proxy.routing import PortIndex, RouteIndex, RouteMatchResult
 from l7proxy.streams import ConnectionInfo
@@ -42,6 +42,16 @@ class Selection(NamedTuple):
     service: str = ""
 
 
+class Standing(NamedTuple):
+    """What all requests of a connection have in common, or those for one authority. Of `selection`,
+    `match` None: the routes of its listener decide. `client`: who asks. `adds`: the field lines
+    that backends are told it by, up to a new request id (b"": none)."""
+
+    selection: Selection
+    client: str
+    adds: bytes = b""
+
+
 class Entry(Protocol):
     @property
     def gateway(self) -> str:
@@ -58,6 +68,15 @@ class Entry(Protocol):
     def caller(self, client: str) -> Caller:
         """On whose behalf backends are connected to, for a client's request (its address)."""
 
+    @property
+    def by_host(self) -> bool:
+        """Requests of a connection may be for several listeners."""
+
+    def standing(
+        self, info: ConnectionInfo, authority: bytes, settings: Settings
+    ) -> Standing | None:
+        """`authority` counts where `by_host` says so. None: that depends on the request."""
+
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         """Who asks. Takes claims that clients must not make off the head, and adds what every
         backend is told, in place."""
@@ -71,6 +90,7 @@ class GatewayPort:
     """A configured port of a Gateway; replaced in place when its section changes."""
 
     encryption: Encryption | None = None
+    by_host = True
 
     def __init__(self, section: PortSection) -> None:
         self.section = section
@@ -90,6 +110,18 @@ class GatewayPort:
     @property
     def client_certificate(self) -> SectionKey | None:
         return self.section.client_certificate
+
+    def standing(
+        self, info: ConnectionInfo, authority: bytes, settings: Settings
+    ) -> Standing | None:
+        host = host_of(authority)
+        if info.tls and self._index.misdirected(info.sni, host):
+            return None
+        listener = self._index.select(host, info.sni)
+        adds = forwarding.standing(info, authority, settings)
+        if listener is None or adds is None:
+            return None
+        return Standing(Selection(listener.id, None, self.section), info.peer[0], adds)
 
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.apply(head, info, settings)

@@ -13,9 +13,9 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
@@ -24,8 +24,9 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
-from l7proxy.guard import DENIED, POLICY_DENIED, Guard
-from l7proxy.message import ProtocolError, ResponseHead
+from l7proxy.guard import Guard
+from l7proxy.lease import Lease
+from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
 from l7proxy.pairing import Follower
 from l7proxy.pairs import Pairs, Refusal
@@ -39,29 +40,21 @@ from l7proxy.routing import (
     RouteMatchResult,
     pick_backend,
 )
+from l7proxy.sent import Sent
 from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
-from l7proxy.upstream import Clusters, Lease
+from l7proxy.upgrade import to_client, tunnel
+from l7proxy.upstream import Clusters
 from mesh.model.nodeconfig import CertificateSection, Settings
 from mesh.model.section import SectionKey
+
+if TYPE_CHECKING:
+    from l7proxy.lane import Lane
 
 _log = logging.getLogger("weft.exchange")
 
 # The only protocol that is upgraded to (RFC 6455): of others nobody could say what passes in the
 # tunnel, HTTP requests that no route has judged among them.
 _WEBSOCKET = b"websocket"
-
-
-class Sent(NamedTuple):
-    """A request that has gone to its backend past the proxy, as one before it. `lease`: for its
-    response, or the reply if there will be none; `responded`: a part has come; `answered`: others
-    were, past the proxy, before."""
-
-    selected: Selection
-    backend: CompiledBackend
-    before: Lease
-    lease: Lease | Reply
-    responded: bool = False
-    answered: bool = False
 
 
 class Exchanges:
@@ -87,6 +80,7 @@ class Exchanges:
         self.policies = policies
         self.pairs = pairs
         self.mirrors = Mirrors(clusters)
+        self.lane: Callable[[Entry, ConnectionInfo], Lane | None] = lambda *_: None
 
     async def serve(self, entry: Entry, stream: ServerStream, info: ConnectionInfo) -> None:
         """The `Handler` of the connections that come in by `entry`."""
@@ -122,8 +116,11 @@ class _Exchange:
         self._went = sent
         self._body = RequestBody(stream)
         self._responded = False
-        client = entry.arrive(stream.head, info, shared.settings)
+        told = sent.told if sent is not None else None
+        client = told or entry.arrive(stream.head, info, shared.settings)
         self.record = Record(stream.head, client, entry.gateway)
+        if sent is not None and told is not None:
+            self.record.started, self.record.policy = sent.started, sent.policy
         self.record.encryption = entry.encryption
 
     async def run(self) -> None:
@@ -170,11 +167,11 @@ class _Exchange:
         """Answer from here."""
         self.record.status = head.status
         self._responded = True
-        await _to_client(self._stream.respond(head))
+        await to_client(self._stream.respond(head))
         if body and self._stream.head.method != b"HEAD":
-            await _to_client(self._stream.write(body))
+            await to_client(self._stream.write(body))
             self.record.bytes_out += len(body)
-        await _to_client(self._stream.finish([]))
+        await to_client(self._stream.finish([]))
 
     # --- routing --------------------------------------------------------------------------------
 
@@ -216,6 +213,18 @@ class _Exchange:
         if head.upgrade not in (None, _WEBSOCKET):
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
+        await self._attempt(head, selected, rule, backend, prefer)
+
+    async def _attempt(
+        self,
+        head: RequestHead,
+        selected: Selection,
+        rule: CompiledRule,
+        backend: CompiledBackend,
+        prefer: str | None,
+        sent: Lease | None = None,
+    ) -> None:
+        """`sent`: where the request has gone already."""
         certificate = self._client_certificate()
         policies = self._shared.policies
         caller = self._entry.caller(self.record.client)
@@ -233,7 +242,7 @@ class _Exchange:
             self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
         )
         self._forwarded = head
-        attempt, response = await attempts.run(head, rule, backend, prefer)
+        attempt, response = await attempts.run(head, rule, backend, prefer, sent)
         self._propose(selected, rule, backend, attempt.lease, response)
         await self._relay(attempt, response, rule, backend)
 
@@ -300,6 +309,9 @@ class _Exchange:
         if isinstance(sent.lease, Reply):
             self._responded = sent.responded
             raise sent.lease
+        if sent.told is not None:
+            await self._go_on(sent, sent.lease, match)
+            return
         attempt = Attempt(sent.lease, self._stream, self._body, None)
         timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
         async with within(timeout) as self._timeout:
@@ -308,6 +320,16 @@ class _Exchange:
                 raise Reply(response.status, response.reason, response.detail)
             self._propose(sent.selected, match.rule, sent.backend, sent.lease, response)
             await self._relay(attempt, response, match.rule, sent.backend)
+
+    async def _go_on(self, sent: Sent, lease: Lease, match: RouteMatchResult) -> None:
+        """The first attempt was made; all else is as usual."""
+        timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
+        if timeout is not None:
+            timeout -= time.monotonic() - sent.started
+        async with within(timeout) as self._timeout:
+            await self._attempt(
+                self._sent, sent.selected, match.rule, sent.backend, sent.selected.prefer, lease
+            )
 
     def _choose(
         self, rule: CompiledRule, prefer: str | None
@@ -363,7 +385,16 @@ class _Exchange:
         self._responded = True
         try:
             if head.upgrade is not None:
-                await self._tunnel(attempt, head)
+                self._timeout.reschedule(None)  # none of the route's counts any more
+                await to_client(self._stream.respond(head))
+                await tunnel(
+                    self._stream,
+                    attempt.lease,
+                    self._body,
+                    self.record,
+                    partial(self._guard.watch, attempt.lease.endpoint, self._forwarded),
+                    self._shared.settings.idle_timeout_s,
+                )
             else:
                 async with until(attempt.limit):
                     await self._relay_body(attempt, head)
@@ -380,50 +411,8 @@ class _Exchange:
 
     async def _relay_body(self, attempt: Attempt, head: ResponseHead) -> None:
         stream = self._stream
-        await _to_client(stream.respond(head))
+        await to_client(stream.respond(head))
         while chunk := await attempt.read():
-            await _to_client(stream.write(chunk))
+            await to_client(stream.write(chunk))
             self.record.bytes_out += len(chunk)
-        await _to_client(stream.finish(attempt.lease.stream.trailers))
-
-    async def _tunnel(self, attempt: Attempt, head: ResponseHead) -> None:
-        """Bytes both ways until both sides have ended; no timeout of the route counts any more."""
-        stream, upstream = self._stream, attempt.lease.stream
-        self._timeout.reschedule(None)
-        await _to_client(stream.respond(head))
-
-        async def up() -> None:
-            try:
-                while chunk := await self._body.tunnelled():
-                    await upstream.write(chunk)
-                await upstream.finish([])
-            except (StreamReset, ClientGone) as error:
-                upstream.abort(str(error))  # the other direction learns of it, and tells
-
-        sending = self._body.pump(up(), name="tunnel")
-        watch = self._guard.watch(
-            attempt.lease.endpoint, self._forwarded, lambda: upstream.abort(DENIED)
-        )
-        try:
-            while chunk := await upstream.read():
-                await _to_client(stream.write(chunk))
-                self.record.bytes_out += len(chunk)
-            await _to_client(stream.finish([]))
-            async with asyncio.timeout(self._shared.settings.idle_timeout_s):
-                await sending
-        except (StreamReset, TimeoutError) as error:
-            if watch.refused:
-                self.record.broke_off(POLICY_DENIED, DENIED, "DROPPED")
-            else:
-                self.record.broke_off("tunnel_broken", str(error) or "one side never ended")
-            stream.abort("the tunnel broke")
-        finally:
-            watch.end()
-
-
-async def _to_client(sending: Awaitable[None]) -> None:
-    """Await something sent to the client: its end there is the end of the exchange."""
-    try:
-        await sending
-    except StreamReset as error:
-        raise ClientGone(str(error)) from error
+        await to_client(stream.finish(attempt.lease.stream.trailers))

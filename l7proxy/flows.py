@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import lru_cache
 
 from l7proxy import metrics
-from l7proxy.accesslog import MAX_NAME, cut
+from l7proxy.accesslog import MAX_NAME, cut, protocol
 from l7proxy.handles import Destination
 from l7proxy.peers import identities
 from l7proxy.record import Record
@@ -62,20 +63,21 @@ class FlowLog:
         endpoint, way = record.destination, record.way
         own, other = identities(way)
         if endpoint is not None:
-            destination = Peer(endpoint.address, endpoint.port, "", endpoint.name, spiffe_id=other)
+            destination = _peer(endpoint.address, endpoint.port, endpoint.name, other)
         else:
             asked = info.steered.asked if info.steered is not None else Destination(*info.local)
-            destination = Peer(asked.address, asked.port)
+            destination = _peer(asked.address, asked.port)
         address, port = info.peer
         self._add(
             Flow(
                 time=time.time_ns(),
                 verdict=record.verdict,
                 # Behind proxies of ours the client is another, and its port unknown.
-                source=Peer(
+                source=_peer(
                     record.client,
                     port if record.client == address else 0,
-                    spiffe_id=own if info.steered is not None else "",
+                    "",
+                    own if info.steered is not None else "",
                 ),
                 destination=destination,
                 reason=record.reason,
@@ -85,7 +87,7 @@ class FlowLog:
                     host=cut(record.host, MAX_NAME),
                     path=cut(record.path),
                     status=record.status,
-                    protocol="HTTP/" + record.head.version.decode("latin-1"),
+                    protocol=protocol(record.head.version),
                     latency_ms=round(record.elapsed * 1000, 3),
                     bytes_in=record.bytes_in,
                     bytes_out=record.bytes_out,
@@ -147,3 +149,8 @@ class FlowLog:
             return
         lost, self._lost = self._lost, 0
         self._transport.write(encode_frame(Flows(tuple(records), lost)))
+
+
+@lru_cache(maxsize=4096)
+def _peer(address: str, port: int, pod: str = "", spiffe_id: str = "") -> Peer:
+    return Peer(address, port, pod=pod, spiffe_id=spiffe_id)

@@ -54,9 +54,7 @@ def new_request_id() -> str:
 def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
     """Set the forwarding fields of a client's request in place."""
     peer = info.peer[0]
-    ranges = settings.trusted_ranges
-    trusted = _in_ranges(peer, ranges) if ranges else settings.trusted_hops > 0
-    if trusted:
+    if _trusted(peer, settings):
         return _continue(head, info, settings)
     request_id = new_request_id()
     headers = [
@@ -64,14 +62,31 @@ def apply(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Client
         for item in head.headers
         if item[0] not in _CLAIMS and not item[0].startswith(b"x-forwarded-")
     ]
-    headers += _told(head, info)
-    headers += (
-        (b"x-forwarded-for", peer.encode()),
-        (b"via", head.version + b" weft"),
-        (b"x-request-id", request_id.encode()),
-    )
+    headers += _told(head.scheme, head.authority, info)
+    headers += _named(peer, head.version)
+    headers.append((b"x-request-id", request_id.encode()))
     head.headers = headers
     return ClientAddress(peer, request_id, False)
+
+
+def standing(info: ConnectionInfo, authority: bytes, settings: Settings) -> bytes | None:
+    """The field lines that `apply` adds to a request of HTTP/1.1 for this authority that says
+    nothing of its client, up to the value of the last one, which is a new request id. None: that
+    depends on the request."""
+    if _trusted(info.peer[0], settings):
+        return None
+    scheme = b"https" if info.tls else b"http"
+    fields = _told(scheme, authority, info) + _named(info.peer[0], b"1.1")
+    return b"".join(b"%b: %b\r\n" % field for field in fields) + b"x-request-id: "
+
+
+def _trusted(peer: str, settings: Settings) -> bool:
+    ranges = settings.trusted_ranges
+    return _in_ranges(peer, ranges) if ranges else settings.trusted_hops > 0
+
+
+def _named(peer: str, version: bytes) -> Headers:
+    return [(b"x-forwarded-for", peer.encode()), (b"via", version + b" weft")]
 
 
 def pass_on(head: RequestHead, info: ConnectionInfo) -> ClientAddress:
@@ -92,7 +107,12 @@ def take_off(head: RequestHead) -> bool:
 def request_id(head: RequestHead) -> str:
     """What the request says that it is called; "" nothing."""
     said = _value(head.headers, b"x-request-id")
-    return said.decode() if said is not None and _REQUEST_ID.fullmatch(said) else ""
+    return said_id(said) if said is not None else ""
+
+
+def said_id(value: bytes) -> str:
+    """X-Request-Id's value, if it is one; "" else."""
+    return value.decode() if _REQUEST_ID.fullmatch(value) else ""
 
 
 def tell_client(head: RequestHead, address: str | None, identity: str) -> None:
@@ -108,11 +128,11 @@ def tell_client(head: RequestHead, address: str | None, identity: str) -> None:
     head.headers = headers
 
 
-def _told(head: RequestHead, info: ConnectionInfo) -> Headers:
+def _told(scheme: bytes, authority: bytes, info: ConnectionInfo) -> Headers:
     """How the client's request came to us; the first of our proxies tells it."""
-    told = [(b"x-forwarded-proto", head.scheme), (b"x-forwarded-port", b"%d" % info.local[1])]
-    if head.authority:
-        told.append((b"x-forwarded-host", head.authority))
+    told = [(b"x-forwarded-proto", scheme), (b"x-forwarded-port", b"%d" % info.local[1])]
+    if authority:
+        told.append((b"x-forwarded-host", authority))
     return told
 
 
@@ -121,7 +141,11 @@ def _continue(head: RequestHead, info: ConnectionInfo, settings: Settings) -> Cl
     peer = info.peer[0]
     headers = [item for item in head.headers if item[0] != _RESERVED]
     address = _client(_chain(headers), peer, settings)
-    headers += [item for item in _told(head, info) if _value(headers, item[0]) is None]
+    headers += [
+        item
+        for item in _told(head.scheme, head.authority, info)
+        if _value(headers, item[0]) is None
+    ]
     _append(headers, b"x-forwarded-for", peer.encode())
     if _value(headers, b"forwarded") is not None:
         _append(headers, b"forwarded", _element(peer, head))

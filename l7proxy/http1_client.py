@@ -7,6 +7,7 @@ It moves bytes between a transport and `ClientCodec`. It never repeats anything:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from l7proxy.http1_codec import ClientCodec
 from l7proxy.http1_link import Link
@@ -21,6 +22,9 @@ from l7proxy.message import (
 )
 from l7proxy.streams import ClientConnection, ClientStream, StreamReset
 from mesh.model.nodeconfig import Settings
+
+if TYPE_CHECKING:
+    from l7proxy.lane import Lane
 
 
 class Http1Client(Link):
@@ -47,12 +51,13 @@ class Http1Client(Link):
         self._last = False  # what it serves
         self._on_change = on_change
         self._stream: _Stream | None = None
+        self._lane: Lane | None = None
         self._streams = 0
         self._closing = False
 
     @property
     def capacity(self) -> int:
-        return 0 if self._stream is not None or self.held or self.closed else 1
+        return 0 if self.active or self.closed else 1
 
     @property
     def closed(self) -> bool:
@@ -60,7 +65,7 @@ class Http1Client(Link):
 
     @property
     def active(self) -> int:
-        return 0 if self._stream is None and not self.held else 1
+        return 0 if self._stream is None and self._lane is None and not self.held else 1
 
     def open(self) -> ClientStream:
         self.answered = False
@@ -72,6 +77,30 @@ class Http1Client(Link):
         self._closing = True
         if not self.active:
             self.close_now()
+
+    # --- requests that go straight on (`lane`) ----------------------------------------------------
+
+    def carry(self, lane: Lane, request: bytes) -> None:
+        """Send a whole request as it is; `lane` gets what comes for it."""
+        self._lane = lane
+        self._streams += 1
+        self.answered = False
+        self.send(request)
+
+    def carried(self, *, reusable: bool) -> None:
+        """The request of `carry` has ended."""
+        self._lane = None
+        self.release(reusable=reusable)
+
+    def take_over(self, head: RequestHead, received: bytes) -> ClientStream:
+        """A stream for the request that was carried, of whose response this has come. ValueError:
+        as `request`."""
+        self._lane = None
+        self.answered = bool(received)
+        self.codec.request(head)
+        self.codec.receive(received)
+        self._stream = _Stream(self, reused=self._streams > 1, sent=True)
+        return self._stream
 
     # --- while it is kept (`ClientStream.keep`) ---------------------------------------------------
 
@@ -117,6 +146,9 @@ class Http1Client(Link):
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
+        if self._lane is not None:
+            self._lane.response(data)
+            return
         if self.held:
             self.codec.receive(data)
             self.hold_input(self.codec.buffer.left)
@@ -133,6 +165,8 @@ class Http1Client(Link):
 
     def eof_received(self) -> bool | None:
         self.eof = True
+        if self._lane is not None:
+            self._lane.backend_ended()
         self.wake()
         if self.held:
             self._tell_keeper()
@@ -145,6 +179,8 @@ class Http1Client(Link):
     def connection_lost(self, exc: Exception | None) -> None:
         self.broken = exc is not None
         super().connection_lost(exc)
+        if self._lane is not None:
+            self._lane.backend_ended()
         if self.held:
             self._tell_keeper()
         self._on_change(self)

@@ -178,7 +178,7 @@ class ServerCodec:
         elif version == b"1.0":
             own.append((b"connection", b"keep-alive"))
         if not any(name == b"date" for name, _ in head.headers):
-            own.append((b"date", _date()))
+            own.append((b"date", date()))
         return encode_head(_STATUS_LINES[head.status], head.headers + own)
 
     def error(self, error: ProtocolError) -> bytes:
@@ -228,7 +228,7 @@ def _framing_fields(body: BodyLength) -> Headers:
 _last_date = (0, b"")
 
 
-def _date() -> bytes:
+def date() -> bytes:
     """The value of Date, made once a second."""
     global _last_date
     now = int(time.time())

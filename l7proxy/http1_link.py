@@ -195,6 +195,13 @@ class Link(asyncio.Protocol):
         if self._redirect is not None:
             self._redirect.sent(sum(map(len, pieces)))
 
+    def send(self, data: bytes) -> None:
+        """The same for one piece."""
+        assert self.transport is not None
+        self.transport.write(data)
+        if self._redirect is not None:
+            self._redirect.sent(len(data))
+
     def write_through(self, data: bytes) -> bool:
         """Hand bytes to the kernel now, all of them, or none (False). Not for TLS."""
         transport = self.transport

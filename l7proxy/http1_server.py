@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from l7proxy.http1_codec import ServerCodec
 from l7proxy.http1_link import Deadline, Link
-from l7proxy.message import Data, EndOfMessage, Headers, ProtocolError, RequestHead, ResponseHead
+from l7proxy.http1_request import Http1Request
+from l7proxy.lane import Lane
+from l7proxy.message import Data, ProtocolError, RequestHead
 from l7proxy.pairing import Pairing
-from l7proxy.streams import ConnectionInfo, Handler, StreamReset
+from l7proxy.streams import ConnectionInfo, Handler
 from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Settings
 
@@ -51,6 +53,7 @@ class Http1Server(Link):
     ) -> None:
         super().__init__(settings.body_timeout_s, info.steered.unread if info.steered else None)
         self.settings = settings
+        self.scheme = scheme
         self.codec = ServerCodec(scheme, settings)
         self.timer = Deadline(self.loop, self._expired)
         self.failure: ProtocolError | None = None
@@ -59,7 +62,7 @@ class Http1Server(Link):
         self._on_refused = on_refused
         self._on_closed = on_closed
         self._task: asyncio.Task[None] | None = None
-        self._stream: _Stream | None = None
+        self._stream: Http1Request | None = None
         self._served = 0
         self._head_started = True  # the first head is due from the connection's start
         self._draining = False
@@ -69,12 +72,18 @@ class Http1Server(Link):
         if self._pairing is not None:
             self._pairing.wake = self.wake
             self._pairing.active = self._note_activity
+        self._lane = info.lane
+        self._resting = False  # nothing of a next request has come
+        self._sent: tuple[RequestHead, Handler] | None = None
+        if self._lane is not None:
+            self._lane.server = self
 
     # --- from the event loop ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.timer.set(self.settings.head_timeout_s)
+        self._resting = True
         self._task = spawn(self._run(), name="http1 connection")
 
     def data_received(self, data: bytes) -> None:
@@ -83,6 +92,8 @@ class Http1Server(Link):
             self._lingering -= len(data)
             if self._lingering < 0:
                 self.wake()
+            return
+        if self._resting and self._lane is not None and self._carry(self._lane, data):
             return
         self.codec.receive(data)
         self.hold_input(self.codec.buffer.left)
@@ -102,6 +113,8 @@ class Http1Server(Link):
         ended = self.eof and exc is None
         super().connection_lost(exc)
         self.timer.close()
+        if self._lane is not None and self._lane.busy:
+            self._lane.client_lost()
         if self._pairing is not None:
             self._pairing.close(ended=ended)
         if self._stream is not None and self._stream.open:
@@ -118,7 +131,10 @@ class Http1Server(Link):
         self._draining = True
         if self._pairing is not None:
             self._pairing.dissolve()
-        if self._stream is None:
+        if self._lane is not None and self._lane.busy:
+            if not self._lane.answering:
+                self._lane.hand_over()
+        elif self._stream is None:
             self._start_grace()
         elif not self._stream.responded:
             self.codec.keep_alive = False
@@ -138,6 +154,8 @@ class Http1Server(Link):
         """The client took too long over a head, over a body, between requests, or to go away."""
         if self._lingering is not None:
             self._lingering = -1
+        elif self._lane is not None and self._lane.busy:
+            self._lane.expired()
         elif self._stream is not None:
             self.failure = ProtocolError(408, "body_timeout", "the request's body did not come")
         elif not self.codec.between_requests:
@@ -154,9 +172,49 @@ class Http1Server(Link):
         self.codec.keep_alive = False
         self._on_refused(error.reason)
 
+    # --- requests that go straight on -------------------------------------------------------------
+
+    def _carry(self, lane: Lane, data: bytes) -> bool:
+        if lane.busy or self.codec.buffer.left or self._sent is not None:
+            return False
+        if self._draining or self.eof or self.gone or self.write_paused:
+            return False
+        if self.failure is not None or (self._pairing is not None and self._pairing.offered):
+            return False
+        return lane.take(data)
+
+    def carrying(self, timeout_s: float | None) -> None:
+        """A request is on its way, and may be for so long."""
+        if timeout_s is None:
+            self.timer.clear()
+        else:
+            self.timer.set(timeout_s)
+
+    def carried(self) -> None:
+        """It was answered."""
+        self._served += 1
+        self._head_started = False
+        self.timer.set(self.settings.idle_timeout_s)
+        if self._draining:
+            self._start_grace()
+        if self.codec.buffer.left or self.eof:
+            self.wake()
+
+    def resume(self, head: RequestHead, handler: Handler) -> None:
+        """It is to be answered by `handler`."""
+        self.timer.clear()
+        self._sent = head, handler
+        self.wake()
+
+    def _check_room(self) -> None:
+        super()._check_room()
+        if self._lane is not None:
+            self._lane.hold(self.write_paused)
+
     # --- requests --------------------------------------------------------------------------------
 
     async def _run(self) -> None:
+        self._resting = False
         try:
             while (head := await self._next_head()) is not None and await self._serve(
                 head, self._handler
@@ -206,8 +264,16 @@ class Http1Server(Link):
 
     async def _next_head(self) -> RequestHead | None:
         """The next request's head; None at the end of the connection."""
-        pairing = self._pairing
+        pairing, lane = self._pairing, self._lane
         while True:
+            if self._sent is not None:
+                (head, handler), self._sent = self._sent, None
+                self.codec.resume(head)
+                if not await self._serve(head, handler):
+                    return None
+            if lane is not None and lane.busy:
+                await self._rest(True)
+                continue
             if pairing is not None and pairing.offered:
                 over = self.eof or self._draining or self.failure is not None
                 if (over or pairing.due or not self.codec.between_requests) and (
@@ -231,7 +297,15 @@ class Http1Server(Link):
                 self._head_started = True
                 self.timer.set(self.settings.head_timeout_s)
             self.hold_input(self.codec.buffer.left)
+            await self._rest(waiting)
+
+    async def _rest(self, resting: bool) -> None:
+        """Wait for input. `resting`: what comes is the beginning of a request."""
+        self._resting = resting
+        try:
             await self.more_input()
+        finally:
+            self._resting = False
 
     async def _serve(self, head: RequestHead, handler: Handler) -> bool:
         """Run a handler; whether the connection goes on."""
@@ -239,7 +313,7 @@ class Http1Server(Link):
         limit = self.settings.max_requests_per_connection
         if self._draining or (limit is not None and self._served >= limit):
             self.codec.keep_alive = False
-        stream = self._stream = _Stream(self, head)
+        stream = self._stream = Http1Request(self, head)
         try:
             await handler(stream, self._info)
         except Exception:
@@ -328,154 +402,3 @@ class Http1Server(Link):
         self.timer.close()
         if self.transport is not None:
             self.transport.close()
-
-
-class _Stream:
-    """One request on the connection (`ServerStream`)."""
-
-    def __init__(self, connection: Http1Server, head: RequestHead) -> None:
-        self.head = head
-        self.trailers: Headers = []
-        self.responded = False
-        self.finished = False
-        self.aborted = False
-        self.tunnel = False
-        self._connection = connection
-        self._continue_due = head.expect_continue
-        self._ended = False
-        self._held = b""  # a response head that waits for its body's first bytes
-        self._last = False  # what is held is all that is left of the response
-
-    @property
-    def open(self) -> bool:
-        return not self.finished and not self.aborted
-
-    async def read(self) -> bytes:
-        connection = self._connection
-        codec = connection.codec
-        while not self._ended:
-            if connection.failure is not None:
-                raise connection.failure
-            try:
-                event = codec.next_event()
-            except ProtocolError as error:
-                connection.fail(error)
-                raise
-            if isinstance(event, Data):
-                self._continue_due = False
-                connection.hold_input(codec.buffer.left)
-                return event.data
-            if isinstance(event, EndOfMessage):
-                self.trailers = event.trailers
-                break
-            if connection.eof:
-                if self.tunnel:
-                    break
-                raise StreamReset("the client closed in mid-request")
-            await self._wait()
-        self._ended = True
-        return b""
-
-    async def _wait(self) -> None:
-        connection = self._connection
-        connection.hold_input(connection.codec.buffer.left)
-        if not self.tunnel:
-            connection.timer.set(connection.settings.body_timeout_s)
-        try:
-            await connection.more_input()
-        finally:
-            if self.open:  # else the timer is the connection's again
-                connection.timer.clear()
-        if connection.failure is not None:
-            connection.fail(connection.failure)
-
-    def inform(self, head: ResponseHead) -> None:
-        connection = self._connection
-        if self.responded or connection.gone:
-            return
-        if head.status == 100:
-            if not self._continue_due:
-                return
-            self._continue_due = False
-        connection.write((connection.codec.informational(head),))
-
-    async def respond(self, head: ResponseHead) -> None:
-        codec = self._connection.codec
-        if self._continue_due:
-            # Whether the client now sends the body or the next request cannot be told apart.
-            codec.keep_alive = False
-        block = codec.response(head)
-        self.responded = True
-        if codec.ends_by_close:
-            self._connection.reset_on_close(True)
-        self.tunnel = head.status == 101 and head.upgrade is not None
-        if self.tunnel:
-            self._ended = False  # the request may have been read to its end; the tunnel begins
-            await self._send((block,))
-        elif self._connection.gone:
-            raise StreamReset("the client is gone")
-        else:
-            # The body's first bytes are most often there already: one system call for both.
-            self._held = block
-            self._connection.loop.call_soon(self._send_held)
-
-    def _send_held(self) -> None:
-        if self._last:
-            return
-        if self._held and not self._connection.gone:
-            self._connection.write((self._held,))
-        self._held = b""
-
-    async def write(self, data: bytes) -> None:
-        codec = self._connection.codec
-        pieces = codec.data(data)
-        if codec.response_complete and self._connection.pairing is not None:
-            # With the last bytes an offer goes to the kernel (`finish`, at once).
-            self._held = b"".join((self._held, *pieces))
-            self._last = True
-            return
-        await self._send(pieces)
-
-    async def finish(self, trailers: Headers) -> None:
-        connection = self._connection
-        if self.tunnel:
-            if connection.tls and connection.transport is not None:
-                connection.transport.close()
-            await connection.half_close()
-        elif ((tail := connection.codec.end(trailers)) or self._held) and (
-            not self._offer(connection.pairing, self._held + tail)
-        ):
-            self._last = False
-            await self._send((tail,))
-        self.finished = True
-
-    def _offer(self, pairing: Pairing | None, last: bytes) -> bool:
-        """Send the response's last bytes, and let the client's next request pass by the proxy;
-        whether they were sent."""
-        connection = self._connection
-        if pairing is None:
-            return False
-        sent = pairing.offer(
-            connection.received, lambda: connection.write_through(last), connection.more_requests
-        )
-        if sent:
-            self._held = b""
-        return sent
-
-    async def _send(self, pieces: Sequence[bytes]) -> None:
-        connection = self._connection
-        if connection.gone:
-            raise StreamReset("the client is gone")
-        if self._held:
-            pieces = (self._held, *pieces)
-            self._held = b""
-        connection.write(pieces)
-        if connection.write_paused:
-            await connection.room()
-            if connection.lost:
-                raise StreamReset("the client is gone")
-
-    def abort(self, why: str) -> None:
-        if self.open:
-            self.aborted = True
-            self._connection.abort()

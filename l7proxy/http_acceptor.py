@@ -18,6 +18,7 @@ from l7proxy.acceptor import Acceptor, Admission, Client, Drainable, count_refus
 from l7proxy.handles import Steered
 from l7proxy.http1_server import Http1Server
 from l7proxy.http2_server import Http2Server
+from l7proxy.lane import Lane
 from l7proxy.pairing import Pairing
 from l7proxy.streams import ConnectionInfo, Handler
 from l7proxy.tls_server import ServerTLS
@@ -41,11 +42,13 @@ class HttpAcceptor(Acceptor):
         context: ssl.SSLContext | None = None,
         identify: Callable[[int], Steered | None] | None = None,
         pairing: Callable[[ConnectionInfo], Pairing | None] = lambda _: None,
+        lane: Callable[[ConnectionInfo], Lane | None] = lambda _: None,
     ) -> None:
         super().__init__(settings=settings, admission=admission, identify=identify)
         self.handler = handler
         self.context = context
         self.pairing = pairing
+        self.lane = lane
 
     def protocol(self, client: Client) -> asyncio.Protocol:
         """For a connection that somebody else has accepted."""
@@ -133,8 +136,9 @@ class _Undecided(asyncio.Protocol):
         scheme = b"https" if self._info.tls else b"http"
         kind = Http2Server if http2 else Http1Server
         info = self._info
-        if not http2 and (pairing := self._port.pairing(info)) is not None:
-            info = dataclasses.replace(info, pairing=pairing)
+        if not http2:
+            info = dataclasses.replace(info, pairing=self._port.pairing(info))
+            info = dataclasses.replace(info, lane=self._port.lane(info))
         connection: Http1Server | Http2Server = kind(
             self._port.handler,
             info,

@@ -12,7 +12,7 @@ import ipaddress
 from l7proxy import forwarding
 from l7proxy.balance import endpoint_id
 from l7proxy.direct import Direct
-from l7proxy.entry import Reply, Selection
+from l7proxy.entry import Reply, Selection, Standing
 from l7proxy.field_rules import Refused
 from l7proxy.forwarding import ClientAddress
 from l7proxy.handles import Destination
@@ -53,6 +53,7 @@ class Mesh:
     gateway = GATEWAY
     client_certificate: SectionKey | None = None
     encryption: Encryption | None = None
+    by_host = False
 
     def __init__(self, direct: Direct, peers: Peers) -> None:
         self._services: dict[SectionKey, _Service] = {}
@@ -86,7 +87,27 @@ class Mesh:
     def arrive(self, head: RequestHead, info: ConnectionInfo, settings: Settings) -> ClientAddress:
         return forwarding.pass_on(head, info)
 
+    def standing(
+        self, info: ConnectionInfo, authority: bytes, settings: Settings
+    ) -> Standing | None:
+        try:
+            return Standing(self._select(info, http2=False), info.peer[0])
+        except Reply:
+            return None
+
     def select(self, head: RequestHead, info: ConnectionInfo, routes: RouteIndex) -> Selection:
+        found = self._select(info, http2=head.version == b"2")
+        if found.match is not None:
+            return found
+        match = routes.match(found.listener, head)
+        if match is not None and match.rule.client_headers:
+            client = self._peers.at(info.peer[0])
+            identity = client.spiffe_id if client is not None else ""
+            forwarding.tell_client(head, info.peer[0], identity)
+        return found._replace(match=match)
+
+    def _select(self, info: ConnectionInfo, *, http2: bool) -> Selection:
+        """What is known before the request is."""
         steered = info.steered
         if steered is None:
             raise Reply(421, "unknown_origin", "no workload was steered here")
@@ -96,7 +117,7 @@ class Mesh:
             if pod is None:
                 # A Service once: connections from here are not steered, nothing would judge them.
                 raise Reply(503, "no_service", "no Service or pod has this address any more")
-            match = self._direct.to(steered.asked, pod.name, http2=head.version == b"2")
+            match = self._direct.to(steered.asked, pod.name, http2=http2)
             return Selection("", match, steered.asked)
         client = self._peers.at(info.peer[0])
         listener = service.listener
@@ -106,11 +127,7 @@ class Mesh:
             backend = steered.backend
             prefer = endpoint_id(Endpoint(*backend)) if backend is not None else None
             return Selection(service.id, service.own, steered.asked, prefer, service.label)
-        match_ = routes.match(listener, head)
-        if match_ is not None and match_.rule.client_headers:
-            identity = client.spiffe_id if client is not None else ""
-            forwarding.tell_client(head, info.peer[0], identity)
-        return Selection(listener, match_, steered.asked, service=service.label)
+        return Selection(listener, None, steered.asked, service=service.label)
 
 
 def _canonical(address: str, where: str) -> str:

@@ -51,12 +51,16 @@ class RequestHead:
     @property
     def host(self) -> bytes:
         """The authority without its port; IPv6 literals keep their brackets."""
-        host, colon, port = self.authority.rpartition(b":")
-        return host if colon and (port.isdigit() or not port) else self.authority
+        return host_of(self.authority)
 
     @property
     def target(self) -> bytes:
         return self.path if self.query is None else self.path + b"?" + self.query
+
+
+def host_of(authority: bytes) -> bytes:
+    host, colon, port = authority.rpartition(b":")
+    return host if colon and (port.isdigit() or not port) else authority
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from prometheus_client.mmap_dict import _INITIAL_MMAP_SIZE, MmapedDict, mmap_key
 
 _log = logging.getLogger("weft.metrics")
 
-_pack = struct.Struct("dd").pack
+_pack_into = struct.Struct("dd").pack_into
 # Between two tries to find room again, in seconds.
 _RETRY_S = 1.0
 
@@ -48,7 +48,7 @@ class AllocatedDict(MmapedDict):
             if time.monotonic() < self._retry_at or not self._placed(key):
                 return
             position = self._positions[key]
-        self._m[position : position + 16] = _pack(value, timestamp)
+        _pack_into(self._m, position, value, timestamp)
 
     def _placed(self, key: str) -> bool:
         """Make the file, and give `key` a place in it; whether there is room."""

@@ -7,12 +7,14 @@ import asyncio
 
 from l7proxy import metrics
 from l7proxy.guard import Guard
+from l7proxy.lease import NotAllowed
 from l7proxy.message import Framing, ProtocolError, RequestHead
 from l7proxy.peers import Caller
+from l7proxy.pool import UpstreamError
 from l7proxy.request_body import MirrorFeed, RequestBody
 from l7proxy.streams import ClientStream, StreamReset
 from l7proxy.tasks import spawn
-from l7proxy.upstream import Clusters, NotAllowed, UpstreamError
+from l7proxy.upstream import Clusters
 from mesh.model.nodeconfig import CertificateSection
 from mesh.model.section import SectionKey
 

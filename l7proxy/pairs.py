@@ -157,9 +157,9 @@ class Pairs:
         endpoint: Endpoint,
         asked: tuple[HttpRules, HttpRules],
     ) -> Series:
-        always = self._policies.sources(asker, endpoint.address, endpoint.port)
+        always = self._policies.unasked(asker, endpoint.address, endpoint.port)
         egress, ingress = (
-            (one, *(rule.source for rule in rules))
+            (one or "", *(rule.source for rule in rules))
             for one, rules in zip(always, asked, strict=True)
         )
         return msgspec.structs.replace(series, egress=egress, ingress=ingress)

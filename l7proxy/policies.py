@@ -65,7 +65,7 @@ class Policies:
         self._at: dict[str, _Pod] = {}
         self._cidrs: dict[SectionKey, CidrSection] = {}
         # By family and length of the prefix: what begins with it.
-        self._ranges: dict[tuple[int, int], dict[int, int]] = {}
+        self._ranges: dict[tuple[int, int], dict[int, CidrSection]] = {}
         self._known: dict[str, int] = {}
         # Called after every delta.
         self.watchers: set[Callable[[], None]] = set()
@@ -84,11 +84,11 @@ class Policies:
             version, length, prefix = _range(section.cidr)
             self.remove(key)
             self._cidrs[key] = section
-            self._ranges.setdefault((version, length), {})[prefix] = section.identity
+            self._ranges.setdefault((version, length), {})[prefix] = section
             return
         try:
             self._put_pod(key, section)
-        except Refused:
+        except Exception:
             self._put_pod(key, _closed(section))
             raise
 
@@ -141,16 +141,20 @@ class Policies:
             return int(Reserved.HOST if own else Reserved.REMOTE_NODE)
         return found.identity if found is not None else int(Reserved.WORLD)
 
-    def _longest(self, address: Address, at_most: int) -> _Range | None:
-        """The range that an address lies in, of those that are no longer than `at_most`."""
+    def _longest(
+        self, address: Address, at_most: int, *, everywhere: bool = False
+    ) -> _Range | None:
+        """The range that an address lies in, of those that are no longer than `at_most`;
+        `everywhere`: of those that policies about pods of other nodes name, too."""
         number, bits = int(address), address.max_prefixlen
         lengths = (length for version, length in self._ranges if version == address.version)
         for length in sorted(lengths, reverse=True):
             if length <= at_most:
                 prefix = number >> (bits - length) << (bits - length)
-                identity = self._ranges[address.version, length].get(prefix)
-                if identity is not None:
-                    return _Range(f"{type(address)(prefix)}/{length}", length, identity)
+                found = self._ranges[address.version, length].get(prefix)
+                if found is not None and (found.here or everywhere):
+                    text = f"{type(address)(prefix)}/{length}"
+                    return _Range(text, length, found.identity)
         return None
 
     def client_of(self, peer: str, said: str) -> str:
@@ -172,7 +176,7 @@ class Policies:
         if self._peers.at(address) is not None:
             return address
         parsed = ipaddress.ip_address(address)
-        found = self._longest(parsed, parsed.max_prefixlen)
+        found = self._longest(parsed, parsed.max_prefixlen, everywhere=True)
         return found.text if found is not None else ""
 
     def _told(self, text: str) -> int:
@@ -288,19 +292,20 @@ class Policies:
             second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
 
-    def sources(self, asker: Asker, address: str, port: int) -> tuple[str, str]:
-        """The client's rule, and that of the pod it goes to, that lets all requests pass; "": there
-        is none, or only some pass."""
+    def unasked(self, asker: Asker, address: str, port: int) -> tuple[str | None, str | None]:
+        """Where `for_kernel` asks for nothing: the rules that let all requests pass, as
+        `Rules.unasked`."""
         address = plain(address)
+        first: str | None = ""
+        second: str | None = ""
         if not self._pods or asker.address == address:
-            return "", ""
-        first = second = ""
+            return first, second
         if asker.egress is not None:
             identities, proved = (self.identity(address),), self._proved(asker, address, port)
-            first = asker.egress.source(identities, port, authenticated=proved)
+            first = asker.egress.unasked(identities, port, authenticated=proved)
         if (pod := self._at.get(address)) is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
-            second = pod.ingress.source(asker.identities, port, authenticated=proved)
+            second = pod.ingress.unasked(asker.identities, port, authenticated=proved)
         return first, second
 
     def _proved(self, asker: Asker, address: str, port: int) -> bool:

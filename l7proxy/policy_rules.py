@@ -131,9 +131,13 @@ class Rules:
         )
         return None if mends else ()
 
-    def source(self, identities: Identities, port: int, *, authenticated: bool = False) -> str:
-        """Of the rule that lets all requests pass; "": there is none."""
-        return self._relevant(identities, "TCP", port, authenticated).allow or ""
+    def unasked(
+        self, identities: Identities, port: int, *, authenticated: bool = False
+    ) -> str | None:
+        """The rule that lets all requests pass, "" where none has to; None: that is said of each
+        request by itself."""
+        relevant = self._relevant(identities, "TCP", port, authenticated)
+        return relevant.allow if relevant.allow is not None or relevant.http else ""
 
     @property
     def _closed(self) -> bool:

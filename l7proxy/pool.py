@@ -123,14 +123,22 @@ class Pool:
 
     def take(self, client: str) -> ClientStream | None:
         """A stream on a kept connection, if one has room and `client` may have it."""
+        connection = self.lend(client)
+        if connection is None:
+            return None
+        stream = connection.open()
+        if connection.capacity > 0:
+            self._ready[connection] = _BUSY
+        return stream
+
+    def lend(self, client: str) -> ClientConnection | None:
+        """The same before a stream is opened; one must be, or what stands for it, at once."""
         while self._ready and self._may_take(client):
             connection, _ = self._ready.popitem()
             if connection.capacity > 0:
                 if not self._connections[connection].poll(0):
-                    stream = self._open(connection, client)
-                    if connection.capacity > 0:
-                        self._ready[connection] = _BUSY
-                    return stream
+                    self._hold(connection, client)
+                    return connection
                 # Closed by the endpoint, which the event loop is yet to find out.
                 connection.close()
         return None
@@ -177,11 +185,10 @@ class Pool:
     def _may_take(self, client: str) -> bool:
         return self._shared or self._shares.may_take(client)
 
-    def _open(self, connection: ClientConnection, client: str) -> ClientStream:
+    def _hold(self, connection: ClientConnection, client: str) -> None:
         if not self._shared:
             self._held[connection] = client
             self._shares.take(client)
-        return connection.open()
 
     def _connect_more(self) -> None:
         """As many connects as requests wait that may have one; one at a time where a connection
@@ -231,24 +238,28 @@ class Pool:
             self._serve(connection, used=True)
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
-        if not connection.active:
+        active = connection.active
+        if not active:
             if (holder := self._held.pop(connection, None)) is not None:
                 self._shares.give(holder)
             if self._retired:
                 connection.close()
         if connection.closed:
             self._ready.pop(connection, None)
-            if not connection.active:
+            if not active:
                 self._connections.pop(connection, None)
                 self._connect_more()
                 self._check_empty()
             return
         if self._retired:
             return
-        while connection.capacity > 0 and (waiting := self._line.next(self._may_take)):
+        while (
+            self._line and connection.capacity > 0 and (waiting := self._line.next(self._may_take))
+        ):
             client, waiter = waiting
             if not waiter.done():
-                waiter.set_result((self._open(connection, client), used))
+                self._hold(connection, client)
+                waiter.set_result((connection.open(), used))
                 used = True
         if connection.capacity > 0:
             # Moves to the end: used last, used first.

@@ -13,19 +13,20 @@ import logging
 import os
 import socket
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from l7proxy import forwarding, metrics
 from l7proxy.acceptor import Acceptor, Admission
 from l7proxy.accesslog import AccessLog
 from l7proxy.credentials import Credentials
-from l7proxy.dial import bound_unread, keep_alive
 from l7proxy.direct import Direct
 from l7proxy.entry import GatewayPort
 from l7proxy.exchange import Exchanges
 from l7proxy.flows import FlowLog
 from l7proxy.handles import Handles, Kernel
 from l7proxy.http_acceptor import HttpAcceptor
+from l7proxy.lanes import Lanes
+from l7proxy.listening import Bind, Listening
 from l7proxy.mesh import Mesh
 from l7proxy.pairs import Pairs
 from l7proxy.peers import Peers
@@ -57,12 +58,8 @@ from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SectionKey
 
 _log = logging.getLogger("weft.proxy")
-Bind: TypeAlias = tuple[str, int]
 
 _NOTHING = ClusterStats()
-
-# How long nothing is accepted once descriptors or memory have run out, in seconds.
-_PAUSE_S = 0.5
 
 # What others build on comes first.
 _ORDER: dict[type, int] = {
@@ -98,7 +95,6 @@ class _State:
     certificates: dict[SectionKey, CertificateSection] = field(default_factory=dict)
     served: dict[Bind, _Served] = field(default_factory=dict)
     mesh: dict[Bind, Acceptor] = field(default_factory=dict)
-    bound: dict[Bind, socket.socket] = field(default_factory=dict)
     keys: dict[SectionKey, Section] = field(default_factory=dict)
     refused: dict[SectionKey, str] = field(default_factory=dict)
 
@@ -107,8 +103,8 @@ class Proxy:
     """The data plane of one worker."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, log: AccessLog, flows: FlowLog) -> None:
-        self._loop = loop
         self._state = _State()
+        self._listening = Listening(loop, self._acceptor_at)
         self._routes = RouteIndex()
         self._kernel = Kernel()
         self._credentials = Credentials()
@@ -136,10 +132,11 @@ class Proxy:
             self._policies,
             self._pairs,
         )
+        self._lanes = Lanes(self._exchanges, self._peers)
+        self._exchanges.lane = self._lanes.lane
         self._direct = Direct(self._clusters)
         self._mesh = Mesh(self._direct, self._peers)
         self._reported: dict[str, ClusterStats] = {}
-        self._draining = False
 
     # --- configuration ------------------------------------------------------------------------
 
@@ -169,6 +166,8 @@ class Proxy:
             except Exception as error:  # of this section; the others must not wait for its mending
                 _log.exception("section %s cannot be put in force", key)
                 state.refused[key] = f"a fault of the proxy's, its log has it: {error!r}"
+                if isinstance(section, PolicySection):
+                    state.keys[key] = section
             else:
                 state.refused.pop(key, None)
                 state.keys[key] = section
@@ -187,6 +186,7 @@ class Proxy:
         self._peers.told()
         self.tunnels.changed((*delta.put, *gone))
         self._pairs.changed()
+        self._lanes.changed(state.settings)
         self._exchanges.version = delta.version
         return dict(state.refused)
 
@@ -276,7 +276,7 @@ class Proxy:
         if before is None:
             port = GatewayPort(section)
             state.served[bind] = _Served(port, self._acceptor(port, tls))
-            self._start_accepting(bind)
+            self._listening.start(bind)
             return
         was = before.port.section
         before.port.replace(section)
@@ -293,7 +293,7 @@ class Proxy:
         self._state.mesh[bind] = self._mesh_acceptor(section.kind)
         if before is not None:
             before.drain()
-        self._start_accepting(bind)
+        self._listening.start(bind)
         self._tell_own_addresses()
 
     def _tell_own_addresses(self) -> None:
@@ -328,11 +328,12 @@ class Proxy:
             admission=self._admission,
             identify=self._kernel.steered,
             pairing=self._pairs.pairing,
+            lane=functools.partial(self._exchanges.lane, self._mesh),
         )
 
     def _retire(self, acceptor: Acceptor, bind: Bind) -> None:
         acceptor.drain()
-        self._stop_accepting(bind)
+        self._listening.stop(bind)
 
     def _acceptor(self, port: GatewayPort, tls: ServerTLS | None) -> HttpAcceptor:
         return HttpAcceptor(
@@ -340,6 +341,7 @@ class Proxy:
             settings=lambda: self._state.settings,
             admission=self._admission,
             context=tls.context if tls is not None else None,
+            lane=functools.partial(self._exchanges.lane, port),
         )
 
     def _reload_tls(self, bind: Bind) -> None:
@@ -358,28 +360,17 @@ class Proxy:
 
     def listen(self, bind: Bind, sock: socket.socket) -> None:
         """Take over a listening socket; a second one for the same port replaces the first."""
-        self.unlisten(bind)
-        if self._draining:
-            sock.close()
-            return
-        sock.setblocking(False)
-        # Accepted connections inherit it; the proxy may have nothing to send for long.
-        keep_alive(sock)
-        bound_unread(sock)
-        self._state.bound[bind] = sock
-        self._start_accepting(bind)
+        self._listening.put(bind, sock)
 
     def unlisten(self, bind: Bind) -> None:
-        self._stop_accepting(bind)
-        if sock := self._state.bound.pop(bind, None):
-            sock.close()
+        self._listening.drop(bind)
 
     def use(self, handles: Handles) -> None:
         """Ask the kernel through these from now on. Connections of workloads wait for the first
         ones in their listening queues."""
         self._kernel.handles = handles
         for bind in self._state.mesh:
-            self._start_accepting(bind)
+            self._listening.start(bind)
 
     def _acceptor_at(self, bind: Bind) -> Acceptor | None:
         """Who takes the connections of a port now."""
@@ -387,25 +378,6 @@ class Proxy:
         if served is not None:
             return served.acceptor
         return self._state.mesh.get(bind) if self._kernel.handles is not None else None
-
-    def _start_accepting(self, bind: Bind) -> None:
-        if (sock := self._state.bound.get(bind)) and self._acceptor_at(bind) is not None:
-            self._loop.add_reader(sock.fileno(), self._accept, bind)
-
-    def _stop_accepting(self, bind: Bind) -> None:
-        if sock := self._state.bound.get(bind):
-            self._loop.remove_reader(sock.fileno())
-
-    def _accept(self, bind: Bind) -> None:
-        acceptor = self._acceptor_at(bind)
-        assert acceptor is not None
-        try:
-            acceptor.accept(self._state.bound[bind])
-        except OSError as error:
-            _log.error("nothing is accepted on %s port %d for a moment: %s", *bind, error)
-            metrics.REFUSED.labels("accept_failed").inc()
-            self._stop_accepting(bind)
-            self._loop.call_later(_PAUSE_S, self._start_accepting, bind)
 
     # --- metrics ------------------------------------------------------------------------------
 
@@ -428,9 +400,7 @@ class Proxy:
     async def drain(self, deadline_s: float | None) -> int:
         """Accept nothing new, let requests finish; returns how many connections the deadline (the
         settings' by default) cut off."""
-        self._draining = True
-        for bind in tuple(self._state.bound):
-            self.unlisten(bind)
+        self._listening.close()
         for served in self._state.served.values():
             served.acceptor.drain()
         for acceptor in self._state.mesh.values():

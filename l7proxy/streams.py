@@ -16,6 +16,7 @@ from l7proxy.handles import Steered
 from l7proxy.message import Headers, RequestHead, ResponseHead
 
 if TYPE_CHECKING:
+    from l7proxy.lane import Lane
     from l7proxy.pairing import Pairing
 
 
@@ -148,7 +149,7 @@ class ClientConnection(Protocol):
 class ConnectionInfo:
     """What is known of a client's connection. Addresses are (address, port), IPv4-mapped IPv6
     addresses as IPv4. `steered`: a workload's that the kernel sent here; `pairing`: its requests
-    may pass by the proxy."""
+    may pass by the proxy; `lane`: they may go straight on."""
 
     peer: tuple[str, int]
     local: tuple[str, int]
@@ -157,6 +158,7 @@ class ConnectionInfo:
     tls_version: str | None = None
     steered: Steered | None = None
     pairing: Pairing | None = None
+    lane: Lane | None = None
 
 
 # Serves one request to its end; never raises (CancelledError aside).

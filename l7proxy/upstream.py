@@ -17,10 +17,10 @@ from l7proxy.balance import Allows, Balancer, Choice, Member, PoolKey
 from l7proxy.connect import connect_through, connect_to
 from l7proxy.fair import Shares
 from l7proxy.handles import Kernel
+from l7proxy.lease import Lease, NoEndpoints, NotAllowed, Overflow, TLSBroken
 from l7proxy.peers import Caller, Direct, NoWay, Tunnelled
-from l7proxy.pool import DENIED_THERE, ConnectFailed, Pool, Retired
-from l7proxy.pool import UpstreamError as UpstreamError
-from l7proxy.streams import ClientConnection, ClientStream
+from l7proxy.pool import DENIED_THERE, ConnectFailed, Pool, Retired, UpstreamError
+from l7proxy.streams import ClientConnection
 from l7proxy.tls_client import ClientTLS, TLSRefused
 from l7proxy.tunnel import Digger
 from mesh.model.nodeconfig import CertificateSection, ClusterSection, Endpoint, Settings
@@ -31,38 +31,10 @@ _CONNECT_TIMEOUTS = 3
 # Client certificates whose TLS contexts a cluster keeps.
 _MAX_IDENTITIES = 8
 _NOBODY = Caller()
+
+
 # Gateway errors speak of the endpoint's health; a 500 may be the request's fault.
 _GATEWAY_ERRORS = frozenset((502, 503, 504))
-
-
-class NoEndpoints(UpstreamError):
-    def __init__(self, why: str) -> None:
-        super().__init__("no_endpoints", why)
-
-
-class Overflow(UpstreamError):
-    def __init__(self, limit: int) -> None:
-        super().__init__(
-            "max_pending",
-            f"too many requests already wait for a connection: {limit} at most, and of one client "
-            "no more than there is room for beside them",
-        )
-
-
-class NotAllowed(UpstreamError):
-    """There are endpoints, and policy lets the request go to none of them."""
-
-    status = 403
-
-    def __init__(self) -> None:
-        super().__init__("policy_denied", "access denied")
-
-
-class TLSBroken(UpstreamError):
-    status = 502
-
-    def __init__(self, why: str) -> None:
-        super().__init__("tls_broken", why)
 
 
 class ClusterStats(NamedTuple):
@@ -76,73 +48,6 @@ class ClusterStats(NamedTuple):
 
     def plus(self, other: ClusterStats) -> ClusterStats:
         return ClusterStats(*map(sum, zip(self, other, strict=True)))
-
-
-class Lease:
-    """A stream to an endpoint, for one request. `reused`: its connection served others before;
-    `way`: how it was made."""
-
-    __slots__ = ("_cluster", "_held", "_member", "_pool", "reused", "stream", "way")
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        member: Member,
-        pool: Pool,
-        stream: ClientStream,
-        way: Direct | Tunnelled,
-        *,
-        reused: bool,
-    ) -> None:
-        self.stream = stream
-        self.way = way
-        self.reused = reused
-        self._cluster = cluster
-        self._member = member
-        self._pool = pool
-        self._held = True
-
-    @property
-    def endpoint_id(self) -> str:
-        return self._member.id
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return self._member.endpoint
-
-    @property
-    def endpoints(self) -> int:
-        """How many there are to choose from."""
-        return self._cluster.endpoints
-
-    def again(self, stream: ClientStream) -> Lease:
-        """For a further stream of its connection."""
-        self._member.load += 1
-        way = self.way
-        return Lease(self._cluster, self._member, self._pool, stream, way, reused=True)
-
-    def succeeded(self, status: int) -> None:
-        """The endpoint answered: 502, 503 and 504 count toward its ejection."""
-        if status in _GATEWAY_ERRORS:
-            self._cluster.count_failure(self._member)
-        else:
-            self._member.failures = 0
-
-    def failed(self, kind: str) -> None:
-        """The endpoint did not answer as it should: "reset", "timeout", "protocol"."""
-        if kind == "reset" and self.reused:
-            # Most likely the endpoint closed idle connections, and the others are gone as well.
-            self._pool.close_idle()
-            if not self._cluster.http2:
-                return
-        self._cluster.count_failure(self._member)
-
-    def release(self) -> None:
-        """The request is done with the endpoint. Idempotent; the connection is kept by itself once
-        the stream has ended."""
-        if self._held:
-            self._held = False
-            self._member.load -= 1
 
 
 class Clusters:
@@ -269,6 +174,13 @@ class Cluster:
             ejected=len(self._balancer.ejected),
         )
 
+    def count_answer(self, member: Member, status: int) -> None:
+        """It has answered: 502, 503 and 504 count toward its ejection."""
+        if status in _GATEWAY_ERRORS:
+            self.count_failure(member)
+        else:
+            member.failures = 0
+
     def count_failure(self, member: Member) -> None:
         self._balancer.failed(member, self._loop.time(), self._settings())
 
@@ -351,6 +263,13 @@ class Cluster:
             self._pending.give(caller.client)
         raise failure
 
+    def any_endpoint(self) -> Endpoint | None:
+        return next((one.endpoint for one in self._balancer.members.values()), None)
+
+    def choose(self, prefer: str | None) -> Member | None:
+        """An endpoint for a request, as `acquire` begins; None: there is none."""
+        return self._balancer.pick(self._loop.time(), self._settings(), prefer=prefer)
+
     def _pool(
         self,
         member: Member,
@@ -358,7 +277,7 @@ class Cluster:
         way: Direct | Tunnelled,
         certificate: CertificateSection | None,
     ) -> Pool:
-        key = certificate if isinstance(way, Direct) else (way.source, certificate)
+        key = pool_key(way, certificate)
         return member.pools.get(key) or self._new_pool(member, key, caller, certificate)
 
     # --- connecting -------------------------------------------------------------------------------
@@ -425,6 +344,11 @@ class Cluster:
                 self._tls = {None: self._tls[None]}  # certificates rotate
             self._tls[certificate] = tls
         return tls
+
+
+def pool_key(way: Direct | Tunnelled, certificate: CertificateSection | None) -> PoolKey:
+    """Under which name a member has the connections that are made so."""
+    return certificate if isinstance(way, Direct) else (way.source, certificate)
 
 
 def _retire(member: Member) -> None:

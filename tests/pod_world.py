@@ -250,6 +250,7 @@ def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
             with world.inside("node"):
                 cni.add(name, str(names[name]), "eth0", config)
                 stack.callback(_delete, world, name, config)
+        world.enforce({})
         # Links that have just come up lose packets (their queues come a moment later).
         for name, at in (*PODS.items(), ("node", LINK)):
             for address in at.values():

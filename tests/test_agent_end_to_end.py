@@ -146,8 +146,11 @@ async def test_changes_and_the_death_of_the_agent_go_unnoticed(tmp_path, manifes
         os.kill(before["agent"]["pid"], signal.SIGKILL)
         for client in clients:
             await client.more()
+        (manifests / "r1.yaml").write_text("[")
         (manifests / "r0.yaml").unlink()
         await await_status("/r0", prober, 200)
+        # What is broken meanwhile stays in force.
+        assert await prober.ask("/r1") == 500
         after = await asyncio.to_thread(instance.await_status, is_healthy)
         assert after["agent"] != before["agent"]
         assert after["workers"] != []
@@ -207,6 +210,11 @@ async def test_a_full_disk_under_the_run_directory_stops_nothing(tmp_path, manif
             async with busy(port, 8):
                 pass
             assert pids(instance.ask("/status")) == pids(status)
+            prober = Client()
+            await prober.connect(port)
+            (manifests / "more.yaml").write_text(route("more", path="/more", service="none"))
+            await await_status("/more", prober, 500)
+            prober.close()
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -54,8 +54,8 @@ def by_kind(kind):
     return found["spec"]["template"]["spec"]
 
 
-# What a kubelet mounts. $1: the service account's files, $2: a copy of /etc. The checkout stays where
-# it is, also where one of the empty directories is mounted above it.
+# What a kubelet mounts. $1: the service account's files, $2: a copy of /etc. The checkout stays
+# where it is, also where one of the empty directories is mounted above it.
 _MOUNTS = """
 set -e
 mount --make-rprivate /
@@ -135,11 +135,11 @@ class Deployed:
                 await asyncio.sleep(0.05)
 
     def end(self):
-        """By two signals, so that connections are not waited for."""
-        for _ in range(2):
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-        self.process.wait(WAIT_S)
+        """By more than one signal, so that nothing is waited for."""
+        while self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.3)
 
 
 async def _get(port, path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bpf import maps, pins, syscall
+from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
 from bpf.structs import Address, Number
@@ -55,6 +57,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Filter]:
     with pin_directory(tmp_path_factory.mktemp("filter")) as pin:
         done = loader("--pin", pin)
         assert done.returncode == 0, done.stderr
+        with contextlib.closing(Enforcement(pin, None)) as enforcement:
+            enforcement.replace({})
         yield Filter(pin)
 
 

@@ -143,6 +143,7 @@ def _report(server):
 
 
 async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
+    """Nor while something else answers in its place; the agent lives on."""
     kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
     port = free_port()
     async with backend() as target:
@@ -156,8 +157,12 @@ async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
                 await asyncio.to_thread(weft.await_line, "cannot report to the cluster")
                 for client in clients:
                     await client.more()
+                agent = (await asyncio.to_thread(weft.ask, "/status"))["agent"]
+                server.faults.garbage = {"": b'{"kind": "Status"'}
                 server.faults.away = False
                 await server.listen()
+                await asyncio.to_thread(weft.await_line, "not JSON")
+                server.faults.garbage = {}
                 create(server, route("late", path="/late", service="nothing"))
                 other = Client()
                 await other.connect(port)
@@ -167,6 +172,7 @@ async def test_nothing_drops_while_the_server_is_away(server, tmp_path):
                 other.close()
                 for client in clients:
                     await client.more()
+                assert (await asyncio.to_thread(weft.ask, "/status"))["agent"] == agent
             await asyncio.to_thread(weft.stop)
 
 

@@ -20,6 +20,7 @@ from lab_world import needs_root
 from pyroute2 import IPRoute
 
 from bpf import attach, pins, podfilter, syscall
+from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap, counters
 from bpf.reasons import Reason
 from bpf.structs import Address, Addresses, Number
@@ -245,22 +246,26 @@ def test_a_new_program_takes_the_place_of_the_old_one(pod: str, config: cni.CniC
 
 
 @needs_bpf
-def test_a_pod_that_was_there_before_the_filter_gets_it(pod: str, tmp_path: Path) -> None:
+def test_no_pod_is_there_before_the_filter(pod: str, tmp_path: Path) -> None:
     with pin_directory(tmp_path) as directory:
         config = cni.CniConfig(
             addresses=ADDRESSES,
             node_addresses=("10.8.0.1", "fd08::1"),
             datapath=cni.CniDatapath(pins=directory, records=tmp_path / "pods"),
         )
-        cni.add(ID, pod, "eth0", config)
-        # Guarded by routing until then.
-        cni.check(ID, pod, "eth0", config)
 
         def load() -> None:
             assert loader("--pin", directory).returncode == 0
             assert podfilter.renew(directory, tmp_path / "pods") == []
 
+        before = state(msgspec.structs.replace(config, datapath=None))
+        with pytest.raises(cni.NotYet, match="programs that enforce policy are not loaded"):
+            cni.add(ID, pod, "eth0", config)
+        assert state(msgspec.structs.replace(config, datapath=None)) == before
+        assert list((tmp_path / "pods").iterdir()) == []
         load()
+        # It is tried again.
+        cni.add(ID, pod, "eth0", config)
         cni.check(ID, pod, "eth0", config)
         host = cni.host_interface(ID, "eth0")
         links = {f"{host}_{name}" for name in ("pod_egress", "pod_ingress")}
@@ -317,6 +322,10 @@ def test_nothing_leaves_a_pod_from_the_address_of_another(
     if config.datapath is None and family == 1:
         pytest.skip("routing rules guard what is forwarded, not the node itself")
     cni.add(ID, pod, "eth0", config)
+    if config.datapath is not None:
+        # Until it is told who is who, nothing passes.
+        with contextlib.closing(Enforcement(config.datapath.pins, None)) as enforcement:
+            enforcement.replace({})
     foreign = ("10.9.0.3", "fd09::3")[family]
     kind = (socket.AF_INET, socket.AF_INET6)[family]
     with socket.socket(kind, socket.SOCK_DGRAM) as node:

@@ -16,7 +16,8 @@ import pytest
 from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
 
-from bpf import maps
+from bpf import maps, syscall
+from bpf.attach import opened
 from bpf.reasons import Reason
 from mesh.lab.cgroups import cgroup_root, members
 from mesh.lab.state import LabDir
@@ -170,6 +171,12 @@ def end_weft(lab: Lab, patch: str = "") -> None:
     os.close(pidfd)
 
 
+def program_of(link: Path) -> int:
+    """The id of the program of a pinned filter."""
+    with opened(syscall.pinned(str(link))) as fd:
+        return syscall.tcx_link(fd).program
+
+
 def since_the_first(said: list[str]) -> list[str]:
     """What was said from the first answer on."""
     start = next((index for index, one in enumerate(said) if one != "refused"), 0)
@@ -191,12 +198,16 @@ def test_requests_through_the_gateway_while_weft_starts_anew(lab: Lab, patch: st
 
 def test_a_pod_that_could_not_be_filtered_is_tried_again(lab: Lab) -> None:
     files = LabDir(lab.run_dir, lab.name).weft("a")
-    record = next(files.pods.glob("*.json"))
+    record, another = files.pods.glob("*.json")
     [link] = [
         one for one in (files.pins / "links").iterdir() if one.name == f"{record.stem}_pod_egress"
     ]
-    link.unlink()
-    link.mkdir()  # in its place
+    # Nor can connections be steered: another pod is filtered by the new programs all the same.
+    steering, other = link.with_name("connect4"), link.with_name(f"{another.stem}_pod_ingress")
+    before = program_of(other)
+    for one in (link, steering):
+        one.unlink()
+        one.mkdir()  # in its place
     end_weft(lab)
 
     def degraded() -> list[str]:
@@ -204,6 +215,9 @@ def test_a_pod_that_could_not_be_filtered_is_tried_again(lab: Lab) -> None:
         return list(found.get("degraded", ["not there"]))
 
     until(lambda: any(f"attach the filter to {record.stem}" in text for text in degraded()))
+    assert any("connect4" in text for text in degraded())
+    assert program_of(other) != before
+    steering.rmdir()
     link.rmdir()
     until(lambda: degraded() == [])
     assert link.is_file()
@@ -250,19 +264,18 @@ def test_a_data_path_that_comes_late(tmp_path: Path) -> None:
         environment.setenv("PYTHONPATH", str(bcc.parent))
         done = lab.up()
         environment.undo()
-        assert done.returncode == 0, done.stderr
+        # The node serves, and runs no pod whose policy it could not enforce.
+        assert done.returncode == 1
         assert "! node a is not steered: no: programs: " in done.stderr
-        status = lab.weft("status")
-        assert status.returncode == 1
-        assert "! node a is not steered: no: programs: " in status.stdout
+        assert "! default/web is not ready (Pending: " in done.stderr
         assert "steered:    no: programs: " in lab.node("a", "status").stdout
+        records = lab.run_dir / lab.name / "nodes" / "a.weft" / "pods"
+        assert list(records.iterdir()) == []
         bcc.unlink()
         until(lambda: lab.weft("status").returncode == 0)
-        # Pods that were there before are steered and filtered.
         with asking(lab, "idle", VIP) as said:
             until(lambda: counters(lab)["REDIRECTED"] > 0)
         assert sorted(set(said)) == ["ok"]
         assert counters(lab)["FILTER_FROM_POD"] > 0
         assert lab.weft("stop", "idle").returncode == 0
-        records = lab.run_dir / lab.name / "nodes" / "a.weft" / "pods"
         assert len(list(records.iterdir())) == 1

@@ -56,6 +56,7 @@ def kinds(chance: random.Random) -> Kind:
             Kind("GET", "/parts", 200, size),
             *[Kind("GET", "/body", 200, chance.choice(_SIZES[1:5]))] * 2,
             Kind("GET", "/late", 200, min(size, 5_000)),
+            Kind("GET", "/drips", 200, 1_500),
             Kind("HEAD", "/size", 200, size),
             Kind("PUT", "/echo", 200, size),
             Kind("POST", "/echo", 200, size),
@@ -135,6 +136,12 @@ class Backend:
                 writer.write(whole[: -len(body)])
                 await asyncio.sleep(0)
                 writer.write(body)
+            case "drips":
+                for at in range(len(whole) - len(body), len(whole)):
+                    writer.write(
+                        whole[at : at + 1] if at > len(whole) - len(body) else whole[: at + 1]
+                    )
+                    await asyncio.sleep(0)
             case "late":
                 await asyncio.sleep(0.003)
                 writer.write(whole)
@@ -256,6 +263,7 @@ PATHS = [
     "chunked",
     "parts",
     "late",
+    "drips",
     "echo",
     "nothing",
     "same",

@@ -11,7 +11,10 @@ import pytest
 from bpf_world import needs_bpf
 from pod_policies import KNOWN, VERSIONS, allow, only, policy
 from pod_world import OUT, B, PodWorld, arrived, checksum, pod_world
+from pyroute2.nftables.expressions import genex
+from pyroute2.nftables.main import NFTables
 
+from mesh.lab.kernel import write_sysctls
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import PortRange
 
@@ -156,6 +159,60 @@ def test_headers_between_hide_no_port(world: PodWorld, version: int) -> None:
         assert server.recv(100) == b"behind"
         refused(world, version, packets[1], "POLICY_DENIED")
         assert not arrived(shut)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_goes_on_from_where_it_is_sent_to(world: PodWorld, version: int) -> None:
+    """A route in the packet itself leads elsewhere than policy was asked about."""
+    data = udp(version, OPEN, b"and on")
+    if version == 4:
+        further = socket.inet_aton("192.0.2.9")
+        routed = ip(4, data, options=bytes([1, 131, 7, 4]) + further)
+        ended = ip(4, data, options=bytes([1, 1, 1, 0]))
+        with world.inside("node"):  # else Linux itself drops such packets
+            write_sysctls({"net.ipv4.conf.all.accept_source_route": 1})
+    else:
+
+        def route(segments: int) -> bytes:
+            return ip(6, struct.pack("!BBBBI", UDP, 0, 4, segments, 0) + data, protocol=ROUTING)
+
+        routed, ended = route(1), route(0)
+    with world.udp("b", B[version], OPEN) as server:
+        refused(world, version, routed, "UNJUDGED")
+        send(world, version, ended)
+        if version == 4:
+            assert server.recv(100) == b"and on"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_fragments_that_netfilter_puts_together_and_takes_apart(
+    world: PodWorld, version: int
+) -> None:
+    """As on nodes with kube-proxy. They have not become the node's own thereby."""
+    family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
+    with world.inside("node"), NFTables(nfgen_family=family) as nft:
+        nft.table("add", name="t")
+        nft.chain("add", table="t", name="c", hook="prerouting", type="filter", policy=1)
+        state = genex("ct", {"KEY": 0, "DREG": 1})
+        nft.rule("add", table="t", chain="c", expressions=([state],))
+    try:
+        for port in (SHUT, OPEN):
+            data = udp(version, port, bytes(1600))
+            parts = (
+                ip(version, data[:800], fragment=1, number=port),
+                ip(version, data[800:], fragment=800, number=port),
+            )
+            with world.udp("b", B[version], port) as server:
+                before = world.counters()
+                send(world, version, *parts)
+                if port == SHUT:
+                    world.await_counted(before, "POLICY_DENIED")
+                    assert not arrived(server)
+                else:
+                    assert server.recv(2000) == bytes(1600)
+    finally:
+        with world.inside("node"), NFTables(nfgen_family=family) as nft:
+            nft.table("del", name="t")
 
 
 def test_a_chain_of_headers_that_is_too_long(world: PodWorld) -> None:

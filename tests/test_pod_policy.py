@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import (
@@ -25,15 +26,16 @@ from pod_policies import (
     policy,
     tcp,
 )
-from pod_world import NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
+from pod_world import LINK, NODE, OUT, PODS, A, B, PodWorld, arrived, checksum, pod_world
 
+from bpf import constants, rulesets, settings
 from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
-from bpf.structs import Policy, PolicyKey
+from bpf.structs import Address, Identity, Number, Pod, Policy, PolicyKey, Prefix
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
-from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PortRange
+from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 
 pytestmark = needs_bpf
 
@@ -155,9 +157,16 @@ def test_the_smallest_range_is_who_an_address_is(world: PodWorld, version: int) 
         outcomes = [world.attempt("out", server, address) for address in _WITHIN[version]]
         assert outcomes == [ANSWERED, DENIED, ANSWERED]
         assert world.attempt("out", server) == DENIED
-        # Without the smallest range, its address is of the next one.
-        del ranges[f"cidr/{_RANGES[version][2]}"]
+        # Without the smallest range, its address is of the next one; so it is if only other nodes'
+        # policies name it.
+        smallest = f"cidr/{_RANGES[version][2]}"
+        elsewhere = {smallest: msgspec.structs.replace(ranges[smallest], here=False)}
+        assert world.enforcement.apply(elsewhere) == {}
+        assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
+        del ranges[smallest]
         world.enforce({**KNOWN, **ranges, **policy(ingress=ingress)})
+        assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
+        world.enforce({**KNOWN, **ranges, **elsewhere, **policy(ingress=ingress)})
         assert world.attempt("out", server, _WITHIN[version][2]) == DENIED
 
 
@@ -173,6 +182,29 @@ def test_a_pod_is_no_part_of_a_range(world: PodWorld, version: int) -> None:
     other = 10 - version
     with world.listen("b", B[other]) as server:
         assert world.attempt("out", server) == DENIED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_new_pod_of_another_node_is_not_of_the_world(world: PodWorld, version: int) -> None:
+    """As long as nobody has told of it, in the range of that node's pods. What unknown pods of this
+    node may do is not asked for it."""
+    pods_of_node, around = _RANGES[version][1], _RANGES[version][0]
+    sections = {
+        f"cidr/{around}": CidrSection(around, FIRST_CIDR),
+        f"cidr/{pods_of_node}": CidrSection(pods_of_node, Reserved.INIT),
+        "policy//": PolicySection("", "", Reserved.INIT, ("::",), only(), only()),
+    }
+    new = _WITHIN[version][1]
+    world.add_address("out", new)
+    inward, outward = only(allow(frozenset({FIRST_CIDR, *WORLD}))), Direction(rules=(allow(),))
+    world.enforce({**KNOWN, **sections, **policy(ingress=inward, egress=outward)})
+    with world.listen("b", B[version]) as server, world.listen("out", new) as elsewhere:
+        assert world.attempt("out", server, new) == DENIED
+        assert world.attempt("b", elsewhere) == ANSWERED
+        told = WorkloadSection("shop", "new", (new,), "n2", identity=302)
+        allowed = only(allow(frozenset({302})))
+        world.enforce({**KNOWN, **sections, "workload/shop/new": told, **policy(ingress=allowed)})
+        assert world.attempt("out", server, new) == ANSWERED
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -308,6 +340,134 @@ def test_a_policy_that_is_too_large_refuses_everything_to_its_pod_alone(world: P
         assert world.attempt("a", server) == ANSWERED
 
 
+def test_a_policy_waits_until_there_is_room_for_it(
+    world: PodWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones leave room for others."""
+    monkeypatch.setattr(rulesets, "_FOR_SMALL", constants.POLICIES - 3000)
+    large = [only(allow(frozenset({ID["b"], *range(at, at + 2000)}))) for at in (2000, 5000)]
+    world.enforce({**KNOWN, **policy("a", large[0])})
+    refused = world.enforcement.apply(policy("b", egress=large[1]))
+    assert refused == {
+        "policy/shop/b": "everything is refused to it and from it: its rules come to 2002 entries, "
+        "and the kernel's maps have no room for it"
+    }
+    with world.listen("a", A[4]) as server, world.listen("b", B[4]) as at_b:
+        assert world.attempt("b", server) == DENIED
+        assert world.attempt("out", at_b) == DENIED
+        # What is small is taken, of whomever.
+        assert world.enforcement.apply(policy("b", egress=only(allow(A_ONLY)))) == {}
+        assert world.attempt("b", server) == ANSWERED
+        # What has waited is taken by itself.
+        assert world.enforcement.apply(policy("b", egress=only(*large[1].rules, allow(A_ONLY))))
+        assert world.attempt("b", server) == DENIED
+        assert world.enforcement.apply({}, ["policy/shop/a"]) == {}
+        assert world.attempt("b", server) == ANSWERED
+
+
+def test_a_range_for_which_there_is_no_room_opens_nothing(
+    world: PodWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither an exception nor a denial; rules for which it makes no difference go on."""
+    outer, inner, other = _RANGES[4][0], _RANGES[4][1], "192.0.2.0/24"
+    number = {one: FIRST_CIDR + at for at, one in enumerate((outer, inner, other))}
+    section = {one: {f"cidr/{one}": CidrSection(one, number[one])} for one in number}
+    for address in _WITHIN[4]:
+        world.add_address("out", address)
+    monkeypatch.setattr(settings, "MAX_RANGES", len(settings._ALWAYS) + 2)
+    excepting = only(allow(frozenset({number[outer]})))
+    everybody = only(allow(frozenset({*WORLD, *number.values()})))
+    world.enforce({**KNOWN, **section[other], **section[outer], **policy("a", everybody)})
+    refused = world.enforcement.apply({**section[inner], **policy("b", excepting)})
+    assert set(refused) == {f"cidr/{inner}", "policy/shop/b"}
+    assert "no room for all addresses that its rules name" in refused["policy/shop/b"]
+    within, excepted = _WITHIN[4][:2]
+    with world.listen("a", A[4]) as at_a, world.listen("b", B[4]) as at_b:
+        assert [world.attempt("out", at_b, one) for one in (within, excepted)] == [DENIED] * 2
+        assert [world.attempt("out", at_a, one) for one in (within, excepted)] == [ANSWERED] * 2
+        # A denial of it as well.
+        deny = Direction(rules=(allow(frozenset({number[inner]}), deny=True),))
+        assert set(world.enforcement.apply(policy("b", deny))) == set(refused)
+        assert world.attempt("out", at_b, excepted) == DENIED
+        assert "policy/shop/b" not in world.enforcement.apply(policy("b", everybody))
+        assert world.attempt("out", at_b, excepted) == ANSWERED
+        # Once there is room, it is as it was written.
+        assert world.enforcement.apply(policy("b", excepting), [f"cidr/{other}"]) == {}
+        outcomes = [world.attempt("out", at_b, one) for one in (within, excepted)]
+        assert outcomes == [ANSWERED, DENIED]
+        # So it is where it takes the place of another.
+        assert world.enforcement.apply(section[other], [f"cidr/{inner}"]) == {}
+        assert world.attempt("out", at_b, excepted) == ANSWERED
+
+
+def test_a_pod_for_which_there_is_no_room_is_closed(world: PodWorld) -> None:
+    """The map of pods is full."""
+    known = dict(KNOWN)
+    workload = known.pop("workload/shop/b")
+    world.enforce(known)
+    world.enforcement.apply({})
+    everything = PinnedMap(world.pin, "pods", Address, Pod)
+    with contextlib.closing(everything), world.listen("b", B[4]) as server:
+        taken = len(list(everything.items()))
+        others = [Address.of(f"192.0.{n >> 8}.{n & 255}") for n in range(constants.PODS - taken)]
+        for one in others:
+            everything.put(one, Pod(0, 0, 0, 0, 0, 0))
+        put = {"workload/shop/b": workload, **policy("a", egress=only(allow()))}
+        refused = world.enforcement.apply(put)
+        why = "everything is refused to it and from it: the kernel's maps have no room for it"
+        assert refused == {"workload/shop/b": why}
+        assert world.attempt("a", server) == DENIED
+        assert world.attempt("out", server) == DENIED
+        assert world.attempt("node", server) == ANSWERED
+        for one in others:
+            everything.remove(one)
+        assert world.enforcement.apply({}) == {}
+        assert world.attempt("out", server) == ANSWERED
+
+
+def test_a_pod_of_which_there_is_no_room_to_say_who_it_is_is_closed(world: PodWorld) -> None:
+    """The map of identities is full."""
+    known = dict(KNOWN)
+    workload = known.pop("workload/shop/b")
+    world.enforce(known)
+    world.enforcement.apply({})
+    everything = PinnedMap(world.pin, "identities", Prefix, Identity)
+    with contextlib.closing(everything), world.listen("b", B[4]) as server:
+        free = constants.IDENTITIES - len(list(everything.items()))
+        others = [Prefix(128, b"\xfd\x99" + bytes(10) + n.to_bytes(4, "big")) for n in range(free)]
+        everything.put_all((one, Identity(0, 300, 0, 300, 0)) for one in others)
+        # Its own policy would let everybody in, and a's names it.
+        open_to_all = policy(ingress=only(allow()))
+        of_a = policy("a", egress=Direction(rules=(allow(frozenset({ID["b"]}), deny=True),)))
+        refused = world.enforcement.apply({"workload/shop/b": workload, **open_to_all, **of_a})
+        assert refused.keys() == {"workload/shop/b", "policy/shop/a"}
+        assert "No space left" in refused["workload/shop/b"]
+        assert world.attempt("out", server) == DENIED
+        assert world.attempt("a", server) == DENIED
+        for one in others:
+            everything.remove(one)
+        assert world.enforcement.apply({}) == {}
+        assert world.attempt("out", server) == ANSWERED
+        assert world.attempt("a", server) == DENIED
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_api_server_on_a_node_is_not_the_node(world: PodWorld, version: int) -> None:
+    """Its address is one of the node's, and has an identity of its own."""
+    size = 32 if version == 4 else 128
+    at = f"{LINK[version]}/{size}"
+    allowed = policy(egress=only(allow(frozenset({FIRST_CIDR}))))
+    with (
+        world.listen("node", LINK[version]) as api_server,
+        world.listen("node", NODE[version]) as node,
+    ):
+        world.enforce({**KNOWN, f"cidr/{at}": CidrSection(at, FIRST_CIDR), **allowed})
+        assert world.attempt("b", api_server) == ANSWERED
+        assert world.attempt("b", node) == DENIED
+        world.enforce({**KNOWN, **policy(egress=only(allow(frozenset({Reserved.HOST}))))})
+        assert world.attempt("b", api_server) == ANSWERED
+
+
 @contextlib.contextmanager
 def flood(world: PodWorld, where: str, server: socket.socket) -> Iterator[None]:
     """Datagrams, as many as can be, each other one from a socket that has sent nothing before."""
@@ -415,6 +575,26 @@ def test_a_flood_of_refusals_is_counted_and_not_all_told(world: PodWorld) -> Non
         counted = {one: after[one] - before[one] for one in after}
         assert counted[Reason.POLICY_DENIED] > 19_000
         assert counted[Reason.UNTOLD] > 10_000
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_before_anything_is_told_nothing_passes(world: PodWorld, version: int) -> None:
+    """The programs are loaded, and no agent has filled the maps."""
+    unjudged = ("ECONNREFUSED", {"UNJUDGED": 1, "RESET": 1})
+    generation = PinnedMap(world.pin, "generation", Number, Number)
+    with (
+        contextlib.closing(generation),
+        world.listen("b", B[version]) as server,
+        world.listen("out", OUT[version]) as elsewhere,
+    ):
+        world.enforce({})
+        generation.put(Number(0), Number(0))
+        assert world.attempt("a", server) == unjudged
+        assert world.attempt("out", server) == unjudged
+        assert world.attempt("b", elsewhere) == unjudged
+        assert world.attempt("node", server) == ANSWERED
+        world.enforce({})
+        assert world.attempt("out", server) == ANSWERED
 
 
 def test_what_an_earlier_agent_left_is_in_force_until_it_is_known_better(world: PodWorld) -> None:

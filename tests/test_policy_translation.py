@@ -3,17 +3,21 @@ fails closed. What rules mean is compared elsewhere (test_policy_model)."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from gateway.control import Options
+from gateway.control import ControlPlane, Options
 from mesh.model.identity import Reserved
-from mesh.model.policyconfig import Direction, PolicyRule, PolicySection, PortRange
-from mesh.policy import cilium
+from mesh.model.meta import ObjectKey
+from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
+from mesh.policy import sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
-from tests.gateway_world import World, join
+from mesh.policy.spec import MAX_CIDRS, MAX_RULES
+from mesh.sources.directory import Manifests
+from tests.gateway_world import World, join, objects
 from tests.test_gateway_workloads import MESH, piece, pod, service
 
 
@@ -183,17 +187,139 @@ def test_one_bad_policy_affects_nothing_else() -> None:
     assert both.of("policy").keys() == alone.of("policy").keys()
 
 
+_UNREADABLE = {
+    # What is written of a policy for pods with app a; which sides it closes, and whether above what
+    # others allow.
+    "a rule": ("CiliumNetworkPolicy", {"ingress": [{"fromEntities": 7}]}, {"ingress": False}),
+    "a denial": (
+        "CiliumNetworkPolicy",
+        {"egress": [{}], "ingressDeny": [{"oops": 1}]},
+        {"egress": False, "ingress": True},
+    ),
+    "a field": ("CiliumNetworkPolicy", {"ingresDeny": [{}]}, {"egress": True, "ingress": True}),
+    "a requirement": (
+        "CiliumNetworkPolicy",
+        {"ingress": [{"fromRequires": [{"matchLabels": {"a": "b"}}], "oops": 1}]},
+        {"ingress": True},
+    ),
+    "of all namespaces": (
+        "CiliumClusterwideNetworkPolicy",
+        {"egress": [{"toPorts": "x"}]},
+        {"egress": False},
+    ),
+    "NetworkPolicy": (
+        "NetworkPolicy",
+        {"ingress": [{"from": [{"ipBlock": {"cidr": "300.0.0.0/8"}}]}], "policyTypes": ["Ingress"]},
+        {"ingress": False},
+    ),
+    "NetworkPolicy's types": (
+        "NetworkPolicy",
+        {"policyTypes": ["ingress"]},
+        {"egress": False, "ingress": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _UNREADABLE)
+def test_a_policy_that_cannot_be_read_denies_for_whom_it_selects(case: str, tmp_path: Path) -> None:
+    kind, spec, closed = _UNREADABLE[case]
+    selector = "podSelector" if kind == "NetworkPolicy" else "endpointSelector"
+    api = "networking.k8s.io/v1" if kind == "NetworkPolicy" else "cilium.io/v2"
+    metadata: dict[str, Any] = {"name": "p"}
+    manifests, w = Manifests(tmp_path), world(POD, pod("q", "10.0.0.2", labels="{app: b}"))
+    everybody = cnp("{endpointSelector: {}, ingress: [{fromEntities: [all]}],"
+                    " egress: [{toEntities: [all]}]}", "open")  # fmt: skip
+    w.apply(everybody)
+
+    def write(**spec: Any) -> None:
+        manifest = {"apiVersion": api, "kind": kind, "metadata": metadata, "spec": spec}
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(manifest))
+        update = manifests.scan()
+        w.change(update.changes)
+        told.append(" ".join(problem.message for problem in update.problems))
+
+    told: list[str] = []
+    metadata["annotations"] = {"weft.dev/policy-audit": "true"}
+    write(**{selector: {"matchLabels": {"app": "a"}}}, **spec)
+    directions = of(w).ingress, of(w).egress
+    assert all(rule.audit for one in directions for rule in one.rules if rule.deny)
+    del metadata["annotations"]
+    write(**{selector: {"matchLabels": {"app": "a"}}}, **spec)
+    assert "until that is mended, it denies for whom it selects" in told[-1]
+    section = of(w)
+    for side in ("ingress", "egress"):
+        direction = getattr(section, side)
+        assert any(name.split()[1] in ("p", "default/p") for name in direction.selected_by) == (
+            side in closed
+        )
+        assert any(rule.deny for rule in direction.rules) == closed.get(side, False)
+    assert not any(rule.deny for rule in of(w, "q").ingress.rules)
+    namespace = "" if kind == "CiliumClusterwideNetworkPolicy" else "default"
+    status = w.statuses[kind, ObjectKey(namespace, "p")]
+    assert status.conditions[0].status == "False"
+    assert "spec" in status.conditions[0].message
+    # Another selector is followed; one that cannot be read changes nothing, but if it is the first.
+    for labels in ({"app": "b"}, 7):
+        write(**{selector: {"matchLabels": labels}}, **spec)
+        assert of(w).ingress.selected_by == ("CiliumNetworkPolicy default/open",)
+        found = [*of(w, "q").ingress.selected_by, *of(w, "q").egress.selected_by]
+        assert any(name.split()[1] in ("p", "default/p") for name in found)
+    (tmp_path / "p.yaml").unlink()
+    w.change(manifests.scan().changes)
+    write(**{selector: {"matchLabels": 7}}, **spec)
+    assert "whom it selects cannot be read, so it denies nothing" in told[-1]
+    assert not any(name.split()[1] in ("p", "default/p") for name in of(w, "q").ingress.selected_by)
+
+
+def test_a_defect_in_reading_one_policy_denies_for_its_pods_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def resolve(view: Any, peers: Any) -> Any:
+        if peers and "health" in peers.entities:
+            raise ZeroDivisionError
+        return peers_resolve(view, peers)
+
+    peers_resolve = sections.resolve
+    monkeypatch.setattr(sections, "resolve", resolve)
+    of_a = "endpointSelector: {matchLabels: {app: a}}, ingress: [{fromEntities: [%s]}]"
+    control = ControlPlane(MESH)
+    texts = (
+        POD,
+        pod("q", "10.0.0.2", labels="{app: b}"),
+        cnp(f"{{{of_a % 'health'}}}"),
+        cnp(f"{{{of_a % 'world'}}}", "good"),
+        cnp(f"{{{of_a.replace('app: a', 'app: b') % 'world'}}}", "other"),
+    )
+    outcome = control.apply(objects(join(*texts)))
+    assert {table for table, _ in outcome.failures} == {"resolved"}
+    for policy, said in (("p", "a defect in Weft"), ("good", ""), ("other", "")):
+        status = outcome.statuses["CiliumNetworkPolicy", ObjectKey("default", policy)]
+        assert status.conditions[1].message.startswith(said)
+        assert (status.conditions[1].status == "True") == (not said)
+    for name, denied in (("p", True), ("q", False)):
+        section = outcome.put[f"policy/default/{name}"]
+        assert isinstance(section, PolicySection)
+        assert any(rule.deny and rule.peers is None for rule in section.ingress.rules) == denied
+        assert section.egress.default_deny == denied
+
+
 def test_huge_policies_are_refused() -> None:
-    many = [
-        {"fromEndpoints": [{"matchLabels": {"n": str(i)}}]} for i in range(cilium.MAX_RULES + 1)
-    ]
+    many = [{"fromEndpoints": [{"matchLabels": {"n": str(i)}}]} for i in range(MAX_RULES + 1)]
     w = world(POD, cnp({"endpointSelector": {}, "ingress": many}))
     assert "1001 rules, 1000 are the most" in why(w)
     assert not rules(of(w).ingress)
-    cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(cilium.MAX_CIDRS + 1)]
+    cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(MAX_CIDRS + 1)]
     w = world(POD, cnp({"endpointSelector": {}, "egress": [{"toCIDR": cidrs}]}))
     assert "5001 CIDRs, 5000 are the most" in why(w)
     assert not w.of("cidr")
+    blocks = [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]
+    spec = {"podSelector": {}, "ingress": [{"from": blocks}]}
+    w = world(
+        POD, yaml.safe_dump({"kind": "NetworkPolicy", "metadata": {"name": "p"}, "spec": spec})
+    )
+    assert "5001 CIDRs, 5000 are the most" in why(w, "NetworkPolicy")
+    assert not w.of("cidr")
+    assert of(w).ingress.default_deny
 
 
 def test_expressions_are_bounded_one_by_one_and_together() -> None:
@@ -274,6 +400,30 @@ def test_named_ports_are_the_pods_own_for_ingress_and_the_peers_for_egress() -> 
         }
 
 
+def test_a_name_that_pods_with_the_same_labels_have_for_different_ports() -> None:
+    """It is allowed where all have it, and denied where any has."""
+
+    def peer(name: str, address: str, port: int) -> str:
+        ports = f"containers: [{{name: c, ports: [{{name: web, containerPort: {port}}}]}}]"
+        return pod(name, address, labels="{app: b}").replace("spec: {", f"spec: {{{ports}, ")
+
+    group = "{toEndpoints: [{}], toPorts: [{ports: [{port: web, protocol: TCP}]}]}"
+    one, two = peer("one", "10.0.0.2", 8080), peer("two", "10.0.0.3", 9090)
+    w = world(POD, one, cnp(f"{ALL}egress: [{group}], egressDeny: [{group}]}}"))
+
+    def said() -> dict[bool, set[int]]:
+        rules = of(w).egress.rules
+        return {rule.deny: {port.first for port in rule.ports} for rule in rules}
+
+    assert said() == {False: {8080}, True: {8080}}
+    w.apply(two)
+    assert said() == {True: {8080, 9090}}
+    w.apply(peer("two", "10.0.0.3", 8080))
+    assert said() == {False: {8080}, True: {8080}}
+    w.apply(peer("two", "10.0.0.3", 8080).replace("name: web", "name: other"))
+    assert said() == {True: {8080}}
+
+
 def test_the_api_server_has_identities_of_its_own_also_on_a_node() -> None:
     addresses = "status: {{addresses: [{{type: InternalIP, address: {1}}}]}}"
     node = f"kind: Node\nmetadata: {{{{name: {{0}}}}}}\n{addresses}"
@@ -317,6 +467,54 @@ def test_services_are_their_endpoints_pods_or_not() -> None:
     w.delete("EndpointSlice", "svc-ipv4")
     assert [rule.peers for rule in of(w).egress.rules] == [frozenset(), frozenset()]
     assert not w.of("cidr")
+
+
+def test_who_is_in_a_range_is_told_apart_where_policies_about_pods_here_name_it() -> None:
+    of_b = "endpointSelector: {matchLabels: {app: b}}"
+    w = world(
+        POD,
+        pod("there", "10.0.0.2", labels="{app: b}", node="n2"),
+        cnp(f"{{{of_b}, egress: [{{toCIDR: [192.0.2.0/24]}}]}}", "of-b"),
+        cnp("{endpointSelector: {matchLabels: {app: a}}, egress: [{toEntities: [world]}]}"),
+    )
+
+    def section() -> CidrSection:
+        [found] = w.of("cidr").values()
+        assert isinstance(found, CidrSection)
+        return found
+
+    assert not section().here
+    assert [rule.peers for rule in of(w).egress.rules] == [{Reserved.WORLD}]
+    w.apply(pod("here", "10.0.0.3", labels="{app: b}"))
+    assert section().here
+    number = section().identity
+    assert [rule.peers for rule in of(w).egress.rules] == [{Reserved.WORLD, number}]
+    assert [rule.peers for rule in of(w, "here").egress.rules] == [{number}]
+    # The data plane has no room for it: its own policy is not Programmed, the other one is.
+    w.refuse("cidr/192.0.2.0/24", "no room")
+    assert why(w, name="of-b", type="Programmed") == (
+        "the data plane refused cidr/192.0.2.0/24: no room"
+    )
+    assert why(w, type="Programmed") == ""
+    w.delete("Pod", "here")
+    assert not section().here
+
+
+def test_who_is_in_a_range_of_pods_and_not_known_is_a_new_pod() -> None:
+    """Whatever range a policy names around it, or the very same."""
+    node = "kind: Node\nmetadata: {name: n2}\nspec: {podCIDRs: [10.244.1.0/24, nonsense]}"
+    rules = "{toCIDR: [10.0.0.0/8]}, {toCIDR: [10.244.1.0/24]}, {toEntities: [init]}"
+    w = world(POD, node, cnp(f"{ALL}egress: [{rules}]}}"))
+    at = {key.removeprefix("cidr/"): s.identity for key, s in w.of("cidr").items()}  # type: ignore[union-attr]
+    assert at.keys() == {"10.0.0.0/8", "10.244.1.0/24"}
+    assert at["10.244.1.0/24"] == Reserved.INIT
+    around, same, new = (rule.peers or frozenset() for rule in of(w).egress.rules)
+    assert at["10.0.0.0/8"] in around
+    assert Reserved.INIT not in around | same
+    assert new == {Reserved.INIT}
+    w.delete("Node", "n2", "")
+    [inner] = [s for key, s in w.of("cidr").items() if key == "cidr/10.244.1.0/24"]
+    assert inner.identity in same  # type: ignore[union-attr]
 
 
 def test_audit_of_a_policy_a_namespace_and_all() -> None:

@@ -185,9 +185,10 @@ async def test_the_pods_node_is_told_of_a_gateways_client():
         nodes.a.proxy.listen(("127.0.0.1", port), sock)
         put = http_port(port) | cluster("web", web.port) | route("r", route_rule(to("web")))
         assert nodes.a.apply(put) == {}
-        ranges = {cidr_key("127.0.7.0/24"): CidrSection("127.0.7.0/24", RANGE)}
-        for node in (nodes.a, nodes.b):
-            assert node.apply(ranges) == {}
+        # No policy about pods of the Gateway's node names it.
+        for node, here in ((nodes.a, False), (nodes.b, True)):
+            section = CidrSection("127.0.7.0/24", RANGE, here=here)
+            assert node.apply({cidr_key("127.0.7.0/24"): section}) == {}
 
         async def status(client: str) -> int:
             reader, writer = await asyncio.open_connection(

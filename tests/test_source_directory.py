@@ -228,6 +228,76 @@ def test_last_good_versions_stay_until_deletion(root):
     assert update.problems == ()
 
 
+def test_last_good_versions_outlive_their_reader(root, tmp_path):
+    kept = tmp_path / "run" / "kept"
+    wrong = json.dumps(json.loads(config_map("b", "9")) | {"oops": 1})
+
+    def read():
+        update = Manifests(root, kept=kept).scan()
+        assert update.complete
+        return values(update), messages(update)
+
+    a, c = root / "a.yaml", root / "c.json"
+    a.write_text(f"{config_map('a')}\n---\n{config_map('b')}")
+    c.write_text(config_map("c"))
+    assert read() == ({"a": "1", "b": "1", "c": "1"}, [])
+    assert (kept.stat().st_mode & 0o777, len(list(kept.iterdir()))) == (0o700, 2)
+    assert {file.stat().st_mode & 0o777 for file in kept.iterdir()} == {0o600}
+    # What is broken when the next one starts: one object, whole files.
+    a.write_text(f"{config_map('a', '2')}\n---\n{wrong}")
+    c.write_text("{")
+    for _ in range(2):
+        found, told = read()
+        assert found == {"a": "2", "b": "1", "c": "1"}
+        assert all("last good version stays in force" in one for one in told)
+        assert len(told) == 2
+    # Of each object the last good version, not of the file.
+    a.write_text("[")
+    assert read()[0] == {"a": "2", "b": "1", "c": "1"}
+    a.write_text(config_map("a", "3"))
+    assert read()[0] == {"a": "3", "c": "1"}
+    # What is deleted meanwhile is, and what never was good is not there.
+    c.unlink()
+    (root / "d.yaml").write_text("[")
+    assert read()[0] == {"a": "3"}
+    assert len(list(kept.iterdir())) == 1
+    c.write_text("{")
+    assert read()[0] == {"a": "3"}
+    c.unlink()
+    # Nor is anything of another tree.
+    root.rename(tmp_path / "other")
+    root.mkdir()
+    (root / "a.yaml").write_text("[")
+    (tmp_path / "other" / "a.yaml").write_text("[")
+    assert values(Manifests(tmp_path / "other", kept=kept).scan()) == {}
+    assert read()[0] == {}
+
+
+@pytest.mark.parametrize("bad", [b"", b"{}", b'{"root": 1}\n', None])
+def test_last_good_versions_that_are_not_whole_are_none(root, tmp_path, bad):
+    kept = tmp_path / "kept"
+    (root / "a.yaml").write_text(config_map("a"))
+    Manifests(root, kept=kept).scan()
+    (file,) = kept.iterdir()
+    file.write_bytes(file.read_bytes()[:-1] if bad is None else bad)
+    (kept / "draft~").touch()
+    (root / "a.yaml").write_text("[")
+    assert values(Manifests(root, kept=kept).scan()) == {}
+    assert list(kept.iterdir()) == []
+
+
+def test_last_good_versions_that_cannot_be_kept_are_only_warned_of(root, tmp_path, caplog):
+    (tmp_path / "kept").touch()
+    for name in ("a", "b"):
+        (root / f"{name}.yaml").write_text(config_map(name))
+    manifests = Manifests(root, kept=tmp_path / "kept")
+    assert values(manifests.scan()) == {"a": "1", "b": "1"}
+    (root / "a.yaml").unlink()
+    assert values(manifests.read(["a.yaml"])) == {"a": None}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "a.yaml cannot be kept" in caplog.text
+
+
 def test_a_new_file_that_is_invalid_lets_a_later_one_count(root):
     (root / "a.yaml").write_text(json.dumps(json.loads(config_map("x", "a")) | {"oops": 1}))
     (root / "b.yaml").write_text(config_map("x", "b"))
@@ -448,7 +518,7 @@ import json, os, sys
 from pathlib import Path
 from mesh.sources.directory import Manifests
 root = Path(sys.argv[1])
-manifests = Manifests(root, settled=True)
+manifests = Manifests(root, settled=True, kept=root / ".kept")
 first = manifests.scan()
 print(json.dumps([sorted(k.name for k in first.changes.get("ConfigMap", {})),
                   [[p.file, p.message] for p in first.problems]]), flush=True)
@@ -528,6 +598,8 @@ def test_what_may_not_be_read_is_reported_and_stays_as_it_was(public):
     (public / "file.yaml").write_text(config_map("file"))
     (public / "never.yaml").write_text(config_map("never"))
     (public / "never.yaml").chmod(0)
+    (public / ".kept").mkdir()
+    (public / ".kept").chmod(0o777)
     with as_nobody(AS_NOBODY, public) as process:
         names, problems = json.loads(process.stdout.readline())
         assert names == ["closed", "file", "open"]
@@ -543,3 +615,8 @@ def test_what_may_not_be_read_is_reported_and_stays_as_it_was(public):
     assert changes == {"open": "2"}
     assert [Path(file).name for file, _ in problems] == ["closed", "file.yaml", "never.yaml"]
     assert process.returncode == 0
+    # To the next reader too.
+    with as_nobody(AS_NOBODY, public) as process:
+        names, _ = json.loads(process.stdout.readline())
+        assert names == ["closed", "file", "open"]
+        process.kill()

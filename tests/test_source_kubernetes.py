@@ -10,6 +10,7 @@ from kube_world import CRDS, GROUP, WAIT_S, config_map, following, needs_crds, r
 from loops import advance, on_virtual_loop
 
 from mesh.model.meta import ObjectKey
+from mesh.policy import unreadable
 from mesh.sources.kubernetes_client import Backoff, Client, ServerError
 
 ONLY = frozenset(("ConfigMap",))
@@ -295,6 +296,28 @@ async def test_an_object_that_breaks_a_rule_keeps_its_last_good_version(server, 
         server.delete(route("r"))
         await source.until(lambda: not source.state["HTTPRoute"])
         assert source.problems == ()
+
+
+async def test_a_policy_that_cannot_be_read_denies(server, tmp_path):
+    metadata = {"name": "p", "namespace": "default"}
+    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata}
+    server.create({**policy, "spec": {"podSelector": {}, "ingress": 7}})
+    async with following(server, tmp_path, kinds=frozenset(("NetworkPolicy",))) as source:
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert "spec.ingress" in unreadable.why(obj)
+        assert obj.spec.policy_types == ("Ingress", "Egress")
+        assert obj.metadata.uid
+        assert "it denies for whom it selects" in source.problems[0].message
+        server.change(policy, {"spec": {"ingress": [{}]}})
+        await source.until(lambda: not source.problems)
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert unreadable.why(obj) == ""
+        # From now on there is a last good version.
+        server.change(policy, {"spec": {"ingress": 7}})
+        await source.until(lambda: source.problems)
+        assert source.problems[0].message.endswith("its last good version stays in force")
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert unreadable.why(obj) == ""
 
 
 async def test_fields_of_newer_versions_are_passed_over_in_built_in_kinds(server, tmp_path):

@@ -14,19 +14,12 @@ from tls_peers import AUTHORITY, certificate
 from upstream_backend import GET, Backend, backend, black_hole, finish, refusing
 
 from l7proxy.http1_client import Http1Client
+from l7proxy.lease import Lease, NoEndpoints, Overflow
 from l7proxy.peers import Caller
-from l7proxy.pool import IDLE_S, ConnectFailed, Pool, Retired
+from l7proxy.pool import IDLE_S, ConnectFailed, Pool, Retired, UpstreamError
 from l7proxy.streams import ClientConnection, StreamReset
 from l7proxy.tls import TLSRefused
-from l7proxy.upstream import (
-    Cluster,
-    Clusters,
-    ClusterStats,
-    Lease,
-    NoEndpoints,
-    Overflow,
-    UpstreamError,
-)
+from l7proxy.upstream import Cluster, Clusters, ClusterStats
 from mesh.model.nodeconfig import ClusterSection, Endpoint, Settings, UpstreamTLS
 
 KEY = "cluster/Service/ns/a/80"

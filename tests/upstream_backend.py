@@ -10,8 +10,8 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Iterator
 
+from l7proxy.lease import Lease
 from l7proxy.message import RequestHead
-from l7proxy.upstream import Lease
 from mesh.model.nodeconfig import Endpoint
 
 GET = RequestHead(b"GET", b"http", b"backend.test", b"/", None, [])

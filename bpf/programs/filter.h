@@ -104,6 +104,9 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 
 	if (flags & FLOW_FROM_NODE)
 		return 0;
+	/* Nobody has told yet who is who, and what is refused. */
+	if (!now)
+		return REASON_UNJUDGED;
 	if (!ingress && is_proxy(peer))
 		return 0;
 	pod = rules_of(ingress ? peer->address : opener->address, now);

@@ -9,6 +9,8 @@
 #include "address.h"
 #include "verifier.h"
 
+#define AFTER_ETHERNET(header) (ETH_HLEN + sizeof(struct header))
+
 /* Extension headers of IPv6 before the one that has ports. */
 #define EXTENSIONS 4
 
@@ -16,11 +18,15 @@
 enum { ICMP_ECHOREPLY = 0, ICMP_UNREACHABLE = 3, ICMP_ECHO = 8, ICMP_EXCEEDED = 11, ICMP_PARAMETER = 12 };
 enum { ICMPV6_ECHO_REQUEST = 128, ICMPV6_ECHO_REPLY = 129 };
 
+/* RFC 791 §3.1: the most bytes of options; types of them. */
+enum { IPV4_OPTIONS = 40, LOOSE_ROUTE = 131, STRICT_ROUTE = 137 };
+
 /* RFC 9293 §3.1. */
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
 
 enum {
-	/* There is no telling its ports: a fragment that is not the first, cut off, or too deep. */
+	/* There is no telling its ports, or where it goes: a fragment that is not the first, cut off,
+	 * too deep, with a source route. */
 	PACKET_UNREADABLE = 1,
 	/* Nothing answers it, or it belongs to what another packet has opened. */
 	PACKET_OPENS_NOTHING = 2,
@@ -96,12 +102,38 @@ static __always_inline int read_ipv6(struct __sk_buff *skb, struct packet *packe
 				break;
 			}
 		} else {
+			/* Segments left: it goes on elsewhere from where it is sent to. */
+			if (next == IPPROTO_ROUTING && extension[3])
+				packet->flags |= PACKET_UNREADABLE;
 			packet->at += (extension[1] + 1) * 8;
 		}
 		next = extension[0];
 	}
 	packet->tuple.opener.protocol = next;
 	return 1;
+}
+
+/* Nonzero if a byte of a word is this one. */
+static __always_inline u32 has_byte(u32 word, u8 byte)
+{
+	u32 zero = word ^ byte * 0x01010101U;
+
+	return (zero - 0x01010101U) & ~zero & 0x80808080U;
+}
+
+/* Whether IPv4 options may say that the packet goes on elsewhere from where it is sent to (RFC 791
+ * §3.1, loose and strict source route). Any byte that could be the type of such an option counts. */
+static __always_inline int may_go_on(struct __sk_buff *skb, u32 size)
+{
+	u32 found = 0, word;
+
+#pragma clang loop unroll(disable)
+	for (u32 at = 0; at < IPV4_OPTIONS && at < size; at += sizeof(word)) {
+		if (bpf_skb_load_bytes(skb, AFTER_ETHERNET(iphdr) + at, &word, sizeof(word)))
+			return 1;
+		found |= has_byte(word, LOOSE_ROUTE) | has_byte(word, STRICT_ROUTE);
+	}
+	return !!forgotten(found, skb->len);
 }
 
 static __always_inline int read_ipv4(struct __sk_buff *skb, struct packet *packet)
@@ -118,16 +150,17 @@ static __always_inline int read_ipv4(struct __sk_buff *skb, struct packet *packe
 	packet->tuple.peer.address[3] = ip->daddr;
 	packet->tuple.opener.protocol = ip->protocol;
 	packet->at = ETH_HLEN + ip->ihl * 4;
-	if (ip->ihl != 5)
-		packet->flags |= PACKET_OPTIONS;
 	if (ip->frag_off & __builtin_bswap16(0x3fff)) {
 		packet->flags |= PACKET_FRAGMENT;
 		packet->id = ip->id;
 	}
 	if (ip->frag_off & __builtin_bswap16(0x1fff))
 		packet->flags |= PACKET_LATER | PACKET_UNREADABLE;
-	if (ip->ihl < 5)
-		packet->flags |= PACKET_UNREADABLE;
+	if (ip->ihl != 5) {
+		packet->flags |= PACKET_OPTIONS;
+		if (may_go_on(skb, packet->at - AFTER_ETHERNET(iphdr)))
+			packet->flags |= PACKET_UNREADABLE;
+	}
 	return 1;
 }
 

@@ -24,22 +24,24 @@ static __always_inline u32 identity_of(const u32 *address, u64 now)
 	return number ?: IDENTITY_WORLD;
 }
 
-/* Of a local pod, by its address; flags 0: there are none. Those of a pod that nobody has told of are
- * under no address. */
+/* Of a local pod, by its address; flags 0: there are none, or it is none. Those of a pod that nobody
+ * has told of are under no address. Of one that is known there is something, unless there was no room
+ * for it: everything is refused then. */
 static __always_inline struct rules rules_of(const u32 *address, u64 now)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
 	struct rules rules = {};
 	struct pod *pod;
 
-	if (identity_of(address, now) == IDENTITY_INIT)
+	if (identity_of(address, now) == IDENTITY_INIT && interfaces.lookup(&key))
 		__builtin_memset(&key, 0, sizeof(key));
 	pod = pods.lookup(&key);
-
-	if (pod && pod->since <= now) {
+	if (!pod) {
+		rules.flags = interfaces.lookup(&key) ? POD_CLOSED : 0;
+	} else if (pod->since <= now) {
 		rules.policy = pod->policy;
 		rules.flags = pod->flags;
-	} else if (pod) {
+	} else {
 		rules.policy = pod->old_policy;
 		rules.flags = pod->old_flags;
 	}

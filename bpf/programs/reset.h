@@ -6,7 +6,6 @@
 #include "packet.h"
 #include "count.h"
 
-#define AFTER_ETHERNET(header) (ETH_HLEN + sizeof(struct header))
 #define TCP_CHECK __builtin_offsetof(struct tcphdr, check)
 
 /* What pods send cannot have a mark: it is lost between network namespaces. */

@@ -254,7 +254,7 @@ class Reports(Protocol):
 def _source(options: AgentOptions) -> tuple[Source, Client | None]:
     """Where objects come from, and the connection to the cluster, if it is one."""
     if options.manifests is not None:
-        return DirectorySource(options.manifests), None
+        return DirectorySource(options.manifests, RunDir(options.run_dir).manifests), None
     # 12 MB that nobody needs who has no cluster; so also below.
     from mesh.sources.kubernetes import KubernetesSource
 

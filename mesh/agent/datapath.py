@@ -68,7 +68,6 @@ class Datapath:
     ) -> None:
         self.cgroup = options.cgroup
         self.pins = options.pins
-        self.refused: dict[SectionKey, str] = {}
         self.loading = True
         self.why_not: str | None = _NOT_YET
         self._options = options
@@ -78,6 +77,8 @@ class Datapath:
         self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._enforced: dict[SectionKey, EnforcedSection] = {}
+        self._unenforced: dict[SectionKey, str] = {}
+        self._unbalanced: dict[SectionKey, str] = {}
         # What is not as it should be: in all, of sending by redirect, of requests that pass by the
         # proxy, of pods.
         self._broken: str | None = None
@@ -248,16 +249,21 @@ class Datapath:
             self._synced = True
             self._replace()
         elif self._maps is not None and (entries or gone or enforced or left):
-            for key in (*entries, *gone, *enforced, *left):
-                self.refused.pop(key, None)
             if enforced or left:
-                self.refused |= self._maps.enforcement.apply(enforced, left)
-            self.refused |= self._maps.balancer.apply(entries, gone)
+                self._unenforced = self._maps.enforcement.apply(enforced, left)
+            for key in (*entries, *gone):
+                self._unbalanced.pop(key, None)
+            self._unbalanced |= self._maps.balancer.apply(entries, gone)
 
     def _replace(self) -> None:
         if self._maps is not None and self._synced:
-            self.refused = self._maps.enforcement.replace(self._enforced)
-            self.refused |= self._maps.balancer.replace(self._entries)
+            self._unenforced = self._maps.enforcement.replace(self._enforced)
+            self._unbalanced = self._maps.balancer.replace(self._entries)
+
+    @property
+    def refused(self) -> dict[SectionKey, str]:
+        """Sections that are not in force, and why."""
+        return {**self._unenforced, **self._unbalanced}
 
     def refusals(self) -> dict[SectionKey, str]:
         """By section, why it is not in force here; all of the mesh's ports, and all policies, where
@@ -286,14 +292,16 @@ class Datapath:
             if not self._loaded:
                 return
             versions.stop_redirects(self.pins, pins.other_versions(self.pins))
+            # Policy is kept at pods' interfaces wherever connections are steered to.
+            self._filter()
             attach.attach(
                 self.pins,
                 self._options.cgroup,
                 self._options.proxy_cgroup,
                 pairs=self._pairs,
             )
-            versions.take_over(self.pins)
-            self._unfiltered = podfilter.renew(self.pins, self._options.pods)
+            # What came meanwhile, by what another version has.
+            self._filter()
             if self._unfiltered:
                 self._again.set()
         except (DatapathError, OSError) as error:
@@ -304,6 +312,10 @@ class Datapath:
                 how = "by redirect" if self._redirects else "by TCP"
                 _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
             self.why_not = None
+
+    def _filter(self) -> None:
+        versions.take_over(self.pins)
+        self._unfiltered = podfilter.renew(self.pins, self._options.pods)
 
     def rebound(self, bound: frozenset[tuple[str, int]]) -> None:
         """These addresses and ports are Weft's now: the kernel sends to no others."""

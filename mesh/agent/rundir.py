@@ -49,6 +49,7 @@ class RunDir:
         self.pins = self.path / "bpf"
         self.pods = self.path / "pods"
         self.svids = self.path / "svids.json"
+        self.manifests = self.path / "manifests"
         self._dead: deque[int] = deque()
 
     def holder(self) -> dict[str, Any] | None:

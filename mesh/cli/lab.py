@@ -241,7 +241,7 @@ def logs(pod: str, follow: bool, name: str | None, run_dir: Path) -> None:
 def _state(pod: Any) -> str:
     if pod.phase == "Exited":
         return f"Exited {pod.exit_code}"
-    return f"Failed: {pod.message}" if pod.phase == "Failed" else str(pod.phase)
+    return f"{pod.phase}: {pod.message}" if pod.message else str(pod.phase)
 
 
 def _not_steered(status: LabStatus, run_dir: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import hashlib
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -159,9 +160,10 @@ class ClusterAuthority:
         rotating = any(one.state == "next" for one in self._authority.describe())
         who = lacking if rotating and self._tag else []
         if who and who != self._said:
-            at_most = datetime.fromtimestamp(due, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             some = ", ".join(who[:_NAMED]) + (" and others" if who[_NAMED:] else "")
-            _log.info("the next root waits for %s; until %s at most", some, at_most)
+            # Of one that was published just now the bound comes with the next look.
+            until = datetime.fromtimestamp(due, UTC) if math.isfinite(due) else "it is looked again"
+            _log.info("the next root waits for %s; at most until %s", some, until)
         self._said = who
 
     # --- where it is kept ------------------------------------------------------------------------

@@ -154,8 +154,9 @@ class Balancers:
             if self._wants(key) and self._ports(key):
                 for kind, name, body in self._objects(gateway):
                     await self._apply(key, kind, ObjectKey(key.namespace, name), body)
-        elif self._source.get("Service", service) is not None:
-            await self._source.client.request("DELETE", _path("Service", service))
+        else:
+            if self._source.get("Service", service) is not None:
+                await self._source.client.request("DELETE", _path("Service", service))
             self._applied = {one: made for one, made in self._applied.items() if made.of != key}
 
     def _may_keep(self, gateway: Gateway) -> bool:

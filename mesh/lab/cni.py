@@ -7,9 +7,10 @@ process's own, on the pod's namespace, which is given by path. A pod gets a veth
     node: a veth named after the container, with those two addresses and a route to the pod's
 
 A pod can send from its own addresses only. The eBPF filter (bpf/podfilter.py) at the node's end of
-the veth sees to that; where there is none yet, reverse path filtering for IPv4 and routing rules
-for what is forwarded of IPv6. Knows nothing of labs. Source: CNI specification 1.1.0, sections 2
-and 5.
+the veth sees to that, and to policy; as long as it is not loaded, ADD fails and is to be tried
+again, so no pod runs without it. Only on nodes that are never to have one there is reverse path
+filtering for IPv4 and routing rules for what is forwarded of IPv6 instead. Knows nothing of labs.
+Source: CNI specification 1.1.0, sections 2 and 5.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ _BEFORE_LINKS = {
 
 
 class CniDatapath(Model, frozen=True, kw_only=True):
-    """`pins`: the pin directory of the node's eBPF programs, which may come later; `records`: where
-    the agent then finds this node's pods (bpf/podfilter.py)."""
+    """`pins`: the pin directory of the node's eBPF programs; `records`: where the agent finds this
+    node's pods (bpf/podfilter.py)."""
 
     pins: Path
     records: Path
@@ -101,6 +102,10 @@ class CniError(Exception):
     """A network that cannot be made, or is not as it should be; what, where, why."""
 
 
+class NotYet(CniError):
+    """It can be made later (CNI's error 11, "try again later")."""
+
+
 def host_interface(container_id: str, ifname: str) -> str:
     """The name of the node's end: 15 bytes at most, the same every time."""
     digest = hashlib.sha256(f"{container_id}\0{ifname}".encode()).hexdigest()
@@ -108,8 +113,8 @@ def host_interface(container_id: str, ifname: str) -> str:
 
 
 def add(container_id: str, netns: str, ifname: str, config: CniConfig) -> CniResult:
-    """ADD. CniError: it cannot be made (a pod that has it already, for one); nothing is left of
-    the attempt."""
+    """ADD. CniError: it cannot be made (a pod that has it already, for one), or NotYet; nothing is
+    left of the attempt."""
     host = host_interface(container_id, ifname)
     with _explained(f"pod network of {container_id}"), IPRoute() as node:
         if node.link_lookup(ifname=host):
@@ -126,8 +131,10 @@ def add(container_id: str, netns: str, ifname: str, config: CniConfig) -> CniRes
                     peer={"ifname": ifname, "mtu": config.mtu, "net_ns_fd": there.fileno()},
                 )
             # Before the interface is up.
-            if not _filter(host, config, cookie):
+            if config.datapath is None:
                 _guard_by_routing(node, host, config)
+            else:
+                _filter(host, config.datapath, _pod(host, config, cookie))
             with inside(netns), IPRoute() as pod:
                 pod_mac = _configure_pod(pod, ifname, config)
             host_mac = _configure_node(node, host, config)
@@ -222,10 +229,12 @@ def _pod(host: str, config: CniConfig, cookie: int) -> podfilter.Pod:
     return podfilter.Pod(interface=host, addresses=config.addresses, cookie=cookie)
 
 
-def _filter(host: str, config: CniConfig, cookie: int) -> bool:
-    """False: there is no filter, or not yet."""
-    where, pod = config.datapath, _pod(host, config, cookie)
-    return where is not None and podfilter.add(where.pins, where.records, pod)
+def _filter(host: str, where: CniDatapath, pod: podfilter.Pod) -> None:
+    if not podfilter.add(where.pins, where.records, pod):
+        raise NotYet(
+            f"{host}: the eBPF programs that enforce policy are not loaded on this node yet "
+            "(weft status says why); the pod cannot run before they are"
+        )
 
 
 def _guard_by_routing(node: Any, host: str, config: CniConfig) -> None:
@@ -237,12 +246,11 @@ def _guard_by_routing(node: Any, host: str, config: CniConfig) -> None:
 
 def _unguarded(node: Any, host: str, config: CniConfig, cookie: int) -> str | None:
     """Why the pod could send from other addresses than its own; None: it cannot."""
+    if config.datapath is not None:
+        return podfilter.check(config.datapath.pins, _pod(host, config, cookie))
     rules = node.get_rules(family=socket.AF_INET6, iifname=host)
     if tuple(sorted(rule.get("priority") for rule in rules)) == _RULE_PRIORITIES:
-        return None  # ADD came before the data path
-    where = config.datapath
-    if where is not None and podfilter.loaded(where.pins):
-        return podfilter.check(where.pins, _pod(host, config, cookie))
+        return None
     return "the rules against spoofing are gone"
 
 

@@ -39,6 +39,7 @@ def nodes(plan: Plan) -> Iterator[Object]:
             "apiVersion": "v1",
             "kind": "Node",
             "metadata": {"name": node.name},
+            "spec": {"podCIDRs": list(node.pod_ranges)},
             "status": {"addresses": addresses},
         }
 

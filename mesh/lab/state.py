@@ -49,10 +49,10 @@ Phase = Literal["Pending", "Running", "Exited", "Failed", "Terminating", "Stoppe
 
 
 class PodStatus(Model, frozen=True, kw_only=True):
-    """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed. A pod
-    that is Terminating still serves, and has a `deletion_timestamp` (RFC 3339); one that is Stopped
-    has no process, network or cgroup. `start`: how often it was started before; each is another
-    Pod."""
+    """`exit_code` as subprocess has it: negative for a signal. `message` says why it Failed, or
+    what it waits for while it is Pending. A pod that is Terminating still serves, and has a
+    `deletion_timestamp` (RFC 3339); one that is Stopped has no process, network or cgroup.
+    `start`: how often it was started before; each is another Pod."""
 
     key: str
     phase: Phase
@@ -66,7 +66,12 @@ class PodStatus(Model, frozen=True, kw_only=True):
     @property
     def settled(self) -> bool:
         """Nothing is to be waited for."""
-        return self.ready or self.phase in ("Exited", "Failed", "Stopped")
+        return self.ready or self.waits or self.phase in ("Exited", "Failed", "Stopped")
+
+    @property
+    def waits(self) -> bool:
+        """It cannot be there yet, and that is tried again."""
+        return self.phase == "Pending" and self.message != ""
 
     @property
     def well(self) -> bool:

@@ -8,7 +8,8 @@ each node, in the node's network namespace, started by `weft lab up` and ended w
 
 which returns at once: the supervisor is nobody's child.
 
-A pod is ready while its process runs, from when all its ports are open for others than itself.
+A pod is ready while its process runs, from when all its ports are open for others than itself. One
+that cannot have a network yet (mesh.lab.cni.NotYet) waits for it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ GRACE_S = 5.0
 START_S = 30.0
 # What Weft gets to end: more than it gives its connections.
 DRAIN_S = 40.0
+# Between two attempts to add pods that could not be added yet.
+_AGAIN_S = 0.5
 # Between two looks at the ports of a pod that is starting.
 _LOOK_S = 0.05
 # States of sockets that others can reach, in /proc/net (include/net/tcp_states.h): TCP_LISTEN, and
@@ -78,6 +81,8 @@ class Supervisor:
         for pod in self._pods.values():
             try:
                 self._add(pod)
+            except cni.NotYet as error:
+                self._change(pod.key, message=str(error))
             except (cni.CniError, OSError) as error:
                 self._change(pod.key, phase="Failed", message=str(error))
 
@@ -89,7 +94,7 @@ class Supervisor:
         keeping = spawn(self._weft.keep(), name="weft")
         async with self._ordered:
             for pod in self._pods.values():
-                if self._status[pod.key].phase == "Failed":
+                if self._status[pod.key].message:
                     continue
                 try:
                     self._start(pod)
@@ -97,7 +102,16 @@ class Supervisor:
                     self._set(pod.key, phase="Failed", message=str(error))
                 await asyncio.sleep(0)  # pods that already run are looked at meanwhile
             self._publish()
-        await asyncio.gather(server.serve_forever(), keeping)
+        await asyncio.gather(server.serve_forever(), keeping, self._add_when_possible())
+
+    async def _add_when_possible(self) -> None:
+        """For ever: pods that could not be added yet."""
+        while True:
+            await asyncio.sleep(_AGAIN_S)
+            async with self._ordered:
+                for pod in [one for one in self._pods.values() if self._status[one.key].waits]:
+                    with contextlib.suppress(cni.CniError, OSError, subprocess.SubprocessError):
+                        await self._add_and_start(pod, self._connect)
 
     async def _take_order(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One line, "stop KEY" or "start KEY", KEY being a pod's, or this node's for its Weft; "add
@@ -167,7 +181,7 @@ class Supervisor:
         start = self._status[pod.key].start + 1
         self._status[pod.key] = PodStatus(key=pod.key, phase="Pending", start=start)
         self._publish()
-        await self._add_and_start(pod)
+        await self._add_and_start(pod, self._add)
         await self._until(lambda: self._status[pod.key].settled, START_S)
         self._publish()
 
@@ -177,12 +191,14 @@ class Supervisor:
         self._pods[pod.key] = pod
         self._status[pod.key] = PodStatus(key=pod.key, phase="Pending")
         self._remember()
-        await self._add_and_start(pod)
+        await self._add_and_start(pod, self._add)
 
-    async def _add_and_start(self, pod: PodPlan) -> None:
+    async def _add_and_start(self, pod: PodPlan, add: Callable[[PodPlan], None]) -> None:
         try:
-            await asyncio.to_thread(self._add, pod)
+            await asyncio.to_thread(add, pod)
             self._start(pod)
+        except cni.NotYet as error:
+            self._set(pod.key, message=str(error))
         except (cni.CniError, OSError, subprocess.SubprocessError) as error:
             self._set(pod.key, phase="Failed", message=str(error))
             raise
@@ -215,8 +231,14 @@ class Supervisor:
         remove_netns(Path(pod.netns))
 
     def _add(self, pod: PodPlan) -> None:
+        self._make(pod)
+        self._connect(pod)
+
+    def _make(self, pod: PodPlan) -> None:
         Path(pod.cgroup).mkdir()
         create_netns(Path(pod.netns))
+
+    def _connect(self, pod: PodPlan) -> None:
         network = pod.container_id, pod.netns, IFNAME, self._network(pod)
         cni.add(*network)
         cni.check(*network)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from mesh.model.meta import LenientModel, Model, ObjectMeta
 
 
@@ -24,7 +26,9 @@ class NodeStatus(LenientModel, frozen=True, kw_only=True):
 
 
 class NodeSpec(LenientModel, frozen=True, kw_only=True):
-    """Nothing of it is read."""
+    """`pod_cidrs`: from which the node's pods have their addresses, if that is so planned."""
+
+    pod_cidrs: tuple[str, ...] = msgspec.field(default=(), name="podCIDRs")
 
 
 class Node(Model, frozen=True, kw_only=True):

@@ -91,7 +91,9 @@ class PolicySection(msgspec.Struct, frozen=True, omit_defaults=True, tag="policy
 class CidrSection(msgspec.Struct, frozen=True, omit_defaults=True, tag="cidr"):
     """The identity of addresses that are no pod's: the longest `cidr` that holds one says, and for
     a node's own address that of its NodeSection, unless a section has just that address as `cidr`
-    (an API server's on a node)."""
+    (an API server's on a node). Not `here`: no policy about pods of this node names it, so nobody
+    is told apart by it; other nodes are told of it as whose client of a Gateway is."""
 
     cidr: str
     identity: int
+    here: bool = True

@@ -37,9 +37,6 @@ _Ingress: TypeAlias = c.IngressRule | c.IngressDenyRule
 _Egress: TypeAlias = c.EgressRule | c.EgressDenyRule
 
 _NAMESPACE = LabelKey("namespace")
-# No policy needs more, and every rule costs the nodes of all pods that it is about.
-MAX_RULES = 1000
-MAX_CIDRS = 5000
 
 _NO_NODES = "policies are enforced at pods; selecting nodes is not supported"
 # Fields of rules that nothing here enforces.
@@ -61,11 +58,6 @@ def translate(policy: _Policy) -> Rulebook:
     if not given:
         problems.add("spec", "is missing, and so is specs: nothing is said")
     specs = tuple(_Reader(policy, place, problems).spec(spec) for place, spec in given)
-    rules = sum(len(side.rules) for one in specs for side in (one.ingress, one.egress))
-    if rules > MAX_RULES:
-        problems.add("spec", f"has {rules} rules, {MAX_RULES} are the most; make several policies")
-    if problems.cidrs > MAX_CIDRS:
-        problems.add("spec", f"has {problems.cidrs} CIDRs, {MAX_CIDRS} are the most")
     return refused(specs, problems.found) if problems.found else Rulebook(specs)
 
 
@@ -282,7 +274,6 @@ class _Reader:
         )
 
     def _cidr(self, field: str, text: str) -> str | None:
-        self._problems.cidrs += 1
         try:
             return canonical(text)
         except ValueError as error:

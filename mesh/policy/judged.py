@@ -28,9 +28,10 @@ _MOST = 64
 
 
 def judged(view: View, key: SpecKey) -> frozenset[Place] | None:
-    spec: ResolvedSpec = view.get("resolved", key)
-    asks = any(one.rule.http for side in (spec.ingress, spec.egress) for one in side.rules)
-    if not asks or spec.audit:
+    spec: ResolvedSpec | None = view.get("resolved", key)
+    if spec is None or spec.audit:
+        return None
+    if not any(one.rule.http for side in (spec.ingress, spec.egress) for one in side.rules):
         return None
     subjects = _pods(view, view.get("subjects", key) or ())
     local = [pod for pod in subjects if pod.local and not _audited(view, pod)]

@@ -8,12 +8,14 @@ think again that could mean it. Knows nothing of rules beyond whom they name.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeAlias
 
 from mesh.model.core import EndpointSlice, Namespace, Service
 from mesh.model.derive import View
 from mesh.model.identity import Reserved
 from mesh.model.meta import ObjectKey
+from mesh.model.node import Node
 from mesh.model.nodeconfig import NodeSection
 from mesh.policy import cidr
 from mesh.policy.spec import Cidr, LabelKey, Peers, Selector, ServiceRef, Spec, SpecKey
@@ -25,6 +27,10 @@ _NOBODY: Identities = frozenset()
 Bucket: TypeAlias = tuple[str, str, str]
 _EVERY: Bucket = ("", "", "")
 _WHOLE = ("0.0.0.0/0", "::/0")
+# Ranges by those in which they lie: of specs that select pods of this node, whose addresses have
+# their identities here; and of all, for selectors, which are there before it is known whom they are
+# about.
+_HERE, _ALL = "ranges_within_here", "ranges_within"
 _API_SERVER = ObjectKey("default", "kubernetes")
 _SERVICE_NAME = "kubernetes.io/service-name"
 _NAME_LABEL = "kubernetes.io/metadata.name"
@@ -81,7 +87,7 @@ def selected(view: View, selector: Selector) -> Identities:
     if any(term.key.kind == "reserved" for term in selector.terms):
         for name in (*_ENTITIES, "world", "kube-apiserver"):
             if all(term.holds(_reserved(term.key, name)) for term in selector.terms):
-                found |= entity(view, name) or _NOBODY
+                found |= entity(view, name, _ALL) or _NOBODY
     return frozenset(found)
 
 
@@ -158,9 +164,9 @@ def enclosing(text: str, identity: int) -> Iterator[str]:
     return cidr.around(text)
 
 
-def _within(view: View, text: str) -> Identities:
+def _within(view: View, text: str, index: str = _HERE) -> Identities:
     """A range and all that are within it, for an address has the identity of the longest."""
-    inside = view.bucket("ranges_within", text)
+    inside = view.bucket(index, text)
     return frozenset(view.get("range_identities", one) for one in inside)
 
 
@@ -185,6 +191,14 @@ class Outside(NamedTuple):
 def node_addresses(key: ObjectKey, node: NodeSection) -> Iterator[str]:
     """The addresses of a node, as ranges (for an index)."""
     return map(cidr.canonical, node.addresses)
+
+
+def pod_ranges(key: ObjectKey, node: Node) -> Iterator[str]:
+    """From which ranges a node's pods have their addresses (for an index). Whoever has one of them
+    and is not known yet is a new pod, not somebody out in the world."""
+    for text in node.spec.pod_cidrs:
+        with suppress(ValueError):
+            yield cidr.canonical(text)
 
 
 def outside(view: View, key: ObjectKey) -> Outside | None:
@@ -304,15 +318,16 @@ def _api_at(view: View, *places: str) -> Identities:
 # --- entities ------------------------------------------------------------------------------------
 
 
-def entity(view: View, name: str) -> Identities | None:
-    """None: everybody."""
+def entity(view: View, name: str, index: str = _HERE) -> Identities | None:
+    """None: everybody. `index`: the one of ranges."""
     match name:
         case "all":
             return None
         case "none":
             return _NOBODY
         case "world":
-            outer = frozenset((Reserved.WORLD,)).union(*(_within(view, one) for one in _WHOLE))
+            inside = (_within(view, one, index) for one in _WHOLE)
+            outer = frozenset((Reserved.WORLD,)).union(*inside)
             return outer - _api_at(view, "host", "remote-node")
         case "cluster":
             pods = (view.get("identities", one) for one in view.bucket("labelled", _EVERY))

@@ -7,11 +7,10 @@ _TOLD = 10
 
 
 class Problems:
-    """`cidrs` and `regex_size` count what is bounded for a policy as a whole."""
+    """`regex_size` counts what is bounded for a policy as a whole."""
 
     def __init__(self) -> None:
         self._found: list[str] = []
-        self.cidrs = 0
         self.regex_size = 0
 
     def add(self, field: str, why: str) -> None:

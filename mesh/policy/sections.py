@@ -25,7 +25,7 @@ from mesh.model.policyconfig import (
     PortRange,
 )
 from mesh.policy.audit import audited
-from mesh.policy.peers import Identities, resolve
+from mesh.policy.peers import Identities, ranges, resolve
 from mesh.policy.spec import PolicyKey, PortSpec, RuleSpec, Selector, Side, SpecKey
 
 # Kubelet's probes come from there, and whoever has the node has its pods.
@@ -150,24 +150,30 @@ def _rules(
     if not rule.ports or numbered or (names and not egress):
         yield _Rule(base, () if egress else names, labelled)
     if egress and names:
-        for ports, those in _by_named_ports(view, whom, names).items():
+        for ports, those in _by_named_ports(view, whom, names, rule.deny).items():
             narrowed = msgspec.structs.replace(base, peers=frozenset(those), ports=ports)
             yield _Rule(narrowed, (), labelled)
 
 
 def _by_named_ports(
-    view: View, whom: Identities | None, names: Iterable[PortSpec]
+    view: View, whom: Identities | None, names: tuple[PortSpec, ...], deny: bool
 ) -> dict[tuple[PortRange, ...], set[int]]:
-    """Identities by what the names are for their pods: what no pod has a name for is no port."""
+    """Identities by what the names are for their pods: what no pod has a name for is no port. Where
+    pods of one identity do not agree, what all of them say is allowed, and what any says denied."""
     if whom is None:
         whom = frozenset(view.get("identities", one) for one in view.bucket("labelled", ("",) * 3))
     result: dict[tuple[PortRange, ...], set[int]] = {}
     for identity in sorted(whom):
-        known: set[NamedPort] = set()
-        for pod in view.bucket("pods_of_identity", identity):
-            known |= view.get("port_names", pod) or frozenset()
-        if ports := numbers(names, known):
-            result.setdefault(ports, set()).add(identity)
+        found = [
+            frozenset(numbers(names, view.get("port_names", pod) or ()))
+            for pod in view.bucket("pods_of_identity", identity)
+        ]
+        if found:
+            ports = frozenset.union(*found) if deny else frozenset.intersection(*found)
+            if ports:
+                result.setdefault(tuple(sorted(ports, key=msgspec.structs.astuple)), set()).add(
+                    identity
+                )
     return result
 
 
@@ -189,7 +195,7 @@ def pod_policies(view: View, key: ObjectKey) -> PolicySection | None:
     keys: list[SpecKey] = sorted(view.bucket("specs_on", workload.identity))
     if not keys:
         return None
-    specs: list[ResolvedSpec] = [view.get("resolved", one) for one in keys]
+    specs: list[ResolvedSpec] = [view.get("resolved", one) or _closed(one) for one in keys]
     namespace = view.get("Namespace", ObjectKey("", key.namespace))
     all_audited = namespace is not None and audited(namespace)
     names: frozenset[NamedPort] = view.get("port_names", key) or frozenset()
@@ -204,6 +210,14 @@ def pod_policies(view: View, key: ObjectKey) -> PolicySection | None:
         ingress=ingress,
         egress=_direction([(one, one.egress) for one in specs], all_audited, names),
     )
+
+
+def _closed(key: SpecKey) -> ResolvedSpec:
+    """Of a spec that could not be resolved, which is a defect."""
+    policy, _ = key
+    rule = PolicyRule(f"{policy} (a defect in Weft, so it denies)", deny=True)
+    side = Resolved(True, (_Rule(rule, (), frozenset()),), ())
+    return ResolvedSpec(policy, audit=False, ingress=side, egress=side)
 
 
 def closing(key: SpecKey, spec: ResolvedSpec) -> Iterator[str]:
@@ -271,9 +285,32 @@ def _own(one: _Rule, names: frozenset[NamedPort], requires: list[Identities]) ->
     return rule
 
 
+def hosted(key: ObjectKey, workload: WorkloadSection) -> Iterator[int]:
+    """The identity of a pod of this node (for an index)."""
+    if workload.local:
+        yield workload.identity
+
+
+def named_here(view: View, key: SpecKey) -> frozenset[str] | None:
+    """The ranges that a spec names; None: there are none, or it selects no pod of this node."""
+    found = frozenset(ranges(key, view.get("specs", key)))
+    if found and any(view.bucket("hosted", one) for one in view.get("subjects", key) or ()):
+        return found
+    return None
+
+
+def range_here(view: View, text: str) -> int | None:
+    """The identity of a range, where there are addresses that have it; None: no policy names it."""
+    number: int | None = view.get("range_identities", text)
+    return number
+
+
 def cidr_sections(view: View, text: str) -> CidrSection | None:
     """None: the range is a node's own address, which has that node's identity, unless it is the API
     server's as well."""
     if view.bucket("node_at", text) and not view.bucket("api_range", text):
         return None
-    return CidrSection(text, view.get("range_identities", text))
+    if view.bucket("pod_ranges", text):
+        return CidrSection(text, int(Reserved.INIT))
+    here = bool(view.bucket("ranges_here", text))
+    return CidrSection(text, view.get("range_identities", text), here)

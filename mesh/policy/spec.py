@@ -133,7 +133,25 @@ class PolicyKey(NamedTuple):
 # One spec of a policy, by its place among them.
 SpecKey: TypeAlias = tuple[PolicyKey, int]
 
+# No policy needs more, and every rule costs the nodes of all pods that it is about.
+MAX_RULES = 1000
+MAX_CIDRS = 5000
+
 KINDS = ("NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy")
+
+
+def oversized(specs: tuple[Spec, ...]) -> tuple[str, ...]:
+    """Why a policy is too large, as problems."""
+    sides = [side for one in specs for side in (one.ingress, one.egress)]
+    rules = [rule for side in sides for rule in side.rules]
+    cidrs = [one for rule in rules if rule.peers is not None for one in rule.peers.cidrs]
+    ranges = sum(1 + len(one.excepts) for one in cidrs)
+    found = []
+    if len(rules) > MAX_RULES:
+        found.append(f"{len(rules)} rules, {MAX_RULES} are the most; make several policies")
+    if ranges > MAX_CIDRS:
+        found.append(f"{ranges} CIDRs, {MAX_CIDRS} are the most")
+    return tuple(f"spec: has {one}" for one in found)
 
 
 def refused(specs: tuple[Spec, ...], problems: tuple[str, ...]) -> Rulebook:

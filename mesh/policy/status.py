@@ -14,7 +14,8 @@ from mesh.model.ciliumnetworkpolicy import CiliumPolicyStatus
 from mesh.model.derive import View
 from mesh.model.meta import Condition, ObjectKey
 from mesh.model.networkpolicy import NetworkPolicyStatus
-from mesh.model.section import SectionKey, policy_key
+from mesh.model.section import SectionKey, cidr_key, policy_key
+from mesh.policy.peers import ranges
 from mesh.policy.spec import PolicyKey, Rulebook
 
 Status: TypeAlias = NetworkPolicyStatus | CiliumPolicyStatus
@@ -62,11 +63,14 @@ def _problems(book: Rulebook) -> str:
 
 
 def _refused(view: View, key: PolicyKey, book: Rulebook) -> str:
+    if any(view.get("resolved", (key, index)) is None for index in range(len(book.specs))):
+        return "a defect in Weft, which its log has: everything is denied to whom it selects"
     refused: set[SectionKey] = set(view.bucket("refused_policies", ""))
     if not refused:
         return ""
-    concerned = {one for one in refused if one.startswith("cidr/")}
-    for index in range(len(book.specs)):
+    concerned: set[SectionKey] = set()
+    for index, spec in enumerate(book.specs):
+        concerned |= refused & set(map(cidr_key, ranges((key, index), spec)))
         for identity in view.get("subjects", (key, index)) or ():
             pods: set[ObjectKey] = set(view.bucket("pods_of_identity", identity))
             concerned |= refused & {policy_key(*pod) for pod in pods}

@@ -15,8 +15,18 @@ from mesh.model.derive import Index, Rule, View
 from mesh.model.meta import ObjectKey
 from mesh.model.networkpolicy import NetworkPolicy
 from mesh.model.section import SectionKey, cidr_key, policy_key
-from mesh.policy import audit, cilium, demands, judged, kubernetes, peers, sections, status
-from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey
+from mesh.policy import (
+    audit,
+    cilium,
+    demands,
+    judged,
+    kubernetes,
+    peers,
+    sections,
+    status,
+    unreadable,
+)
+from mesh.policy.spec import KINDS, PolicyKey, Rulebook, Spec, SpecKey, oversized, refused
 
 # The tables whose entries are sections.
 SECTIONS: dict[str, Callable[[Any], SectionKey]] = {
@@ -36,7 +46,6 @@ def before_workloads(node: str, everything_audited: bool) -> tuple[Rule, ...]:
         Rule("range_numbers", "ranges", peers.range_number),
         Rule("range_identities", "ranges", peers.range_identity),
         Rule("api_places", "api_range", peers.api_places(node)),
-        Rule("cidr_sections", "ranges", sections.cidr_sections),
         Rule("selected", "selectors", peers.selected),
         # At which ports they want mutual TLS.
         Rule("port_names", "pods", sections.port_names),
@@ -49,6 +58,9 @@ def rules(mesh: bool, everything_audited: bool) -> tuple[Rule, ...]:
     """What is in force. `mesh`: there is one on this node."""
     return (
         Rule("subjects", "spec_keys", sections.subjects),
+        Rule("named_here", "spec_keys", sections.named_here),
+        Rule("identities_here", "ranges_here", sections.range_here),
+        Rule("cidr_sections", "ranges_told", sections.cidr_sections),
         Rule("resolved", "spec_keys", sections.resolved(everything_audited)),
         Rule("judged", "spec_keys", judged.judged),
         Rule("pod_policies", "workloads", sections.pod_policies),
@@ -64,8 +76,17 @@ INDEXES = (
     Index("selectors", "specs", peers.selectors),
     Index("ranges", "specs", peers.ranges),
     Index("ranges", "outside", peers.outside_ranges),
+    Index("ranges_told", "specs", peers.ranges),
+    Index("ranges_told", "outside", peers.outside_ranges),
+    Index("ranges_told", "Node", peers.pod_ranges),
     Index("ranges_of_number", "range_numbers", peers.ranges_of_number),
     Index("ranges_within", "range_identities", peers.enclosing),
+    Index("hosted", "workloads", sections.hosted),
+    Index("ranges_here", "named_here", lambda key, found: found),
+    Index("ranges_here", "outside", peers.outside_ranges),
+    Index("ranges_here", "Node", peers.pod_ranges),
+    Index("pod_ranges", "Node", peers.pod_ranges),
+    Index("ranges_within_here", "identities_here", peers.enclosing),
     Index("api_range", "outside", peers.api_ranges),
     Index("api_server", "api_places", lambda text, place: ("",)),
     Index("node_at", "nodes", peers.node_addresses),
@@ -93,8 +114,11 @@ def inputs(
 def rulebook(view: View, key: PolicyKey) -> Rulebook:
     policy = view.get("Policy", key)
     if isinstance(policy, NetworkPolicy):
-        return kubernetes.translate(policy)
-    return cilium.translate(policy)
+        book = kubernetes.translate(policy)
+    else:
+        book = cilium.translate(policy)
+    why = (*filter(None, (unreadable.why(policy),)), *oversized(book.specs))
+    return refused(book.specs, (*book.problems, *why)) if why else book
 
 
 def spec(view: View, key: SpecKey) -> Spec:

@@ -2,14 +2,15 @@
 
 `Manifests` is the state and does what one change asks for, synchronously; `DirectorySource` watches
 and drives it. A file that cannot be read as manifests keeps its last good objects in force, and so
-does a single object that became invalid; what is deleted is gone at once. Knows nothing of what
-objects mean to each other.
+does a single object that became invalid, also if that is found at the start (`mesh.sources.kept`);
+what is deleted is gone at once. Knows nothing of what objects mean to each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import bisect
+import json
 import logging
 import os
 import stat
@@ -24,8 +25,9 @@ import msgspec
 from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
 from mesh.sources import tree
-from mesh.sources.documents import Claim, ObjectId, Problem, read_objects
-from mesh.sources.manifest import UnreadableError, read_documents
+from mesh.sources.documents import Claim, ObjectId, Problem, merged, read_objects
+from mesh.sources.kept import Kept
+from mesh.sources.manifest import Document, UnreadableError, read_documents
 from mesh.sources.update import SourceUpdate
 from mesh.sources.watch import Watch
 
@@ -41,6 +43,9 @@ _MISSING_LIMIT_S = 0.02
 _ROOT_RETRY_S = 1.0
 
 
+_STAYS = "; its last good version stays in force"
+
+
 class _File(NamedTuple):
     target: str
     objects: dict[ObjectId, Claim]
@@ -54,13 +59,15 @@ class _Current(NamedTuple):
 
 
 class Manifests:
-    """The objects of a directory tree. `settled`: leave files alone that are being written."""
+    """The objects of a directory tree. `settled`: leave files alone that are being written. `kept`:
+    a directory for their last good versions, None: there is none."""
 
-    def __init__(self, root: Path, *, settled: bool = False) -> None:
+    def __init__(self, root: Path, *, settled: bool = False, kept: Path | None = None) -> None:
         self.root = Path(os.path.abspath(root))
         self.unsettled: dict[str, float] = {}
         self.unreadable: frozenset[str] = frozenset()
         self._settled = settled
+        self._kept = Kept(kept, self.root)
         self._files: dict[str, _File] = {}
         self._by_target: dict[str, set[str]] = {}
         self._claims: dict[ObjectId, list[Claim]] = {}
@@ -68,7 +75,7 @@ class Manifests:
         self._problems: dict[str, tuple[Problem, ...]] = {}
         self._duplicates: dict[ObjectId, tuple[Problem, ...]] = {}
         self._version = 0
-        self._walked = self._complete = False
+        self._walked = self._begun = self._complete = False
 
     def scan(self) -> SourceUpdate:
         """Walk the whole tree and read every file."""
@@ -89,7 +96,14 @@ class Manifests:
         for path in self._problems.keys() - self._files.keys() - found.files.keys():
             if not path.endswith("/"):
                 del self._problems[path]
-        return self.read([*gone, *found.files])
+        return self.read([*gone, *self._left(found), *found.files])
+
+    def _left(self, found: tree.Tree) -> list[str]:
+        """Once the root has been looked into, files that there were before this reader."""
+        if not self._walked or self._begun:
+            return []
+        self._begun = True
+        return [path for path in self._kept.paths() if path not in found.files]
 
     def origin(self, kind: str, key: ObjectKey) -> tuple[str, int]:
         """File and document of an object in force. KeyError: there is none."""
@@ -169,18 +183,45 @@ class Manifests:
                 self._problems[path] = (
                     Problem(full, rule="file", message="a symbolic link to nothing"),
                 )
+            self._kept.forget(path)
             return self._replace(path, None)
         except (tree.FileError, UnreadableError) as error:
-            kept = "; its last good version stays in force" if before else ""
+            good = before.objects if before else self._last_good(path, full)
+            kept = _STAYS if good else ""
             self._problems[path] = (Problem(full, rule="file", message=f"{error}{kept}"),)
-            return set()
+            if before or not good:
+                return set()
+            return self._replace(path, _File(os.path.realpath(full), good))
         good = before.objects if before else {}
         objects, problems = read_objects(path, full, documents, good)
+        if not before and any(problem.level == "error" for problem in problems):
+            good = self._last_good(path, full)
+            objects, problems = read_objects(path, full, documents, good)
         if problems:
             self._problems[path] = tuple(problems)
         else:
             self._problems.pop(path, None)
+        stale = {
+            ident
+            for ident, claim in objects.items()
+            if ident in good and claim.object is good[ident].object
+        }
+        self._keep(path, data, documents, stale)
         return self._replace(path, _File(os.path.realpath(full), objects))
+
+    def _last_good(self, path: str, full: str) -> dict[ObjectId, Claim]:
+        """What an earlier reader of the tree has left of a file."""
+        return read_objects(path, full, self._kept.documents(path), {})[0]
+
+    def _keep(
+        self, path: str, data: bytes, documents: list[Document], stale: set[ObjectId]
+    ) -> None:
+        """For the next reader: what is written, with objects as they were that are `stale`."""
+        is_json = path.endswith(".json")
+        if stale:
+            value = merged(documents, self._kept.documents(path), stale)
+            data, is_json = json.dumps(value).encode(), True
+        self._kept.put(path, data, is_json=is_json)
 
     def _waited(self, path: str, limit_s: float) -> bool:
         since = self.unsettled.get(path)
@@ -272,10 +313,11 @@ def _spec_differs(a: Object, b: Object) -> bool:
 
 
 class DirectorySource:
-    """Watches a directory tree. `updates()` yields first the whole content, then every change."""
+    """Watches a directory tree. `updates()` yields first the whole content, then every change.
+    `kept`: see Manifests."""
 
-    def __init__(self, root: Path) -> None:
-        self._manifests = Manifests(root, settled=True)
+    def __init__(self, root: Path, kept: Path | None = None) -> None:
+        self._manifests = Manifests(root, settled=True, kept=kept)
         self._events: asyncio.Queue[set[str]] = asyncio.Queue()
         self._watch: Watch | None = None
         self._watched: tuple[int, int] | None = None

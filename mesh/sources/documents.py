@@ -7,10 +7,13 @@ mesh.model's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple
 
 from mesh.model.decode import KINDS, InvalidObject, Object, UnsupportedKind, decode, key_of
+from mesh.model.errors import FieldError
 from mesh.model.meta import ObjectKey
+from mesh.policy import unreadable
 from mesh.sources.manifest import Document
 
 # Kinds that manifests for a cluster commonly hold and that say nothing to a gateway.
@@ -26,6 +29,7 @@ HARMLESS = frozenset(
 _CLUSTER_SCOPED = frozenset(info.kind for info in KINDS.values() if not info.namespaced)
 # Lists in lists, deeper than anybody writes them, are taken for an object and refused.
 _MAX_LISTS = 3
+_STAYS = "; its last good version stays in force"
 
 Level = Literal["error", "warning", "unsupported", "note"]
 
@@ -76,7 +80,7 @@ def read_objects(
     path: str, file: str, documents: Iterable[Document], good: Mapping[ObjectId, Claim]
 ) -> tuple[dict[ObjectId, Claim], list[Problem]]:
     """The objects of one file, and the problems. `good`: what the file held before; an object that
-    is invalid now keeps its version from there."""
+    is invalid now keeps its version from there. Of a policy without one is left that it denies."""
     objects: dict[ObjectId, Claim] = {}
     problems: list[Problem] = []
     for position, item in enumerate(_items(documents)):
@@ -90,9 +94,16 @@ def read_objects(
         if decoded is not None:
             ident = ObjectId(decoded.kind, key_of(decoded))
             claim = Claim(path, item.document, position, decoded)
-        elif (before := good.get(ident)) is not None:
+        elif (before := good.get(ident)) is not None and not unreadable.why(before.object):
             claim = Claim(path, item.document, position, before.object)
-            found = [_kept(problem) for problem in found]
+            found = [_told(problem, _STAYS) for problem in found]
+        elif ident.kind in unreadable.POLICIES and any(one.level == "error" for one in found):
+            errors = [FieldError(one.path, one.rule, one.message) for one in found]
+            left = unreadable.closed(item.value, errors) or (before and before.object)
+            if left is not None:
+                claim = Claim(path, item.document, position, left)
+            more = unreadable.CLOSES_NOTHING if left is None else unreadable.CLOSES
+            found = [_told(problem, more) for problem in found]
         problems += found
         if claim is None:
             continue
@@ -108,8 +119,20 @@ def read_objects(
     return objects, problems
 
 
-def _kept(problem: Problem) -> Problem:
-    return problem._replace(message=f"{problem.message}; its last good version stays in force")
+def merged(
+    documents: Iterable[Document], before: Iterable[Document], stale: AbstractSet[ObjectId]
+) -> Any:
+    """The value of a document with the same objects, but those that are `stale` as they were."""
+    written: dict[ObjectId, Any] = {}
+    for given, which in ((before, stale.__contains__), (documents, lambda one: one not in stale)):
+        for item in _items(given):
+            if which(ident := _identity(item.value)):
+                written.setdefault(ident, item.value)
+    return {"apiVersion": "v1", "kind": "List", "items": list(written.values())}
+
+
+def _told(problem: Problem, more: str) -> Problem:
+    return problem._replace(message=f"{problem.message}{more}")
 
 
 def _items(documents: Iterable[Document]) -> Iterator[_Item]:

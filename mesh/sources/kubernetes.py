@@ -21,6 +21,7 @@ from l7proxy.tasks import spawn
 from mesh.model.decode import KINDS, InvalidObject, KindInfo, Object
 from mesh.model.meta import ObjectKey
 from mesh.model.references import GROUP
+from mesh.policy import unreadable
 from mesh.sources.documents import ObjectId, Problem
 from mesh.sources.kubernetes_client import (
     Backoff,
@@ -96,11 +97,16 @@ class _Kind:
         try:
             obj = read(raw, custom=self.group not in _BUILT_IN)
         except InvalidObject as error:
-            source.wrong[ident] = problems(raw, error, kept=before is not None)
+            kept = before is not None and not unreadable.why(before)
+            left = None if kept else unreadable.closed(raw, error.errors) or before
+            source.wrong[ident] = problems(raw, error, kept=kept, closed=left is not None)
             source.wake.set()
-            return
-        if source.wrong.pop(ident, None) is not None:
-            source.wake.set()
+            if left is None:
+                return
+            obj = left
+        else:
+            if source.wrong.pop(ident, None) is not None:
+                source.wake.set()
         if before is not None and _same(before, obj):
             return
         self.current[key] = obj

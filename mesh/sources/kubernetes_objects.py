@@ -15,6 +15,7 @@ from mesh.model.core import ConfigMap, Secret
 from mesh.model.decode import InvalidObject, Object, decode, parse
 from mesh.model.errors import FieldError
 from mesh.model.pod import Pod
+from mesh.policy.unreadable import CLOSES, CLOSES_NOTHING, POLICIES
 from mesh.sources.documents import Problem
 
 # Where problems and objects of a cluster are said to be, as files are of a directory.
@@ -61,10 +62,15 @@ def _slim(raw: Mapping[str, Any]) -> dict[str, Any]:
     return slim
 
 
-def problems(raw: Mapping[str, Any], error: InvalidObject, *, kept: bool) -> list[Problem]:
-    """What to tell of an object that cannot be used; `kept`: an earlier version is in force."""
+def problems(
+    raw: Mapping[str, Any], error: InvalidObject, *, kept: bool, closed: bool = False
+) -> list[Problem]:
+    """What to tell of an object that cannot be used; `kept`: an earlier version is in force;
+    `closed`: it is a policy, of which it is left that it denies."""
     metadata = raw["metadata"]
     more = "; its last good version stays in force" if kept else ""
+    if not kept and raw.get("kind") in POLICIES:
+        more = CLOSES if closed else CLOSES_NOTHING
     return [
         Problem(
             PLACE,

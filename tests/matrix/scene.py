@@ -214,7 +214,7 @@ def scene(directory: Path, name: str = "mx") -> Iterator[Scene]:
     (policies / "policies.yaml").write_text("")
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(lab_of(directory, name, config(directory)))
-        done = lab.up()
+        done = lab.up("--wait", "120")
         assert done.returncode == 0, done.stderr
         _connect_the_world(lab)
         yield Scene(lab, directory, stack)
