@@ -215,6 +215,7 @@ PAIR = Layout(
         "handed": "I",
         "until": "I",
         "expires_ns": "Q",
+        "made_ns": "Q",
         "series": "Q",
         "response_max": "I",
         "zero": "4x",

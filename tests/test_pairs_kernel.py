@@ -692,18 +692,22 @@ def test_a_change_dissolves_all_pairs(world):
     with_backend(world, test)
 
 
-def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
+def test_what_a_worker_offers_by_a_configuration_of_before_does_not_stand(world):
+    """One that hangs, and one that wakes and does not know yet."""
+
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
             counts = Counts(world)
             assert (await own.ask(get("/a", "web"))).body == b"/a"
             assert counts.since == (1, 1, 0)
-            # The worker knows nothing of it.
+            # The others have another configuration.
             with contextlib.closing(Generation(world.pin)) as generation:
-                generation.begin(generation.next())
+                generation.end_offers(time.monotonic_ns())
             assert (await own.ask(get("/b", "web"))).body == b"/b"
+            await own.offered()
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
             assert counts.since == (1, 1, 0)
-            # What it offers from now on stands.
+            await change(here, {})
             await own.pair()
             counts = Counts(world)
             assert (await own.ask(get("/a", "web"))).body == b"/a"

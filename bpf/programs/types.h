@@ -120,6 +120,7 @@ struct pair {
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
 	u64 expires_ns; /* CLOCK_MONOTONIC */
+	u64 made_ns;	/* likewise: the configuration by which it is offered */
 	u64 series;	/* as in struct passed_key */
 	u32 response_max;
 	u32 zero;
