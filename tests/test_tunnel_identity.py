@@ -161,6 +161,57 @@ async def test_a_node_without_an_authority_connects_plainly_but_not_to_strict_po
         assert web.connections == 1
 
 
+# --- two trust domains ----------------------------------------------------------------------------
+
+FOREIGN = "other.example"
+
+
+@pytest.mark.parametrize("foreign", ["client", "web"])
+async def test_nodes_of_two_trust_domains_meet_by_exchanged_bundles(foreign: str):
+    """The one of the other domain dials, or is dialled; over HTTP and TCP."""
+    others = Authority(FOREIGN)
+    ids = {name: spiffe(name) for name in ("client", "web")}
+    ids[foreign] = spiffe(foreign, trust_domain=FOREIGN)
+    async with (
+        two_nodes(Settings(connect_timeout_s=0.4)) as nodes,
+        backend() as web,
+        raw_backend(echo) as tcp,
+        agent_of(nodes.a) as dials,
+        agent_of(nodes.b) as takes,
+    ):
+        at, address, node = (nodes.a, CLIENT, "a") if foreign == "client" else (nodes.b, WEB, "b")
+        own = nodes.b if at is nodes.a else nodes.a
+        assert at.apply(others.svid(ids[foreign]), (svid_key(spiffe(foreign)),)) == {}
+        assert at.apply(others.bundle()) == {}
+        nodes.pod(foreign, address, node, spiffe_id=ids[foreign])
+        port = nodes.http(web.port)
+        # Without its roots, then with those of somebody else of that name.
+        assert (await ask(port)).status == 503
+        assert own.apply(Authority(FOREIGN).bundle()) == {}
+        assert (await ask(port)).status == 503
+        # Nor do its roots vouch for a name of ours.
+        assert own.apply(others.bundle()) == {}
+        assert at.apply(others.svid(spiffe(foreign))) == {}
+        nodes.pod(foreign, address, node)
+        assert (await ask(port)).status == 503
+        assert web.connections == 0
+        nodes.pod(foreign, address, node, spiffe_id=ids[foreign])
+        assert (await ask(port)).status == 200
+        async with connected(nodes.relay(tcp)) as (reader, writer):
+            writer.write(b"a")
+            assert await reader.read(1) == b"a"
+            assert own.apply({}, (f"bundle/{FOREIGN}",)) == {}
+            assert await ended_by_reset(reader)
+        assert (await ask(port)).status == 503
+        assert web.connections == 1
+        for agent in (dials, takes):
+            seen = 1
+            while (flow := (await agent.records(seen))[-1]).encryption != "mtls":
+                seen += 1
+            ends = flow.source.spiffe_id, flow.destination.spiffe_id
+            assert ends == (ids["client"], ids["web"])
+
+
 # --- who is told ----------------------------------------------------------------------------------
 
 FORGED = ("X-Forwarded-Client-Cert: URI=forged", "X-Forwarded-For: 6.6.6.6")
