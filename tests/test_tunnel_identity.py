@@ -36,7 +36,8 @@ from l7proxy import metrics
 from l7proxy.tunnels import Tunnel
 from mesh.model.channel import Proof
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings
-from mesh.model.section import svid_key, workload_key
+from mesh.model.routeconfig import Mirror
+from mesh.model.section import cluster_key, svid_key, workload_key
 
 OTHER = "127.0.1.2"
 
@@ -246,13 +247,21 @@ async def test_a_route_tells_the_identity_of_the_section_and_no_other():
         assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", CLIENT), told]
 
 
-@pytest.mark.parametrize("where", ["same-node", "other-node", "read-there", "gateway", "behind"])
+@pytest.mark.parametrize(
+    "where", ["same-node", "other-node", "mirrored", "read-there", "gateway", "behind"]
+)
 async def test_what_clients_say_of_their_identity_never_passes(where: str):
-    """In HTTP/1, HTTP/2 and requests to upgrade. "behind": by a Gateway's trusted proxy."""
+    """In HTTP/1, HTTP/2, trailers and requests to upgrade. "behind": by a Gateway's trusted proxy;
+    "mirrored": of a copy, too."""
     settings = Settings(trusted_hops=1) if where == "behind" else None
-    async with two_nodes(settings) as nodes, backend() as web:
+    async with two_nodes(settings) as nodes, backend() as web, backend() as copies:
         port = nodes.http(web.port)
-        if where == "same-node":
+        mirror = Mirror(cluster_key("Service", "default", "copies", 80))
+        if where == "mirrored":
+            put = mesh_route("r", rule(to("web"), filters=(mirror,)))
+            put |= service(producers=True) | cluster("copies", copies.port)
+            assert nodes.a.apply(put) == {}
+        elif where == "same-node":
             nodes.hold("a", "web")
             nodes.pod("web", WEB, "a")
         elif where == "read-there":
@@ -263,7 +272,12 @@ async def test_what_clients_say_of_their_identity_never_passes(where: str):
             assert nodes.a.apply(http_port(port) | route("r", rule(to("web")))) == {}
         field = "X-Forwarded-Client-Cert: URI=forged"
         upgrade = ("Connection: Upgrade", "Upgrade: websocket")
-        for request in (get("/", "web", field, field), get("/", "web", field, *upgrade)):
+        trailer = get("/", "web", "Transfer-Encoding: chunked") + f"0\r\n{field}\r\nX-A: b\r\n\r\n"
+        for request in (
+            get("/", "web", field, field),
+            get("/", "web", field, *upgrade),
+            trailer,
+        ):
             assert (await ask(port, request)).status == 200
         async with connected(port) as (reader, writer):
             peer = RawPeer(reader, writer, client=True)
@@ -271,8 +285,11 @@ async def test_what_clients_say_of_their_identity_never_passes(where: str):
             forged = (b"x-forwarded-client-cert", b"URI=forged")
             assert (await peer.response(peer.request([*GET, forged])))[0] == 200
             await peer.close()
-        found = [seen.header("x-forwarded-client-cert") for seen in web.requests]
-        assert found == [None, None, None]
+        if where == "mirrored":
+            await copies.wait_for(4)
+        for received in (web.requests, copies.requests if where == "mirrored" else web.requests):
+            assert len(received) == 4
+            assert not [seen for seen in received if "forged" in repr(seen)]
 
 
 # --- what ends them -------------------------------------------------------------------------------
