@@ -314,8 +314,8 @@ class _Incoming(Relay):
         self._port.left(self, self._client)
 
     def revoke(self, reason: str) -> None:
-        """It would not be let in any more. HTTP's sender ends it after the request in flight, and may
-        as long as it is still who it has proved to be."""
+        """It would not be let in any more. HTTP's sender ends it after the request in flight, and
+        may as long as it is still who it has proved to be."""
         if self.preface.kind == "tcp" or reason not in _STILL_PROVEN:
             self.cut_off(reason)
         else:
