@@ -45,6 +45,8 @@ FRONTENDS = 1 << 15
 SLOTS = 1 << 20
 BACKENDS = 1 << 16
 ORIGINS = 1 << 16
+# What each datagram socket that is not connected has asked for lately, 64 bytes each; a power of two.
+ASKED_LATELY = 8
 AFFINITIES = 1 << 16
 MEMBERS = 1 << 16
 # Connections to the proxy that it has yet to accept; connections that it has opened; backends that

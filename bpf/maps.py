@@ -94,6 +94,7 @@ MAPS = {
     "slots": Spec(layout.U32, layout.U64, constants.SLOTS),
     "backends": Spec(layout.U32, layout.BACKEND, constants.BACKENDS),
     "connected": Spec(layout.U32, layout.CONNECTED, 0),
+    "asked": Spec(layout.U32, layout.ASKED, 0),
     "origins": Spec(layout.ORIGIN_KEY, layout.ORIGIN, constants.ORIGINS),
     "affinities": Spec(layout.AFFINITY_KEY, layout.AFFINITY, constants.AFFINITIES),
     "members": Spec(layout.MEMBER, layout.U32, constants.MEMBERS),

@@ -11,8 +11,10 @@ BPF_F_TABLE("array", u32, u64, slots, SLOTS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct backend, backends, BACKENDS, 0);
 /* What a connected socket asked for, for as long as it lives. */
 BPF_SK_STORAGE(connected, struct connected);
-/* What a socket asked for, by its cookie and the peer it was given: that of connected ones for the
- * next version of Weft. Evicted when long unused, also by other pods' sockets. */
+/* And one that is not connected, lately. */
+BPF_SK_STORAGE(asked, struct asked);
+/* What a socket asked for, by its cookie and the peer it was given: for the next version of Weft, and
+ * what is not kept with the socket. Evicted when long unused, also by other pods' sockets. */
 BPF_F_TABLE("lru_hash", struct origin_key, struct origin, origins, ORIGINS, 0);
 /* Which backend a client of a frontend had last: valid while it is a member, and used lately. */
 BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity, affinities, AFFINITIES, 0);

@@ -65,6 +65,13 @@ struct connected {
 	struct origin origin;
 };
 
+/* With a datagram socket that is not connected: the last peers that it was given. */
+struct asked {
+	struct connected last[ASKED_LATELY];
+	u32 next; /* modulo ASKED_LATELY: the one that goes first */
+	u32 zero;
+};
+
 /* Where this node's proxy listens for workloads; port 0: nowhere. */
 struct config {
 	struct target http4;
