@@ -45,7 +45,7 @@ FRONTENDS = 1 << 15
 SLOTS = 1 << 20
 BACKENDS = 1 << 16
 ORIGINS = 1 << 16
-# What each datagram socket that is not connected has asked for lately, 64 bytes each; a power of two.
+# What each datagram socket that is not connected has asked for lately, 64 bytes each: a power of 2.
 ASKED_LATELY = 8
 AFFINITIES = 1 << 16
 MEMBERS = 1 << 16

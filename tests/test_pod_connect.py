@@ -338,6 +338,21 @@ def test_nothing_goes_plainly_because_the_relay_does_not_listen(
                 else:
                     world.connect_to("b", SERVICE[version], 80).close()
                     server.accept()[0].close()
+            # Of several backends those of this node are tried too: eight, as above.
+            world.enforce({**KNOWN, "workload/shop/far": far})
+            with world.listen("a", A[version], port) as near:
+                backends = (backend, EntryBackend(A[version], port))
+                assert (
+                    balancer.apply({"entry": msgspec.structs.replace(entry, backends=backends)})
+                    == {}
+                )
+                reached = 0
+                for _ in range(20):
+                    with contextlib.suppress(PermissionError):
+                        world.connect_to("b", SERVICE[version], 80).close()
+                        near.accept()[0].close()
+                        reached += 1
+                assert reached > 12
             # Nobody gives the node identities.
             settings.steer_to_proxy(world.pin, [], sockmap=False)
             world.enforce({**KNOWN, "workload/shop/far": far})
