@@ -45,6 +45,8 @@ FRONTENDS = 1 << 15
 SLOTS = 1 << 20
 BACKENDS = 1 << 16
 ORIGINS = 1 << 16
+# What each datagram socket that is not connected has asked for lately, 64 bytes each: a power of 2.
+ASKED_LATELY = 8
 AFFINITIES = 1 << 16
 MEMBERS = 1 << 16
 # Connections to the proxy that it has yet to accept; connections that it has opened; backends that
@@ -70,8 +72,9 @@ FLOW_TCP_S, FLOW_S = 86_400, 120
 # is older), in seconds.
 FRAGMENTS = 1 << 12
 FRAGMENT_S = 30
-# Packets that are told of in one second, on each CPU: that were refused; that were not.
-TOLD_MAX = 500
+# Packets that are told of in one second, on each CPU: that were refused, that came plainly; the
+# node's own, which are as many as it likes to probe.
+TOLD_MAX, TOLD_FROM_HOST_MAX = 500, 50
 # Pairs, and what goes past the proxy by them. A request that does is no longer than this, nor a
 # response, except of LARGE_PAIRS of a worker, whose responses have been longer; both ends have read
 # all before: so that responses hold no more than 512 MiB, and as much for each worker.

@@ -49,6 +49,10 @@ class Enforcement:
         self._pods.close()
         self._generation.close()
 
+    def end_offers(self, made_ns: int) -> None:
+        """No request passes by a proxy any more that it offered by a configuration from before."""
+        self._generation.end_offers(made_ns)
+
     def replace(self, sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
         since = self._generation.next()

@@ -118,6 +118,9 @@ FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I
 BACKEND = Layout("backend", "=", {"target": "20s", "flags": "I"})
 ORIGIN = Layout("origin", "=", {"asked": "20s", "backend": "20s", "flags": "I"})
 CONNECTED = Layout("connected", "=", {"peer": "20s", "origin": f"{ORIGIN.size}s"})
+ASKED = Layout(
+    "asked", "=", {"last": f"{CONNECTED.size * constants.ASKED_LATELY}s", "next": "I", "zero": "4x"}
+)
 ORIGIN_KEY = Layout("origin_key", "=", {"cookie": "Q", "peer": "20s", "zero": "4x"})
 MEMBER = Layout("member", "=", {"frontend": "20s", "backend": "20s"})
 AFFINITY_KEY = Layout("affinity_key", "=", {"client": "Q", "frontend": "20s", "zero": "4x"})
@@ -215,6 +218,7 @@ PAIR = Layout(
         "handed": "I",
         "until": "I",
         "expires_ns": "Q",
+        "made_ns": "Q",
         "series": "Q",
         "response_max": "I",
         "zero": "4x",

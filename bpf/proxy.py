@@ -87,9 +87,10 @@ class _PairMaps(NamedTuple):
 
 class Offer(NamedTuple):
     """A pair, by the cookies of both workloads' sockets: requests that the table of `generation`
-    lets pass by `rule`, and its lists `egress` and `ingress` too (0: none is asked), go straight to
-    the backend, until `until` have been forwarded for the client, or CLOCK_MONOTONIC is at
-    `expires_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
+    lets pass by `rule`, and its lists `egress` and `ingress` too (0: none is asked), go
+    straight to the backend, until `until` have been forwarded for the client, or
+    CLOCK_MONOTONIC is at `expires_ns`, or proxies have another configuration than that of
+    `made_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
     from each since the connection was established, and is done with (modulo 2^32); `handed`:
     likewise responses. What passes is counted under `series`; a response has no more than
     `response_max` bytes."""
@@ -105,6 +106,7 @@ class Offer(NamedTuple):
     handed: int
     until: int
     expires_ns: int
+    made_ns: int
     series: int
     response_max: int
 
@@ -200,6 +202,7 @@ class ProxyHandles:
             offer.handed & _U32,
             offer.until & _U32,
             offer.expires_ns,
+            offer.made_ns,
             offer.series,
             offer.response_max,
             number,

@@ -50,6 +50,7 @@ class Reason(enum.IntEnum):
     PAIR_UNTOLD = 30, None, "a request passed of which nobody is told: nobody took others out"
 
     PLAIN = 31, None, "from elsewhere somebody reached a pod, not by mutual TLS"
+    FROM_HOST = 32, None, "the node itself, and not its proxy, reached a pod: a health probe, say"
 
     errno: int | None
     meaning: str

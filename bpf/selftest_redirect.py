@@ -239,7 +239,7 @@ def _pairs(world: _World) -> str:
                 sock.settimeout(TIMEOUT_S)
             handles, client = world.handles, pair.origin.cookie
             cookie = handles.pair(proxy.fileno()) or 0
-            if not handles.prepare(Offer(client, cookie, *[0] * 11)):
+            if not handles.prepare(Offer(client, cookie, *[0] * 12)):
                 return "there is no room for a pair"
             _forward(world, client, 1)
             taken.sendall(_RESPONSE)

@@ -59,7 +59,8 @@ def steer_to_proxy(
 
 class Generation:
     """The number from which on a change of identities and policies counts, all of it at once; the
-    programs judge every flow anew when there is another."""
+    programs judge every flow anew when there is another. Beside it the time of the configuration
+    that proxies have."""
 
     def __init__(self, directory: Path) -> None:
         """DatapathError: the map is not there."""
@@ -77,6 +78,10 @@ class Generation:
         """From now on what has come with it is in force."""
         self._map.put(Number(0), Number(number))
         self.now = number
+
+    def end_offers(self, made_ns: int) -> None:
+        """Of proxies whose configuration is from before this time (CLOCK_MONOTONIC)."""
+        self._map.put(Number(1), Number(made_ns))
 
 
 # What says who is behind addresses; the later ones stand above the earlier ones. A range that is a

@@ -268,6 +268,7 @@ class Pair(NamedTuple):
     handed: int
     until: int
     expires_ns: int
+    made_ns: int
     series: int
     response_max: int
     offer_again: int

@@ -43,6 +43,7 @@ class Allowed(NamedTuple):
     ingress: int
     rule: int
     expires_ns: int
+    made_ns: int
     series: int
     response_max: int
     requests: int | None
@@ -143,6 +144,7 @@ class Pairing:
             handed=passed.handed,
             until=passed.forwarded + requests,
             expires_ns=allowed.expires_ns,
+            made_ns=allowed.made_ns,
             series=allowed.series,
             response_max=allowed.response_max,
         )

@@ -58,6 +58,7 @@ class Pairs:
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
+        self._made_ns = 0  # as in Delta
         self._kernel = kernel
         self._routes = routes
         self._policies = policies
@@ -78,9 +79,10 @@ class Pairs:
             return None
         return Pairing(handles, steered.cookie, self._opened, self._open.discard, self._settled)
 
-    def changed(self) -> None:
-        """Something in force has changed: all requests come to the proxy again."""
+    def changed(self, made_ns: int) -> None:
+        """Another configuration is in force: all requests come to the proxy again."""
         self.version += 1
+        self._made_ns = made_ns
         self._plans.clear()
         for pairing in tuple(self._open):
             pairing.dissolve()
@@ -144,6 +146,7 @@ class Pairs:
             ingress,
             number,
             expires_ns,
+            self._made_ns,
             counted,
             self._response_max(length),
             _FEW if several else None,

@@ -185,7 +185,7 @@ class Proxy:
         self._policies.told()
         self._peers.told()
         self.tunnels.changed((*delta.put, *gone))
-        self._pairs.changed()
+        self._pairs.changed(delta.made_ns)
         self._lanes.changed(state.settings)
         self._exchanges.version = delta.version
         return dict(state.refused)

@@ -135,6 +135,25 @@ def udp(address: str, port: int, times: int) -> list:
         return answers
 
 
+def udp_ask(addresses: list, number: int = 0) -> int:
+    """From one unconnected socket, kept or new; its number."""
+    client = kept.get(number) or socket.socket(family_of(addresses[0][0]), socket.SOCK_DGRAM)
+    client.settimeout(TIMEOUT_S)
+    kept[client.fileno()] = client
+    for address, port in addresses:
+        client.sendto(b"?", (address, port))
+    return client.fileno()
+
+
+def udp_hear(number: int, times: int) -> list:
+    """What it is answered, and from where."""
+    answers = []
+    for _ in range(times):
+        data, sender = kept[number].recvfrom(4096)
+        answers.append([data.decode(), *peer(sender)])
+    return answers
+
+
 def udp_connected(address: str, port: int) -> list:
     """What a connected socket is answered, from where, and who it says it is connected to."""
     with opened(address, port, socket.SOCK_DGRAM) as client:

@@ -47,6 +47,7 @@ _PASSED = {
     Reason.TO_PROXY,
     Reason.TO_RELAY,
     Reason.PLAIN,
+    Reason.FROM_HOST,
     # Nobody reads of them here, and there is a bound.
     Reason.EVENTS_LOST,
     Reason.UNTOLD,
@@ -77,9 +78,16 @@ class Outcome(NamedTuple):
 class PodWorld:
     """Namespaces "node", "out", "a" and "b"; `enforce` what is to be in force."""
 
-    def __init__(self, pin: Path, names: Mapping[str, Path], cgroup: Path | None) -> None:
+    def __init__(
+        self,
+        pin: Path,
+        names: Mapping[str, Path],
+        cgroup: Path | None,
+        proxies: Path | None,
+    ) -> None:
         self.pin = pin
         self.cgroup = cgroup
+        self.proxies = proxies
         self.names = names
         self.configs: dict[str, cni.CniConfig] = {}
         self.enforcement = Enforcement(pin, "n1")
@@ -94,14 +102,21 @@ class PodWorld:
     def inside(self, where: str) -> contextlib.AbstractContextManager[None]:
         return inside(self.names[where])
 
-    @contextlib.contextmanager
-    def steered(self) -> Iterator[None]:
+    def steered(self) -> contextlib.AbstractContextManager[None]:
         """Sockets that are made in here are workloads'."""
-        assert self.cgroup is not None
+        return self._within(self.cgroup)
+
+    def proxying(self) -> contextlib.AbstractContextManager[None]:
+        """Those that are made in here are the proxy's."""
+        return self._within(self.proxies)
+
+    @contextlib.contextmanager
+    def _within(self, cgroup: Path | None) -> Iterator[None]:
+        assert cgroup is not None
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next(line for line in lines if line.startswith("0::/"))
-        home = self.cgroup.parent / own.removeprefix("0::/")
-        (self.cgroup / "cgroup.procs").write_text("0")
+        home = cgroup.parent / own.removeprefix("0::/")
+        (cgroup / "cgroup.procs").write_text("0")
         try:
             yield
         finally:
@@ -214,8 +229,9 @@ def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
     """`steer`: the programs for sockets are attached too."""
     with contextlib.ExitStack() as stack:
         pin = stack.enter_context(pin_directory(parent))
-        cgroup = stack.enter_context(new_cgroup()) if steer else None
-        done = loader("--pin", pin, *(("--cgroup", cgroup) if cgroup is not None else ()))
+        cgroup, proxies = (stack.enter_context(new_cgroup()) if steer else None for _ in "wp")
+        more = ("--cgroup", cgroup, "--proxy-cgroup", proxies) if steer else ()
+        done = loader("--pin", pin, *more)
         assert done.returncode == 0, done.stderr
         datapath = cni.CniDatapath(pins=pin, records=parent / "pods")
         names = {
@@ -225,7 +241,7 @@ def pod_world(parent: Path, *, steer: bool = False) -> Iterator[PodWorld]:
         for path in names.values():
             create_netns(path)
             stack.callback(remove_netns, path)
-        world = PodWorld(pin, names, cgroup)
+        world = PodWorld(pin, names, cgroup, proxies)
         stack.callback(world.enforcement.close)
         with world.inside("node"):
             write_sysctls(_ROUTER)

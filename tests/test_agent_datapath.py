@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,19 @@ def test_workload_reaches_a_cluster_ip_and_follows_its_endpoints(tmp_path, world
         kept = workload("connect", VIP, 80, True)
         assert (kept["name"], kept["peer"]) == ("one", [VIP, 80])
 
+        before = time.monotonic_ns()
         write(manifests, two)
         version = weft.await_status(lambda status: status["config"]["version"] > 1)
         assert version["steered"]
         assert version["degraded"] == []
         # The kernel follows once the workers have acknowledged.
         weft.await_status(lambda _: workload("connect", VIP, 80)["name"] == "two")
+        # Nor do requests pass any more that a worker has offered by the configuration before.
+        pin = Path(arguments[-1].removeprefix("--pins="))
+        with contextlib.closing(PinnedMap(pin, "generation", Number, Number)) as generation:
+            made = generation.get(Number(1))
+        assert made is not None
+        assert before < made.value < time.monotonic_ns()
         assert workload("echo", kept["id"], "still here") == ["still here", [VIP, 80]]
 
 

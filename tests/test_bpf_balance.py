@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 from bpf_world import Actor, loader, needs_bpf, new_actor, new_cgroup, steered
 
-from bpf import layout, maps
+from bpf import constants, layout, maps
 from bpf.balancer import Balancer
 from bpf.reasons import Reason
 from bpf.structs import Affinity, AffinityKey, Member, Number, Origin, OriginKey, Target
@@ -112,6 +112,28 @@ def test_a_socket_connected_anew_believes_in_its_new_peer(world, balancer, front
     balancer.apply(entry(frontend, {backend[1]: 1}, "UDP"))
     peers = world.actor("udp_connected_anew", frontend, PORT, *backend)
     assert peers == [[frontend, PORT], list(backend)]
+
+
+@pytest.mark.parametrize("frontend", [V4, V6])
+def test_what_datagrams_asked_for_is_not_pushed_out_by_other_sockets(world, balancer, frontend):
+    """The last of each socket are kept with it."""
+    asked = [[frontend, PORT + number] for number in range(constants.ASKED_LATELY + 1)]
+    for _, port in asked:
+        backend = world.actor("serve_udp", LOOPBACK[frontend], str(port))
+        assert balancer.apply(entry(frontend, {backend: 1}, "UDP", port)) == {}
+    number = world.actor("udp_ask", asked * 2)
+    answers = sorted([str(port), address, port] for address, port in asked)
+    assert sorted(world.actor("udp_hear", number, len(asked) * 2)) == sorted(answers * 2)
+    with contextlib.closing(maps.PinnedMap(world.pin, "origins", OriginKey, Origin)) as origins:
+        world.actor("udp_ask", asked, number)
+        for key, _ in list(origins.items()):
+            origins.remove(key)
+    told = sorted(world.actor("udp_hear", number, len(asked)))
+    assert [one for one in told if one in answers] == [one for one in told if one[1] == frontend]
+    # One has gone: it was asked for first.
+    assert len([one for one in told if one in answers]) == constants.ASKED_LATELY
+    assert [LOOPBACK[frontend]] == [one[1] for one in told if one not in answers]
+    world.actor("close", number)
 
 
 @pytest.mark.parametrize("frontend", [V4, V6])

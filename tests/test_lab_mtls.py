@@ -216,6 +216,14 @@ def test_plain_clients_are_seen_and_taken_by_permissive_pods_only(lab: Lab, plai
     until(lambda: refused(lab) > before)
 
 
+def _from_host(lab: Lab) -> list[str]:
+    """The pods that node b has reached itself."""
+    told = [flow for flow in flows(lab, "b", "--from", "host") if "http" not in flow]
+    assert {(one["reason"], one["verdict"]) for one in told} <= {("FROM_HOST", "FORWARDED")}
+    assert all(one["source"]["labels"] == {"reserved:host": ""} for one in told)  # type: ignore[index]
+    return sorted("{namespace}/{pod}".format(**one["destination"]) for one in told)  # type: ignore[arg-type]
+
+
 def test_policy_may_ask_for_mutual_tls(lab: Lab) -> None:
     """A port at which it is required is STRICT, whatever the pod says of itself."""
     file = lab.file.parent / "policies" / "asked.yaml"
@@ -239,6 +247,9 @@ def test_policy_may_ask_for_mutual_tls(lab: Lab) -> None:
         done = lab.run("client", "curl", "-s", "-m", "10", "-o/dev/null", "-w%{http_code}", "web")
         assert done.stdout == "403"
         assert not flows(lab, "b", "--from", "host", "--verdict", "DROPPED")
+        # They are told as what they are; the proxy's are not, of which the client's was one.
+        until(lambda: len(_from_host(lab)) >= 3)
+        assert _from_host(lab) == ["default/asked", "default/web", "default/web"]
     finally:
         file.unlink()
     until(lambda: say(lab, "plain", ASKED) == f"same {len(MARKER)}")

@@ -101,6 +101,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.targets: list[str] = []
+        self.heads: list[list[tuple[str, str]]] = []
         self.go_on = asyncio.Event()  # for /slow
         self.reached = asyncio.Event()  # a /slow has come
         self.lingers = False  # with its own end, when the other one has ended
@@ -115,6 +116,7 @@ class Backend:
                 continue
             assert version == "HTTP/1.1"
             self.targets.append(target)
+            self.heads.append(message.headers)
             what, _, rest = target[1:].partition("/")
             if what == "slow":
                 self.reached.set()
@@ -297,6 +299,40 @@ async def counted(here: Node, requests: int) -> dict[str, float]:
             if sum(found[name] for name in names) == requests:
                 return found
             await asyncio.sleep(0.01)
+
+
+def test_what_clients_say_of_their_identity_passes_nobody_by(world):
+    """The proxy takes it out, however it is written and wherever it is cut."""
+    field = "X-Forwarded-Client-Cert: URI=forged"
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            for line in (field, field.lower(), field.upper(), f"A: b\r\n{field}"):
+                assert (await own.ask(get("/a", "web", line))).body == b"/a"
+                await own.offered()
+            whole = get("/b", "web", field, "A: b")
+            for at in (30, whole.index("X-"), whole.index("Cert"), whole.index("forged"), -2):
+                own.writer.write(whole[:at].encode())
+                await asyncio.sleep(0)
+                assert (await own.ask(whole[at:])).body == b"/b"
+                await own.offered()
+            # Nor behind another request, in one message with it.
+            own.writer.write((get("/a", "web") + whole).encode())
+            assert [(await own.answer()).body for _ in "ab"] == [b"/a", b"/b"]
+            await own.offered()
+            chunked = get("/a", "web", "Transfer-Encoding: chunked")
+            assert (await own.ask(f"{chunked}0\r\n{field}\r\n\r\n")).body == b"/a"
+            await own.offered()
+            assert counts.since == (0, 0, 0)
+            assert (await own.ask(get("/a", "web", "A: b"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+        said = [line for head in backend.heads for line in head]
+        assert len(backend.heads) == 14
+        assert not [name for name, _ in said if name.lower().startswith("x-forwarded-client")]
+        assert ("A", "b") in said or ("a", "b") in said
+
+    with_backend(world, test)
 
 
 def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_path):
@@ -692,18 +728,22 @@ def test_a_change_dissolves_all_pairs(world):
     with_backend(world, test)
 
 
-def test_a_change_of_policies_ends_what_a_worker_that_hangs_has_offered(world):
+def test_what_a_worker_offers_by_a_configuration_of_before_does_not_stand(world):
+    """One that hangs, and one that wakes and does not know yet."""
+
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
             counts = Counts(world)
             assert (await own.ask(get("/a", "web"))).body == b"/a"
             assert counts.since == (1, 1, 0)
-            # The worker knows nothing of it.
+            # The others have another configuration.
             with contextlib.closing(Generation(world.pin)) as generation:
-                generation.begin(generation.next())
+                generation.end_offers(time.monotonic_ns())
             assert (await own.ask(get("/b", "web"))).body == b"/b"
+            await own.offered()
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
             assert counts.since == (1, 1, 0)
-            # What it offers from now on stands.
+            await change(here, {})
             await own.pair()
             counts = Counts(world)
             assert (await own.ask(get("/a", "web"))).body == b"/a"

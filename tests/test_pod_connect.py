@@ -144,6 +144,47 @@ def test_what_comes_plainly_from_elsewhere_is_told_once(world: PodWorld, version
     assert event.source == Target.of(OUT[version], port, "UDP")
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_nodes_own_connections_are_told_and_the_proxys_are_not(
+    world: PodWorld, version: int
+) -> None:
+    """A kubelet's probe reaches whom nobody else does."""
+    strict = msgspec.structs.replace(KNOWN["workload/shop/a"], mtls="STRICT")
+    world.enforce({**KNOWN, "workload/shop/a": strict, **policy("a", ingress=only())})
+    with world.listen("a", A[version]) as server, told(world) as found:
+        with world.connection("node", server) as (probe, accepted):
+            source = Target.of(*probe.getsockname()[:2], "TCP")
+            # Judged anew, but no news.
+            world.enforce({**KNOWN, **policy("a", ingress=only())})
+            probe.sendall(b"more")
+            assert accepted.recv(4) == b"more"
+        with world.proxying():
+            assert world.attempt("node", server) == ANSWERED
+        port = server.getsockname()[1]
+    [event] = found
+    assert (event.reason, event.source) == (Reason.FROM_HOST, source)
+    assert event.peer == Target.of(A[version], port, "TCP")
+
+
+def test_the_nodes_own_connections_keep_nobody_from_hearing_of_others(world: PodWorld) -> None:
+    world.enforce({**KNOWN, **SVIDS})
+    with (
+        told(world) as found,
+        world.udp("node", NODE[4]) as node,
+        world.udp("out", OUT[4]) as out,
+        world.udp("a", A[4]) as a,
+    ):
+        before = world.counters()[Reason.FROM_HOST]
+        for port in range(1, 4 * constants.TOLD_FROM_HOST_MAX):
+            with contextlib.suppress(ConnectionRefusedError):
+                node.sendto(b"are you well?", (A[4], port))
+        assert world.counters()[Reason.FROM_HOST] - before == port
+        world.pass_on(out, a, b"plain")
+    reasons = [event.reason for event in found]
+    assert 1 <= reasons.count(Reason.FROM_HOST) < port
+    assert reasons.count(Reason.PLAIN) == 1
+
+
 def test_what_comes_plainly_keeps_nobody_from_hearing_of_refusals(world: PodWorld) -> None:
     """There are bounds for both."""
     strict = msgspec.structs.replace(KNOWN["workload/shop/b"], mtls="STRICT")
@@ -297,6 +338,21 @@ def test_nothing_goes_plainly_because_the_relay_does_not_listen(
                 else:
                     world.connect_to("b", SERVICE[version], 80).close()
                     server.accept()[0].close()
+            # Of several backends those of this node are tried too: eight, as above.
+            world.enforce({**KNOWN, "workload/shop/far": far})
+            with world.listen("a", A[version], port) as near:
+                backends = (backend, EntryBackend(A[version], port))
+                assert (
+                    balancer.apply({"entry": msgspec.structs.replace(entry, backends=backends)})
+                    == {}
+                )
+                reached = 0
+                for _ in range(20):
+                    with contextlib.suppress(PermissionError):
+                        world.connect_to("b", SERVICE[version], 80).close()
+                        near.accept()[0].close()
+                        reached += 1
+                assert reached > 12
             # Nobody gives the node identities.
             settings.steer_to_proxy(world.pin, [], sockmap=False)
             world.enforce({**KNOWN, "workload/shop/far": far})

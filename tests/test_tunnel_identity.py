@@ -36,7 +36,8 @@ from l7proxy import metrics
 from l7proxy.tunnels import Tunnel
 from mesh.model.channel import Proof
 from mesh.model.nodeconfig import MESH_TUNNEL_PORT, Settings
-from mesh.model.section import svid_key, workload_key
+from mesh.model.routeconfig import Mirror
+from mesh.model.section import cluster_key, svid_key, workload_key
 
 OTHER = "127.0.1.2"
 
@@ -161,6 +162,57 @@ async def test_a_node_without_an_authority_connects_plainly_but_not_to_strict_po
         assert web.connections == 1
 
 
+# --- two trust domains ----------------------------------------------------------------------------
+
+FOREIGN = "other.example"
+
+
+@pytest.mark.parametrize("foreign", ["client", "web"])
+async def test_nodes_of_two_trust_domains_meet_by_exchanged_bundles(foreign: str):
+    """The one of the other domain dials, or is dialled; over HTTP and TCP."""
+    others = Authority(FOREIGN)
+    ids = {name: spiffe(name) for name in ("client", "web")}
+    ids[foreign] = spiffe(foreign, trust_domain=FOREIGN)
+    async with (
+        two_nodes(Settings(connect_timeout_s=0.4)) as nodes,
+        backend() as web,
+        raw_backend(echo) as tcp,
+        agent_of(nodes.a) as dials,
+        agent_of(nodes.b) as takes,
+    ):
+        at, address, node = (nodes.a, CLIENT, "a") if foreign == "client" else (nodes.b, WEB, "b")
+        own = nodes.b if at is nodes.a else nodes.a
+        assert at.apply(others.svid(ids[foreign]), (svid_key(spiffe(foreign)),)) == {}
+        assert at.apply(others.bundle()) == {}
+        nodes.pod(foreign, address, node, spiffe_id=ids[foreign])
+        port = nodes.http(web.port)
+        # Without its roots, then with those of somebody else of that name.
+        assert (await ask(port)).status == 503
+        assert own.apply(Authority(FOREIGN).bundle()) == {}
+        assert (await ask(port)).status == 503
+        # Nor do its roots vouch for a name of ours.
+        assert own.apply(others.bundle()) == {}
+        assert at.apply(others.svid(spiffe(foreign))) == {}
+        nodes.pod(foreign, address, node)
+        assert (await ask(port)).status == 503
+        assert web.connections == 0
+        nodes.pod(foreign, address, node, spiffe_id=ids[foreign])
+        assert (await ask(port)).status == 200
+        async with connected(nodes.relay(tcp)) as (reader, writer):
+            writer.write(b"a")
+            assert await reader.read(1) == b"a"
+            assert own.apply({}, (f"bundle/{FOREIGN}",)) == {}
+            assert await ended_by_reset(reader)
+        assert (await ask(port)).status == 503
+        assert web.connections == 1
+        for agent in (dials, takes):
+            seen = 1
+            while (flow := (await agent.records(seen))[-1]).encryption != "mtls":
+                seen += 1
+            ends = flow.source.spiffe_id, flow.destination.spiffe_id
+            assert ends == (ids["client"], ids["web"])
+
+
 # --- who is told ----------------------------------------------------------------------------------
 
 FORGED = ("X-Forwarded-Client-Cert: URI=forged", "X-Forwarded-For: 6.6.6.6")
@@ -195,13 +247,21 @@ async def test_a_route_tells_the_identity_of_the_section_and_no_other():
         assert web.requests[-1].headers == [("host", "web"), ("x-forwarded-for", CLIENT), told]
 
 
-@pytest.mark.parametrize("where", ["same-node", "other-node", "read-there", "gateway", "behind"])
+@pytest.mark.parametrize(
+    "where", ["same-node", "other-node", "mirrored", "read-there", "gateway", "behind"]
+)
 async def test_what_clients_say_of_their_identity_never_passes(where: str):
-    """In HTTP/1, HTTP/2 and requests to upgrade. "behind": by a Gateway's trusted proxy."""
+    """In HTTP/1, HTTP/2, trailers and requests to upgrade. "behind": by a Gateway's trusted proxy;
+    "mirrored": of a copy, too."""
     settings = Settings(trusted_hops=1) if where == "behind" else None
-    async with two_nodes(settings) as nodes, backend() as web:
+    async with two_nodes(settings) as nodes, backend() as web, backend() as copies:
         port = nodes.http(web.port)
-        if where == "same-node":
+        mirror = Mirror(cluster_key("Service", "default", "copies", 80))
+        if where == "mirrored":
+            put = mesh_route("r", rule(to("web"), filters=(mirror,)))
+            put |= service(producers=True) | cluster("copies", copies.port)
+            assert nodes.a.apply(put) == {}
+        elif where == "same-node":
             nodes.hold("a", "web")
             nodes.pod("web", WEB, "a")
         elif where == "read-there":
@@ -212,7 +272,12 @@ async def test_what_clients_say_of_their_identity_never_passes(where: str):
             assert nodes.a.apply(http_port(port) | route("r", rule(to("web")))) == {}
         field = "X-Forwarded-Client-Cert: URI=forged"
         upgrade = ("Connection: Upgrade", "Upgrade: websocket")
-        for request in (get("/", "web", field, field), get("/", "web", field, *upgrade)):
+        trailer = get("/", "web", "Transfer-Encoding: chunked") + f"0\r\n{field}\r\nX-A: b\r\n\r\n"
+        for request in (
+            get("/", "web", field, field),
+            get("/", "web", field, *upgrade),
+            trailer,
+        ):
             assert (await ask(port, request)).status == 200
         async with connected(port) as (reader, writer):
             peer = RawPeer(reader, writer, client=True)
@@ -220,8 +285,11 @@ async def test_what_clients_say_of_their_identity_never_passes(where: str):
             forged = (b"x-forwarded-client-cert", b"URI=forged")
             assert (await peer.response(peer.request([*GET, forged])))[0] == 200
             await peer.close()
-        found = [seen.header("x-forwarded-client-cert") for seen in web.requests]
-        assert found == [None, None, None]
+        if where == "mirrored":
+            await copies.wait_for(4)
+        for received in (web.requests, copies.requests if where == "mirrored" else web.requests):
+            assert len(received) == 4
+            assert not [seen for seen in received if "forged" in repr(seen)]
 
 
 # --- what ends them -------------------------------------------------------------------------------

@@ -184,8 +184,13 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
 			 &fresh.until);
 	said = reason;
-	if (!said && direction == INGRESS && !fresh.flags && is_news(packet, flow))
-		said = REASON_PLAIN;
+	if (!said && direction == INGRESS && is_news(packet, flow)) {
+		if (!fresh.flags)
+			said = REASON_PLAIN;
+		/* The proxy tells of its own itself. */
+		else if (fresh.flags == FLOW_FROM_NODE && !outgoing.lookup(&key.tuple))
+			said = REASON_FROM_HOST;
+	}
 	if (said) {
 		count(said);
 		report_packet(&key.tuple, said, rule);

@@ -11,8 +11,10 @@ BPF_F_TABLE("array", u32, u64, slots, SLOTS, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, struct backend, backends, BACKENDS, 0);
 /* What a connected socket asked for, for as long as it lives. */
 BPF_SK_STORAGE(connected, struct connected);
-/* What a socket asked for, by its cookie and the peer it was given: that of connected ones for the
- * next version of Weft. Evicted when long unused, also by other pods' sockets. */
+/* And one that is not connected, lately. */
+BPF_SK_STORAGE(asked, struct asked);
+/* What a socket asked for, by its cookie and the peer it was given: for the next version of Weft, and
+ * what is not kept with the socket. Evicted when long unused, also by other pods' sockets. */
 BPF_F_TABLE("lru_hash", struct origin_key, struct origin, origins, ORIGINS, 0);
 /* Which backend a client of a frontend had last: valid while it is a member, and used lately. */
 BPF_F_TABLE("lru_hash", struct affinity_key, struct affinity, affinities, AFFINITIES, 0);
@@ -79,15 +81,16 @@ BPF_F_TABLE("hash", struct target, u32, mtls_ports, MTLS_PORTS, BPF_F_NO_PREALLO
 /* Sets of rules, each as one that does not change; the longest prefix has the answer. */
 BPF_F_TABLE("lpm_trie", struct policy_key, struct policy, policies, POLICIES, BPF_F_NO_PREALLOC);
 /* What is in force of identities and pods: each change of them has a greater number, and all of it
- * counts from when the number is written. */
-BPF_F_TABLE("array", u32, u64, generation, 1, 0);
+ * counts from when the number is written. Then: when the configuration was made that proxies have
+ * (CLOCK_MONOTONIC). */
+BPF_F_TABLE("array", u32, u64, generation, 2, 0);
 /* What pods have opened, and what was opened to them, at each pod's interface. */
 BPF_F_TABLE("lru_hash", struct flow_key, struct flow, flows, FLOWS, 0);
 /* Packets whose first fragment has passed, and when (CLOCK_MONOTONIC, ns). */
 BPF_F_TABLE("lru_hash", struct fragment, u64, fragments, FRAGMENTS, 0);
-/* Of packets that are refused, and of those that are not: whoever sends them can bring them about as
- * often as it likes. */
-BPF_F_TABLE("percpu_array", u32, struct told, told, 2, 0);
+/* Of packets that are refused, of those that are not, and of the node's own: whoever sends them can
+ * bring them about as often as it likes. */
+BPF_F_TABLE("percpu_array", u32, struct told, told, 3, 0);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 /* By reason, see bpf/reasons.py. */
 BPF_F_TABLE("percpu_array", u32, u64, counters, REASONS, 0);

@@ -13,6 +13,15 @@ static __always_inline u64 in_force(void)
 	return now ? *now : 0;
 }
 
+/* What a proxy says by a configuration that was made before this does not count. */
+static __always_inline u64 proxies_have(void)
+{
+	u32 one = 1;
+	u64 *made = generation.lookup(&one);
+
+	return made ? *made : 0;
+}
+
 static __always_inline struct who who_is(const u32 *address, u64 now)
 {
 	struct prefix key = whole(address);

@@ -84,8 +84,8 @@ static __always_inline int forward(struct sk_msg_md *message, u32 size, struct e
 	backend = pair->backend;
 	series = pair->series;
 	response_max = pair->response_max;
-	/* Offers and what is in force are told by their time: a worker that hangs keeps nothing. */
-	if (offer < in_force() || exchange->forwarded != exchange->answered + exchange->handed ||
+	/* A worker that hangs keeps nothing, and wakes with nothing. */
+	if (pair->made_ns < proxies_have() || exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
 	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns ||
 	    show(message, size, AUTOMATON_HEAD_MAX))

@@ -53,7 +53,7 @@ static __always_inline void report_packet(const struct tuple *tuple, u32 reason,
 {
 	u64 second = bpf_ktime_get_ns() / SECOND_NS;
 	struct event *event;
-	u32 which = reason == REASON_PLAIN;
+	u32 which = reason == REASON_FROM_HOST ? 2 : reason == REASON_PLAIN;
 	struct told *last;
 
 	last = told.lookup(&which);
@@ -63,7 +63,7 @@ static __always_inline void report_packet(const struct tuple *tuple, u32 reason,
 		last->second = second;
 		last->events = 0;
 	}
-	if (++last->events > TOLD_MAX) {
+	if (++last->events > (reason == REASON_FROM_HOST ? TOLD_FROM_HOST_MAX : TOLD_MAX)) {
 		count(REASON_UNTOLD);
 		return;
 	}

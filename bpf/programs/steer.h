@@ -10,7 +10,7 @@
 #include "report.h"
 #include "verifier.h"
 
-/* How many backends of a frontend are tried until policy lets one be reached. */
+/* How many backends of a frontend are tried until one can be reached. */
 #define ALTERNATIVES 8
 
 enum calls { CONNECT, SENDMSG };
@@ -80,17 +80,20 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
 }
 
 /* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
- * no frontend there is only one): whether by the relay, or negative errno. */
+ * no frontend there is only one), nor would take mutual TLS where nobody relays (`relay`, as from
+ * `listening`): whether by the relay, or negative errno. */
 static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
 				     const struct target *asked, const struct address *from, const struct frontend *frontend,
 				     struct backend *backend, u32 *reason, u32 *rule)
 {
 	int result, relayed;
+	u32 denied = 0;
 
 #pragma clang loop unroll(disable)
 	for (u32 i = 1; i <= ALTERNATIVES; i++) {
-		relayed = relay && backend->flags & BACKEND_REMOTE;
-		if (!socket_refusal(from, &backend->target, relayed, rule))
+		relayed = relay > 0 && backend->flags & BACKEND_REMOTE;
+		denied = socket_refusal(from, &backend->target, relayed, rule);
+		if (!denied && (relay >= 0 || !takes_mtls(&backend->target)))
 			return relayed;
 		if (!frontend)
 			break;
@@ -99,7 +102,7 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 			return result;
 		*rule = forgotten(*rule, ctx->protocol);
 	}
-	return REFUSE(POLICY_DENIED);
+	return denied ? REFUSE(POLICY_DENIED) : REFUSE(MTLS_REQUIRED);
 }
 
 /* The peer for a socket, and the reason it is that one: 0 or negative errno. Before a proxy has ever
@@ -131,9 +134,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 		/* A datagram may be an answer, which only the filter knows. */
 		if (frontend || asked->protocol == IPPROTO_TCP)
 			read_client(ctx, netns, asked, &from);
-		result = permitted(ctx, cookie, relay > 0, asked, &from, frontend, &backend, reason, rule);
-		if (!result && relay < 0 && takes_mtls(&backend.target))
-			result = REFUSE(MTLS_REQUIRED);
+		result = permitted(ctx, cookie, relay, asked, &from, frontend, &backend, reason, rule);
 		if (!result)
 			*peer = backend.target;
 	}

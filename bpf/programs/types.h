@@ -65,6 +65,13 @@ struct connected {
 	struct origin origin;
 };
 
+/* With a datagram socket that is not connected: the last peers that it was given. */
+struct asked {
+	struct connected last[ASKED_LATELY];
+	u32 next; /* modulo ASKED_LATELY: the one that goes first */
+	u32 zero;
+};
+
 /* Where this node's proxy listens for workloads; port 0: nowhere. */
 struct config {
 	struct target http4;
@@ -120,6 +127,7 @@ struct pair {
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
 	u64 expires_ns; /* CLOCK_MONOTONIC */
+	u64 made_ns;	/* likewise: the configuration by which it is offered */
 	u64 series;	/* as in struct passed_key */
 	u32 response_max;
 	u32 zero;

@@ -77,6 +77,7 @@ class Datapath:
         self._node = node
         self._entries: dict[SectionKey, LoadBalancerEntry] = {}
         self._enforced: dict[SectionKey, EnforcedSection] = {}
+        self._made_ns = 0  # of the configuration these are from
         self._unenforced: dict[SectionKey, str] = {}
         self._unbalanced: dict[SectionKey, str] = {}
         # What is not as it should be: in all, of sending by redirect, of requests that pass by the
@@ -238,9 +239,13 @@ class Datapath:
 
     # --- the configuration ------------------------------------------------------------------------
 
-    def publish(self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
+    def publish(
+        self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...], made_ns: int
+    ) -> None:
         """Take what is for the data path of a step from one version to the next, the first one
-        whole: what an agent before this one left goes with it."""
+        whole: what an agent before this one left goes with it. `made_ns` as in Delta: workers that
+        keep up have the version."""
+        self._made_ns = made_ns
         entries = {key: one for key, one in put.items() if isinstance(one, LoadBalancerEntry)}
         enforced = {key: one for key, one in put.items() if isinstance(one, ENFORCED)}
         self._entries.update(entries)
@@ -250,7 +255,8 @@ class Datapath:
         if not self._synced:
             self._synced = True
             self._replace()
-        elif self._maps is not None and (entries or gone or enforced or left):
+        elif self._maps is not None:
+            self._maps.enforcement.end_offers(made_ns)
             if enforced or left:
                 self._unenforced = self._maps.enforcement.apply(enforced, left)
             for key in (*entries, *gone):
@@ -259,6 +265,7 @@ class Datapath:
 
     def _replace(self) -> None:
         if self._maps is not None and self._synced:
+            self._maps.enforcement.end_offers(self._made_ns)
             self._unenforced = self._maps.enforcement.replace(self._enforced)
             self._unbalanced = self._maps.balancer.replace(self._entries)
 

@@ -28,6 +28,8 @@ _log = logging.getLogger("weft.agent")
 # Events taken in one go; the loop has others to serve.
 _BATCH = 512
 _NOBODY = bytes(16)
+# Reasons that records of what was not refused have too.
+_NAMED = (Reason.POLICY_AUDIT, Reason.FROM_HOST)
 _Protocol: TypeAlias = Literal["TCP", "UDP", "ICMP", "ICMPv6", "other"]
 _PROTOCOLS: dict[int, _Protocol] = {
     socket.IPPROTO_TCP: "TCP",
@@ -105,6 +107,7 @@ class KernelFlows:
 
     def _flow(self, event: SocketEvent, epoch_ns: int) -> Flow:
         refused = event.reason.errno is not None
+        named = refused or event.reason in _NAMED
         protocol: _Protocol = _PROTOCOLS.get(event.asked.protocol, "other")
         asked = _peer(event.asked)
         flow = Flow(
@@ -113,7 +116,7 @@ class KernelFlows:
             source=_peer(event.source),
             destination=asked if event.peer.address == _NOBODY else _peer(event.peer),
             protocol=protocol,
-            reason=event.reason.name if refused or event.reason == Reason.POLICY_AUDIT else "",
+            reason=event.reason.name if named else "",
             policy=self._source(event.rule),
             service=self._store.peers.service(asked.address, asked.port, protocol),
         )

@@ -256,7 +256,7 @@ class Node:
         put, remove = self._kernel_put, tuple(self._kernel_remove)
         if self.datapath is not None and (put or remove):
             self._kernel_put, self._kernel_remove = {}, set()
-            self.datapath.publish(put, remove)
+            self.datapath.publish(put, remove, self.rollout.config.made_ns)
 
     def _ask(self, ports: tuple[PortAddress, ...]) -> None:
         self._wanted = ports

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -129,7 +130,7 @@ class Rollout:
 
     def publish(self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
         """Make the next version and send it to every worker that keeps up."""
-        self.config, delta = self.config.change(put, remove)
+        self.config, delta = self.config.change(put, remove, time.monotonic_ns())
         frame = encode_frame(for_destination(delta, PROXY_SECTIONS))
         for link in self._links.values():
             if link.sent is None:

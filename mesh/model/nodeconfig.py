@@ -317,13 +317,14 @@ PROXY_SECTIONS = (
 
 
 class Delta(msgspec.Struct, frozen=True, tag="delta"):
-    """The step from version `base` to `version`. `base` None: a whole value; what else was there
-    goes."""
+    """The step from version `base` to `version`, which was made at `made_ns` (CLOCK_MONOTONIC).
+    `base` None: a whole value; what else was there goes."""
 
     base: int | None
     version: int
     put: dict[SectionKey, Section]
     remove: tuple[SectionKey, ...] = ()
+    made_ns: int = 0
 
 
 class Ack(msgspec.Struct, frozen=True, tag="ack"):
@@ -339,13 +340,14 @@ class NodeConfig(msgspec.Struct, frozen=True):
 
     version: int
     sections: immutables.Map[SectionKey, Section]
+    made_ns: int = 0  # as in Delta
 
     @classmethod
     def empty(cls) -> NodeConfig:
         return cls(0, immutables.Map())
 
     def change(
-        self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...]
+        self, put: dict[SectionKey, Section], remove: tuple[SectionKey, ...], made_ns: int = 0
     ) -> tuple[NodeConfig, Delta]:
         """The next version, and the delta that leads to it. Cost: the change, not the whole."""
         with self.sections.mutate() as draft:
@@ -355,15 +357,16 @@ class NodeConfig(msgspec.Struct, frozen=True):
                 draft.pop(key, None)
             sections = draft.finish()
         version = self.version + 1
-        return NodeConfig(version, sections), Delta(self.version, version, put, remove)
+        config = NodeConfig(version, sections, made_ns)
+        return config, Delta(self.version, version, put, remove, made_ns)
 
     def whole(self) -> Delta:
         """This version as a delta from nothing."""
-        return Delta(None, self.version, dict(self.sections))
+        return Delta(None, self.version, dict(self.sections), made_ns=self.made_ns)
 
 
 def for_destination(delta: Delta, kinds: tuple[type, ...]) -> Delta:
     """The part of a delta that a destination takes. Removals go to everyone: unknown keys are
     ignored there."""
     put = {key: section for key, section in delta.put.items() if isinstance(section, kinds)}
-    return Delta(delta.base, delta.version, put, delta.remove)
+    return msgspec.structs.replace(delta, put=put)

@@ -11,6 +11,7 @@ import socket
 import ssl
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -146,7 +147,7 @@ class WorkerProcess:
         self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...] = ()
     ) -> dict[SectionKey, str]:
         """Send one delta; returns what the worker refuses then."""
-        self.config, delta = self.config.change(dict(put), remove)
+        self.config, delta = self.config.change(dict(put), remove, time.monotonic_ns())
         self._channel_out.write(encode_frame(delta))
         ack = await self.ack()
         assert ack.version == self.config.version
