@@ -124,6 +124,10 @@ class Identities:
         self._claims: dict[Prefix, dict[SectionKey, _Claim]] = {}
         self._order = 0
         self._in_force = {prefix: one.at(generation) for prefix, one in self._map.items()}
+        # What an agent that was killed meant to begin must not begin with what comes next.
+        for prefix in [prefix for prefix, one in self._map.items() if one.since > generation]:
+            who = self._in_force[prefix]
+            self._map.put(prefix, Identity(0, *who, *who))
         self._lengths = Counter(prefix.bits for prefix in self._in_force)
         # Prefixes that say what those around them say, until the next change.
         self._gone: set[Prefix] = set()

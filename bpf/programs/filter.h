@@ -156,7 +156,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 	struct tuple inner;
 	int answers = 0;
 
-	fresh.generation = generation;
+	fresh.generation = with_pods(generation);
 	fresh.seen_ns = now;
 	if (packet->flags & PACKET_ERROR && read_inner(skb, packet, &inner))
 		flow = find_flow(&inner, direction, 0, now, &key);
@@ -181,7 +181,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		key.direction = direction;
 		fresh.flags = from;
 	}
-	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
+	reason = refusal(&key, generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
 			 &fresh.until);
 	said = reason;
 	if (!said && direction == INGRESS && !fresh.flags && is_news(packet, flow))

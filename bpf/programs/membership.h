@@ -13,6 +13,16 @@ static __always_inline u64 in_force(void)
 	return now ? *now : 0;
 }
 
+/* What flows were judged by as well: who has come or gone counts before anybody is told of it, since
+ * another pod may have the address by now. */
+static __always_inline u64 with_pods(u64 now)
+{
+	u32 one = 1;
+	u64 *pods_changed = generation.lookup(&one);
+
+	return pods_changed ? now + *pods_changed : now;
+}
+
 static __always_inline struct who who_is(const u32 *address, u64 now)
 {
 	struct prefix key = whole(address);
