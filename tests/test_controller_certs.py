@@ -107,6 +107,19 @@ async def test_identities_of_pods_on_the_node_that_asks_and_no_others(world):
     assert answer.refused == "not_on_this_node"
 
 
+async def test_a_static_pod_has_no_identity(world):
+    """A node makes the mirrors of its own in whatever namespace it likes, without asking for a
+    service account."""
+    mirror = pod("static", "a")
+    mirror["metadata"]["annotations"] = {"kubernetes.io/config.mirror": "x"}
+    del mirror["spec"]["serviceAccountName"]
+    world.server.create(mirror)
+    world.start(trust_domain=DOMAIN)
+    answers = await (await world.agent("a")).sign([request("web"), request("default")])
+    assert answers[0].chain_pem
+    assert (answers[1].chain_pem, answers[1].refused) == ("", "not_on_this_node")
+
+
 @pytest.mark.parametrize(
     "who",
     [

@@ -150,7 +150,9 @@ class Objects:
                     port.setdefault("targetPort", port.get("port"))
                 obj["status"] = {"loadBalancer": {}}
             case "Pod":
-                spec.setdefault("serviceAccountName", "default")
+                # The mirror of a static pod may not have one.
+                if _MIRROR not in (obj["metadata"].get("annotations") or ()):
+                    spec.setdefault("serviceAccountName", "default")
                 obj["status"] = {"phase": "Pending"}
             case "CertificateSigningRequest":
                 # csr: who asks is what the server knows, not what the request says.
@@ -379,6 +381,7 @@ class Objects:
         return self.store.delete(target.key), True
 
 
+_MIRROR = "kubernetes.io/config.mirror"
 _WITH_SPEC = frozenset(("Service", "Pod", "CertificateSigningRequest"))
 _FIXED = (
     *("name", "namespace", "uid", "creationTimestamp", "resourceVersion", "generation"),
