@@ -84,10 +84,15 @@ class Generation:
 _ABOUT = (NodeSection, CidrSection, WorkloadSection)
 IdentitySection: TypeAlias = CidrSection | NodeSection | WorkloadSection
 
-# "::/0" is not about IPv4, though that is mapped; what a pod reaches on its link is the node.
+# "::/0" is not about IPv4, though that is mapped; what a pod reaches on its link
+# (mesh.lab.cni.GATEWAYS) is the node.
 _ALWAYS: dict[SectionKey, CidrSection] = {
     f"always/{cidr}": CidrSection(cidr, identity)
-    for cidr, identity in (("0.0.0.0/0", Reserved.WORLD), ("fe80::/10", Reserved.HOST))
+    for cidr, identity in (
+        ("0.0.0.0/0", Reserved.WORLD),
+        ("169.254.1.1/32", Reserved.HOST),
+        ("fe80::/10", Reserved.HOST),
+    )
 }
 
 

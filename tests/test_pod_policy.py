@@ -33,6 +33,7 @@ from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
 from bpf.structs import Address, Identity, Number, Pod, Policy, PolicyKey, Prefix
+from mesh.lab.cni import GATEWAYS
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
@@ -104,6 +105,8 @@ def test_egress(world: PodWorld, case: str, version: int) -> None:
         ("a", A, pod),
         ("out", OUT, elsewhere),
         ("node", NODE, node),
+        # As it is known on the pod's link.
+        *([("node", {4: GATEWAYS[0]}, node)] if version == 4 else []),
     ):
         with world.listen(where, address[version]) as server:
             assert world.attempt("b", server) == (ANSWERED if allowed else DENIED), where

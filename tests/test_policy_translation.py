@@ -17,7 +17,7 @@ from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
 from mesh.policy import cidr, sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
-from mesh.policy.spec import MAX_CIDRS, MAX_RULES
+from mesh.policy.spec import MAX_CIDRS, MAX_HTTP, MAX_RULES
 from mesh.sources.directory import Manifests
 from tests.gateway_world import World, join, objects
 from tests.test_gateway_workloads import MESH, piece, pod, service
@@ -310,6 +310,12 @@ def test_huge_policies_are_refused() -> None:
     w = world(POD, cnp({"endpointSelector": {}, "ingress": many}))
     assert "1001 rules, 1000 are the most" in why(w)
     assert not rules(of(w).ingress)
+    for more in ([{"headers": ["x-a"]}] * MAX_HTTP, [{"headers": ["x-a"] * MAX_HTTP}]):
+        ports = [{"port": "80", "protocol": "TCP"}]
+        group = {"toPorts": [{"ports": ports, "rules": {"http": more}}]}
+        w = world(POD, cnp({"endpointSelector": {}, "ingress": [group]}))
+        assert "HTTP rules and headers, 2000 are the most" in why(w)
+        assert not rules(of(w).ingress)
     cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(MAX_CIDRS + 1)]
     w = world(POD, cnp({"endpointSelector": {}, "egress": [{"toCIDR": cidrs}]}))
     assert "5001 CIDRs, 5000 are the most" in why(w)
