@@ -273,6 +273,16 @@ def test_a_policy_that_cannot_be_read_denies_for_whom_it_selects(case: str, tmp_
     assert not any(name.split()[1] in ("p", "default/p") for name in of(w, "q").ingress.selected_by)
 
 
+def test_specs_of_which_nobody_knows_whom_they_select_are_told_of(tmp_path: Path) -> None:
+    specs = [{"endpointSelector": {"matchLabels": {"app": one}}, "oops": 1} for one in ("a", 7)]
+    policy = {"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "specs": specs}
+    manifests, w = Manifests(tmp_path), world(POD)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({**policy, "metadata": {"name": "p"}}))
+    w.change(manifests.scan().changes)
+    assert any(rule.deny for rule in of(w).ingress.rules)
+    assert "whom 1 of its specs selects cannot be read, so it denies nothing" in why(w)
+
+
 def test_a_defect_in_reading_one_policy_denies_for_its_pods_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
