@@ -120,7 +120,7 @@ MAPS = {
     "pods": Spec(layout.ADDRESS, layout.POD, constants.PODS),
     "mtls_ports": Spec(layout.TARGET, layout.U32, constants.MTLS_PORTS),
     "policies": Spec(layout.POLICY_KEY, layout.POLICY, constants.POLICIES),
-    "generation": Spec(layout.U32, layout.U64, 2),
+    "generation": Spec(layout.U32, layout.U64, 3),
     "flows": Spec(layout.FLOW_KEY, layout.FLOW, constants.FLOWS),
     "fragments": Spec(layout.FRAGMENT, layout.U64, constants.FRAGMENTS),
     "told": Spec(layout.U32, layout.TOLD, 3),

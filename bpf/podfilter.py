@@ -17,6 +17,7 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,6 +147,7 @@ def _know(directory: Path, pod: Pod, of: str) -> None:
         for address in pod.addresses:
             maps.interfaces.put(Address.of(address), Number(index))
         maps.namespaces.put(Number(pod.cookie), _packed(pod))
+        _change_pods(maps)
 
 
 def _attach(directory: Path, pod: Pod, of: str) -> None:
@@ -174,6 +176,13 @@ def _forget(maps: _Maps, pod: Pod) -> None:
             if maps.identities.get(whole) is not None:
                 maps.identities.put(whole, Identity(0, *_NOBODY, *_NOBODY))
     maps.namespaces.remove(Number(pod.cookie))
+    _change_pods(maps)
+
+
+def _change_pods(maps: _Maps) -> None:
+    """Flows are judged anew: those of a pod that has gone are no right of who gets its address."""
+    with contextlib.suppress(OSError):  # another version may have no place for it
+        maps.generation.put(Number(1), Number(time.monotonic_ns()))
 
 
 def _record(records: Path, interface: str) -> Path:
@@ -201,6 +210,8 @@ class _Maps:
         stack.callback(self.namespaces.close)
         self.identities = PinnedMap(directory, "identities", Prefix, Identity, of)
         stack.callback(self.identities.close)
+        self.generation = PinnedMap(directory, "generation", Number, Number, of)
+        stack.callback(self.generation.close)
 
 
 @contextlib.contextmanager

@@ -72,6 +72,10 @@ class Pods:
         self._ports = PinnedMap(directory, "mtls_ports", Target, Number)
         self._sets = RuleSets(directory)
         self._in_force = {address: pod.at(generation) for address, pod in self._pods.items()}
+        # As in bpf.settings.Identities.
+        for address in [address for address, pod in self._pods.items() if pod.since > generation]:
+            policy, flags, until = self._in_force[address]
+            self._pods.put(address, Pod(0, until, policy, flags, policy, flags))
         # Pods that have nothing in force any more, and are told so until the next change.
         self._gone: set[Address] = set()
         self._mtls: dict[SectionKey, _Mtls] = {}

@@ -81,7 +81,7 @@ class Generation:
 
     def end_offers(self, made_ns: int) -> None:
         """Of proxies whose configuration is from before this time (CLOCK_MONOTONIC)."""
-        self._map.put(Number(1), Number(made_ns))
+        self._map.put(Number(2), Number(made_ns))
 
 
 # What says who is behind addresses; the later ones stand above the earlier ones. A range that is a
@@ -89,10 +89,15 @@ class Generation:
 _ABOUT = (NodeSection, CidrSection, WorkloadSection)
 IdentitySection: TypeAlias = CidrSection | NodeSection | WorkloadSection
 
-# "::/0" is not about IPv4, though that is mapped; what a pod reaches on its link is the node.
+# "::/0" is not about IPv4, though that is mapped; what a pod reaches on its link
+# (mesh.lab.cni.GATEWAYS) is the node.
 _ALWAYS: dict[SectionKey, CidrSection] = {
     f"always/{cidr}": CidrSection(cidr, identity)
-    for cidr, identity in (("0.0.0.0/0", Reserved.WORLD), ("fe80::/10", Reserved.HOST))
+    for cidr, identity in (
+        ("0.0.0.0/0", Reserved.WORLD),
+        ("169.254.1.1/32", Reserved.HOST),
+        ("fe80::/10", Reserved.HOST),
+    )
 }
 
 
@@ -129,6 +134,10 @@ class Identities:
         self._claims: dict[Prefix, dict[SectionKey, _Claim]] = {}
         self._order = 0
         self._in_force = {prefix: one.at(generation) for prefix, one in self._map.items()}
+        # What an agent that was killed meant to begin must not begin with what comes next.
+        for prefix in [prefix for prefix, one in self._map.items() if one.since > generation]:
+            who = self._in_force[prefix]
+            self._map.put(prefix, Identity(0, *who, *who))
         self._lengths = Counter(prefix.bits for prefix in self._in_force)
         # Prefixes that say what those around them say, until the next change.
         self._gone: set[Prefix] = set()

@@ -25,6 +25,7 @@ from mesh.model.meta import ObjectKey
 from mesh.model.node import Node
 from mesh.model.nodeconfig import MtlsMode, NodeSection, WorkloadSection
 from mesh.model.pod import Pod
+from mesh.policy.cidr import MOST_ALIKE
 from mesh.policy.demands import ALL
 
 _DEFAULT: MtlsMode = "PERMISSIVE"
@@ -199,6 +200,8 @@ def identities(view: View, labels: LabelSet) -> int:
     number: int = view.get("set_numbers", labels)
     rivals = view.bucket("sets_of_number", number)
     rank = sorted(rivals).index(labels) if len(rivals) > 1 else 0
+    if rank >= MOST_ALIKE:  # no accident; it must not get the identity of a range
+        raise ValueError(f"more than {MOST_ALIKE} sets of labels have number {number:#x}")
     return number | rank << WORKLOAD_BITS
 
 
@@ -213,6 +216,9 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
         )
         if not addresses:
             return None
+        identity: int | None = view.get("identities", pod.labels)
+        if identity is None:
+            raise LookupError("its labels cannot be told from others'")
         mode, modes = _modes(pod, view.get("demanded", key))
         return WorkloadSection(
             namespace=key.namespace,
@@ -222,7 +228,7 @@ def workloads(mesh: Mesh) -> Callable[[View, ObjectKey], WorkloadSection | None]
             local=bool(mesh.node) and pod.node == mesh.node,
             service_account=pod.labels.service_account,
             labels=dict(pod.labels.labels),
-            identity=view.get("identities", pod.labels),
+            identity=identity,
             sockmap=pod.sockmap,
             spiffe_id=mesh.spiffe_id(key.namespace, pod.labels.service_account)
             if pod.meshed

@@ -181,7 +181,8 @@ class Plans:
             for client in local:
                 if namespace in ("", client.namespace):
                     asker = self._policies.asker(Caller(client.addresses[0]))
-                    asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port)
+                    place = endpoint.address, endpoint.port
+                    asked = self._policies.for_kernel(asker, *place, pod=True)
                     if asked is not None:
                         result.add(asked)
         return result

@@ -190,9 +190,9 @@ class Lanes:
                 cluster = self.clusters.get(backend.cluster or "")
                 endpoint = cluster.any_endpoint() if cluster is not None else None
                 if endpoint is not None:
-                    asker = self._policies.asker(caller)
+                    asker, pod = self._policies.asker(caller), bool(endpoint.name)
                     address, port = endpoint.address, endpoint.port
-                    return self._policies.for_kernel(asker, address, port) or _NOTHING
+                    return self._policies.for_kernel(asker, address, port, pod=pod) or _NOTHING
         return _NOTHING
 
     def end(self, aim: Aim, member: Member, entry: Entry, info: ConnectionInfo) -> End | None:
@@ -203,7 +203,8 @@ class Lanes:
             certificate = self.exchanges.certificates.get(entry.client_certificate)
             if certificate is None:
                 return None
-        way = self._peers.way(caller, *member.target, pod=bool(endpoint.name))
+        pod = bool(endpoint.name)
+        way = self._peers.way(caller, *member.target, pod=pod)
         if isinstance(way, NoWay):
             return None
         workload = way.destination
@@ -212,10 +213,10 @@ class Lanes:
         if info.pairing is not None and workload is not None and workload.local:
             return None  # soon they need not come here at all
         asker = self._policies.asker(caller)
-        asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port)
+        asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port, pod=pod)
         if asked is None:
             return None
-        unasked = self._policies.unasked(asker, endpoint.address, endpoint.port)
+        unasked = self._policies.unasked(asker, endpoint.address, endpoint.port, pod=pod)
         if any(one is None and not rules for one, rules in zip(unasked, asked, strict=True)):
             return None
         until = self._until(caller, way)

@@ -111,7 +111,7 @@ class Pairs:
         if isinstance(expires_ns, Refusal):
             return expires_ns
         asker = self._policies.asker(caller)
-        asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port)
+        asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port, pod=True)
         if asked is None:
             return Refusal("a policy refuses, mends or tells of requests")
         match = selected.match
@@ -160,7 +160,7 @@ class Pairs:
         endpoint: Endpoint,
         asked: tuple[HttpRules, HttpRules],
     ) -> Series:
-        always = self._policies.unasked(asker, endpoint.address, endpoint.port)
+        always = self._policies.unasked(asker, endpoint.address, endpoint.port, pod=True)
         egress, ingress = (
             (one or "", *(rule.source for rule in rules))
             for one, rules in zip(always, asked, strict=True)

@@ -280,7 +280,7 @@ class Policies:
         return _both(first, second)
 
     def for_kernel(
-        self, asker: Asker, address: str, port: int
+        self, asker: Asker, address: str, port: int, *, pod: bool
     ) -> tuple[HttpRules, HttpRules] | None:
         """What `request` comes to where nothing but heads is looked at: the rules of the client and
         those of the pod it goes to, of which one each must hold (none: nothing is asked); None: the
@@ -290,15 +290,18 @@ class Policies:
             return (), ()
         first: HttpRules | None = ()
         second: HttpRules | None = ()
+        identities, end = self._end(address, pod)
         if asker.egress is not None:
-            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            proved = self._proved(asker, address, port)
             first = asker.egress.for_kernel(identities, port, authenticated=proved)
-        if (pod := self._at.get(address)) is not None:
+        if end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
-            second = pod.ingress.for_kernel(asker.identities, port, authenticated=proved)
+            second = end.ingress.for_kernel(asker.identities, port, authenticated=proved)
         return None if first is None or second is None else (first, second)
 
-    def unasked(self, asker: Asker, address: str, port: int) -> tuple[str | None, str | None]:
+    def unasked(
+        self, asker: Asker, address: str, port: int, *, pod: bool
+    ) -> tuple[str | None, str | None]:
         """Where `for_kernel` asks for nothing: the rules that let all requests pass, as
         `Rules.unasked`."""
         address = plain(address)
@@ -306,12 +309,13 @@ class Policies:
         second: str | None = ""
         if not self._pods or asker.address == address:
             return first, second
+        identities, end = self._end(address, pod)
         if asker.egress is not None:
-            identities, proved = (self.identity(address),), self._proved(asker, address, port)
+            proved = self._proved(asker, address, port)
             first = asker.egress.unasked(identities, port, authenticated=proved)
-        if (pod := self._at.get(address)) is not None:
+        if end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
-            second = pod.ingress.unasked(asker.identities, port, authenticated=proved)
+            second = end.ingress.unasked(asker.identities, port, authenticated=proved)
         return first, second
 
     def _proved(self, asker: Asker, address: str, port: int) -> bool:

@@ -74,7 +74,7 @@ def test_workload_reaches_a_cluster_ip_and_follows_its_endpoints(tmp_path, world
         # Nor do requests pass any more that a worker has offered by the configuration before.
         pin = Path(arguments[-1].removeprefix("--pins="))
         with contextlib.closing(PinnedMap(pin, "generation", Number, Number)) as generation:
-            made = generation.get(Number(1))
+            made = generation.get(Number(2))
         assert made is not None
         assert before < made.value < time.monotonic_ns()
         assert workload("echo", kept["id"], "still here") == ["still here", [VIP, 80]]

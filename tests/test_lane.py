@@ -38,7 +38,7 @@ from l7proxy.tasks import spawn
 from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import ClusterSection, Endpoint, Section, Settings
 from mesh.model.routeconfig import PathMatch, RouteMatch, ValueMatch
-from mesh.model.section import SETTINGS_KEY, SectionKey, cluster_key, policy_key
+from mesh.model.section import SETTINGS_KEY, SectionKey, cluster_key, policy_key, workload_key
 
 pytestmark = pytest.mark.skipif(bool(native.available()), reason=native.available())
 
@@ -412,6 +412,23 @@ async def test_policy_that_comes_to_refuse_is_obeyed_by_the_next_request(fast):
         assert mesh.apply({}, (policy_key("shop", "web"),)) == {}
         writer.write(GATED)
         assert (await read_message(reader)).status == 200
+
+
+@both
+async def test_a_pod_that_is_gone_is_no_part_of_the_world(fast):
+    """As long as it is an endpoint: whoever has its address now is `init`, as for the kernel."""
+    async with scene(fast=fast) as (mesh, port, _), connected(port) as (reader, writer):
+        outside = closed(policy_rule("world", int(Reserved.WORLD)))
+        gone = workload_key("shop", "web"), policy_key("shop", "web")
+        for put, status in (
+            ({}, 200),
+            (policy("client", "127.0.1.1", ME, egress=outside), 403),
+        ):
+            assert mesh.apply(put, gone if put else ()) == {}
+            for _ in range(2 * WORTH):
+                writer.write(get("/plain", "web").encode())
+                assert (await read_message(reader)).status == status
+                await asyncio.sleep(0.002)
 
 
 @both

@@ -184,11 +184,14 @@ def test_what_goes_on_from_where_it_is_sent_to(world: PodWorld, version: int) ->
             assert server.recv(100) == b"and on"
 
 
+@pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_fragments_that_netfilter_puts_together_and_takes_apart(
-    world: PodWorld, version: int
+    world: PodWorld, version: int, anew: bool
 ) -> None:
-    """As on nodes with kube-proxy. They have not become the node's own thereby."""
+    """As on nodes with kube-proxy. They have not become the node's own thereby. `anew`: headers of
+    the first part alone leave the kernel no room in the others, so that it makes new packets."""
+    options = {4: bytes([1]) * 40, 6: bytes((FRAGMENT, 30, 0x1E, 244)) + bytes(244)}[version]
     family = {4: socket.AF_INET, 6: socket.AF_INET6}[version]
     with world.inside("node"), NFTables(nfgen_family=family) as nft:
         nft.table("add", name="t")
@@ -198,10 +201,13 @@ def test_fragments_that_netfilter_puts_together_and_takes_apart(
     try:
         for port in (SHUT, OPEN):
             data = udp(version, port, bytes(1600))
-            parts = (
-                ip(version, data[:800], fragment=1, number=port),
-                ip(version, data[800:], fragment=800, number=port),
-            )
+            first = ip(version, data[:800], fragment=1, number=port)
+            if anew and version == 4:
+                first = ip(4, data[:800], fragment=1, number=port, options=options)
+            elif anew:
+                inner = struct.pack("!BBHI", UDP, 0, 1, port) + data[:800]
+                first = ip(6, options + inner, protocol=DESTINATION)
+            parts = (first, ip(version, data[800:], fragment=800, number=port))
             with world.udp("b", B[version], port) as server:
                 before = world.counters()
                 send(world, version, *parts)
@@ -210,6 +216,10 @@ def test_fragments_that_netfilter_puts_together_and_takes_apart(
                     assert not arrived(server)
                 else:
                     assert server.recv(2000) == bytes(1600)
+        with world.udp("b", B[version], SHUT) as server, world.inside("node"):
+            with socket.socket(family, socket.SOCK_DGRAM) as node:
+                node.sendto(bytes(3000), (B[version], SHUT))
+            assert server.recv(4000) == bytes(3000)
     finally:
         with world.inside("node"), NFTables(nfgen_family=family) as nft:
             nft.table("del", name="t")

@@ -33,6 +33,7 @@ from bpf.enforcement import Enforcement
 from bpf.maps import PinnedMap
 from bpf.reasons import Reason
 from bpf.structs import Address, Identity, Number, Pod, Policy, PolicyKey, Prefix
+from mesh.lab.cni import GATEWAYS
 from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
@@ -104,6 +105,8 @@ def test_egress(world: PodWorld, case: str, version: int) -> None:
         ("a", A, pod),
         ("out", OUT, elsewhere),
         ("node", NODE, node),
+        # As it is known on the pod's link.
+        *([("node", {4: GATEWAYS[0]}, node)] if version == 4 else []),
     ):
         with world.listen(where, address[version]) as server:
             assert world.attempt("b", server) == (ANSWERED if allowed else DENIED), where
@@ -615,6 +618,41 @@ def test_what_an_earlier_agent_left_is_in_force_until_it_is_known_better(world: 
     # What the first one knows is out of date.
     world.enforce(KNOWN)
     world.enforcement.apply({})
+
+
+def test_what_a_killed_agent_was_about_to_change_never_comes_into_force(
+    world: PodWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended when all was written but the number from which on it counts."""
+    outer, inner = _RANGES[4][:2]
+    number = {one: FIRST_CIDR + at for at, one in enumerate((outer, inner))}
+    ranges = {f"cidr/{one}": CidrSection(one, number[one]) for one in number}
+    within, excepted = _WITHIN[4][:2]
+    for address in (within, excepted):
+        world.add_address("out", address)
+    known = KNOWN["workload/shop/a"]
+    strict = {"workload/shop/a": msgspec.structs.replace(known, mtls="STRICT")}
+    closed = {
+        **KNOWN,
+        **ranges,
+        **strict,
+        **policy(ingress=only(allow(frozenset({number[outer]})))),
+    }
+    world.enforce(closed)
+    killed = Enforcement(world.pin, "n1")
+    with contextlib.closing(killed), monkeypatch.context() as patch:
+        assert killed.replace(closed) == {}
+        patch.setattr(settings.Generation, "begin", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            killed.apply({"workload/shop/a": known}, [f"cidr/{inner}"])
+    world.enforcement.close()
+    world.enforcement = Enforcement(world.pin, "n1")
+    with world.listen("a", A[4]) as at_a, world.listen("b", B[4]) as at_b:
+        for _ in range(2):
+            world.enforce(closed)
+            assert world.attempt("out", at_b, within) == ANSWERED
+            assert world.attempt("out", at_b, excepted) == DENIED
+            assert world.attempt("out", at_a).counted["MTLS_REQUIRED"] == 1
 
 
 def test_pods_with_the_same_rules_share_them(world: PodWorld) -> None:

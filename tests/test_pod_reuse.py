@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from bpf_world import needs_bpf
 from pod_policies import A_ONLY, ID, KNOWN, NOTHING, VERSIONS, allow, only, policy
-from pod_world import OUT, A, B, PodWorld, pod_world
+from pod_world import OUT, A, B, PodWorld, arrived, pod_world
 
 from mesh.lab import cni
 from mesh.model.identity import Reserved
@@ -96,3 +96,22 @@ def test_an_address_that_is_given_out_again_brings_no_rights(
         assert world.attempt("a", b) == DENIED
         world.enforcement.apply(pod("a", ID["a"], "3"))
         assert world.attempt("a", b) == ANSWERED
+
+
+def test_nor_do_flows_of_the_pod_that_had_it(world: PodWorld) -> None:
+    """Datagrams with the same ports: there is nothing in them that says that they are new."""
+    of_b = policy(ingress=only(allow(A_ONLY)))
+    closed = unknown(egress=only(allow(frozenset({ID["b"]}))))
+    world.enforce({**KNOWN, **of_b, **closed})  # type: ignore[dict-item]
+    with world.udp("b", B[4], 7041) as b, world.udp("out", OUT[4], 7042) as out:
+        with world.udp("a", A[4], 7040) as a:
+            world.pass_on(a, b, b"old")
+            world.pass_on(a, out, b"old")
+        replace(world, "a", "new")
+        with world.udp("a", A[4], 7040) as a:
+            for server in (b, out):
+                before = world.counters()
+                a.sendto(b"new", server.getsockname())
+                world.await_counted(before, "POLICY_DENIED")
+                assert not arrived(server)
+        replace(world, "new", "a")

@@ -167,6 +167,27 @@ def test_a_refused_policy_is_what_denies(manifests: Path) -> None:
     assert answer["sides"][0]["by"] == "CiliumNetworkPolicy shop/names (default deny)"
 
 
+def test_what_else_must_hold_and_what_no_policy_decides(manifests: Path) -> None:
+    node = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nstatus: {addresses: [%s]}"
+    address = "{type: InternalIP, address: 10.9.0.1}"
+    proven = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: proven, namespace: shop}
+spec:
+  endpointSelector: {matchLabels: {app: web}}
+  ingress: [{fromEndpoints: [{}], authentication: {mode: required}}]
+  ingressDeny: [{toPorts: [{ports: [{port: "22"}]}]}]
+"""
+    (manifests / "policies.yaml").write_text(f"{proven}---\n{node % address}")
+    _, answer = explain(manifests, *CLIENT, "--port", "80")
+    assert answer["sides"][-1]["verdict"] == "allowed"
+    assert "only where mutual TLS proves both ends" in answer["sides"][-1]["hints"][0]
+    code, answer = explain(manifests, "--from", "10.9.0.1", "--port", "22")
+    assert (code, answer["sides"][-1]["by"]) == (0, "a pod's own node is always allowed")
+    assert explain(manifests, *CLIENT, "--port", "22")[0] == 1
+
+
 def test_people_read_it_in_words(manifests: Path) -> None:
     code, text, _ = weft(
         "policy", "explain", *OTHER, "--to", "shop/web", "--port", "5432", "--manifests", manifests

@@ -10,12 +10,14 @@ import pytest
 import yaml
 
 from gateway.control import ControlPlane, Options
-from mesh.model.identity import Reserved
+from gateway.workloads import LabelSet
+from mesh.model.identity import FIRST_CIDR, Reserved
 from mesh.model.meta import ObjectKey
+from mesh.model.nodeconfig import WorkloadSection
 from mesh.model.policyconfig import CidrSection, Direction, PolicyRule, PolicySection, PortRange
-from mesh.policy import sections
+from mesh.policy import cidr, sections
 from mesh.policy.cilium_http import MAX_REGEX_SIZE
-from mesh.policy.spec import MAX_CIDRS, MAX_RULES
+from mesh.policy.spec import MAX_CIDRS, MAX_HTTP, MAX_RULES
 from mesh.sources.directory import Manifests
 from tests.gateway_world import World, join, objects
 from tests.test_gateway_workloads import MESH, piece, pod, service
@@ -271,6 +273,16 @@ def test_a_policy_that_cannot_be_read_denies_for_whom_it_selects(case: str, tmp_
     assert not any(name.split()[1] in ("p", "default/p") for name in of(w, "q").ingress.selected_by)
 
 
+def test_specs_of_which_nobody_knows_whom_they_select_are_told_of(tmp_path: Path) -> None:
+    specs = [{"endpointSelector": {"matchLabels": {"app": one}}, "oops": 1} for one in ("a", 7)]
+    policy = {"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "specs": specs}
+    manifests, w = Manifests(tmp_path), world(POD)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({**policy, "metadata": {"name": "p"}}))
+    w.change(manifests.scan().changes)
+    assert any(rule.deny for rule in of(w).ingress.rules)
+    assert "whom 1 of its specs selects cannot be read, so it denies nothing" in why(w)
+
+
 def test_a_defect_in_reading_one_policy_denies_for_its_pods_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -308,6 +320,12 @@ def test_huge_policies_are_refused() -> None:
     w = world(POD, cnp({"endpointSelector": {}, "ingress": many}))
     assert "1001 rules, 1000 are the most" in why(w)
     assert not rules(of(w).ingress)
+    for more in ([{"headers": ["x-a"]}] * MAX_HTTP, [{"headers": ["x-a"] * MAX_HTTP}]):
+        ports = [{"port": "80", "protocol": "TCP"}]
+        group = {"toPorts": [{"ports": ports, "rules": {"http": more}}]}
+        w = world(POD, cnp({"endpointSelector": {}, "ingress": [group]}))
+        assert "HTTP rules and headers, 2000 are the most" in why(w)
+        assert not rules(of(w).ingress)
     cidrs = [f"10.{i // 256}.{i % 256}.0/24" for i in range(MAX_CIDRS + 1)]
     w = world(POD, cnp({"endpointSelector": {}, "egress": [{"toCIDR": cidrs}]}))
     assert "5001 CIDRs, 5000 are the most" in why(w)
@@ -498,6 +516,31 @@ def test_who_is_in_a_range_is_told_apart_where_policies_about_pods_here_name_it(
     assert why(w, type="Programmed") == ""
     w.delete("Pod", "here")
     assert not section().here
+
+
+def test_nobody_gets_the_identity_of_another_by_ranges_and_labels_with_one_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who writes policies and pods can search for such; there is room to tell 128 apart."""
+    monkeypatch.setattr(cidr, "number", lambda _: FIRST_CIDR | 7)
+    monkeypatch.setattr(LabelSet, "number", 7)
+    many = cnp(
+        {"endpointSelector": {}, "egress": [{"toCIDR": [f"10.0.{i}.0/24" for i in range(130)]}]}
+    )
+    spec = "{endpointSelector: {}, ingress: [{fromCIDRSet: [{cidr: %s, except: [%s]}]}]}"
+    others = (
+        cnp(spec % ("1.0.0.0/8", "1.1.0.0/16"), "first"),
+        cnp(spec % ("96.0.0.0/3", "99.0.0.0/8"), "last"),
+    )
+    pods = [pod(f"q{i:03}", f"10.1.0.{i}", labels=f"{{n: '{i}'}}") for i in range(130)]
+    outcome = ControlPlane(MESH).apply(objects(join(*pods, many, *others)))
+    found = [*outcome.put.values()]
+    identities = [one.identity for one in found if isinstance(one, CidrSection | WorkloadSection)]
+    assert len(set(identities)) == len(identities) == 128 + 128
+    assert {table for table, _ in outcome.failures} >= {"range_identities", "identities"}
+    section = next(one for one in found if isinstance(one, PolicySection) and one.pod)
+    denied = {rule.source.split()[1] for rule in section.ingress.rules if rule.deny}
+    assert denied == {"default/p", "default/last"}
 
 
 def test_who_is_in_a_range_of_pods_and_not_known_is_a_new_pod() -> None:

@@ -20,6 +20,7 @@ from test_mesh_relay import echo
 from upstream_backend import backend as tls_backend
 
 from certs.selfsigned import Authority
+from l7proxy.lanes import WORTH
 from l7proxy.tls import load_certificate
 from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import CertificateSection, UpstreamTLS, WorkloadSection
@@ -95,6 +96,36 @@ async def test_requests_are_judged_at_the_pods_node_where_policy_asks_about_them
         assert (await ask(port, get("/admin", "web"))).status == 200
         ingress(nodes, rule("P ingress[0]", ME, http=http(path="/public")))
         assert (await ask(port, get("/admin", "web"))).status == 403
+
+
+async def test_each_request_is_judged_there_also_where_they_go_straight_on():
+    """On the fast lanes of both nodes."""
+    async with two_nodes() as nodes, backend() as web, agent_of(nodes.b) as agent:
+        identify(nodes)
+        port = nodes.http(web.port)
+        public = rule("P ingress[0]", ME, http=http(path="/public"))
+        expected = []
+
+        async def ask_for(path: str, status: int) -> None:
+            writer.write(get(path, "web").encode())
+            assert (await read_message(reader)).status == status
+            expected.append((path, status))
+
+        ingress(nodes, public)
+        async with connected(port) as (reader, writer):
+            for _ in range(2):
+                for _ in range(3 * WORTH):
+                    await ask_for("/public", 200)
+                    await asyncio.sleep(0.001)
+                await ask_for("/admin", 403)
+                ingress(nodes, rule("P ingress[0]", 999, http=http(path="/public")))
+                await ask_for("/public", 403)
+                ingress(nodes, public)
+        assert len(web.requests) == 6 * WORTH
+        flows = [one for one in await agent.records(len(expected)) if one.http is not None]
+        assert [(one.http.path, one.http.status) for one in flows][: 3 * WORTH] == (
+            expected[: 3 * WORTH]
+        )
 
 
 async def test_in_audit_mode_requests_are_told_of_and_bytes_are_left_alone():

@@ -156,7 +156,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 	struct tuple inner;
 	int answers = 0;
 
-	fresh.generation = generation;
+	fresh.generation = with_pods(generation);
 	fresh.seen_ns = now;
 	if (packet->flags & PACKET_ERROR && read_inner(skb, packet, &inner))
 		flow = find_flow(&inner, direction, 0, now, &key);
@@ -181,7 +181,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		key.direction = direction;
 		fresh.flags = from;
 	}
-	reason = refusal(&key, fresh.generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
+	reason = refusal(&key, generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
 			 &fresh.until);
 	said = reason;
 	if (!said && direction == INGRESS && is_news(packet, flow)) {
@@ -261,6 +261,14 @@ spoofed:
 	return TC_ACT_SHOT;
 }
 
+/* Whether a packet that has come in by no interface is one of the node's own stack. Where netfilter
+ * puts fragments of IPv6 together, ip6_fragment may forget of those that it makes anew where they came
+ * in; but they have no socket. */
+static __always_inline int is_made_here(struct __sk_buff *skb, const struct packet *packet)
+{
+	return !(packet->flags & PACKET_FRAGMENT) || bpf_get_socket_cookie(skb);
+}
+
 /* A packet to the pod; the action. */
 static __always_inline int filter_to_pod(struct __sk_buff *skb)
 {
@@ -278,9 +286,9 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	owner = interface_of(&packet.tuple.opener);
-	if (!by) {
+	if (!by && is_made_here(skb, &packet)) {
 		from = FLOW_FROM_NODE;
-	} else if (owner == by) {
+	} else if (by && owner == by) {
 		from = FLOW_FROM_POD;
 	} else if (owner) {
 		count(REASON_FORGED);

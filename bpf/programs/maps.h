@@ -81,9 +81,9 @@ BPF_F_TABLE("hash", struct target, u32, mtls_ports, MTLS_PORTS, BPF_F_NO_PREALLO
 /* Sets of rules, each as one that does not change; the longest prefix has the answer. */
 BPF_F_TABLE("lpm_trie", struct policy_key, struct policy, policies, POLICIES, BPF_F_NO_PREALLOC);
 /* What is in force of identities and pods: each change of them has a greater number, and all of it
- * counts from when the number is written. Then: when the configuration was made that proxies have
- * (CLOCK_MONOTONIC). */
-BPF_F_TABLE("array", u32, u64, generation, 2, 0);
+ * counts from when the number is written. The second number: when a pod has come or gone last. The
+ * third: when the configuration was made that proxies have (CLOCK_MONOTONIC). */
+BPF_F_TABLE("array", u32, u64, generation, 3, 0);
 /* What pods have opened, and what was opened to them, at each pod's interface. */
 BPF_F_TABLE("lru_hash", struct flow_key, struct flow, flows, FLOWS, 0);
 /* Packets whose first fragment has passed, and when (CLOCK_MONOTONIC, ns). */

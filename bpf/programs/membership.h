@@ -13,11 +13,21 @@ static __always_inline u64 in_force(void)
 	return now ? *now : 0;
 }
 
+/* What flows were judged by as well: who has come or gone counts before anybody is told of it, since
+ * another pod may have the address by now. */
+static __always_inline u64 with_pods(u64 now)
+{
+	u32 one = 1;
+	u64 *pods_changed = generation.lookup(&one);
+
+	return pods_changed ? now + *pods_changed : now;
+}
+
 /* What a proxy says by a configuration that was made before this does not count. */
 static __always_inline u64 proxies_have(void)
 {
-	u32 one = 1;
-	u64 *made = generation.lookup(&one);
+	u32 two = 2;
+	u64 *made = generation.lookup(&two);
 
 	return made ? *made : 0;
 }

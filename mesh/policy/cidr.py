@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from mesh.model.identity import FIRST_CIDR
 
 _BITS = 24
+# Ranges, and sets of labels, that can have one number: 31 bits are left for all of it.
+MOST_ALIKE = 1 << 31 - _BITS
 
 
 def canonical(text: str) -> str:
@@ -39,5 +41,8 @@ def number(text: str) -> int:
 
 
 def apart(number: int, rank: int) -> int:
-    """The identity of a range whose number others share, by its place among them."""
+    """The identity of a range whose number others share, by its place among them. ValueError: they
+    are too many, which is no accident; it must not get the identity of another."""
+    if rank >= MOST_ALIKE:
+        raise ValueError(f"more than {MOST_ALIKE} ranges of policies have number {number:#x}")
     return number | rank << _BITS

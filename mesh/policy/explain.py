@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -20,6 +21,7 @@ from l7proxy.normalise import normalise_authority, normalise_target
 from l7proxy.peers import Peers
 from l7proxy.policies import Policies
 from l7proxy.policy_rules import Identities, Rules, Transport, concerns
+from mesh.model.identity import Reserved
 from mesh.model.nodeconfig import NodeSection, Section, Settings, WorkloadSection
 from mesh.model.policyconfig import CidrSection, PolicyRule, PolicySection, PortRange
 from mesh.model.section import SETTINGS_KEY, SectionKey, workload_key
@@ -29,6 +31,11 @@ SectionsOf = Callable[[str], Mapping[SectionKey, Section]]
 
 # Of what would change the answer the nearest are told.
 _HINTS = 5
+_OWN_NODE = "a pod's own node is always allowed"
+_PROOF = (
+    "only where mutual TLS proves both ends, or both are pods of one node, with SVIDs that are"
+    " valid (weft certs list)"
+)
 
 
 class QuestionError(Exception):
@@ -92,6 +99,9 @@ def explain(question: Question, sections_of: SectionsOf, here: str) -> Answer:
             else (policies.identity(source),)
         )
         rules = policies.rules_at(destination.addresses[0])
+        if peer == (Reserved.HOST,):
+            name, why = f"{destination.namespace}/{destination.name}", _OWN_NODE
+            return Answer(True, (SideAnswer("ingress", name, "allowed", why),))
         sides.append(
             _side("ingress", destination, rules[0] if rules else None, peer, question, head)
         )
@@ -192,6 +202,11 @@ def _side(
         hints = _without(rules, verdict.source, asked, head)
     else:
         hints = _nearest(rules, by, asked, head)
+    unproven = rules.connection(*asked)
+    if head is not None:
+        unproven = rules.request(peer, question.port, head)
+    if verdict.allowed != unproven.allowed:
+        hints = chain((_PROOF,), hints)
     return SideAnswer(direction, name, said, by, tuple(_named(by)), (), tuple(hints)[:_HINTS])
 
 

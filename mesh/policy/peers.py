@@ -171,6 +171,10 @@ def _within(view: View, text: str, index: str = _HERE) -> Identities:
 
 
 def _in_range(view: View, one: Cidr) -> Identities:
+    """LookupError: it cannot be told from other ranges; then its policy denies."""
+    for text in (one.cidr, *one.excepts):
+        if view.get("range_identities", text) is None:
+            raise LookupError(f"{text} has no identity")
     found = _within(view, one.cidr) - _api_at(view, "host", "remote-node")
     for part in one.excepts:
         found -= _within(view, part)
@@ -303,16 +307,14 @@ def _endpoints(view: View, piece: EndpointSlice) -> Iterator[int]:
 
 def _api_server(view: View) -> Identities:
     """The addresses of the API server have identities of their own, also where a node has them."""
-    found = (view.get("range_identities", text) for text in view.bucket("api_server", ""))
-    return frozenset((*found, Reserved.KUBE_APISERVER))
+    return _api_at(view, "world", "host", "remote-node") | {Reserved.KUBE_APISERVER}
 
 
 def _api_at(view: View, *places: str) -> Identities:
     """Those of them that belong to one of these entities besides."""
     found = {text: view.get("api_places", text) for text in view.bucket("api_server", "")}
-    return frozenset(
-        view.get("range_identities", text) for text, place in found.items() if place in places
-    )
+    those = (view.get("range_identities", text) for text, at in found.items() if at in places)
+    return frozenset(one for one in those if one is not None)
 
 
 # --- entities ------------------------------------------------------------------------------------

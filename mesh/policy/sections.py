@@ -313,4 +313,5 @@ def cidr_sections(view: View, text: str) -> CidrSection | None:
     if view.bucket("pod_ranges", text):
         return CidrSection(text, int(Reserved.INIT))
     here = bool(view.bucket("ranges_here", text))
-    return CidrSection(text, view.get("range_identities", text), here)
+    number: int | None = view.get("range_identities", text)
+    return CidrSection(text, number, here) if number is not None else None

@@ -135,6 +135,8 @@ SpecKey: TypeAlias = tuple[PolicyKey, int]
 
 # No policy needs more, and every rule costs the nodes of all pods that it is about.
 MAX_RULES = 1000
+# HTTP rules with their headers: a proxy asks each of them at a request, and all others wait.
+MAX_HTTP = 2000
 MAX_CIDRS = 5000
 
 KINDS = ("NetworkPolicy", "CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy")
@@ -149,6 +151,9 @@ def oversized(specs: tuple[Spec, ...]) -> tuple[str, ...]:
     found = []
     if len(rules) > MAX_RULES:
         found.append(f"{len(rules)} rules, {MAX_RULES} are the most; make several policies")
+    http = sum(1 + len(one.headers) for rule in rules for one in rule.http or ())
+    if http > MAX_HTTP:
+        found.append(f"{http} HTTP rules and headers, {MAX_HTTP} are the most")
     if ranges > MAX_CIDRS:
         found.append(f"{ranges} CIDRs, {MAX_CIDRS} are the most")
     return tuple(f"spec: has {one}" for one in found)

@@ -46,7 +46,7 @@ def closed(raw: Any, errors: Iterable[FieldError]) -> Object | None:
     annotations = metadata.get("annotations")
     audit = annotations.get(AUDIT) if isinstance(annotations, Mapping) else None
     said = "; ".join(f"{one.path}: {one.message}" if one.path else one.message for one in errors)
-    left = {
+    left: dict[str, Any] = {
         "apiVersion": raw.get("apiVersion"),
         "kind": kind,
         "metadata": {
@@ -63,6 +63,9 @@ def closed(raw: Any, errors: Iterable[FieldError]) -> Object | None:
     given = [raw["spec"]] if "spec" in raw else []
     given += many if isinstance(many, list) else []
     readable = [spec for one in given for spec in _cilium(one) if _read({**left, "spec": spec})]
+    if lost := len(given) - len(readable):
+        more = f"; whom {lost} of its specs selects cannot be read, so it denies nothing"
+        left["metadata"]["annotations"][UNREADABLE] += more
     return _read({**left, "specs": readable}) if readable else None
 
 
