@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
+import yaml
 from controller_world import NAMESPACE, controller_world
-from kube_world import GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
+from kube_world import CRDS, GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
 from mesh.controller.balancers import gateway_label
 
@@ -133,6 +134,37 @@ async def test_an_unchanged_status_is_not_written_again(world):
         if plural != "gateways":
             assert found == obj
     assert second.writer.writes <= 3
+
+
+async def test_what_the_clusters_gateway_api_does_not_have_is_left_out(world, caplog):
+    """As of Gateway API v1.4, whose Gateways count no ListenerSets: a server refuses the whole
+    status for one field that it has not."""
+    crd = yaml.safe_load((CRDS / f"{GROUP}_gateways.yaml").read_text())
+    for version in crd["spec"]["versions"]:
+        status = version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+        del status["attachedListenerSets"]
+        status["listeners"]["items"]["properties"]["conditions"]["items"]["properties"].pop(
+            "observedGeneration"
+        )
+    world.server.change(crd, {"spec": crd["spec"]})
+    caplog.set_level("INFO", "weft.controller")
+    for obj in (gateway_class(), gateway(), gateway("other", port=81)):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "", "0.0.0.0:81": ""})
+    controller, _ = world.start()
+    for name in ("gw", "other"):
+        await world.until(lambda name=name: world.conditions(name=name)["Programmed"] == "True")
+        status = world.status("gateways", name)
+        assert "attachedListenerSets" not in status
+        assert "observedGeneration" not in status["listeners"][0]["conditions"][0]
+    assert sum("attachedListenerSets: left out" in one for one in caplog.messages) == 1
+    # And it is not tried anew.
+    writes = controller.writer.writes
+    world.server.change(gateway(), {"metadata": {"labels": {"a": "b"}}})
+    world.server.create(route("last"))
+    await world.until(lambda: world.conditions("httproutes", "last"))
+    assert world.conditions()["Programmed"] == "True"
+    assert controller.writer.writes <= writes + 2
 
 
 async def test_entries_of_parents_that_are_ours_no_more_go(world):

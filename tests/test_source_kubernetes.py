@@ -153,6 +153,28 @@ async def test_deleted_and_recreated_between_two_events(server, tmp_path):
         assert source.values() == {"a": "1"}
 
 
+@needs_crds
+async def test_one_that_cannot_be_read_takes_anothers_name_and_goes(server, tmp_path):
+    """Deleted and made again while nobody looks: what was in force was the other one's."""
+    server.install_crds(CRDS)
+    server.create(route("r"))
+    server.create(route("other"))
+    async with following(server, tmp_path, kinds=frozenset(("HTTPRoute",))) as source:
+        server.faults.away = True
+        server.cut_connections()
+        server.delete(route("r"))
+        path = {"type": "PathPrefix", "value": "/%zz"}
+        wrong = route("r")
+        wrong["spec"]["rules"][0]["matches"][0]["path"] = path
+        server.create(wrong)
+        server.store.compact()
+        server.faults.away = False
+        await source.until(lambda: any(p.name == "r" for p in source.problems))
+        assert [key.name for key in source.state["HTTPRoute"]] == ["other"]
+        server.delete(wrong)
+        await source.until(lambda: not any(p.name == "r" for p in source.problems))
+
+
 async def test_refusals_are_outlasted(server, tmp_path):
     server.faults.about = "configmaps"
     server.faults.refuse = 0.5

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesh.controller.events import Recorder, news
-from mesh.controller.render import render, rendered
+from mesh.controller.render import Path, render, rendered, undeclared
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written, number
@@ -89,6 +89,8 @@ class Writer:
         # What this process wrote and has not seen come back yet.
         self._own: dict[Ident, Written] = {}
         self._without_status = set(_WITHOUT_STATUS)
+        # Fields that the cluster's version of a kind has not.
+        self._undeclared: dict[str, set[Path]] = {}
         # What was told of objects that have no place for it.
         self._told: dict[Ident, Written] = {}
         # Objects whose status may not be written, and the next pause; kinds of which that was told.
@@ -198,7 +200,13 @@ class Writer:
                 await self._only_tell(ident, actual, wanted.status)
                 return
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            body = render(wanted.status, actual.status, self._controller, now)
+            body = render(
+                wanted.status,
+                actual.status,
+                self._controller,
+                now,
+                self._undeclared.get(ident[0], ()),
+            )
             if body is None:
                 return
             kind, key = ident
@@ -227,19 +235,28 @@ class Writer:
                     if not await self._read(ident, where, actual.uid):
                         return
                     continue
+                if self._learn(kind, error):
+                    continue
                 raise
             self.writes += 1
             if kind in self._complained:
                 self._allowed(kind)
             self._keep(ident, answer)
-            status = answer.get("status") or {}
-            if "conditions" in body.status and "conditions" not in status:
-                _log.info("the cluster's %s keeps no conditions: Events tell them", kind)
-                self._without_status.add(kind)
-                continue
-            version = answer["metadata"]["resourceVersion"]
+            version, status = answer["metadata"]["resourceVersion"], answer.get("status") or {}
             await self._tell(ident, actual, Written(version, actual.uid, status))
             return
+
+    def _learn(self, kind: str, error: ServerError) -> bool:
+        """Whether a write was refused for fields that the cluster's version of a kind has not, and
+        that was not known: the next one is without them. Servers say 500, and may say 400."""
+        known = self._undeclared.setdefault(kind, set())
+        new = undeclared(str(error)) - known if error.status in (400, 500) else set()
+        known |= new
+        for path in sorted(new):
+            _log.info("the cluster's %s has no status.%s: left out", kind, ".".join(path))
+        if ("conditions",) in new:
+            self._without_status.add(kind)
+        return bool(new)
 
     async def _only_tell(
         self, ident: Ident, actual: Written, wanted: msgspec.Struct | None
