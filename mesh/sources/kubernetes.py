@@ -30,7 +30,7 @@ from mesh.sources.kubernetes_client import (
     SourceError,
     bad_answer,
 )
-from mesh.sources.kubernetes_objects import PLACE, problems, read
+from mesh.sources.kubernetes_objects import PLACE, STATUS_IS_INPUT, problems, read
 from mesh.sources.kubernetes_secrets import OTHERS, TLS, CopiedSecrets, OtherSecrets
 from mesh.sources.kubernetes_watch import Reflector
 from mesh.sources.update import SourceUpdate
@@ -90,18 +90,21 @@ class _Kind:
         before = self.current.get(key)
         metadata = raw["metadata"]
         if source.seen is not None:
-            self.written[key] = Written(
-                metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
-            )
+            status = {} if self.info.kind in STATUS_IS_INPUT else raw.get("status") or {}
+            self.written[key] = Written(metadata["resourceVersion"], metadata["uid"], status)
             source.seen(self.info.kind, key)
         try:
             obj = read(raw, custom=self.group not in _BUILT_IN)
         except InvalidObject as error:
-            kept = before is not None and not unreadable.why(before)
-            left = None if kept else unreadable.closed(raw, error.errors) or before
+            # What another object of the name was is not the last good version of this one.
+            good = before if before and before.metadata.uid == metadata["uid"] else None
+            kept = good is not None and not unreadable.why(good)
+            left = None if kept else unreadable.closed(raw, error.errors) or good
             source.wrong[ident] = problems(raw, error, kept=kept, closed=left is not None)
             source.wake.set()
             if left is None:
+                if not good:
+                    self._take_away(ident, metadata["resourceVersion"])
                 return
             obj = left
         else:
@@ -123,7 +126,10 @@ class _Kind:
             self._source.seen(self.info.kind, key)
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
-        if self.current.pop(key, None) is not None:
+        self._take_away(ident, version)
+
+    def _take_away(self, ident: ObjectId, version: str) -> None:
+        if self.current.pop(ident.key, None) is not None:
             self.newest = max(self.newest, number(version))
             self._source.tell(ident, None)
 
