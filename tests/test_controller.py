@@ -8,6 +8,7 @@ from controller_world import NAMESPACE, controller_world
 from kube_world import CRDS, GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
 from mesh.controller.balancers import gateway_label
+from mesh.sources.kubernetes_client import Backoff
 
 pytestmark = needs_crds
 
@@ -476,6 +477,61 @@ async def test_one_object_at_a_time_and_many_at_once(world):
     await world.until(caught_up)
     assert world.server.most_open[path] == 1
     assert sum(path in one for _, one in world.server.requests) < 6
+
+
+async def test_who_undoes_a_status_is_not_fought(world, monkeypatch):
+    """Twice it is put right at once, then less and less often; what is new is said at once."""
+    monkeypatch.setattr("mesh.controller.writer._UNDONE_S", 3600.0)
+    for obj in (gateway_class(), gateway(), gateway("other", port=82)):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "", "0.0.0.0:82": ""})
+    controller, _ = world.start()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+    def undo():
+        obj = world.server.get(f"{GROUP}/gateways", "gw")
+        for one in obj["status"]["conditions"]:
+            one["status"] = "Unknown"
+        world.server.change(obj, {"status": obj["status"]}, "status")
+
+    undo()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    undo()
+    for number in range(3):
+        # What comes later is seen later.
+        obj = route(f"r{number}")
+        obj["spec"]["parentRefs"] = [{"name": "other"}]
+        world.server.create(obj)
+        await world.until(lambda n=number: world.conditions("httproutes", f"r{n}"))
+        world.server.change(gateway(), {"metadata": {"labels": {"n": str(number)}}})
+    assert world.conditions()["Programmed"] == "Unknown"
+    assert len(controller.writer._put_off) == 1
+    world.server.change(gateway(), {"spec": gateway(port=81)["spec"]})
+    world.report(ports={"0.0.0.0:81": "", "0.0.0.0:82": ""})
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+
+async def test_objects_that_cannot_be_written_hold_up_no_other(world):
+    """As when a webhook that is asked about one kind does not answer."""
+    world.server.faults.about, world.server.faults.codes = "/httproutes", (500,)
+    for obj in (gateway_class(), *(route(f"r{n}") for n in range(20))):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    controller, _ = world.start()
+    controller.writer._backoff = lambda: Backoff(3600, 3600)
+    async with asyncio.timeout(WAIT_S):
+        while not controller._synced:
+            await asyncio.sleep(0.01)
+    world.server.faults.refuse = 1.0
+    world.server.create(gateway())
+    async with asyncio.timeout(WAIT_S):
+        while world.server.faults.refused < 8:
+            await asyncio.sleep(0.01)
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    world.server.faults.refuse = 0.0
+    await world.until(
+        lambda: all(world.conditions("httproutes", f"r{n}")["Accepted"] for n in range(20))
+    )
 
 
 async def test_refused_writes_are_tried_again(world):
