@@ -107,6 +107,23 @@ async def test_identities_of_pods_on_the_node_that_asks_and_no_others(world):
     assert answer.refused == "not_on_this_node"
 
 
+async def test_pods_that_give_a_node_no_identity(world):
+    """Those in their host's network are not in the mesh. Mirror pods, which a kubelet makes in any
+    namespace it likes, have no service account ("NodeRestriction"), not even the default one."""
+    host = pod("host-1", "a", "host")
+    host["spec"]["hostNetwork"] = True
+    mirror = pod("static-a", "a")
+    mirror["metadata"]["namespace"] = "shop"
+    mirror["metadata"]["annotations"] = {"kubernetes.io/config.mirror": "1"}
+    mirror["spec"].pop("serviceAccountName", None)
+    for obj in (host, mirror):
+        world.server.create(obj)
+    world.start(trust_domain=DOMAIN)
+    a = await world.agent("a")
+    answers = await a.sign([request("host"), request("default"), request("web")])
+    assert [one.refused for one in answers] == ["not_on_this_node", "not_on_this_node", ""]
+
+
 @pytest.mark.parametrize(
     "who",
     [

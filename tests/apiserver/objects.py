@@ -150,7 +150,9 @@ class Objects:
                     port.setdefault("targetPort", port.get("port"))
                 obj["status"] = {"loadBalancer": {}}
             case "Pod":
-                spec.setdefault("serviceAccountName", "default")
+                # service-accounts-admin, "ServiceAccount admission controller": not of mirror pods.
+                if _MIRROR not in (obj["metadata"].get("annotations") or {}):
+                    spec.setdefault("serviceAccountName", "default")
                 obj["status"] = {"phase": "Pending"}
             case "CertificateSigningRequest":
                 # csr: who asks is what the server knows, not what the request says.
@@ -393,6 +395,7 @@ class Objects:
         return self.store.delete(target.key), True
 
 
+_MIRROR = "kubernetes.io/config.mirror"
 _WITH_SPEC = frozenset(("Service", "Pod", "CertificateSigningRequest"))
 _FIXED = (
     *("name", "namespace", "uid", "creationTimestamp", "resourceVersion", "generation"),
