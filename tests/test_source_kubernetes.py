@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 
 import pytest
@@ -64,13 +65,15 @@ async def test_a_list_that_is_compacted_between_two_pages(server, tmp_path, monk
         pages += 1
         answer = plain(request, target)
         if pages == 1:
+            # One that has been told of already, one that has not.
+            server.delete(config_map("c00"))
             server.delete(config_map("c24"))
             server.store.compact()
         return answer
 
     monkeypatch.setattr(server, "_list", compacting)
     async with following(server, tmp_path, kinds=ONLY) as source:
-        assert sorted(source.values()) == [f"c{number:02}" for number in range(24)]
+        assert sorted(source.values()) == [f"c{number:02}" for number in range(1, 24)]
     assert pages == 3
 
 
@@ -195,6 +198,32 @@ async def test_a_slow_server_is_waited_for(server, tmp_path):
         server.change(config_map("a"), {"data": {"ca.crt": "2"}})
         await source.until(lambda: source.values() == {"a": "2"})
         assert source.problems == ()
+
+
+async def test_a_long_answer_may_take_its_time(tmp_path, monkeypatch):
+    """More than a request may, but none of its parts does."""
+    monkeypatch.setattr("mesh.sources.kubernetes_client._REQUEST_S", 0.5)
+    answer = b'{"kind": "ConfigMap", "metadata": {"resourceVersion": "1"}}'
+
+    async def slowly(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer))
+        for at in range(0, len(answer), 10):
+            await asyncio.sleep(0.11)
+            writer.write(answer[at : at + 10])
+        writer.close()
+
+    async with await asyncio.start_server(slowly, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        file = tmp_path / "kubeconfig"
+        cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}
+        context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+        config = {"clusters": [cluster], "contexts": [context], "current-context": "c"}
+        file.write_text(json.dumps({**config, "users": [{"name": "u", "user": {}}]}))
+        client = Client(file)
+        await client.open()
+        assert (await client.request("GET", "/api/v1/slow"))["kind"] == "ConfigMap"
+        await client.close()
 
 
 async def test_a_server_that_is_away_takes_nothing_away(server, tmp_path):

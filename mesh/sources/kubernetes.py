@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -229,6 +230,7 @@ class KubernetesSource:
         self.wrong: dict[ObjectId, list[Problem]] = {}
         self.wake = asyncio.Event()
         self._pending: dict[str, dict[ObjectKey, Object | None]] = {}
+        self._told: defaultdict[str, set[ObjectKey]] = defaultdict(set)
         self._discovery_s = discovery_s
         self._backoff = backoff
         self._server_problem: Problem | None = None
@@ -263,7 +265,12 @@ class KubernetesSource:
         return self._kinds[kind].api_version.rpartition("/")[2]
 
     def tell(self, ident: ObjectId, obj: Object | None) -> None:
-        self._pending.setdefault(ident.kind, {})[ident.key] = obj
+        pending = self._pending.setdefault(ident.kind, {})
+        if obj is None and ident.key not in self._told[ident.kind]:
+            # Nobody has heard of it yet.
+            pending.pop(ident.key, None)
+        else:
+            pending[ident.key] = obj
         self.wake.set()
 
     async def open(self) -> None:
@@ -293,7 +300,7 @@ class KubernetesSource:
                         told = problems
                         yield SourceUpdate({}, problems, complete=False)
                     continue
-                changes, self._pending = self._pending, {}
+                changes = self._taken()
                 versions = {k: kind.version for k, kind in self._kinds.items() if kind.version}
                 now = (problems, versions)
                 if changes or now != told:
@@ -305,6 +312,16 @@ class KubernetesSource:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _taken(self) -> dict[str, dict[ObjectKey, Object | None]]:
+        """What is to be told, which then is."""
+        changes = {kind: objects for kind, objects in self._pending.items() if objects}
+        self._pending = {}
+        for kind, objects in changes.items():
+            told = self._told[kind]
+            for key, obj in objects.items():
+                (told.discard if obj is None else told.add)(key)
+        return changes
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [task for kind in self._kinds.values() for task in kind.tasks]

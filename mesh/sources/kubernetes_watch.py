@@ -168,7 +168,9 @@ class Reflector:
                 page = await self._client.request("GET", self._path, query, accept=self._list_as)
             except ServerError as error:
                 if error.status == 410 and limit:
-                    # Compacted between two pages: once more, in one piece, so that it ends.
+                    # Compacted between two pages: once more, in one piece, so that it ends. What
+                    # the first pages had may have gone since.
+                    seen.clear()
                     token, limit = "", 0
                     continue
                 raise
