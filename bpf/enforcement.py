@@ -16,7 +16,6 @@ from bpf.settings import Generation, Identities
 from mesh.model.nodeconfig import (
     NodeSection,
     SvidSection,
-    TrustBundleSection,
     WorkloadSection,
 )
 from mesh.model.policyconfig import CidrSection, PolicySection
@@ -29,18 +28,18 @@ ENFORCED = (
     CidrSection,
     PolicySection,
     SvidSection,
-    TrustBundleSection,
 )
 
 
 class Enforcement:
     """The identities and pods of one pin directory. One process at a time may have them."""
 
-    def __init__(self, directory: Path, node: str | None) -> None:
-        """`node`: the name of this one. DatapathError: the maps are not there."""
+    def __init__(self, directory: Path, node: str | None, *, mtls: bool = False) -> None:
+        """`node`: the name of this one; `mtls`: it has identities. DatapathError: the maps are not
+        there."""
         self._generation = Generation(directory)
         self._identities = Identities(directory, node, self._generation.now)
-        self._pods = Pods(directory, self._generation.now)
+        self._pods = Pods(directory, self._generation.now, mtls=mtls)
         # Where a rule comes from that the kernel names.
         self.source = self._pods.source
 
@@ -88,7 +87,7 @@ def _of_pods(sections: Mapping[SectionKey, EnforcedSection]) -> dict[SectionKey,
     return {
         key: one
         for key, one in sections.items()
-        if isinstance(one, WorkloadSection | PolicySection | SvidSection | TrustBundleSection)
+        if isinstance(one, WorkloadSection | PolicySection | SvidSection)
     }
 
 

@@ -22,11 +22,11 @@ from bpf.rulesets import NO_RULES, NoRoom, Refused, RuleSets
 from bpf.settings import Mistaken
 from bpf.structs import Address, Number, Pod, Rules, Target
 from mesh.model.identity import Reserved
-from mesh.model.nodeconfig import SvidSection, TrustBundleSection, WorkloadSection
+from mesh.model.nodeconfig import SvidSection, WorkloadSection
 from mesh.model.policyconfig import Direction, PolicySection
 from mesh.model.section import SectionKey
 
-PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection | TrustBundleSection
+PodSection: TypeAlias = WorkloadSection | PolicySection | SvidSection
 
 _NOBODY: Mistaken = {}
 _NOTHING, _CLOSED = Rules(NO_RULES, 0), Rules(NO_RULES, constants.POD_CLOSED)
@@ -65,8 +65,9 @@ class _Policy(NamedTuple):
 class Pods:
     """The pods of one pin directory. One process at a time may have it."""
 
-    def __init__(self, directory: Path, generation: int) -> None:
-        """`generation`: the one that has begun. DatapathError: the maps are not there."""
+    def __init__(self, directory: Path, generation: int, *, mtls: bool) -> None:
+        """`generation`: the one that has begun; `mtls`: there are identities, so that a pod may be
+        STRICT. DatapathError: the maps are not there."""
         self._pods = PinnedMap(directory, "pods", Address, Pod)
         self._ports = PinnedMap(directory, "mtls_ports", Target, Number)
         self._sets = RuleSets(directory)
@@ -76,7 +77,7 @@ class Pods:
         self._mtls: dict[SectionKey, _Mtls] = {}
         self._policy: dict[SectionKey, _Policy] = {}
         self._held: dict[SectionKey, _Held] = {}
-        self._bundles: set[SectionKey] = set()
+        self._strict_unknown = constants.POD_STRICT if mtls else 0
         # Policies for which there was no room, and addresses.
         self._waiting: dict[SectionKey, PolicySection] = {}
         self._refused: dict[SectionKey, str] = {}
@@ -102,9 +103,9 @@ class Pods:
         mistaken: Mistaken = _NOBODY,
     ) -> dict[SectionKey, str]:
         """These and no others; returns which could not be taken, and why."""
-        known = self._mtls.keys() | self._policy.keys() | self._held.keys() | self._bundles
+        known = self._mtls.keys() | self._policy.keys() | self._held.keys()
         gone = known - sections.keys()
-        refused = self._change(sections, gone, since, mistaken, set(self._in_force))
+        refused = self._change(sections, gone, since, mistaken, {_NOWHERE, *self._in_force})
         self._sets.leave_adopted()
         wanted = self._wanted_ports()
         for stale in [port for port, _ in self._ports.items() if port not in wanted]:
@@ -144,21 +145,18 @@ class Pods:
         again = self._waiting if self._sets.reclaim() else {}
         ports: list[Target] = []
         former: list[_Mtls | _Policy | None] = []
-        proven, trusted = set(self._held.values()), bool(self._bundles)
+        proven = set(self._held.values())
         gone = tuple(remove)
         put = {**{key: again[key] for key in again.keys() - gone}, **put}
         for key in (*gone, *put):
             self._waiting.pop(key, None)
             former += self._mtls.pop(key, None), self._policy.pop(key, None)
             self._held.pop(key, None)
-            self._bundles.discard(key)
             self._refused.pop(key, None)
         for key, section in put.items():
             try:
                 if isinstance(section, SvidSection):
                     self._held[key] = _held(section)
-                elif isinstance(section, TrustBundleSection):
-                    self._bundles.add(key)
                 elif isinstance(section, PolicySection):
                     self._put_policy(key, section)
                 elif section.local:
@@ -180,8 +178,6 @@ class Pods:
         if changed := {one.spiffe_id for one in proven.symmetric_difference(self._held.values())}:
             for mtls in self._mtls.values():
                 touched |= mtls.addresses if mtls.spiffe_id in changed else frozenset()
-        if trusted != bool(self._bundles):
-            touched.add(_NOWHERE)
         touched |= self._doubt(mistaken)
         self._settle(touched | self._missing, since)
         for port in set(ports) - self._wanted_ports() if ports else ():
@@ -253,7 +249,7 @@ class Pods:
             if address == _NOWHERE:
                 # Where there are identities, who is not known yet may be STRICT; where there is no
                 # room for who is known, it may be anybody.
-                flags |= constants.POD_STRICT if self._bundles else 0
+                flags |= self._strict_unknown
                 flags |= constants.POD_CLOSED if self._nameless else 0
             known = mode is not None or policy is not None or flags
             rules = Rules(number, flags, until) if known else None

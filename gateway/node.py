@@ -57,8 +57,8 @@ class Mesh(NamedTuple):
         return self.spiffe_id("weft-system", "weft-gateway")
 
     def spiffe_id(self, namespace: str, service_account: str) -> str:
-        """The identity of a workload ("": there is no authority)."""
-        if not self.trust_domain:
+        """The identity of a workload ("": there is no authority, or it has no service account)."""
+        if not self.trust_domain or not service_account:
             return ""
         return f"spiffe://{self.trust_domain}/ns/{namespace}/sa/{service_account}"
 

@@ -143,13 +143,16 @@ def pods(view: View, key: ObjectKey) -> PodState | None:
     )
     if not addresses or pod.spec.host_network or status.phase in ("Succeeded", "Failed"):
         return None
-    account = pod.spec.service_account_name or "default"
     state = PodState(
         pod.metadata.creation_timestamp or "",
         addresses,
         pod.spec.node_name or "",
         may_use_sockmap(pod),
-        LabelSet(key.namespace, account, tuple(sorted(pod.metadata.labels.items()))),
+        LabelSet(
+            key.namespace,
+            pod.spec.service_account_name,
+            tuple(sorted(pod.metadata.labels.items())),
+        ),
         client_headers=client_headers(pod),
         uid=pod.metadata.uid or "",
     )

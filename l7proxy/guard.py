@@ -47,8 +47,15 @@ class Guard:
         return policies.request(asker, endpoint.address, endpoint.port, self._sent, head, pod=pod)
 
     def watch(self, endpoint: Endpoint, head: RequestHead, cut: Callable[[], None]) -> Watch:
-        """Call `cut` as soon as policy refuses what it has let pass."""
-        return Watch(self._policies, lambda: self.judge(endpoint, head).allowed, cut)
+        """Call `cut` as soon as policy refuses what it has let pass, or an identity that it takes
+        has gone."""
+
+        def refusal() -> str:
+            if not self.judge(endpoint, head).allowed:
+                return POLICY_DENIED
+            return self._policies.no_way(self._caller, endpoint)
+
+        return Watch(self._policies, refusal, cut)
 
     def allowing(self, head: RequestHead) -> Callable[[Endpoint], bool]:
         """Which endpoints may get it, for whoever chooses one."""
@@ -74,21 +81,22 @@ class Guard:
 
 
 class Watch:
-    """Of what goes on for long. `refused`: policy has come to refuse it."""
+    """Of what goes on for long. `refused`: why it would not be let pass any more, a reason to
+    count, which `refusal` gives; "": it would."""
 
     def __init__(
-        self, policies: Policies, allowed: Callable[[], bool], cut: Callable[[], None]
+        self, policies: Policies, refusal: Callable[[], str], cut: Callable[[], None]
     ) -> None:
-        self.refused = False
+        self.refused = ""
         self._policies = policies
-        self._allowed = allowed
+        self._refusal = refusal
         self._cut = cut
         policies.watchers.add(self.look)
         self.look()
 
     def look(self) -> None:
-        if not self.refused and not self._allowed():
-            self.refused = True
+        if not self.refused and (reason := self._refusal()):
+            self.refused = reason
             self._cut()
 
     def end(self) -> None:

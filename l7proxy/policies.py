@@ -20,9 +20,10 @@ import msgspec
 from l7proxy.automaton_plan import HttpRules
 from l7proxy.field_rules import Refused
 from l7proxy.message import RequestHead
-from l7proxy.peers import Caller, Peers, Tunnelled
+from l7proxy.peers import Caller, NoWay, Peers, Tunnelled
 from l7proxy.policy_rules import FREE, Identities, Rules, Transport, Verdict
 from mesh.model.identity import Reserved
+from mesh.model.nodeconfig import Endpoint
 from mesh.model.policyconfig import CidrSection, Direction, PolicySection
 from mesh.model.section import SectionKey
 
@@ -206,6 +207,11 @@ class Policies:
         pod = self._at.get(address)
         egress = pod.egress if pod is not None else None
         return Asker((workload.identity,), egress, address, caller.proven)
+
+    def no_way(self, caller: Caller, endpoint: Endpoint) -> str:
+        """Why no connection would be made now for a caller, a reason to count; "": one would."""
+        way = self._peers.way(caller, endpoint.address, endpoint.port, pod=bool(endpoint.name))
+        return way.reason if isinstance(way, NoWay) else ""
 
     def rules_at(self, address: str) -> tuple[Rules, Rules] | None:
         """Ingress and egress rules of the pod of this node that has an address; None: there is no

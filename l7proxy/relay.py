@@ -167,8 +167,11 @@ class Relay:
 
     def watch(self, policies: Policies, caller: Caller, address: str, port: int) -> None:
         """Policies may change while it is open: then it ends."""
-        abides = partial(self.abides, policies, caller, address, port)
-        self._watch = Watch(policies, abides, partial(self.cut_off, POLICY_DENIED))
+
+        def refusal() -> str:
+            return "" if self.abides(policies, caller, address, port) else POLICY_DENIED
+
+        self._watch = Watch(policies, refusal, partial(self.cut_off, POLICY_DENIED))
 
     def failed(self, verdict: Verdict, reason: str) -> None:
         if not self.reason:

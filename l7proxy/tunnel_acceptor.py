@@ -187,6 +187,17 @@ class TunnelAcceptor(Acceptor):
                 connection.cut_off("drain_deadline")
 
 
+# Pods have changed, or this node's own SVIDs; who the peer is has not.
+_STILL_PROVEN = {
+    "node_unknown",
+    "pod_unknown",
+    "pod_node",
+    "target_unknown",
+    "target_identity",
+    "svid_missing",
+}
+
+
 class _Incoming(Relay):
     """A connection of another node's proxy."""
 
@@ -303,8 +314,9 @@ class _Incoming(Relay):
         self._port.left(self, self._client)
 
     def revoke(self, reason: str) -> None:
-        """It would not be let in any more. HTTP's sender ends it after the request in flight."""
-        if self.preface.kind == "tcp":
+        """It would not be let in any more. HTTP's sender ends it after the request in flight, and
+        may as long as it is still who it has proved to be."""
+        if self.preface.kind == "tcp" or reason not in _STILL_PROVEN:
             self.cut_off(reason)
         else:
             self.client.loop.call_later(self._settings.drain_timeout_s, self.cut_off, reason)

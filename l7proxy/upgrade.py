@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from l7proxy.guard import DENIED, POLICY_DENIED, Watch
+from l7proxy.guard import DENIED, Watch
 from l7proxy.lease import Lease
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
@@ -20,8 +20,8 @@ async def tunnel(
     watch: Callable[[Callable[[], None]], Watch],
     idle_timeout_s: float,
 ) -> None:
-    """The client has its 101. `watch` cuts it off when policy comes to refuse it; the second side
-    to end has `idle_timeout_s` for it."""
+    """The client has its 101. `watch` cuts it off when it would not be let pass any more; the
+    second side to end has `idle_timeout_s` for it."""
     upstream = lease.stream
 
     async def up() -> None:
@@ -43,7 +43,7 @@ async def tunnel(
             await sending
     except (StreamReset, TimeoutError) as error:
         if watching.refused:
-            record.broke_off(POLICY_DENIED, DENIED, "DROPPED")
+            record.broke_off(watching.refused, DENIED, "DROPPED")
         else:
             record.broke_off("tunnel_broken", str(error) or "one side never ended")
         stream.abort("the tunnel broke")

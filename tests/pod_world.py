@@ -84,6 +84,10 @@ class PodWorld:
         self.configs: dict[str, cni.CniConfig] = {}
         self.enforcement = Enforcement(pin, "n1")
 
+    def replace_agent(self, *, mtls: bool) -> None:
+        self.enforcement.close()
+        self.enforcement = Enforcement(self.pin, "n1", mtls=mtls)
+
     def enforce(self, sections: Mapping[str, EnforcedSection]) -> None:
         assert self.enforcement.replace(sections) == {}
 

@@ -309,6 +309,19 @@ async def test_clocks_are_set(tmp_path):
 
 
 @on_virtual_loop
+async def test_a_clock_that_was_ahead_is_set_back(tmp_path):
+    """Nobody believes SVIDs that are not valid yet: there are others at once."""
+    async with world_in(tmp_path) as world:
+        world.ahead = 86_400.0
+        await after(2000)
+        assert world.svid(GATEWAY).not_after > world.now()
+        world.ahead = 0.0
+        await after(130)
+        assert world.svid(GATEWAY).not_after < world.now() + LIFE + 1
+        assert world.svids.degraded() == []
+
+
+@on_virtual_loop
 async def test_what_expires_does_so_while_an_answer_is_waited_for(tmp_path):
     async with world_in(tmp_path) as world:
         world.hangs = asyncio.Event()
@@ -456,6 +469,35 @@ async def test_what_an_agent_leaves_to_the_next(tmp_path):
 
 
 # --- with processes ------------------------------------------------------------------------------
+
+
+@on_virtual_loop
+async def test_what_cannot_be_left_to_the_next_is_told(tmp_path):
+    """As on a full disk."""
+    async with world_in(tmp_path) as world:
+        (tmp_path / "svids.new").mkdir()
+        await after(600)
+        assert world.svid(GATEWAY)
+        (told,) = world.svids.degraded()
+        assert "svids.json cannot be written" in told
+        (tmp_path / "svids.new").rmdir()
+        await after(600)
+        assert world.svids.degraded() == []
+
+
+@on_virtual_loop
+async def test_what_was_left_has_expired_when_it_is_wanted(tmp_path):
+    async with world_in(tmp_path) as world:
+        world.place(("cart-1", "cart"))
+        await settled()
+        assert world.svid(CART)
+        sections, moment = {}, world.now()
+        late = Svids(world, DOMAIN, world.file, lambda: moment)
+        late.attach(lambda put, remove: sections.update(put))
+        moment += LIFE + 1
+        put = {workload_key("shop", "cart-1"): workload("cart-1", "cart")}
+        late.workloads_changed(put, ())
+        assert svid_key(CART) not in sections
 
 
 def test_an_agent_and_its_authority(tmp_path):

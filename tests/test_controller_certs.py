@@ -107,21 +107,27 @@ async def test_identities_of_pods_on_the_node_that_asks_and_no_others(world):
     assert answer.refused == "not_on_this_node"
 
 
-async def test_pods_that_give_a_node_no_identity(world):
-    """Those in their host's network are not in the mesh. Mirror pods, which a kubelet makes in any
-    namespace it likes, have no service account ("NodeRestriction"), not even the default one."""
+async def test_a_static_pod_has_no_identity(world):
+    """A node makes the mirrors of its own in whatever namespace it likes, without asking for a
+    service account."""
+    mirror = pod("static", "a")
+    mirror["metadata"]["annotations"] = {"kubernetes.io/config.mirror": "x"}
+    del mirror["spec"]["serviceAccountName"]
+    world.server.create(mirror)
+    world.start(trust_domain=DOMAIN)
+    answers = await (await world.agent("a")).sign([request("web"), request("default")])
+    assert answers[0].chain_pem
+    assert (answers[1].chain_pem, answers[1].refused) == ("", "not_on_this_node")
+
+
+async def test_a_pod_in_its_hosts_network_gives_its_node_no_identity(world):
+    """It is not in the mesh."""
     host = pod("host-1", "a", "host")
     host["spec"]["hostNetwork"] = True
-    mirror = pod("static-a", "a")
-    mirror["metadata"]["namespace"] = "shop"
-    mirror["metadata"]["annotations"] = {"kubernetes.io/config.mirror": "1"}
-    mirror["spec"].pop("serviceAccountName", None)
-    for obj in (host, mirror):
-        world.server.create(obj)
+    world.server.create(host)
     world.start(trust_domain=DOMAIN)
-    a = await world.agent("a")
-    answers = await a.sign([request("host"), request("default"), request("web")])
-    assert [one.refused for one in answers] == ["not_on_this_node", "not_on_this_node", ""]
+    answers = await (await world.agent("a")).sign([request("web"), request("host")])
+    assert [one.refused for one in answers] == ["", "not_on_this_node"]
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,12 @@ def test_with_an_authority_workloads_and_gateways_have_identities() -> None:
     assert settings.gateway_spiffe_id == "spiffe://shop.example/ns/weft-system/sa/weft-gateway"
 
 
+def test_a_pod_without_a_service_account_has_no_identity() -> None:
+    static = pod().replace("serviceAccountName: cart", 'serviceAccountName: ""')
+    found = world(static, options=Options(authority=True))
+    assert workload(found).spiffe_id == ""
+
+
 def test_without_an_authority_nobody_is_vouched_for() -> None:
     # A settings file cannot say it either.
     settings = Settings(gateway_spiffe_id="spiffe://other/ns/weft-system/sa/weft-gateway")

@@ -14,7 +14,7 @@ from bpf_world import needs_bpf
 from pod_policies import KNOWN, SPIFFE, SVIDS
 from pod_world import NODE, OUT, TIMEOUT_S, A, B, PodWorld, arrived, pod_world
 
-from mesh.model.nodeconfig import SvidSection, TrustBundleSection
+from mesh.model.nodeconfig import SvidSection
 
 pytestmark = needs_bpf
 
@@ -56,10 +56,13 @@ def test_who_reaches_a_strict_port(world: PodWorld, version: int) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_pod_that_nobody_has_told_of_may_be_strict(world: PodWorld, version: int) -> None:
-    """Where there are identities, even if all have expired: with the agent away for long."""
+    """Where there are identities, even before there is any, and when all have expired."""
     known = {key: one for key, one in KNOWN.items() if key != "workload/shop/b"}
-    world.enforce({**known, **SVIDS, "bundle/x": TrustBundleSection("x", "")})
+    world.replace_agent(mtls=True)
+    world.enforce(known)
     with world.listen("b", B[version]) as server:
+        assert world.attempt("out", server) == REFUSED
+        world.enforce({**known, **SVIDS})
         for where in ("out", "a"):
             assert world.attempt(where, server) == REFUSED
         assert world.attempt("node", server) == ANSWERED
@@ -67,6 +70,7 @@ def test_a_pod_that_nobody_has_told_of_may_be_strict(world: PodWorld, version: i
         assert world.attempt("out", server) == REFUSED
         assert world.enforcement.apply({"workload/shop/b": KNOWN["workload/shop/b"]}) == {}
         assert world.attempt("out", server) == ANSWERED
+        world.replace_agent(mtls=False)
         world.enforce(known)
         assert world.attempt("out", server) == ANSWERED
 

@@ -281,6 +281,49 @@ async def test_http_ends_after_the_request_in_flight():
         assert web.connections == 2
 
 
+async def test_http_ends_at_once_where_its_sender_proves_nothing_any_more():
+    arrived = asyncio.Event()
+
+    async def never(_: object) -> bytes:
+        arrived.set()
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async with two_nodes() as nodes, backend(never) as web:
+        asking = asyncio.ensure_future(ask(nodes.http(web.port)))
+        await arrived.wait()
+        nodes.b.apply({}, ("bundle/cluster.local",))
+        async with asyncio.timeout(Settings().drain_timeout_s / 2):
+            assert (await asking).status == 502
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+async def test_websockets_end_with_an_identity_as_tcp_does(node: str):
+    """To a pod of the client's own node, which no tunnel ends, and to one of another."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        upgraded = "Connection: Upgrade", "Upgrade: websocket"
+        writer.write("\r\n".join(("HTTP/1.1 101 Yes", *upgraded, "", "")).encode())
+        await echo(reader, writer)
+
+    async with two_nodes() as nodes, raw_backend(answer) as web:
+        nodes.hold(node, "web")
+        nodes.pod("web", WEB, node)
+        request = get("/", "web", "Connection: Upgrade", "Upgrade: websocket")
+        async with connected(nodes.http(web, protocol="ws")) as (reader, writer):
+            writer.write(request.encode())
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+            nodes.pod("web", WEB, node, mtls="STRICT")
+            writer.write(b"a")
+            assert await reader.read(1) == b"a"
+            nodes.a.apply({}, (svid_key(spiffe("client")),))
+            async with asyncio.timeout(5):
+                assert await ended_by_reset(reader)
+        (line,) = await nodes.a.close()
+        assert line["reason"] == "svid_missing"
+
+
 # --- sessions -------------------------------------------------------------------------------------
 
 

@@ -176,7 +176,9 @@ class Datapath:
         if self._maps is None:
             try:
                 balancer = Balancer(self.pins)
-                self._maps = _Maps(balancer, Enforcement(self.pins, self._node))
+                self._maps = _Maps(
+                    balancer, Enforcement(self.pins, self._node, mtls=self._options.mtls)
+                )
             except (DatapathError, OSError):
                 if self._loaded:
                     raise

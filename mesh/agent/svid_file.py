@@ -29,9 +29,10 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class SvidFile:
-    """The file."""
+    """The file. `problem`: why the last change could not be written, "" if it could."""
 
     def __init__(self, path: Path) -> None:
+        self.problem = ""
         self._path = path
 
     def read(self) -> Kept:
@@ -48,7 +49,7 @@ class SvidFile:
         return Kept()
 
     def write(self, kept: Kept) -> None:
-        """Replace it at once. A failure is logged: only the agent's next life depends on it."""
+        """Replace it at once. A failure is a `problem`, of the agent's next life only."""
         new = self._path.with_suffix(".new")
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -57,5 +58,7 @@ class SvidFile:
             with open(fd, "wb") as file:
                 file.write(msgspec.json.encode(kept))
             new.replace(self._path)
+            self.problem = ""
         except OSError as error:
-            _log.error("%s cannot be written: %s", self._path, error.strerror)
+            self.problem = f"{self._path} cannot be written: {error.strerror}"
+            _log.error("%s", self.problem)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+from cryptography import x509
+
 from certs.bundle import BadBundle, Bundle
 from certs.errors import NotTrusted
 from certs.spiffe import BadSpiffeId, SpiffeId, gateway, parse
@@ -47,12 +49,13 @@ Put: TypeAlias = Callable[
 
 @dataclass(slots=True)
 class _Identity:
-    """An identity that this node must hold. `due`: when to ask for it next, seconds since 1970;
-    `why`: what went wrong the last `failures` times."""
+    """An identity that this node must hold. `since`: from when `held` is valid; `due`: when to ask
+    for it next, seconds since 1970; `why`: what went wrong the last `failures` times."""
 
     spiffe_id: SpiffeId
     workloads: set[SectionKey] = field(default_factory=set)
     held: SvidSection | None = None
+    since: float = 0.0
     due: float = 0.0
     failures: int = 0
     why: str = ""
@@ -140,7 +143,8 @@ class Svids:
             except BadSpiffeId as error:
                 _log.error("%s cannot have an identity: %s", workload, error)
                 return
-            if (kept := self._kept.pop(spiffe_id, None)) is not None:
+            kept = self._kept.pop(spiffe_id, None)
+            if kept is not None and kept.not_after > self._now():
                 self._hold(identity, kept)
                 self._put({svid_key(spiffe_id): kept}, ())
         if workload:
@@ -214,7 +218,7 @@ class Svids:
             self._wake.clear()
             now = self._now()
             for one in self._identities.values():
-                if one.failures and one.due > now + _MAX_WAIT_S:
+                if one.due > now + _MAX_WAIT_S and (one.failures or now < one.since):
                     one.due = now  # by a clock that was ahead
             due = [one for one in self._identities.values() if one.due <= now][:MAX_REQUESTS]
             if due and self._bundles:
@@ -270,6 +274,8 @@ class Svids:
             _log.info("%s has an SVID again", identity.spiffe_id)
         identity.held, identity.failures, identity.why = section, 0, ""
         self._news.set()
+        leaf = x509.load_pem_x509_certificate(section.chain_pem.encode())
+        identity.since = leaf.not_valid_before_utc.timestamp()
         left = section.not_after - self._now()
         identity.due = self._now() + left * random.uniform(*_RENEW_AT)
 
@@ -333,6 +339,11 @@ class Svids:
         """What is not as it should be, with the time that is left."""
         now = self._now()
         result = []
+        if self._file.problem:
+            result.append(
+                f"{self._file.problem}: if this agent ends while the authority is away, the next "
+                "one has no SVIDs"
+            )
         held = [one.held.not_after for one in self._identities.values() if one.held]
         if self._unreachable:
             left = f"; the first SVID expires in {say_duration(min(held) - now)}" if held else ""

@@ -18,8 +18,8 @@ _ENDED = ("Succeeded", "Failed")
 
 
 class Placement:
-    """Pods by node, as the manifests directories say. One that has ended is nowhere, one in its host's
-    network is not in the mesh."""
+    """Pods by node, as the manifests directories say. One that has ended is nowhere, one in its
+    host's network is not in the mesh."""
 
     def __init__(self, trust_domain: str) -> None:
         self._trust_domain = trust_domain

@@ -28,7 +28,8 @@ class Container(LenientModel, frozen=True, kw_only=True):
 
 
 class PodSpec(LenientModel, frozen=True, kw_only=True):
-    """`node_name` None: not scheduled yet."""
+    """`node_name` None: not scheduled yet; `service_account_name` "": it has none, and so no
+    identity, as a static pod in a cluster."""
 
     node_name: str | None = None
     service_account_name: str = "default"

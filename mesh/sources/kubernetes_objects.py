@@ -55,9 +55,8 @@ def _slim(raw: Mapping[str, Any]) -> dict[str, Any]:
         # Of a pod's many annotations only these are asked for; the others may be large, and change.
         annotations = metadata.get("annotations") or {}
         metadata["annotations"] = {k: v for k, v in annotations.items() if k.startswith(_OURS)}
-        # An API server gives each pod one, but for mirror pods: kubelets make those as they like, so
-        # none of them is to be somebody by it ("NodeRestriction").
-        slim["spec"] = {"serviceAccountName": "", **(raw.get("spec") or {})}
+        # All pods have one but mirrors of static pods, which their nodes make where they like.
+        slim["spec"] = {"serviceAccountName": ""} | (raw.get("spec") or {})
     slim["metadata"] = metadata
     if kind in (ConfigMap.__name__, Secret.__name__):
         slim["data"] = {k: v for k, v in (raw.get("data") or {}).items() if k in _TLS_KEYS}

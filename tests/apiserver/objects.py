@@ -150,8 +150,8 @@ class Objects:
                     port.setdefault("targetPort", port.get("port"))
                 obj["status"] = {"loadBalancer": {}}
             case "Pod":
-                # service-accounts-admin, "ServiceAccount admission controller": not of mirror pods.
-                if _MIRROR not in (obj["metadata"].get("annotations") or {}):
+                # The mirror of a static pod may not have one.
+                if _MIRROR not in (obj["metadata"].get("annotations") or ()):
                     spec.setdefault("serviceAccountName", "default")
                 obj["status"] = {"phase": "Pending"}
             case "CertificateSigningRequest":
