@@ -44,7 +44,7 @@ async def test_everything_first_and_then_every_change(server, tmp_path):
 
 
 async def test_lists_come_in_pages(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("mesh.sources.kubernetes_watch.PAGE", 7)
+    monkeypatch.setattr("mesh.sources.kubernetes._PAGE_OF_LARGE", 7)
     for number in range(30):
         server.create(config_map(f"c{number}"))
     async with following(server, tmp_path, kinds=ONLY) as source:
@@ -54,7 +54,7 @@ async def test_lists_come_in_pages(server, tmp_path, monkeypatch):
 
 
 async def test_a_list_that_is_compacted_between_two_pages(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("mesh.sources.kubernetes_watch.PAGE", 10)
+    monkeypatch.setattr("mesh.sources.kubernetes._PAGE_OF_LARGE", 10)
     for number in range(25):
         server.create(config_map(f"c{number:02}"))
     pages = 0
@@ -425,7 +425,11 @@ async def test_large_objects_survive(server, tmp_path):
     big = config_map("big")
     big["data"]["ca.crt"] = "x" * 1_500_000
     server.create(big)
+    for number in range(30):
+        server.create(config_map(f"c{number}"))
     async with following(server, tmp_path, kinds=ONLY) as source:
+        # Nor are there hundreds of them in one answer.
+        assert sum("continue=" in path for _, path in server.requests) == 1
         assert len(source.values()["big"]) == 1_500_000
         server.change(big, {"data": {"ca.crt": "y" * 1_500_000}})
         await source.until(lambda: source.values()["big"].startswith("y"))

@@ -33,7 +33,7 @@ from mesh.sources.kubernetes_client import (
 )
 from mesh.sources.kubernetes_objects import PLACE, STATUS_IS_INPUT, problems, read
 from mesh.sources.kubernetes_secrets import OTHERS, TLS, CopiedSecrets, OtherSecrets
-from mesh.sources.kubernetes_watch import Reflector
+from mesh.sources.kubernetes_watch import PAGE, Reflector
 from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.source")
@@ -42,6 +42,9 @@ _log = logging.getLogger("weft.source")
 _DISCOVERY_S = 15.0
 # Groups that every cluster has; all others are defined by CustomResourceDefinitions.
 _BUILT_IN = frozenset(("", "discovery.k8s.io", "networking.k8s.io"))
+# Of these an object may be a megabyte, and all of it is read first: fewer at once.
+_LARGE = frozenset(("ConfigMap",))
+_PAGE_OF_LARGE = 25
 # Of these nothing but metadata is read.
 _METADATA = frozenset(("Namespace",))
 
@@ -177,7 +180,10 @@ class _Kind:
         path = f"{root}/{self.api_version}/{self.info.plural}"
         if self.info.kind != "Secret":
             metadata = self.info.kind in _METADATA
-            self.reflectors = [Reflector(client, path, self, metadata=metadata, backoff=backoff)]
+            page = _PAGE_OF_LARGE if self.info.kind in _LARGE else PAGE
+            self.reflectors = [
+                Reflector(client, path, self, metadata=metadata, page=page, backoff=backoff)
+            ]
         elif namespace := self._source.secrets_namespace:
             path = f"{root}/{self.api_version}/namespaces/{namespace}/{self.info.plural}"
             self.reflectors = [Reflector(client, path, CopiedSecrets(self), backoff=backoff)]
