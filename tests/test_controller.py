@@ -479,6 +479,20 @@ async def test_one_object_at_a_time_and_many_at_once(world):
     assert sum(path in one for _, one in world.server.requests) < 6
 
 
+async def test_more_to_say_than_a_condition_holds(world):
+    """A status with a message that is too long would be refused as a whole."""
+    obj = route("r")
+    refs = [[{"name": f"{'n' * 245}-{r}-{b}", "port": 80} for b in range(16)] for r in range(16)]
+    obj["spec"]["rules"] = [{"backendRefs": some} for some in refs]
+    for one in (gateway_class(), gateway(), obj):
+        world.server.create(one)
+    world.report(ports={"0.0.0.0:80": ""})
+    world.start()
+    await world.until(lambda: world.conditions("httproutes", "r")["ResolvedRefs"] == "False")
+    (parent,) = world.status("httproutes", "r")["parents"]
+    assert max(len(one["message"]) for one in parent["conditions"]) == 32768
+
+
 async def test_who_undoes_a_status_is_not_fought(world, monkeypatch):
     """Twice it is put right at once, then less and less often; what is new is said at once."""
     monkeypatch.setattr("mesh.controller.writer._UNDONE_S", 3600.0)
