@@ -385,6 +385,24 @@ async def test_a_service_of_somebody_else_is_left_alone(world):
     assert world.server.get("/services", "weft-gw") is None
 
 
+async def test_services_that_cannot_be_written_hold_up_no_other(world):
+    world.server.faults.about, world.server.faults.codes = "/services/weft-bad", (500,)
+    world.server.faults.refuse = 1.0
+    names = [f"bad{number}" for number in range(8)]
+    world.server.create(gateway_class())
+    world.report(ports={f"0.0.0.0:{80 + number}": "" for number in range(9)})
+    for number, name in enumerate(names):
+        world.server.create(gateway(name, port=80 + number))
+    world.start(load_balancer=True)
+    async with asyncio.timeout(WAIT_S):
+        while world.server.faults.refused < 4:
+            await asyncio.sleep(0.01)
+    world.server.create(gateway("good", port=88))
+    await world.until(lambda: world.server.get("/services", "weft-good"))
+    world.server.faults.refuse = 0.0
+    await world.until(lambda: all(world.server.get("/services", f"weft-{n}") for n in names))
+
+
 async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
     for obj in (gateway_class(), gateway(), route("r")):
         world.server.create(obj)
