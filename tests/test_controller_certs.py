@@ -230,6 +230,20 @@ async def test_requests_wait_for_the_authority(world):
     await world.until(lambda: world.server.get(CSR, "waits", "")["status"]["certificate"])
 
 
+async def test_a_request_that_cannot_be_answered_holds_up_no_other(world):
+    world.server.faults.about, world.server.faults.codes = "/stuck/", (500,)
+    world.server.faults.refuse = 1.0
+    asked(world, "stuck", "web")
+    world.start(trust_domain=DOMAIN)
+    async with asyncio.timeout(WAIT_S):
+        while not world.server.faults.refused:
+            await asyncio.sleep(0.01)
+        (answer,) = await (await world.agent("a")).sign([request("web")])
+    assert answer.chain_pem
+    world.server.faults.refuse = 0.0
+    await world.until(lambda: world.server.get(CSR, "stuck", "")["status"]["certificate"])
+
+
 async def test_the_next_controller_has_the_same_root(world):
     _, first = world.start("one", trust_domain=DOMAIN)
     a = await world.agent("a")
