@@ -56,11 +56,11 @@ def test_descendants_count_and_others_do_not() -> None:
 def test_requests_that_wrk_has_added_do_not_count() -> None:
     chance = random.Random(1)
     made = Counter(
-        chance.choice((20, 30, 40, 3_000, 66_000)) + chance.randrange(9) for _ in range(500)
+        chance.choice((20, 30, 40, 300, 3_000)) + chance.randrange(9) for _ in range(500)
     )
     for interval in (7, 25, 31):
         counts = Counter(made)
-        for value in range(2 * interval, max(made) + 1):  # stats_correct
+        for value in (one for one in made if one >= 2 * interval):  # stats_correct
             for less in range(value - interval, interval, -interval):
                 counts[less] += made[value]
         assert +Counter(without_added(counts, interval)) == made
