@@ -10,6 +10,9 @@ from typing import Literal, NamedTuple
 
 from mesh.model.meta import Condition
 
+# As long as its schema lets a message be (metav1.Condition).
+_MAX_MESSAGE = 32768
+
 
 class Problem(NamedTuple):
     """Why something does not hold: a condition's reason, and a message for who can mend it."""
@@ -38,7 +41,7 @@ def make(
         type=type,
         status=status,
         reason=reason,
-        message=message,
+        message=message if len(message) <= _MAX_MESSAGE else f"{message[: _MAX_MESSAGE - 1]}…",
         last_transition_time="",
         observed_generation=generation,
     )

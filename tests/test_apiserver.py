@@ -461,6 +461,22 @@ async def test_another_value_for_what_somebody_owns_is_a_conflict(api):
         await patch(api, path, mine, APPLY, fieldManager="one")
 
 
+async def test_apply_refuses_what_the_schema_does_not_declare(api):
+    """Where every other write prunes it."""
+    await create_custom(api, gateway("gw"))
+    path = custom_path(api, "gateways", "gw/status")
+    about = [{**condition("Accepted"), "more": 1}]
+    with pytest.raises(ApiException) as caught:
+        await patch(api, path, status_of(api, "gw", conditions=about), APPLY, fieldManager="one")
+    # 400 is asked for (kubernetes/kubernetes issue 139253).
+    assert caught.value.status in (400, 500)
+    said = json.loads(caught.value.body)["message"]
+    assert '.status.conditions[type="Accepted"].more: field not declared in schema' in said
+    merge = "application/merge-patch+json"
+    found = await patch(api, path, status_of(api, "gw", conditions=about), merge)
+    assert found["status"]["conditions"] == [condition("Accepted")]
+
+
 async def test_the_parents_of_a_route_are_one_list_for_all(api):
     await create_custom(api, route("r"))
     path = custom_path(api, "httproutes", "r/status")

@@ -3,10 +3,12 @@
 import asyncio
 
 import pytest
+import yaml
 from controller_world import NAMESPACE, controller_world
-from kube_world import GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
+from kube_world import CRDS, GROUP, WAIT_S, gateway, gateway_class, needs_crds, route
 
 from mesh.controller.balancers import gateway_label
+from mesh.sources.kubernetes_client import Backoff
 
 pytestmark = needs_crds
 
@@ -133,6 +135,37 @@ async def test_an_unchanged_status_is_not_written_again(world):
         if plural != "gateways":
             assert found == obj
     assert second.writer.writes <= 3
+
+
+async def test_what_the_clusters_gateway_api_does_not_have_is_left_out(world, caplog):
+    """As of Gateway API v1.4, whose Gateways count no ListenerSets: a server refuses the whole
+    status for one field that it has not."""
+    crd = yaml.safe_load((CRDS / f"{GROUP}_gateways.yaml").read_text())
+    for version in crd["spec"]["versions"]:
+        status = version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]
+        del status["attachedListenerSets"]
+        status["listeners"]["items"]["properties"]["conditions"]["items"]["properties"].pop(
+            "observedGeneration"
+        )
+    world.server.change(crd, {"spec": crd["spec"]})
+    caplog.set_level("INFO", "weft.controller")
+    for obj in (gateway_class(), gateway(), gateway("other", port=81)):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "", "0.0.0.0:81": ""})
+    controller, _ = world.start()
+    for name in ("gw", "other"):
+        await world.until(lambda name=name: world.conditions(name=name)["Programmed"] == "True")
+        status = world.status("gateways", name)
+        assert "attachedListenerSets" not in status
+        assert "observedGeneration" not in status["listeners"][0]["conditions"][0]
+    assert sum("attachedListenerSets: left out" in one for one in caplog.messages) == 1
+    # And it is not tried anew.
+    writes = controller.writer.writes
+    world.server.change(gateway(), {"metadata": {"labels": {"a": "b"}}})
+    world.server.create(route("last"))
+    await world.until(lambda: world.conditions("httproutes", "last"))
+    assert world.conditions()["Programmed"] == "True"
+    assert controller.writer.writes <= writes + 2
 
 
 async def test_entries_of_parents_that_are_ours_no_more_go(world):
@@ -352,6 +385,24 @@ async def test_a_service_of_somebody_else_is_left_alone(world):
     assert world.server.get("/services", "weft-gw") is None
 
 
+async def test_services_that_cannot_be_written_hold_up_no_other(world):
+    world.server.faults.about, world.server.faults.codes = "/services/weft-bad", (500,)
+    world.server.faults.refuse = 1.0
+    names = [f"bad{number}" for number in range(8)]
+    world.server.create(gateway_class())
+    world.report(ports={f"0.0.0.0:{80 + number}": "" for number in range(9)})
+    for number, name in enumerate(names):
+        world.server.create(gateway(name, port=80 + number))
+    world.start(load_balancer=True)
+    async with asyncio.timeout(WAIT_S):
+        while world.server.faults.refused < 4:
+            await asyncio.sleep(0.01)
+    world.server.create(gateway("good", port=88))
+    await world.until(lambda: world.server.get("/services", "weft-good"))
+    world.server.faults.refuse = 0.0
+    await world.until(lambda: all(world.server.get("/services", f"weft-{n}") for n in names))
+
+
 async def test_events_tell_what_does_not_hold_and_what_holds_again(world):
     for obj in (gateway_class(), gateway(), route("r")):
         world.server.create(obj)
@@ -444,6 +495,75 @@ async def test_one_object_at_a_time_and_many_at_once(world):
     await world.until(caught_up)
     assert world.server.most_open[path] == 1
     assert sum(path in one for _, one in world.server.requests) < 6
+
+
+async def test_more_to_say_than_a_condition_holds(world):
+    """A status with a message that is too long would be refused as a whole."""
+    obj = route("r")
+    refs = [[{"name": f"{'n' * 245}-{r}-{b}", "port": 80} for b in range(16)] for r in range(16)]
+    obj["spec"]["rules"] = [{"backendRefs": some} for some in refs]
+    for one in (gateway_class(), gateway(), obj):
+        world.server.create(one)
+    world.report(ports={"0.0.0.0:80": ""})
+    world.start()
+    await world.until(lambda: world.conditions("httproutes", "r")["ResolvedRefs"] == "False")
+    (parent,) = world.status("httproutes", "r")["parents"]
+    assert max(len(one["message"]) for one in parent["conditions"]) == 32768
+
+
+async def test_who_undoes_a_status_is_not_fought(world, monkeypatch):
+    """Twice it is put right at once, then less and less often; what is new is said at once."""
+    monkeypatch.setattr("mesh.controller.writer._UNDONE_S", 3600.0)
+    for obj in (gateway_class(), gateway(), gateway("other", port=82)):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": "", "0.0.0.0:82": ""})
+    controller, _ = world.start()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+    def undo():
+        obj = world.server.get(f"{GROUP}/gateways", "gw")
+        for one in obj["status"]["conditions"]:
+            one["status"] = "Unknown"
+        world.server.change(obj, {"status": obj["status"]}, "status")
+
+    undo()
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    undo()
+    for number in range(3):
+        # What comes later is seen later.
+        obj = route(f"r{number}")
+        obj["spec"]["parentRefs"] = [{"name": "other"}]
+        world.server.create(obj)
+        await world.until(lambda n=number: world.conditions("httproutes", f"r{n}"))
+        world.server.change(gateway(), {"metadata": {"labels": {"n": str(number)}}})
+    assert world.conditions()["Programmed"] == "Unknown"
+    assert len(controller.writer._put_off) == 1
+    world.server.change(gateway(), {"spec": gateway(port=81)["spec"]})
+    world.report(ports={"0.0.0.0:81": "", "0.0.0.0:82": ""})
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+
+
+async def test_objects_that_cannot_be_written_hold_up_no_other(world):
+    """As when a webhook that is asked about one kind does not answer."""
+    world.server.faults.about, world.server.faults.codes = "/httproutes", (500,)
+    for obj in (gateway_class(), *(route(f"r{n}") for n in range(20))):
+        world.server.create(obj)
+    world.report(ports={"0.0.0.0:80": ""})
+    controller, _ = world.start()
+    controller.writer._backoff = lambda: Backoff(3600, 3600)
+    async with asyncio.timeout(WAIT_S):
+        while not controller._synced:
+            await asyncio.sleep(0.01)
+    world.server.faults.refuse = 1.0
+    world.server.create(gateway())
+    async with asyncio.timeout(WAIT_S):
+        while world.server.faults.refused < 8:
+            await asyncio.sleep(0.01)
+    await world.until(lambda: world.conditions()["Programmed"] == "True")
+    world.server.faults.refuse = 0.0
+    await world.until(
+        lambda: all(world.conditions("httproutes", f"r{n}")["Accepted"] for n in range(20))
+    )
 
 
 async def test_refused_writes_are_tried_again(world):

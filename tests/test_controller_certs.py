@@ -120,6 +120,16 @@ async def test_a_static_pod_has_no_identity(world):
     assert (answers[1].chain_pem, answers[1].refused) == ("", "not_on_this_node")
 
 
+async def test_a_pod_in_its_hosts_network_gives_its_node_no_identity(world):
+    """It is not in the mesh."""
+    host = pod("host-1", "a", "host")
+    host["spec"]["hostNetwork"] = True
+    world.server.create(host)
+    world.start(trust_domain=DOMAIN)
+    answers = await (await world.agent("a")).sign([request("web"), request("host")])
+    assert [one.refused for one in answers] == ["", "not_on_this_node"]
+
+
 @pytest.mark.parametrize(
     "who",
     [
@@ -218,6 +228,20 @@ async def test_requests_wait_for_the_authority(world):
     await asyncio.sleep(0.01)
     ready.set()
     await world.until(lambda: world.server.get(CSR, "waits", "")["status"]["certificate"])
+
+
+async def test_a_request_that_cannot_be_answered_holds_up_no_other(world):
+    world.server.faults.about, world.server.faults.codes = "/stuck/", (500,)
+    world.server.faults.refuse = 1.0
+    asked(world, "stuck", "web")
+    world.start(trust_domain=DOMAIN)
+    async with asyncio.timeout(WAIT_S):
+        while not world.server.faults.refused:
+            await asyncio.sleep(0.01)
+        (answer,) = await (await world.agent("a")).sign([request("web")])
+    assert answer.chain_pem
+    world.server.faults.refuse = 0.0
+    await world.until(lambda: world.server.get(CSR, "stuck", "")["status"]["certificate"])
 
 
 async def test_the_next_controller_has_the_same_root(world):

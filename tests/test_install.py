@@ -81,6 +81,16 @@ async def test_installed_again_and_removed(server, tmp_path):
     assert (await weft("install", config, "--image=weft:next"))[0] == 0
     pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == "weft:next"
+    # As a controller publishes it; what else pods have stays.
+    bundle = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "weft-trust-bundle"}}
+    bundle["metadata"]["namespace"] = "default"
+    server.create(bundle)
+    about = {"apiVersion": "certificates.k8s.io/v1beta1", "kind": "ClusterTrustBundle"}
+    for signer in ("weft.dev/workload", "example.com/other"):
+        name = f"{signer.replace('/', ':')}:cluster.local"
+        spec = {"signerName": signer, "trustBundle": "x"}
+        server.create({**about, "metadata": {"name": name}, "spec": spec})
+    before.add(("ClusterTrustBundle", "example.com:other:cluster.local"))
     # While a controller runs its GatewayClass stays: without it, statuses would go.
     deployment = server.get("apps/deployments", "weft-controller", NAMESPACE)
     server.change(deployment, {"metadata": {"finalizers": ["foregroundDeletion"]}})

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 
 import pytest
@@ -43,7 +44,7 @@ async def test_everything_first_and_then_every_change(server, tmp_path):
 
 
 async def test_lists_come_in_pages(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("mesh.sources.kubernetes_watch.PAGE", 7)
+    monkeypatch.setattr("mesh.sources.kubernetes._PAGE_OF_LARGE", 7)
     for number in range(30):
         server.create(config_map(f"c{number}"))
     async with following(server, tmp_path, kinds=ONLY) as source:
@@ -53,7 +54,7 @@ async def test_lists_come_in_pages(server, tmp_path, monkeypatch):
 
 
 async def test_a_list_that_is_compacted_between_two_pages(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("mesh.sources.kubernetes_watch.PAGE", 10)
+    monkeypatch.setattr("mesh.sources.kubernetes._PAGE_OF_LARGE", 10)
     for number in range(25):
         server.create(config_map(f"c{number:02}"))
     pages = 0
@@ -64,13 +65,15 @@ async def test_a_list_that_is_compacted_between_two_pages(server, tmp_path, monk
         pages += 1
         answer = plain(request, target)
         if pages == 1:
+            # One that has been told of already, one that has not.
+            server.delete(config_map("c00"))
             server.delete(config_map("c24"))
             server.store.compact()
         return answer
 
     monkeypatch.setattr(server, "_list", compacting)
     async with following(server, tmp_path, kinds=ONLY) as source:
-        assert sorted(source.values()) == [f"c{number:02}" for number in range(24)]
+        assert sorted(source.values()) == [f"c{number:02}" for number in range(1, 24)]
     assert pages == 3
 
 
@@ -153,6 +156,28 @@ async def test_deleted_and_recreated_between_two_events(server, tmp_path):
         assert source.values() == {"a": "1"}
 
 
+@needs_crds
+async def test_one_that_cannot_be_read_takes_anothers_name_and_goes(server, tmp_path):
+    """Deleted and made again while nobody looks: what was in force was the other one's."""
+    server.install_crds(CRDS)
+    server.create(route("r"))
+    server.create(route("other"))
+    async with following(server, tmp_path, kinds=frozenset(("HTTPRoute",))) as source:
+        server.faults.away = True
+        server.cut_connections()
+        server.delete(route("r"))
+        path = {"type": "PathPrefix", "value": "/%zz"}
+        wrong = route("r")
+        wrong["spec"]["rules"][0]["matches"][0]["path"] = path
+        server.create(wrong)
+        server.store.compact()
+        server.faults.away = False
+        await source.until(lambda: any(p.name == "r" for p in source.problems))
+        assert [key.name for key in source.state["HTTPRoute"]] == ["other"]
+        server.delete(wrong)
+        await source.until(lambda: not any(p.name == "r" for p in source.problems))
+
+
 async def test_refusals_are_outlasted(server, tmp_path):
     server.faults.about = "configmaps"
     server.faults.refuse = 0.5
@@ -173,6 +198,32 @@ async def test_a_slow_server_is_waited_for(server, tmp_path):
         server.change(config_map("a"), {"data": {"ca.crt": "2"}})
         await source.until(lambda: source.values() == {"a": "2"})
         assert source.problems == ()
+
+
+async def test_a_long_answer_may_take_its_time(tmp_path, monkeypatch):
+    """More than a request may, but none of its parts does."""
+    monkeypatch.setattr("mesh.sources.kubernetes_client._REQUEST_S", 0.5)
+    answer = b'{"kind": "ConfigMap", "metadata": {"resourceVersion": "1"}}'
+
+    async def slowly(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer))
+        for at in range(0, len(answer), 10):
+            await asyncio.sleep(0.11)
+            writer.write(answer[at : at + 10])
+        writer.close()
+
+    async with await asyncio.start_server(slowly, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        file = tmp_path / "kubeconfig"
+        cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}
+        context = {"name": "c", "context": {"cluster": "c", "user": "u"}}
+        config = {"clusters": [cluster], "contexts": [context], "current-context": "c"}
+        file.write_text(json.dumps({**config, "users": [{"name": "u", "user": {}}]}))
+        client = Client(file)
+        await client.open()
+        assert (await client.request("GET", "/api/v1/slow"))["kind"] == "ConfigMap"
+        await client.close()
 
 
 async def test_a_server_that_is_away_takes_nothing_away(server, tmp_path):
@@ -374,7 +425,11 @@ async def test_large_objects_survive(server, tmp_path):
     big = config_map("big")
     big["data"]["ca.crt"] = "x" * 1_500_000
     server.create(big)
+    for number in range(30):
+        server.create(config_map(f"c{number}"))
     async with following(server, tmp_path, kinds=ONLY) as source:
+        # Nor are there hundreds of them in one answer.
+        assert sum("continue=" in path for _, path in server.requests) == 1
         assert len(source.values()["big"]) == 1_500_000
         server.change(big, {"data": {"ca.crt": "y" * 1_500_000}})
         await source.until(lambda: source.values()["big"].startswith("y"))

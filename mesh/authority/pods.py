@@ -18,7 +18,8 @@ _ENDED = ("Succeeded", "Failed")
 
 
 class Placement:
-    """Pods by node, as the manifests directories say. One that has ended is nowhere."""
+    """Pods by node, as the manifests directories say. One that has ended is nowhere, one in its
+    host's network is not in the mesh."""
 
     def __init__(self, trust_domain: str) -> None:
         self._trust_domain = trust_domain
@@ -42,10 +43,11 @@ class Placement:
         return frozenset((self._gateway, *self._held.get(node, ())))
 
     def _place(self, key: ObjectKey, pod: Pod) -> tuple[str, SpiffeId] | None:
-        if not pod.spec.node_name or pod.status.phase in _ENDED:
+        spec = pod.spec
+        if not spec.node_name or spec.host_network or pod.status.phase in _ENDED:
             return None
         try:
-            account = workload(self._trust_domain, key.namespace, pod.spec.service_account_name)
+            account = workload(self._trust_domain, key.namespace, spec.service_account_name)
         except BadSpiffeId:  # no name of a service account
             return None
-        return pod.spec.node_name, account
+        return spec.node_name, account

@@ -37,7 +37,8 @@ _SLICE_MANAGED_LABEL = "endpointslice.kubernetes.io/managed-by"
 _MAX_NAME = 63
 _SLICES = "discovery.k8s.io/v1"
 _MAX_ADDRESSES = 16
-_FORBIDDEN_S = 30.0
+# How long one waits that cannot be written: its namespace's quota or a webhook may be against it.
+_REFUSED_S = {403: 30.0, 500: 1.0}
 _WHERE = {"Service": ("v1", "services"), "EndpointSlice": (_SLICES, "endpointslices")}
 
 
@@ -133,10 +134,9 @@ class Balancers:
                     _log.error("the Service of Gateway %s cannot be written: %s", key, error)
                     if error.status in (400, 404, 422):
                         continue
-                    if error.status == 403:
-                        # Roles may be changed; others do not wait for that.
-                        loop = asyncio.get_running_loop()
-                        loop.call_later(_FORBIDDEN_S, self.look_again, (key,))
+                    if (pause := _REFUSED_S.get(error.status)) is not None:
+                        # Others do not wait for that.
+                        asyncio.get_running_loop().call_later(pause, self.look_again, (key,))
                         continue
                     self._dirty.add(key)
                     await backoff.wait(error.retry_after_s)

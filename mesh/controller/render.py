@@ -4,22 +4,27 @@
 share, and their schema makes them atomic: whoever applies them applies them whole. So other
 controllers' entries are written back as they were read, with the resourceVersion they were read at,
 and a write in between is a conflict. Every other status is Weft's alone, and applied field by
-field. Pure: the clock is handed in.
+field. What a cluster's CustomResourceDefinition does not declare yet, such as a Gateway's
+`attachedListenerSets` before Gateway API v1.5, is left out: the server would refuse the whole.
+Pure: the clock is handed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
 from gateway.status import with_transition_times
-from mesh.model.ciliumnetworkpolicy import CiliumPolicyStatus
 from mesh.model.decode import InvalidObject, encode
 from mesh.model.schema import read
 
 Json = dict[str, Any]
+# Names of fields below `status`; those of a list's items follow that of the list.
+Path = tuple[str, ...]
+_UNDECLARED = re.compile(r"\.status((?:\.\w+|\[[^]]*\])+): field not declared in schema")
 # How many entries the schemas allow.
 _SHARED = {"parents": 32, "ancestors": 16}
 
@@ -31,27 +36,38 @@ class Body(NamedTuple):
     locked: bool
 
 
-def render(status: msgspec.Struct | None, actual: Json, controller: str, now: str) -> Body | None:
-    """What to write so that an object has `status` (None: nothing of ours), where `actual` is on
-    the server; None: it is so already."""
+def render(
+    status: msgspec.Struct | None,
+    actual: Json,
+    controller: str,
+    now: str,
+    undeclared: Collection[Path] = (),
+) -> Body | None:
+    """What to write so that an object has `status` (None: nothing of ours) but for the fields that
+    its schema has not, where `actual` is on the server; None: it is so already."""
     shared = next((name for name in _SHARED if name in actual or hasattr(status, name)), None)
     if shared is not None:
-        return _render_shared(shared, status, actual, controller, now)
+        return _render_shared(shared, status, actual, controller, now, undeclared)
     if status is None:
         return Body({}, False) if actual else None
-    new = rendered(_timed(status, actual, now))
+    new = rendered(_timed(status, actual, now), undeclared)
     return None if _there(status, new, actual) else Body(new, False)
 
 
 def _render_shared(
-    name: str, status: msgspec.Struct | None, actual: Json, controller: str, now: str
+    name: str,
+    status: msgspec.Struct | None,
+    actual: Json,
+    controller: str,
+    now: str,
+    undeclared: Collection[Path],
 ) -> Body | None:
     listed = actual.get(name) or []
     others = [one for one in listed if one.get("controllerName") != controller]
     ours = [one for one in listed if one.get("controllerName") == controller]
     new: list[Json] = []
     if status is not None:
-        new = rendered(_timed(status, {name: ours}, now)).get(name, [])
+        new = rendered(_timed(status, {name: ours}, now), undeclared).get(name, [])
     new = new[: max(0, _SHARED[name] - len(others))]
     if new == ours:
         return None
@@ -66,17 +82,34 @@ def _timed(status: msgspec.Struct, actual: Json, now: str) -> msgspec.Struct:
     return with_transition_times(old, status, now)
 
 
-def rendered(status: Any) -> Json:
+def rendered(status: Any, undeclared: Collection[Path] = ()) -> Json:
     """A status as plain data, as its schema has it."""
     new = encode(status)
     for listener in new.get("listeners", ()):
         # Required by the schema, empty or not (Gateway API v1.4).
         listener.setdefault("supportedKinds", [])
-    if isinstance(status, CiliumPolicyStatus):
-        # Their conditions have no such field: the server would drop it each time.
-        for one in new.get("conditions", ()):
-            one.pop("observedGeneration", None)
+    for path in undeclared:
+        _drop(new, path)
     return new
+
+
+def _drop(value: Any, path: Path) -> None:
+    if isinstance(value, list):
+        for one in value:
+            _drop(one, path)
+    elif isinstance(value, dict):
+        if path[1:]:
+            _drop(value.get(path[0]), path[1:])
+        else:
+            value.pop(path[0], None)
+
+
+def undeclared(refusal: str) -> set[Path]:
+    """The fields of a status of which a server says that its schema has them not."""
+    return {
+        tuple(re.sub(r"\[[^]]*\]", "", found).removeprefix(".").split("."))
+        for found in _UNDECLARED.findall(refusal)
+    }
 
 
 def _there(status: msgspec.Struct, new: Json, actual: Mapping[str, Any]) -> bool:

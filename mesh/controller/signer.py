@@ -31,6 +31,7 @@ _log = logging.getLogger("weft.controller")
 PATH = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 QUERY = {"fieldSelector": f"spec.signerName={SIGNER}"}
 _USAGES = frozenset(("digital signature", "client auth", "server auth"))
+_AGAIN_S = 2.0
 _POD_NAME = "authentication.kubernetes.io/pod-name"
 _POD_UID = "authentication.kubernetes.io/pod-uid"
 _NODE_NAME = "authentication.kubernetes.io/node-name"
@@ -93,6 +94,11 @@ class Signer:
                 try:
                     await self._answer(name, raw)
                 except ServerError as error:
+                    if error.status == 500:
+                        # Perhaps of this one alone: others go on.
+                        _log.warning("request %s: %s; trying again", name, error)
+                        asyncio.get_running_loop().call_later(_AGAIN_S, self._wake.set)
+                        continue
                     if error.status not in (400, 404, 409, 422):
                         _log.warning("request %s: %s; trying again", name, error)
                         self._wake.set()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesh.controller.events import Recorder, news
-from mesh.controller.render import render, rendered
+from mesh.controller.render import Path, render, rendered, undeclared
 from mesh.model.decode import KINDS
 from mesh.model.meta import ObjectKey
 from mesh.sources.kubernetes import Written, number
@@ -33,9 +33,12 @@ from mesh.sources.kubernetes_client import (
 _log = logging.getLogger("weft.controller")
 
 _AT_ONCE = 8
-# Who may not write is let wait so long, then twice that, ...: roles may be changed.
-_FORBIDDEN_S = 1.0
-_MOST_FORBIDDEN_S = 120.0
+# An object that cannot be written waits so long, then twice that, ...: roles may be changed, and
+# webhooks come back.
+_REFUSED_S = 0.2
+# So does one whose status somebody else changes again and again: nobody wins such a fight.
+_UNDONE_S = 1.0
+_MOST_S = 120.0
 # Of built-in kinds it is known.
 _WITHOUT_STATUS = ("NetworkPolicy",)
 _INFO = {kind: (group, info) for (group, kind), info in KINDS.items()}
@@ -56,6 +59,15 @@ class Wanted(NamedTuple):
 
     status: msgspec.Struct | None
     uid: str
+
+
+class _Done(NamedTuple):
+    """What was written, and until when (of the loop's clock) it is not written anew; `pause`: how
+    long that was, 0 the first time."""
+
+    wanted: Wanted
+    pause: float
+    until: float
 
 
 def place(kind: str, key: ObjectKey, version: str) -> Place:
@@ -89,10 +101,15 @@ class Writer:
         # What this process wrote and has not seen come back yet.
         self._own: dict[Ident, Written] = {}
         self._without_status = set(_WITHOUT_STATUS)
+        # Fields that the cluster's version of a kind has not.
+        self._undeclared: dict[str, set[Path]] = {}
         # What was told of objects that have no place for it.
         self._told: dict[Ident, Written] = {}
-        # Objects whose status may not be written, and the next pause; kinds of which that was told.
-        self._forbidden: dict[Ident, float] = {}
+        self._done: dict[Ident, _Done] = {}
+        # Objects that cannot be written, and the next pause; those that wait until one is over;
+        # kinds that may not be written, of which that was told.
+        self._refused: dict[Ident, float] = {}
+        self._put_off: set[Ident] = set()
         self._complained: set[str] = set()
         self._queue: asyncio.Queue[Ident] = asyncio.Queue()
         self._queued: set[Ident] = set()
@@ -141,6 +158,11 @@ class Writer:
                 if error.status == 403:
                     self._forbid(ident, error)
                     continue
+                if error.status == 500:
+                    # Perhaps of this object or kind alone: no other waits for that.
+                    _log.warning("status of %s %s: %s; trying again", *ident, error)
+                    self._wait(ident)
+                    continue
                 if error.status in (400, 404, 413, 422):
                     _log.error("status of %s %s cannot be written: %s", *ident, error)
                     continue
@@ -156,18 +178,47 @@ class Writer:
         if ident[0] not in self._complained:
             self._complained.add(ident[0])
             _log.error("status of %s %s cannot be written: %s; trying again", *ident, error)
-        pause = self._forbidden.get(ident, _FORBIDDEN_S)
-        self._forbidden[ident] = min(2 * pause, _MOST_FORBIDDEN_S)
-        again = random.uniform(0.5, 1.0) * pause
-        asyncio.get_running_loop().call_later(again, self.look_again, (ident,))
+        self._wait(ident)
+
+    def _wait(self, ident: Ident) -> None:
+        """Longer each time."""
+        pause = self._refused.get(ident, _REFUSED_S)
+        self._refused[ident] = min(2 * pause, _MOST_S)
+        self._put_off_for(ident, random.uniform(0.5, 1.0) * pause)
+
+    def _put_off_for(self, ident: Ident, pause: float) -> None:
+        if ident not in self._put_off:
+            self._put_off.add(ident)
+            asyncio.get_running_loop().call_later(pause, self._again, ident)
+
+    def _again(self, ident: Ident) -> None:
+        self._put_off.discard(ident)
+        self.look_again((ident,))
 
     def _allowed(self, kind: str) -> None:
         """One could be written: so, it seems, can the others."""
         self._complained.discard(kind)
-        others = [ident for ident in self._forbidden if ident[0] == kind]
+        others = [ident for ident in self._refused if ident[0] == kind]
         for ident in others:
-            del self._forbidden[ident]
+            del self._refused[ident]
         self.look_again(others)
+
+    def _undone(self, ident: Ident, wanted: Wanted) -> bool:
+        """Whether it was written as often as is good, and somebody else will not have it so."""
+        done, now = self._done.get(ident), asyncio.get_running_loop().time()
+        if done is None or done.until <= now or done.wanted != wanted:
+            return False
+        self._put_off_for(ident, done.until - now)
+        return True
+
+    def _remember(self, ident: Ident, wanted: Wanted) -> None:
+        """That it is written."""
+        self._refused.pop(ident, None)
+        pause, before = 0.0, self._done.get(ident)
+        if before is not None and before.wanted == wanted:
+            pause = min(2 * before.pause or _UNDONE_S, _MOST_S)
+            _log.info("status of %s %s was changed by somebody else, and put right", *ident)
+        self._done[ident] = _Done(wanted, pause, asyncio.get_running_loop().time() + pause)
 
     def _actual(self, ident: Ident) -> Written | None:
         """The newest version that is known: the server's as seen, or what was written last."""
@@ -191,6 +242,7 @@ class Writer:
                 if wanted is None or wanted.status is None:
                     self.wanted.pop(ident, None)
                 self._told.pop(ident, None)
+                self._done.pop(ident, None)
                 return
             if wanted is None or (wanted.uid and wanted.uid != actual.uid):
                 return
@@ -198,8 +250,14 @@ class Writer:
                 await self._only_tell(ident, actual, wanted.status)
                 return
             now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            body = render(wanted.status, actual.status, self._controller, now)
-            if body is None:
+            body = render(
+                wanted.status,
+                actual.status,
+                self._controller,
+                now,
+                self._undeclared.get(ident[0], ()),
+            )
+            if body is None or self._undone(ident, wanted):
                 return
             kind, key = ident
             where = place(kind, key, self._version(kind))
@@ -227,19 +285,29 @@ class Writer:
                     if not await self._read(ident, where, actual.uid):
                         return
                     continue
+                if self._learn(kind, error):
+                    continue
                 raise
             self.writes += 1
+            self._remember(ident, wanted)
             if kind in self._complained:
                 self._allowed(kind)
             self._keep(ident, answer)
-            status = answer.get("status") or {}
-            if "conditions" in body.status and "conditions" not in status:
-                _log.info("the cluster's %s keeps no conditions: Events tell them", kind)
-                self._without_status.add(kind)
-                continue
-            version = answer["metadata"]["resourceVersion"]
+            version, status = answer["metadata"]["resourceVersion"], answer.get("status") or {}
             await self._tell(ident, actual, Written(version, actual.uid, status))
             return
+
+    def _learn(self, kind: str, error: ServerError) -> bool:
+        """Whether a write was refused for fields that the cluster's version of a kind has not, and
+        that was not known: the next one is without them. Servers say 500, and may say 400."""
+        known = self._undeclared.setdefault(kind, set())
+        new = undeclared(str(error)) - known if error.status in (400, 500) else set()
+        known |= new
+        for path in sorted(new):
+            _log.info("the cluster's %s has no status.%s: left out", kind, ".".join(path))
+        if ("conditions",) in new:
+            self._without_status.add(kind)
+        return bool(new)
 
     async def _only_tell(
         self, ident: Ident, actual: Written, wanted: msgspec.Struct | None

@@ -9,11 +9,20 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mesh.model.nodereport import BUNDLE_NAME, SIGNER
 from mesh.sources.kubernetes_client import APPLY, Client, ServerError, object_path
 
 _MANAGER = "weft-install"
 _PLURALS = {"GatewayClass": "gatewayclasses"}
 _POLL_S = 0.5
+# Where controllers publish the trust bundle, outside of Weft's namespaces.
+_PUBLISHED = (
+    ("/api/v1/configmaps", f"metadata.name={BUNDLE_NAME}"),
+    *(
+        (f"/apis/certificates.k8s.io/{version}/clustertrustbundles", f"spec.signerName={SIGNER}")
+        for version in ("v1", "v1beta1", "v1alpha1")
+    ),
+)
 
 
 class InstallError(Exception):
@@ -48,21 +57,40 @@ async def install(
 async def uninstall(
     client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None], wait_s: float
 ) -> None:
-    """Everything that `install` made: the controllers, then the rest, last first, and wait for the
-    namespace to be gone. Statuses that the controller wrote stay as they are: it ends before its
-    GatewayClass goes. InstallError: something is not gone in time."""
+    """Everything that `install` made: the controllers, the trust bundle that they published, then
+    the rest, last first, and wait for the namespace to be gone. Statuses that the controller wrote
+    stay as they are: it ends before its GatewayClass goes. InstallError: something is not gone in
+    time."""
     newest_first = list(reversed(list(objects)))
     controllers = [obj for obj in newest_first if obj["kind"] == "Deployment"]
     for obj in controllers:
         # Gone once its pods are ("Foreground cascading deletion").
         if await _delete(client, obj, "Foreground", say):
             await _gone(client, path_of(obj), wait_s)
+    for path, selector in _PUBLISHED:
+        await _delete_published(client, path, selector, say)
     last = ""
     for obj in newest_first:
         if obj not in controllers and await _delete(client, obj, "Background", say):
             last = path_of(obj)
     if last:
         await _gone(client, last, wait_s)
+
+
+async def _delete_published(
+    client: Client, path: str, selector: str, say: Callable[[str], None]
+) -> None:
+    try:
+        found = await client.request("GET", path, {"fieldSelector": selector})
+        kind, version = found["kind"].removesuffix("List"), found["apiVersion"]
+        for one in found["items"]:
+            obj = {"apiVersion": version, "kind": kind, "metadata": one["metadata"]}
+            await _delete(client, obj, "Background", say)
+    except ServerError as error:
+        if error.status == 403:
+            say(f"{path} ({selector}): left, this user may not delete them: {error}")
+        elif error.status != 404:
+            raise
 
 
 async def _delete(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -30,9 +31,9 @@ from mesh.sources.kubernetes_client import (
     SourceError,
     bad_answer,
 )
-from mesh.sources.kubernetes_objects import PLACE, problems, read
+from mesh.sources.kubernetes_objects import PLACE, STATUS_IS_INPUT, problems, read
 from mesh.sources.kubernetes_secrets import OTHERS, TLS, CopiedSecrets, OtherSecrets
-from mesh.sources.kubernetes_watch import Reflector
+from mesh.sources.kubernetes_watch import PAGE, Reflector
 from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.source")
@@ -41,6 +42,9 @@ _log = logging.getLogger("weft.source")
 _DISCOVERY_S = 15.0
 # Groups that every cluster has; all others are defined by CustomResourceDefinitions.
 _BUILT_IN = frozenset(("", "discovery.k8s.io", "networking.k8s.io"))
+# Of these an object may be a megabyte, and all of it is read first: fewer at once.
+_LARGE = frozenset(("ConfigMap",))
+_PAGE_OF_LARGE = 25
 # Of these nothing but metadata is read.
 _METADATA = frozenset(("Namespace",))
 
@@ -90,18 +94,21 @@ class _Kind:
         before = self.current.get(key)
         metadata = raw["metadata"]
         if source.seen is not None:
-            self.written[key] = Written(
-                metadata["resourceVersion"], metadata["uid"], raw.get("status") or {}
-            )
+            status = {} if self.info.kind in STATUS_IS_INPUT else raw.get("status") or {}
+            self.written[key] = Written(metadata["resourceVersion"], metadata["uid"], status)
             source.seen(self.info.kind, key)
         try:
             obj = read(raw, custom=self.group not in _BUILT_IN)
         except InvalidObject as error:
-            kept = before is not None and not unreadable.why(before)
-            left = None if kept else unreadable.closed(raw, error.errors) or before
+            # What another object of the name was is not the last good version of this one.
+            good = before if before and before.metadata.uid == metadata["uid"] else None
+            kept = good is not None and not unreadable.why(good)
+            left = None if kept else unreadable.closed(raw, error.errors) or good
             source.wrong[ident] = problems(raw, error, kept=kept, closed=left is not None)
             source.wake.set()
             if left is None:
+                if not good:
+                    self._take_away(ident, metadata["resourceVersion"])
                 return
             obj = left
         else:
@@ -123,7 +130,10 @@ class _Kind:
             self._source.seen(self.info.kind, key)
         if self._source.wrong.pop(ident, None) is not None:
             self._source.wake.set()
-        if self.current.pop(key, None) is not None:
+        self._take_away(ident, version)
+
+    def _take_away(self, ident: ObjectId, version: str) -> None:
+        if self.current.pop(ident.key, None) is not None:
             self.newest = max(self.newest, number(version))
             self._source.tell(ident, None)
 
@@ -170,7 +180,10 @@ class _Kind:
         path = f"{root}/{self.api_version}/{self.info.plural}"
         if self.info.kind != "Secret":
             metadata = self.info.kind in _METADATA
-            self.reflectors = [Reflector(client, path, self, metadata=metadata, backoff=backoff)]
+            page = _PAGE_OF_LARGE if self.info.kind in _LARGE else PAGE
+            self.reflectors = [
+                Reflector(client, path, self, metadata=metadata, page=page, backoff=backoff)
+            ]
         elif namespace := self._source.secrets_namespace:
             path = f"{root}/{self.api_version}/namespaces/{namespace}/{self.info.plural}"
             self.reflectors = [Reflector(client, path, CopiedSecrets(self), backoff=backoff)]
@@ -223,6 +236,7 @@ class KubernetesSource:
         self.wrong: dict[ObjectId, list[Problem]] = {}
         self.wake = asyncio.Event()
         self._pending: dict[str, dict[ObjectKey, Object | None]] = {}
+        self._told: defaultdict[str, set[ObjectKey]] = defaultdict(set)
         self._discovery_s = discovery_s
         self._backoff = backoff
         self._server_problem: Problem | None = None
@@ -257,7 +271,12 @@ class KubernetesSource:
         return self._kinds[kind].api_version.rpartition("/")[2]
 
     def tell(self, ident: ObjectId, obj: Object | None) -> None:
-        self._pending.setdefault(ident.kind, {})[ident.key] = obj
+        pending = self._pending.setdefault(ident.kind, {})
+        if obj is None and ident.key not in self._told[ident.kind]:
+            # Nobody has heard of it yet.
+            pending.pop(ident.key, None)
+        else:
+            pending[ident.key] = obj
         self.wake.set()
 
     async def open(self) -> None:
@@ -287,7 +306,7 @@ class KubernetesSource:
                         told = problems
                         yield SourceUpdate({}, problems, complete=False)
                     continue
-                changes, self._pending = self._pending, {}
+                changes = self._taken()
                 versions = {k: kind.version for k, kind in self._kinds.items() if kind.version}
                 now = (problems, versions)
                 if changes or now != told:
@@ -299,6 +318,16 @@ class KubernetesSource:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _taken(self) -> dict[str, dict[ObjectKey, Object | None]]:
+        """What is to be told, which then is."""
+        changes = {kind: objects for kind, objects in self._pending.items() if objects}
+        self._pending = {}
+        for kind, objects in changes.items():
+            told = self._told[kind]
+            for key, obj in objects.items():
+                (told.discard if obj is None else told.add)(key)
+        return changes
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [task for kind in self._kinds.values() for task in kind.tasks]

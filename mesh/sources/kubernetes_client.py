@@ -141,9 +141,9 @@ class Client:
     ) -> Any:
         """The answer's body, decoded: an object. ServerError: not a success, or nothing that an API
         server says."""
-        response = await self._send(
-            method, path, query, body, content_type, accept, aiohttp.ClientTimeout(_REQUEST_S)
-        )
+        # A long answer may come slowly, as long as it comes.
+        limits = aiohttp.ClientTimeout(None, connect=_REQUEST_S, sock_read=_REQUEST_S)
+        response = await self._send(method, path, query, body, content_type, accept, limits)
         async with _translated(), response:
             data = await response.read()
         await self._check(response, data)

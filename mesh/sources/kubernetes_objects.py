@@ -22,7 +22,7 @@ from mesh.sources.documents import Problem
 PLACE = "cluster"
 # The status of these is what kubelet or others say, and Weft reads; of all others it is what
 # controllers say, Weft itself among them.
-_STATUS_IS_INPUT = frozenset(("Node", "Pod"))
+STATUS_IS_INPUT = frozenset(("Node", "Pod"))
 # What TLS is made of. Other values, up to a megabyte each, are not kept.
 _TLS_KEYS = frozenset(("ca.crt", "tls.crt", "tls.key"))
 _OURS = "weft.dev/"
@@ -45,7 +45,7 @@ def read(raw: Mapping[str, Any], *, custom: bool) -> Object:
 def _slim(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Without what Weft does not read and what changes without meaning."""
     kind = raw.get("kind")
-    slim = {k: v for k, v in raw.items() if k != "status" or kind in _STATUS_IS_INPUT}
+    slim = {k: v for k, v in raw.items() if k != "status" or kind in STATUS_IS_INPUT}
     metadata = {k: v for k, v in raw["metadata"].items() if k != "managedFields"}
     if _LAST_APPLIED in (metadata.get("annotations") or ()):
         metadata["annotations"] = {

@@ -98,9 +98,9 @@ class _List(msgspec.Struct):
 
 
 class Reflector:
-    """`path` is that of the collection; with `metadata` objects come without anything else. `run`
-    ends with ServerError 404 when the server does not serve it any more; everything else is tried
-    again."""
+    """`path` is that of the collection, read so many objects a `page`; with `metadata` objects come
+    without anything else. `run` ends with ServerError 404 when the server does not serve it any
+    more; everything else is tried again."""
 
     def __init__(
         self,
@@ -110,9 +110,11 @@ class Reflector:
         *,
         query: dict[str, str] | None = None,
         metadata: bool = False,
+        page: int = PAGE,
         backoff: Callable[[], Backoff] = Backoff,
     ) -> None:
         self.synced = False
+        self._page = page
         self._client = client
         self._path = path
         self._sink = sink
@@ -159,7 +161,7 @@ class Reflector:
     async def _list(self) -> str:
         """All objects, page by page, as they were at one version: that version."""
         seen: dict[ObjectKey, None] = {}
-        token, limit = "", PAGE
+        token, limit = "", self._page
         while True:
             query = {**self._query, "limit": limit}
             if token:
@@ -168,7 +170,9 @@ class Reflector:
                 page = await self._client.request("GET", self._path, query, accept=self._list_as)
             except ServerError as error:
                 if error.status == 410 and limit:
-                    # Compacted between two pages: once more, in one piece, so that it ends.
+                    # Compacted between two pages: once more, in one piece, so that it ends. What
+                    # the first pages had may have gone since.
+                    seen.clear()
                     token, limit = "", 0
                     continue
                 raise

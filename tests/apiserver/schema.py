@@ -39,6 +39,31 @@ def prune(value: Any, schema: dict[str, Any], *, root: bool = True) -> Any:
     return value
 
 
+def undeclared(
+    value: Any, schema: dict[str, Any], path: str = "", *, root: bool = True
+) -> list[str]:
+    """Where a value has fields that the schema does not name; apply refuses those, as
+    structured-merge-diff does, where every other write prunes them."""
+    found: list[str] = []
+    if isinstance(value, dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        properties, more = schema.get("properties", {}), schema.get("additionalProperties")
+        for name, one in value.items():
+            if root and name in ("apiVersion", "kind", "metadata"):
+                continue
+            inner = properties.get(name, more)
+            if inner is None:
+                found.append(f"{path}.{name}: field not declared in schema")
+            elif isinstance(inner, dict):
+                found += undeclared(one, inner, f"{path}.{name}", root=False)
+    elif isinstance(value, list):
+        keys = schema.get("x-kubernetes-list-map-keys")
+        for index, one in enumerate(value):
+            named = ",".join(f'{key}="{one[key]}"' for key in keys or () if key in one)
+            at = f"{path}[{named or index}]"
+            found += undeclared(one, schema.get("items", {}), at, root=False)
+    return found
+
+
 def default(value: Any, schema: dict[str, Any]) -> Any:
     """With defaults filled in (crds, "Defaulting"): also where a null is not allowed."""
     if isinstance(value, dict):

@@ -19,6 +19,7 @@ _FIELDS = {
     "nodes": ("spec.unschedulable",),
     "namespaces": ("status.phase",),
     "certificatesigningrequests": ("spec.signerName",),
+    "clustertrustbundles": ("spec.signerName",),
     "events": ("involvedObject.name", "involvedObject.namespace", "involvedObject.kind", "reason"),
 }
 

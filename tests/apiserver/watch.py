@@ -90,7 +90,9 @@ async def serve_watch(
                 if left is not None and left <= 0:
                     await _cut(server, response, request, b"")
                     return response
-                if query.get("allowWatchBookmarks") in ("true", "1"):
+                # "Watch bookmarks": all changes up to it have been sent, also one that has come
+                # since the wait ended.
+                if queue.empty() and query.get("allowWatchBookmarks") in ("true", "1"):
                     lines.append(_bookmark(server, resource.kind, api_version))
                 continue
             if event.revision > seen and (line := _line(event, target, chosen, shown)):
