@@ -13,6 +13,7 @@ certificates and contexts, no workloads and no connections.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import time
 from typing import Any, NamedTuple, cast
@@ -60,9 +61,11 @@ class _Session(NamedTuple):
 
 
 class _ServerObject(ssl.SSLObject):
-    """Remembers who was asked for."""
+    """Remembers who was asked for, and which session the peer would resume: afterwards OpenSSL has
+    only that of the next ticket."""
 
     spiffe_id: str = ""
+    resumes: bytes = b""
 
 
 class Credentials:
@@ -77,8 +80,9 @@ class Credentials:
         self._servers: dict[str, ssl.SSLContext] = {}
         self._server: ssl.SSLContext | None = None
         self._verified: dict[tuple[bytes, ...], Peer] = {}
-        # In a session there is only the leaf. What came with it, by who was asked for.
-        self._chains: dict[tuple[str, bytes], tuple[bytes, ...]] = {}
+        # In a session there is only the leaf. Who was asked for, and what came with it: of peers
+        # that ask by their session, of those that are asked by the leaf. The oldest go.
+        self._chains: dict[bytes, tuple[str, tuple[bytes, ...]]] = {}
         self._sessions: dict[SessionKey, _Session] = {}
 
     # --- configuration ----------------------------------------------------------------------------
@@ -199,6 +203,8 @@ class Credentials:
             self._servers[spiffe_id] = context
         if isinstance(ssl_object, _ServerObject):
             ssl_object.spiffe_id = spiffe_id
+            with contextlib.suppress(ValueError):  # there is none yet
+                ssl_object.resumes = _session_id(ssl_object)
         ssl_object.context = context
         return None
 
@@ -233,20 +239,24 @@ class Credentials:
 
     def verify(self, ssl_object: ssl.SSLObject, expected: str | None = None) -> Peer:
         """Who the peer of a finished handshake is. NotTrusted: it is nobody, or not `expected`."""
-        leaf = self.asked_for(ssl_object), ssl_object.getpeercert(binary_form=True) or b""
+        asked = self.asked_for(ssl_object)
+        names = [ssl_object.getpeercert(binary_form=True) or b""]
+        if isinstance(ssl_object, _ServerObject):
+            names = [ssl_object.resumes, _session_id(ssl_object)]
         if ssl_object.session_reused:
-            chain = self._chains.get(leaf)
-            if chain is None:
+            before, chain = self._chains.get(names[0], ("", ()))
+            if not chain or before != asked:
                 raise NotTrusted("wrong_identity", "it resumes a session between others")
         else:
-            chain = _presented(ssl_object)
+            names, chain = names[-1:], _presented(ssl_object)
         peer = self.judge(chain)
         if expected is not None and peer.spiffe_id != expected:
             raise NotTrusted("wrong_identity", f"it is {peer.spiffe_id}, not {expected}")
-        if leaf not in self._chains:
-            if len(self._chains) >= _MAX_SESSIONS:
-                self._forget_contexts()
-            self._chains[leaf] = chain
+        for name in names:
+            self._chains.pop(name, None)
+            self._chains[name] = asked, chain
+        while len(self._chains) > _MAX_SESSIONS:
+            del self._chains[next(iter(self._chains))]
         return peer
 
     def judge(self, chain: tuple[bytes, ...]) -> Peer:
@@ -267,6 +277,11 @@ class Credentials:
     def asked_for(ssl_object: ssl.SSLObject) -> str:
         """As whom the server answered ("" for no server)."""
         return ssl_object.spiffe_id if isinstance(ssl_object, _ServerObject) else ""
+
+
+def _session_id(ssl_object: ssl.SSLObject) -> bytes:
+    session = ssl_object.session
+    return session.id if session is not None else b""
 
 
 def handshake_failure(error: Exception) -> tuple[str, str]:

@@ -385,13 +385,17 @@ async def test_sessions_are_resumed_between_the_same_two_only():
             reused, answer = await peer.ask(preface)
             assert reused
             assert reason in answer
-        # Another identity's session, to an identity that this peer has never shown itself to.
-        reused, answer = await peer.ask(
-            Preface("shop/client", "127.0.1.9", web.port), to_sni(parse(spiffe("db")))
-        )
-        assert (reused, answer) == (True, "cut")
-        reasons = [flow.reason for flow in await agent.records(6)]
-        assert reasons[-1] == "wrong_identity"
+        # Another identity's session; then to one that this peer has shown itself to as well.
+        to_db = Preface("shop/client", "127.0.1.9", web.port), to_sni(parse(spiffe("db")))
+        kept = peer.session
+        assert await peer.ask(*to_db) == (True, "cut")
+        reused, answer = await Resuming(nodes, svid(nodes.authority)).ask(*to_db)
+        assert not reused
+        assert "connect_refused" in answer
+        peer.session = kept
+        assert await peer.ask(*to_db) == (True, "cut")
+        reasons = [flow.reason for flow in await agent.records(8)]
+        assert reasons.count("wrong_identity") == 2
 
 
 @pytest.mark.parametrize("change", ["roots", "svid", "expired"])
