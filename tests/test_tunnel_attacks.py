@@ -372,7 +372,8 @@ async def test_sessions_are_resumed_between_the_same_two_only():
     async with two_nodes(FAST) as nodes, backend() as web, agent_of(nodes.b) as agent:
         nodes.pod("db", "127.0.1.9", "b")
         nodes.hold("b", "db")
-        peer = Resuming(nodes, svid(nodes.authority))
+        section = svid(nodes.authority)
+        peer = Resuming(nodes, section)
         to_web = Preface("shop/client", WEB, web.port)
         assert await peer.ask(to_web) == (False, "{}")
         assert await peer.ask(to_web) == (True, "{}")
@@ -389,7 +390,7 @@ async def test_sessions_are_resumed_between_the_same_two_only():
         to_db = Preface("shop/client", "127.0.1.9", web.port), to_sni(parse(spiffe("db")))
         kept = peer.session
         assert await peer.ask(*to_db) == (True, "cut")
-        reused, answer = await Resuming(nodes, svid(nodes.authority)).ask(*to_db)
+        reused, answer = await Resuming(nodes, section).ask(*to_db)
         assert not reused
         assert "connect_refused" in answer
         peer.session = kept
