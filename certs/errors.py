@@ -15,6 +15,7 @@ NotTrustedReason: TypeAlias = Literal[
     "expired",
     "unknown_issuer",  # no valid path to a root of the trust domain of its SPIFFE ID
     "wrong_identity",  # valid, but somebody else's
+    "session_forgotten",  # it resumes one of which nothing is known any more
 ]
 
 

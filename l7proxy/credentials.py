@@ -245,7 +245,9 @@ class Credentials:
             names = [ssl_object.resumes, _session_id(ssl_object)]
         if ssl_object.session_reused:
             before, chain = self._chains.get(names[0], ("", ()))
-            if not chain or before != asked:
+            if not chain:  # roots have changed during the handshake
+                raise NotTrusted("session_forgotten", "what was shown in its session is forgotten")
+            if before != asked:
                 raise NotTrusted("wrong_identity", "it resumes a session between others")
         else:
             names, chain = names[-1:], _presented(ssl_object)

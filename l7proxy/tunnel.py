@@ -89,10 +89,10 @@ class Digger:
             try:
                 return await self._hands(way, preface, timeout_s)
             except _Failed as failed:
-                if failed.reason != "broken_off":
+                if failed.reason not in ("broken_off", "session_forgotten"):
                     raise
-                # As by a worker that ends. Nothing of the caller's was sent, and the next one has
-                # the same socket to accept from.
+                # As by a worker that ends, or roots that have just changed. Nothing of the caller's
+                # was sent, and the next worker has the same socket to accept from.
                 return await self._hands(way, preface, timeout_s)
         except _Failed as failed:
             metrics.TUNNEL_FAILURES.labels(failed.reason).inc()

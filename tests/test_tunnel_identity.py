@@ -448,6 +448,11 @@ async def test_a_tunnel_after_another_resumes_its_session_while_the_identities_s
         nodes.b.apply(nodes.authority.bundle(new))
         assert await resumed() == [False, False]
         assert await resumed() == [True, True]
+        # Roots that change at one end during the handshake.
+        for proxy in (nodes.a, nodes.b):
+            proxy.proxy._credentials._chains.clear()
+            assert await resumed() == [False, False]
+            assert await resumed() == [True, True]
         # As long as the other end is to be expected to have another SVID.
         credentials = nodes.a.proxy._credentials
         (key,) = credentials._sessions
