@@ -234,10 +234,11 @@ def test_a_certificate_that_expires_and_one_that_is_withdrawn(world: World) -> N
     authority = Authority("cluster.local")
 
     async def test(here: Node, backend: Backend, port: int) -> None:
-        until = time.time() + 2
+        left = _SECONDS / 2 + 3  # requests are to pass before
+        until = time.time() + left
         load = Load(a=200, b=200)
         await change(
-            here, authority.svid(FRONT) | authority.svid(SHOP, life(2)) | authority.bundle()
+            here, authority.svid(FRONT) | authority.svid(SHOP, life(left)) | authority.bundle()
         )
         async with load.running():
             await pass_again(world)
