@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import ssl
 from collections import Counter
 from collections.abc import Mapping
@@ -136,8 +137,8 @@ class ApiServer:
         self.objects.delete(self.target(obj), {})
 
     def get(self, resource: str, name: str, namespace: str = "default") -> Raw | None:
-        """`resource`: GROUP/PLURAL."""
-        return self.store.get(Key(resource, namespace, name))
+        """`resource`: GROUP/PLURAL. The caller's own copy."""
+        return copy.deepcopy(self.store.get(Key(resource, namespace, name)))
 
     def install_crds(self, directory: Path) -> None:
         """Every CustomResourceDefinition in the files of a directory."""
