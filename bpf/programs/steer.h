@@ -10,9 +10,8 @@
 #include "report.h"
 #include "verifier.h"
 
-/* How many backends of a frontend are tried until one can be reached: so many by the table, which
- * spreads the connections of those that cannot be, then one after the other. */
-#define ALTERNATIVES 12
+/* How many backends of a frontend are tried by its table, which spreads the connections of those that
+ * cannot be reached, before all are, one after the other. */
 #define BY_TABLE 3
 
 enum calls { CONNECT, SENDMSG };
@@ -77,14 +76,14 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 				     u32 *reason, u32 *rule)
 {
 	struct party client = {}, server;
-	u32 why, at = 0, any = ctx->protocol;
+	u32 why, at = 0, any = ctx->protocol, tried = forgotten(0, any);
 	int result, relayed;
 	u64 now = in_force();
 
 	if (from)
 		client = party_of(from->words, now, any);
-#pragma clang loop unroll(full)
-	for (u32 i = 1; i <= ALTERNATIVES; i++) {
+#pragma clang loop unroll(disable)
+	do {
 		relay = forgotten(relay, any);
 		backend->flags = forgotten(backend->flags, any);
 		relayed = forgotten(relay > 0 && backend->flags & BACKEND_REMOTE, any);
@@ -97,14 +96,14 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 		why = forgotten(why, any);
 		if (!why)
 			return relayed;
-		if (!frontend)
+		if (!frontend || tried >= BY_TABLE + frontend->backends)
 			break;
-		if (i < BY_TABLE)
-			at = slot_for(frontend, cookie + i);
+		if (++tried < BY_TABLE)
+			at = slot_for(frontend, cookie + tried);
 		result = table_backend(frontend, &at, asked, backend, reason);
 		if (result < 0)
 			return result;
-	}
+	} while (may_loop());
 	return why == REASON_POLICY_DENIED ? REFUSE(POLICY_DENIED) : REFUSE(MTLS_REQUIRED);
 }
 
