@@ -35,7 +35,8 @@ def load(directory: Path) -> None:
     maps = {name: adopted[name] or create(name, info) for name, info in made.maps.items()}
     # All programs are accepted before anything is pinned.
     programs = {
-        name: _program(name, program.instructions(maps)) for name, program in made.programs.items()
+        name: _program(name, program.instructions(maps), program.described())
+        for name, program in made.programs.items()
     }
     syscall.update(maps["responses"], layout.U32.pack(Number(0)), tables())
     pins.prepare(directory)
@@ -90,10 +91,12 @@ def _pin(how: Callable[[int, Path], None], fd: int, path: Path) -> None:
         ) from error
 
 
-def _program(name: str, code: bytes) -> int:
+def _program(name: str, code: bytes, functions: tuple[bytes, bytes]) -> int:
     program = PROGRAMS[name]
     try:
-        return syscall.load_program(name, program.type, program.attach_type, code, LICENCE)
+        return syscall.load_program(
+            name, program.type, program.attach_type, code, LICENCE, functions
+        )
     except syscall.VerifierError as error:
         lines = error.log.splitlines()[-_LOG_LINES:]
         raise DatapathError(

@@ -38,4 +38,11 @@ static __always_inline u32 forgotten(u32 value, u32 any)
 		more;                                                                              \
 	})
 
+/* Declares a call, `name`_apart, of a function that the verifier looks at by itself (bpf/functions.py):
+ * not once more on every way that leads there. It knows nothing then of what the function is given, not
+ * even that the pointer is not null. */
+#define FUNCTION(name, type)                                                                       \
+	_Static_assert(sizeof(type) == SIZE_##name, "bpf/functions.py: FUNCTIONS[\"" #name "\"]"); \
+	static u32 (*const name##_apart)(type *) = (void *)FUNCTION_##name
+
 #endif
