@@ -3,9 +3,9 @@
 What is written inline it follows anew on every way that leads there.
 
 bcc makes no calls between functions. In C such a call is one of a helper with a number that no
-helper has; bpf.compiler puts the function behind the program and makes it a call. The kernel is told
-here (BTF, Documentation/bpf/btf.rst) that the function is a global one, and what it is given: one
-pointer, to so many bytes.
+helper has; bpf.compiler puts the function behind the program and makes it a call. The kernel is
+told here (BTF, Documentation/bpf/btf.rst) that the function is a global one, and what it is given:
+one pointer, to so many bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable
 
 # By their names in C; the size of the struct they are given. The numbers of their calls count up.
-FUNCTIONS = {"refused": 88}
+FUNCTIONS = {"refused": 88, "refusal": 80}
 _FIRST_CALL = 1 << 16
 CALLS = {_FIRST_CALL + index: name for index, name in enumerate(FUNCTIONS)}
 
