@@ -18,7 +18,7 @@ from pathlib import Path
 from bpf import attach, layout, pins, syscall
 from bpf.errors import DatapathError
 from bpf.maps import INNER
-from bpf.programs import LICENCE, PROGRAMS
+from bpf.programs import LICENCE, OLDEST_KERNEL, PROGRAMS
 from bpf.response import tables
 from bpf.structs import Number
 
@@ -101,7 +101,8 @@ def _program(name: str, code: bytes, functions: tuple[bytes, bytes]) -> int:
         lines = error.log.splitlines()[-_LOG_LINES:]
         raise DatapathError(
             f"the kernel's verifier refused the program {name} ({error.strerror}): this kernel "
-            f"({os.uname().release}) is not one Weft works on; the verifier's last lines:\n"
+            f"({os.uname().release}) is not one Weft works on: it takes Linux "
+            f"{'.'.join(map(str, OLDEST_KERNEL))} or newer; the verifier's last lines:\n"
             + "\n".join(lines)
         ) from error
     except OSError as error:
