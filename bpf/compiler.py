@@ -31,8 +31,9 @@ _CALL, _OF_FUNCTION = 0x85, 1
 
 
 def source(main: Path) -> str:
-    """One text of a program and our headers, with the tables that Python owns. bcc rewrites map
-    accesses reliably only in one file; #line keeps places in messages true."""
+    """One text of a program and our headers, with the tables that Python owns, but not what the
+    running kernel says. bcc rewrites map accesses reliably only in one file; #line keeps places in
+    messages true."""
     seen: set[str] = set()
 
     def text_of(path: Path) -> str:
@@ -50,7 +51,7 @@ def source(main: Path) -> str:
 
         return _INCLUDE.sub(insert, text)
 
-    headers = (layout, reasons, btf, functions)
+    headers = (layout, reasons, functions)
     return "".join(one.c_header() for one in headers) + text_of(main)
 
 
@@ -78,8 +79,9 @@ class Module:
         flags = ["-Wall", "-Wextra", "-Werror"]
         for directory in (_UAPI, multiarch):
             flags += ["-idirafter", str(directory)]
+        text = btf.c_header() + source(main)
         try:
-            self._bpf = bcc.BPF(text=source(main).encode(), cflags=flags)
+            self._bpf = bcc.BPF(text=text.encode(), cflags=flags)
         except Exception as error:  # bcc raises bare Exception
             raise DatapathError(
                 f"cannot compile {main}: {error}: clang's messages stand above; without rights to "
