@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+from collections.abc import Collection
 
 from l7proxy import forwarding, metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
@@ -62,13 +63,15 @@ class Attempts:
         rule: CompiledRule,
         backend: CompiledBackend,
         prefer: str | None,
+        wrong: Collection[str] = (),
         sent: Lease | None = None,
     ) -> tuple[Attempt, ResponseHead]:
-        """`sent`: to where the request, without a body, has gone already. Reply: no endpoint gave a
-        response that stands."""
+        """`wrong`: endpoints that it should not go to if there are others; `sent`: to where the
+        request, without a body, has gone already. Reply: no endpoint gave a response that
+        stands."""
         retry = rule.retry
         repeats, retries = _SAFE_REPEATS, 0
-        avoid: set[str] = set()
+        avoid = set(wrong)
         while True:
             if sent is None:
                 outcome = await self._attempt(head, rule, backend, prefer, avoid)

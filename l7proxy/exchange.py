@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from l7proxy.guard import Guard
 from l7proxy.lease import Lease
 from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
-from l7proxy.pairing import Follower
+from l7proxy.pairing import Follower, Place
 from l7proxy.pairs import Pairs, Refusal
 from l7proxy.policies import Policies
 from l7proxy.record import Record
@@ -55,6 +55,8 @@ _log = logging.getLogger("weft.exchange")
 # The only protocol that is upgraded to (RFC 6455): of others nobody could say what passes in the
 # tunnel, HTTP requests that no route has judged among them.
 _WEBSOCKET = b"websocket"
+# A lesser part of requests is none.
+_ROUNDED = 1e-9
 
 
 class Exchanges:
@@ -202,7 +204,7 @@ class _Exchange:
     async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
         rule = match.rule
         head = filters.request(rule.filters, self._stream.head, match)
-        backend, prefer = self._choose(rule, selected.prefer)
+        backend, prefer, avoid = self._choose(match, selected.prefer)
         if backend is None or backend.cluster is None:
             raise Reply(500, "no_backend", "the route has no valid backend for this request")
         if backend.redirect is not None:
@@ -213,7 +215,7 @@ class _Exchange:
         if head.upgrade not in (None, _WEBSOCKET):
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
-        await self._attempt(head, selected, rule, backend, prefer)
+        await self._attempt(head, selected, rule, backend, prefer, avoid)
 
     async def _attempt(
         self,
@@ -222,6 +224,7 @@ class _Exchange:
         rule: CompiledRule,
         backend: CompiledBackend,
         prefer: str | None,
+        avoid: Collection[str] = (),
         sent: Lease | None = None,
     ) -> None:
         """`sent`: where the request has gone already."""
@@ -242,7 +245,7 @@ class _Exchange:
             self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
         )
         self._forwarded = head
-        attempt, response = await attempts.run(head, rule, backend, prefer, sent)
+        attempt, response = await attempts.run(head, rule, backend, prefer, avoid, sent)
         self._propose(selected, rule, backend, attempt.lease, response)
         await self._relay(attempt, response, rule, backend)
 
@@ -268,12 +271,16 @@ class _Exchange:
             lease.way,
             lease.endpoint,
             self.record.series(),
-            endpoints=lease.endpoints,
             length=response.body if isinstance(response.body, int) else 0,
         )
-        if isinstance(allowed, Refusal):
+        match = selected.match
+        if isinstance(allowed, Refusal) or match is None:
             return
         version = shared.pairs.version
+        share = backend.weight / rule.total_weight if rule.total_weight else 1.0
+        if lease.endpoint_id != selected.prefer:
+            share /= max(lease.endpoints, 1)
+        at = rule.backends.index(backend)
 
         def handler(
             lease: Lease | Reply, *, responded: bool = False, answered: bool = False
@@ -286,8 +293,9 @@ class _Exchange:
             lease.stream,
             Follower(
                 allowed,
+                Place((match.route, rule.index), at, lease.endpoint_id, share),
                 self.record.head.authority,
-                current=lambda: shared.pairs.version == version,
+                current=lambda: shared.pairs.version == version and not before.ejected,
                 resume=lambda stream, answered: handler(before.again(stream), answered=answered),
                 fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
                 broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
@@ -328,22 +336,40 @@ class _Exchange:
             timeout -= time.monotonic() - sent.started
         async with within(timeout) as self._timeout:
             await self._attempt(
-                self._sent, sent.selected, match.rule, sent.backend, sent.selected.prefer, lease
+                self._sent,
+                sent.selected,
+                match.rule,
+                sent.backend,
+                sent.selected.prefer,
+                sent=lease,
             )
 
     def _choose(
-        self, rule: CompiledRule, prefer: str | None
-    ) -> tuple[CompiledBackend | None, str | None]:
-        """The backend for this request, and the endpoint to prefer: the one that its session asks
-        for, if that is there."""
+        self, match: RouteMatchResult, prefer: str | None
+    ) -> tuple[CompiledBackend | None, str | None, Collection[str]]:
+        """The backend for this request, the endpoint to prefer: the one that its session asks for,
+        if that is there; and those to avoid: the kernel has given them their share."""
+        rule, pairing = match.rule, self.info.pairing
         if rule.session is not None:
             wanted = session.endpoint_for(self._stream.head, rule.session, time.time())
             if wanted is not None:
                 for backend in rule.backends:
                     cluster = self._shared.clusters.get(backend.cluster or "")
                     if cluster is not None and backend.weight and cluster.has(wanted):
-                        return backend, wanted
-        return pick_backend(rule, random.random), prefer
+                        return backend, wanted, ()
+        taken = pairing.taken((match.route, rule.index)) if pairing is not None else ()
+        if taken:
+            rest = [
+                backend.weight / rule.total_weight
+                - sum(place.share for place in taken if place.backend == at)
+                for at, backend in enumerate(rule.backends)
+            ]
+            rest = [share if share > _ROUNDED else 0.0 for share in rest]
+            if any(rest):
+                (at,) = random.choices(range(len(rest)), rest)
+                avoid = {place.endpoint for place in taken if place.backend == at}
+                return rule.backends[at], prefer, avoid
+        return pick_backend(rule, random.random), prefer, ()
 
     def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
         key = self._entry.client_certificate

@@ -71,9 +71,10 @@ static __always_inline int send_on(struct sk_msg_md *message, u32 size, struct e
 static __always_inline int forward(struct sk_msg_md *message, u32 size, struct exchange *exchange,
 				   u64 client, u32 sent)
 {
-	u64 backend, offer, series, whole;
+	u64 backend = 0, offer, series = 0, whole;
+	u32 response_max = 0, chance, i;
+	const struct way *way;
 	struct judged judged;
-	u32 rule, response_max;
 	struct pair *pair;
 	int result;
 
@@ -81,24 +82,38 @@ static __always_inline int forward(struct sk_msg_md *message, u32 size, struct e
 	if (!pair)
 		return SK_PASS;
 	offer = pair->offer;
-	backend = pair->backend;
-	series = pair->series;
-	response_max = pair->response_max;
 	/* A worker that hangs keeps nothing, and wakes with nothing. */
 	if (pair->made_ns < proxies_have() || exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
 	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns ||
 	    show(message, size, AUTOMATON_HEAD_MAX))
 		return SK_PASS;
-	rule = pair->rule;
 	judge_head(message, pair->generation, pair->egress, pair->ingress, &judged);
 	whole = judged.size + judged.length;
-	if (judged.rule == 0 || judged.rule != rule || whole < size || whole > REQUEST_MAX)
+	if (judged.rule == 0 || whole < size || whole > REQUEST_MAX)
 		return SK_PASS;
+	chance = bpf_get_prandom_u32() % PAIR_SHARES;
+#pragma unroll
+	for (i = 0; i < PAIR_WAYS; i++) {
+		way = &pair->ways[i];
+		if (backend || way->rule != judged.rule)
+			continue;
+		if (chance >= way->share) {
+			chance -= way->share;
+			continue;
+		}
+		backend = way->backend;
+		series = way->series;
+		response_max = way->response_max;
+	}
 	/* The proxy's next pair may have taken the memory of this one meanwhile. */
 	asm volatile("" : : : "memory");
 	if (again(pair->offer) != offer || again(pair->offer_again) != offer)
 		return SK_PASS;
+	if (!backend) {
+		exchange->missed++;
+		return SK_PASS;
+	}
 	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
 	if (result != SK_PASS)
 		return SK_PASS;
@@ -211,6 +226,10 @@ static __always_inline int give_back(struct sk_msg_md *message, u32 size,
 	client = paired_with->client;
 	exchange = exchanges.lookup(&client);
 	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
+		return SK_PASS;
+	/* Whom it went to is known before it counts as forwarded; only that one may answer. */
+	asm volatile("" : : : "memory");
+	if (again(exchange->backend) != backend)
 		return SK_PASS;
 	if (sent == paired_with->received && again(paired_with->client) == client)
 		left = left_after(message, size, exchange, unread);
