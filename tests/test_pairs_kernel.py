@@ -105,6 +105,7 @@ class Backend:
         self.go_on = asyncio.Event()  # for /slow
         self.reached = asyncio.Event()  # a /slow has come
         self.lingers = False  # with its own end, when the other one has ended
+        self.writer: asyncio.StreamWriter | None = None  # of the last request
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while (message := await read_message(reader, head_only=True)) is not None:
@@ -116,6 +117,7 @@ class Backend:
                 continue
             assert version == "HTTP/1.1"
             self.targets.append(target)
+            self.writer = writer
             self.heads.append(message.headers)
             what, _, rest = target[1:].partition("/")
             if what == "slow":
@@ -897,38 +899,102 @@ def test_an_endpoint_that_leaves_gets_no_more_requests(world):
     with_backend(world, test)
 
 
+@contextlib.asynccontextmanager
+async def second(here: Node) -> AsyncIterator[tuple[Backend, dict[str, Section]]]:
+    """Service shop/second's backend, and the sections for it."""
+    other = Backend()
+    async with served(other) as port:
+        own = EntryBackend(NODE, port, sockmap=True)
+        here.world.frontend(NODE, port, own, http=True, sockmap=True)
+        section = ClusterSection((Endpoint(NODE, port, "web-0"),))
+        yield other, {cluster_key("Service", "default", "second", 80): section}
+
+
 def test_several_endpoints_get_their_shares(world):
+    """Request by request, over one connection, and nearly all past the proxy."""
+
     async def test(here: Node, backend: Backend) -> None:
-        other = Backend()
-        async with served(other) as port:
-            own_port = here.own_port  # type: ignore[attr-defined]
-            here.world.frontend(
-                NODE, port, EntryBackend(NODE, port, sockmap=True), http=True, sockmap=True
-            )
-            key = cluster_key("Service", "default", "web", 80)
-            both = (Endpoint(NODE, own_port, "web-0"), Endpoint(NODE, port, "web-0"))
-            await change(here, {key: ClusterSection(both)})
+        async with second(here) as (other, put):
+            key, own_port = cluster_key("Service", "default", "web", 80), here.own_port  # type: ignore[attr-defined]
+            (its,) = next(iter(put.values())).endpoints  # type: ignore[union-attr]
+            both = ClusterSection((Endpoint(NODE, own_port, "web-0"), its))
+            await change(here, {key: both})
+
+            async def share(requests: int) -> tuple[int, int]:
+                """How many go to the other one, and how often another one is next."""
+                taken, turns, last = 0, 0, False
+                for _ in range(requests):
+                    before = len(other.targets)
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+                    is_other = len(other.targets) > before
+                    taken, turns, last = taken + is_other, turns + (is_other != last), is_other
+                return taken, turns
+
             counts = Counts(world)
             async with paired(world) as own:
-                for _ in range(600):
-                    assert (await own.ask(get("/a", "web"))).body == b"/a"
-            assert counts.since[0] > 400
-            shares = len(backend.targets), len(other.targets)
-            assert min(shares) >= 64, shares
-            # Two backends, of weights 1 and 3; by chance, so only roughly.
-            second = cluster_key("Service", "default", "second", 80)
+                taken, turns = await share(600)
+            # Nine standard deviations, and some.
+            assert 185 < taken < 415, taken
+            assert turns > 185, turns
+            assert counts.since[0] > 550
             weighted = rule(to("web", 1), to("second", 3), matches=MATCHES)
-            await change(
-                here,
-                {key: ClusterSection(both[:1]), second: ClusterSection(both[1:])}
-                | mesh_route("r", weighted),
-            )
+            await change(here, {key: ClusterSection(both.endpoints[:1])} | put)
+            await change(here, mesh_route("r", weighted))
+            counts = Counts(world)
             async with paired(world) as own:
-                before, counts = len(other.targets), Counts(world)
-                for _ in range(2_600):
-                    assert (await own.ask(get("/a", "web"))).body == b"/a"
-            assert counts.since[0] > 2_000
-            assert 1_000 < len(other.targets) - before < 2_540
+                taken, turns = await share(2_000)
+            assert 1_320 < taken < 1_680, taken
+            assert turns > 550, turns
+            assert counts.since[0] > 1_950
+
+    with_backend(world, test)
+
+
+def test_rules_with_backends_of_their_own_pass_over_one_connection(world):
+    """Then the one is removed, and the other one goes on; and what it could say stays unheard."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+            rest = rule(to("web"), matches=(paths[1],))
+            own_rules = (rule(to("second"), matches=(paths[0],)), rest)
+            await change(here, put | mesh_route("r", *own_rules))
+            async with paired(world) as own:
+                assert (await own.ask(get("/b/0", "web"))).body == b"/b/0"
+                await own.offered()
+                counts = Counts(world)
+                for number in range(50):
+                    for path in ("/a", "/b"):
+                        target = f"{path}/{number}"
+                        assert (await own.ask(get(target, "web"))).body == target.encode()
+                assert counts.since == (100, 100, 0)
+                assert len(other.targets) == 51
+                assert {target[:2] for target in other.targets} == {"/b"}
+                # Who was not asked speaks while another's response is due.
+                assert other.writer is not None
+                own.writer.write(get("/slow", "web").encode())
+                await backend.reached.wait()
+                other.writer.write(ok(b"smuggled"))
+                await own.offered(stands=False)
+                backend.go_on.set()
+                assert (await own.answer()).body == b"/slow"
+                for path in ("/a", "/b", "/b", "/a"):
+                    assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+                # And while none is.
+                other.writer.write(ok(b"smuggled"))
+                await own.offered(stands=False)
+                for path in ("/a", "/b", "/b", "/a"):
+                    assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+                counts = Counts(world)
+                for path in ("/a", "/b"):
+                    assert (await own.ask(get(path, "web"))).body == path.encode()
+                assert counts.since == (2, 2, 0)
+                await change(here, mesh_route("r", rest))
+                before = len(other.targets)
+                assert (await own.ask(get("/b", "web"))).body == b"/b"
+                assert len(other.targets) == before
 
     with_backend(world, test)
 
