@@ -946,6 +946,14 @@ def test_several_endpoints_get_their_shares(world):
             assert 1_320 < taken < 1_680, taken
             assert turns > 550, turns
             assert counts.since[0] > 1_950
+            # What the proxy alone can reach has its share too.
+            (key,) = put
+            await change(here, {key: ClusterSection((Endpoint(NODE, its.port),))})
+            counts = Counts(world)
+            async with paired(world) as own:
+                taken, _ = await share(800)
+            assert 490 < taken < 710, taken
+            assert 90 < counts.since[0] < 310
 
     with_backend(world, test)
 
