@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from l7proxy import forwarding, metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
@@ -37,7 +37,7 @@ _MAX_DOUBLINGS = 16
 
 class Attempts:
     """On behalf of `caller`; `certificate` is what TLS backends are shown; `guard` judges the
-    request."""
+    request; `chosen` is told the id of each endpoint that it may go to."""
 
     def __init__(
         self,
@@ -48,6 +48,7 @@ class Attempts:
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
         guard: Guard,
+        chosen: Callable[[str], None] | None,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
@@ -56,6 +57,7 @@ class Attempts:
         self._caller = caller
         self._certificate = certificate
         self._guard = guard
+        self._chosen = chosen
 
     async def run(
         self,
@@ -131,6 +133,7 @@ class Attempts:
                     avoid=avoid,
                     prefer=prefer,
                     allows=self._guard.allowing(head),
+                    chosen=self._chosen,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint

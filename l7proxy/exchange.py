@@ -242,7 +242,14 @@ class _Exchange:
                     mirror.cluster, copy, self._body, caller, certificate, guard.quiet()
                 )
         attempts = Attempts(
-            self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
+            self._shared.clusters,
+            self._stream,
+            self._body,
+            self.record,
+            caller,
+            certificate,
+            guard,
+            self.info.pairing.leave if self.info.pairing is not None else None,
         )
         self._forwarded = head
         attempt, response = await attempts.run(head, rule, backend, prefer, avoid, sent)

@@ -148,6 +148,16 @@ class Pairing:
         places = (held.follower.place for held in self._held)
         return [place for place in places if place.rule == rule]
 
+    def leave(self, endpoint: str) -> None:
+        """A request that is served is to go there: what is held might be the last connection that
+        it can have."""
+        leaving = [held for held in self._held if held.follower.place.endpoint == endpoint]
+        if leaving:
+            passed = self._handles.passed(self._client) or _NOTHING
+            self._held = [held for held in self._held if held not in leaving]
+            for held in leaving:
+                held.let_go(passed.parted)
+
     @property
     def large(self) -> bool:
         """Responses may take more memory than most may."""
@@ -269,6 +279,7 @@ class Pairing:
         self._handles.withdraw(self._client)
         wait_s = _FIRST_LOOK_S
         brought = 0
+        asked = moved
         while True:
             passed = self._handles.passed(self._client)
             last = self._last(passed)
@@ -317,12 +328,11 @@ class Pairing:
                 self.lost = passed.unsent != brought
                 self._tell_head(passed, follower)
                 self._held.remove(last)
-                self._let_go(passed)
                 stream = kept.resume(self.head, last=passed.parted != last.parted)
                 return follower.resume(stream, passed.answered != self._before.answered)
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
-            if not self._missed:
+            if not asked:
                 self._let_go(passed)
             return None
 
