@@ -959,6 +959,26 @@ def test_several_endpoints_get_their_shares(world):
     with_backend(world, test)
 
 
+def test_the_last_connection_that_an_endpoint_may_have_is_held_from_nobody(world):
+    """Two rules lead to it, one after the other."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+        own_port = here.own_port  # type: ignore[attr-defined]
+        key = cluster_key("Service", "default", "web", 80)
+        one = ClusterSection((Endpoint(NODE, own_port, "web-0"),), max_connections_per_endpoint=1)
+        rules = [rule(to("web"), matches=(path,)) for path in paths]
+        await change(here, mesh_route("r", *rules) | {key: one})
+        async with paired(world) as own:
+            counts = Counts(world)
+            for path in ("/b", "/b", "/a", "/a"):
+                assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+            assert counts.since == (2, 2, 0)
+
+    with_backend(world, test, connect_timeout_s=1)
+
+
 def test_rules_with_backends_of_their_own_pass_over_one_connection(world):
     """Then the one is removed, and the other one goes on; and what it could say stays unheard."""
 
