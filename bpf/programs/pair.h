@@ -96,15 +96,17 @@ static __always_inline int forward(struct sk_msg_md *message, u32 size, struct e
 #pragma unroll
 	for (i = 0; i < PAIR_WAYS; i++) {
 		way = &pair->ways[i];
-		if (backend || way->rule != judged.rule)
+		if (!way->rule)
+			break;
+		if (way->rule != judged.rule)
 			continue;
-		if (chance >= way->share) {
-			chance -= way->share;
-			continue;
+		if (chance < way->share) {
+			backend = way->backend;
+			series = way->series;
+			response_max = way->response_max;
+			break;
 		}
-		backend = way->backend;
-		series = way->series;
-		response_max = way->response_max;
+		chance -= way->share;
 	}
 	/* The proxy's next pair may have taken the memory of this one meanwhile. */
 	asm volatile("" : : : "memory");
