@@ -223,6 +223,7 @@ PAIR = Layout(
     "=",
     {
         "offer": "Q",
+        "client": "Q",
         "generation": "Q",
         "egress": "I",
         "ingress": "I",
@@ -236,7 +237,7 @@ PAIR = Layout(
         "offer_again": "Q",
     },
 )
-PAIRED = Layout("paired", "=", {"client": "Q", "received": "I", "zero": "4x"})
+PAIRED = Layout("paired", "=", {"client": "Q", "received": "I", "answered": "I"})
 EXCHANGE = Layout(
     "exchange",
     "=",

@@ -183,7 +183,7 @@ class ProxyHandles:
             self._put(
                 maps.paired,
                 layout.U64.pack(Number(way.backend)),
-                layout.PAIRED.pack(Paired(offer.client, received & _U32)),
+                layout.PAIRED.pack(Paired(offer.client, received & _U32, 0)),
             )
             for way, received in zip(offer.ways, offer.backends_received, strict=True)
         )
@@ -195,6 +195,7 @@ class ProxyHandles:
         number = time.monotonic_ns()
         pair = Pair(
             number,
+            offer.client,
             offer.generation,
             offer.egress,
             offer.ingress,
@@ -223,10 +224,13 @@ class ProxyHandles:
         if self._pairs is not None:
             syscall.delete(self._pairs.pairs, layout.U64.pack(Number(client)))
 
-    def forget(self, backend: int) -> None:
-        """Responses do not pass any more either."""
-        if self._pairs is not None:
-            syscall.delete(self._pairs.paired, layout.U64.pack(Number(backend)))
+    def forget(self, backend: int) -> int:
+        """Responses do not pass any more either; how many have since the offer."""
+        if self._pairs is None:
+            return 0
+        key = layout.U64.pack(Number(backend))
+        data = syscall.take(self._pairs.paired, key, layout.PAIRED.size)
+        return 0 if data is None else layout.PAIRED.unpack(Paired, data).answered
 
     @staticmethod
     def settle() -> None:

@@ -269,6 +269,7 @@ class Pair(NamedTuple):
     """struct pair: what the proxy offers to a client's socket. `ways`: packed ones."""
 
     offer: int
+    client: int
     generation: int
     egress: int
     ingress: int
@@ -282,10 +283,11 @@ class Pair(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """struct paired: of a backend's socket."""
+    """struct paired: of a backend's socket, which has `answered` so many requests since."""
 
     client: int
     received: int
+    answered: int
 
 
 class Exchange(NamedTuple):

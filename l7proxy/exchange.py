@@ -24,12 +24,12 @@ from l7proxy.attempts import Attempts
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
+from l7proxy.followers import follower
 from l7proxy.guard import Guard
 from l7proxy.lease import Lease
 from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
-from l7proxy.pairing import Follower, Place
-from l7proxy.pairs import Pairs, Refusal
+from l7proxy.pairs import Pairs
 from l7proxy.policies import Policies
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
@@ -39,9 +39,10 @@ from l7proxy.routing import (
     RouteIndex,
     RouteMatchResult,
     pick_backend,
+    pick_untaken,
 )
 from l7proxy.sent import Sent
-from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
+from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
 from l7proxy.upgrade import to_client, tunnel
 from l7proxy.upstream import Clusters
 from mesh.model.nodeconfig import CertificateSection, Settings
@@ -55,8 +56,6 @@ _log = logging.getLogger("weft.exchange")
 # The only protocol that is upgraded to (RFC 6455): of others nobody could say what passes in the
 # tunnel, HTTP requests that no route has judged among them.
 _WEBSOCKET = b"websocket"
-# A lesser part of requests is none.
-_ROUNDED = 1e-9
 
 
 class Exchanges:
@@ -253,61 +252,33 @@ class _Exchange:
         )
         self._forwarded = head
         attempt, response = await attempts.run(head, rule, backend, prefer, avoid, sent)
-        self._propose(selected, rule, backend, attempt.lease, response)
+        self._propose(selected, backend, attempt.lease, response)
         await self._relay(attempt, response, rule, backend)
 
     # --- past the proxy ---------------------------------------------------------------------------
 
     def _propose(
-        self,
-        selected: Selection,
-        rule: CompiledRule,
-        backend: CompiledBackend,
-        lease: Lease,
-        response: ResponseHead,
+        self, selected: Selection, backend: CompiledBackend, lease: Lease, response: ResponseHead
     ) -> None:
         """Requests like this one, to the same endpoint, may pass by the proxy from now on."""
         pairing, shared = self.info.pairing, self._shared
-        if pairing is None or not lease.endpoint.name:
+        if pairing is None:
             return
-        caller = self._entry.caller(self.record.client)
-        allowed = shared.pairs.allowed(
+        if response.upgrade is not None:
+            pairing.dissolve()
+            return
+        found = follower(
+            shared.pairs,
             selected,
-            rule,
-            caller,
-            lease.way,
-            lease.endpoint,
-            self.record.series(),
-            length=response.body if isinstance(response.body, int) else 0,
+            backend,
+            self._entry.caller(self.record.client),
+            lease,
+            self.record,
+            response,
+            lambda sent: partial(shared.resume, self._entry, sent),
         )
-        match = selected.match
-        if isinstance(allowed, Refusal) or match is None:
-            return
-        version = shared.pairs.version
-        share = backend.weight / rule.total_weight if rule.total_weight else 1.0
-        if lease.endpoint_id != selected.prefer:
-            share /= max(lease.endpoints, 1)
-        at = rule.backends.index(backend)
-
-        def handler(
-            lease: Lease | Reply, *, responded: bool = False, answered: bool = False
-        ) -> Handler:
-            sent = Sent(selected, backend, before, lease, responded, answered)
-            return partial(shared.resume, self._entry, sent)
-
-        before = lease
-        pairing.propose(
-            lease.stream,
-            Follower(
-                allowed,
-                Place((match.route, rule.index), at, lease.endpoint_id, share),
-                self.record.head.authority,
-                current=lambda: shared.pairs.version == version and not before.ejected,
-                resume=lambda stream, answered: handler(before.again(stream), answered=answered),
-                fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
-                broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
-            ),
-        )
+        if found is not None:
+            pairing.propose(lease.stream, found)
 
     async def _resume(self, sent: Sent) -> None:
         """Relay the response to a request that was judged, and sent, by the kernel."""
@@ -319,8 +290,6 @@ class _Exchange:
         record.backend, record.attempts = sent.backend.label, 1
         record.endpoint, record.destination = before.endpoint_id, before.endpoint
         record.way = before.way
-        if sent.answered:
-            before.succeeded(200)
         if isinstance(sent.lease, Reply):
             self._responded = sent.responded
             raise sent.lease
@@ -333,7 +302,7 @@ class _Exchange:
             response = await attempt.response(self._sent, sent=True)
             if isinstance(response, Failure):
                 raise Reply(response.status, response.reason, response.detail)
-            self._propose(sent.selected, match.rule, sent.backend, sent.lease, response)
+            self._propose(sent.selected, sent.backend, sent.lease, response)
             await self._relay(attempt, response, match.rule, sent.backend)
 
     async def _go_on(self, sent: Sent, lease: Lease, match: RouteMatchResult) -> None:
@@ -366,14 +335,8 @@ class _Exchange:
                         return backend, wanted, ()
         taken = pairing.taken((match.route, rule.index)) if pairing is not None else ()
         if taken:
-            rest = [
-                backend.weight / rule.total_weight
-                - sum(place.share for place in taken if place.backend == at)
-                for at, backend in enumerate(rule.backends)
-            ]
-            rest = [share if share > _ROUNDED else 0.0 for share in rest]
-            if any(rest):
-                (at,) = random.choices(range(len(rest)), rest)
+            at = pick_untaken(rule, ((place.backend, place.share) for place in taken))
+            if at is not None:
                 avoid = {place.endpoint for place in taken if place.backend == at}
                 return rule.backends[at], prefer, avoid
         return pick_backend(rule, random.random), prefer, ()

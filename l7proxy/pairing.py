@@ -16,13 +16,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable
-from typing import NamedTuple
 
-from bpf.constants import PAIR_SHARES, PAIR_WAYS, RESPONSE_MAX
+from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
-from bpf.structs import Exchange, Way
+from bpf.structs import Exchange
 from l7proxy.handles import Handles
+from l7proxy.held import Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -36,69 +36,9 @@ _MANY = 1 << 31
 _U32 = 0xFFFFFFFF
 
 
-class Allowed(NamedTuple):
-    """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `timeout_s`: how long each may
-    take, with its response."""
-
-    generation: int
-    egress: int
-    ingress: int
-    rule: int
-    expires_ns: int
-    made_ns: int
-    series: int
-    response_max: int
-    timeout_s: float | None
-
-
-class Place(NamedTuple):
-    """Where requests of a rule go: to an endpoint by its id, of one of the rule's backends, and
-    which part of them does."""
-
-    rule: Hashable
-    backend: int
-    endpoint: str
-    share: float
-
-
-class Follower(NamedTuple):
-    """How requests that follow one that was answered are treated. `current`: nothing that this was
-    decided by has changed. `resume` makes a handler for a response that comes through the proxy
-    after all, on this stream, and is told whether others have passed before; `fail` one for a
-    request without a response (status, reason, detail), `broken` for one whose response has begun
-    and will not end (reason, detail)."""
-
-    allowed: Allowed
-    place: Place
-    authority: bytes
-    current: Callable[[], bool]
-    resume: Callable[[ClientStream, bool], Handler]
-    fail: Callable[[int, str, str], Handler]
-    broken: Callable[[str, str], Handler]
-
-
-class _Held(NamedTuple):
-    """A backend's connection. `parted`: as in `Exchange`, when it began to be held: of a request in
-    parts one may have been lost on its way since, when memory is short; who waits for it would take
-    the next request for it, which may be another client's."""
-
-    kept: Kept
-    follower: Follower
-    parted: int
-
-    @property
-    def good(self) -> bool:
-        kept = self.kept
-        return not kept.closed and not kept.unread and self.follower.current()
-
-    def let_go(self, parted: int) -> None:
-        kept = self.kept
-        kept.let_go(reusable=not kept.closed and not kept.unread and parted == self.parted)
-
-
 class Pairing:
-    """`opened` and `closed` are told when offers stand and when none does any more. `settled` waits
-    until nothing is done any more by offers that were withdrawn before."""
+    """`opened` is told when connections are offered, `closed` when none is held any more. `settled`
+    waits until nothing is done any more by offers that were withdrawn before."""
 
     def __init__(
         self,
@@ -122,8 +62,9 @@ class Pairing:
         self._closed = closed
         self._settled = settled
         self._proposal: tuple[Kept, Follower] | None = None
-        self._held: list[_Held] = []  # the first was offered first
+        self._held: list[Held] = []  # the first was offered first
         self._missed = False  # a request that is served comes from the others' share
+        self._gone = False  # the client is
         self._before = _NOTHING  # when it was offered
         self._seen = _NOTHING  # when it was last looked at, and what had changed since
         self._moved_at = 0.0
@@ -151,12 +92,7 @@ class Pairing:
     def leave(self, endpoint: str) -> None:
         """A request that is served is to go there: what is held might be the last connection that
         it can have."""
-        leaving = [held for held in self._held if held.follower.place.endpoint == endpoint]
-        if leaving:
-            passed = self._handles.passed(self._client) or _NOTHING
-            self._held = [held for held in self._held if held not in leaving]
-            for held in leaving:
-                held.let_go(passed.parted)
+        self._keep([held for held in self._held if held.follower.place.endpoint != endpoint])
 
     @property
     def large(self) -> bool:
@@ -174,7 +110,7 @@ class Pairing:
         kernel, all of them, or none (False). The client has sent `received` bytes here, all of them
         done with. `most`: no more requests may pass. Whether they were sent."""
         passed = self._handles.passed(self._client) or _NOTHING
-        self._choose(passed)
+        self._choose(passed.parted)
         if not self._held:
             return False
         allowed = [held.follower.allowed for held in self._held]
@@ -182,16 +118,7 @@ class Pairing:
         offer = Offer(
             self._client,
             *newest[:3],
-            ways=tuple(
-                Way(
-                    held.kept.cookie,
-                    one.series,
-                    one.rule,
-                    round(held.follower.place.share * PAIR_SHARES),
-                    one.response_max,
-                )
-                for held, one in zip(self._held, allowed, strict=True)
-            ),
+            ways=tuple(held.way for held in self._held),
             client_received=received,
             backends_received=tuple(held.kept.received for held in self._held),
             handed=passed.handed,
@@ -213,28 +140,27 @@ class Pairing:
         self._opened(self)
         return True
 
-    def _choose(self, passed: Exchange) -> None:
+    def _choose(self, parted: int) -> None:
         """Hold what is proposed, and of the others what can be offered with it, the newest."""
         proposal, self._proposal = self._proposal, None
         self._missed = False
         if proposal is not None:
             if proposal[0].held:
-                self._held.append(_Held(*proposal, passed.parted))
+                self._held.append(Held(*proposal, parted))
             else:
                 proposal[0].let_go(reusable=True)
-        held = [one for one in self._held if one.good]
-        if held:
-            newest = held[-1].follower
-            held = [
-                one
-                for one in held[:-1]
-                if one.follower.place != newest.place
-                and one.follower.allowed[:3] == newest.allowed[:3]
-            ][-PAIR_WAYS + 1 :] + held[-1:]
-        for one in self._held:
-            if one not in held:
-                one.let_go(passed.parted)
-        self._held = held
+        self._keep(to_offer(self._held))
+
+    def _keep(self, held: list[Held]) -> None:
+        """Of what is held, and not offered, these; the others are let go."""
+        if len(held) == len(self._held):
+            return
+        passed = self._handles.passed(self._client) or _NOTHING
+        gone, self._held = [one for one in self._held if one not in held], held
+        for one in gone:
+            one.let_go(passed.parted)
+        if not held:
+            self._closed(self)
 
     def decline(self) -> None:
         """There will be no offer after this request."""
@@ -246,13 +172,17 @@ class Pairing:
             self._let_go(self._handles.passed(self._client))
 
     def dissolve(self) -> None:
-        """No request passes any more, and `take_over` is due."""
+        """No request passes any more, and `take_over` is due; what is held while a request is
+        served is let go."""
         if self.offered:
             self._handles.withdraw(self._client)
             self._be_due()
+        else:
+            self._keep([])
 
     def close(self, *, ended: bool) -> None:
         """The client's connection is gone; `ended`: the client had said that it sends no more."""
+        self._gone = True
         if self.offered:
             self._handles.withdraw(self._client)
             passed = self._handles.passed(self._client)
@@ -280,7 +210,7 @@ class Pairing:
         wait_s = _FIRST_LOOK_S
         brought = 0
         asked = moved
-        while True:
+        while self.offered:
             passed = self._handles.passed(self._client)
             last = self._last(passed)
             kept, follower = last.kept, last.follower
@@ -313,14 +243,18 @@ class Pairing:
                 moved = True
                 continue
             await self._delivery()
+            if not self.offered:
+                break
             self._withdrawn()
             self.count = passed.forwarded - self._before.forwarded & _U32
             if handed and passed.left:
+                self._held.remove(last)
+                self._let_go(passed)
                 if await self._bring_back(passed, last, give):
-                    self._let_go(passed)
+                    last.let_go(passed.parted)
                     return None
                 self.lost = True
-                self._let_go(None)
+                kept.let_go(reusable=False)
                 self._tell_head(passed, follower)
                 return follower.broken("upstream_reset", "the response did not end")
             if handed:
@@ -328,21 +262,21 @@ class Pairing:
                 self.lost = passed.unsent != brought
                 self._tell_head(passed, follower)
                 self._held.remove(last)
-                stream = kept.resume(self.head, last=passed.parted != last.parted)
-                return follower.resume(stream, passed.answered != self._before.answered)
+                return follower.resume(kept.resume(self.head, last=passed.parted != last.parted))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
             if not asked:
                 self._let_go(passed)
             return None
+        return None  # the client is gone
 
-    def _last(self, passed: Exchange | None) -> _Held:
+    def _last(self, passed: Exchange | None) -> Held:
         """The one that the last request has gone to."""
         backend = passed.backend if passed is not None else 0
         return next((held for held in self._held if held.kept.cookie == backend), self._held[-1])
 
     async def _bring_back(
-        self, passed: Exchange, last: _Held, give: Callable[[bytes], Awaitable[None]]
+        self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
     ) -> bool:
         """The rest of a response that has begun past the proxy; whether it has come."""
         left, kept, timeout_s = passed.left, last.kept, last.follower.allowed.timeout_s
@@ -351,7 +285,7 @@ class Pairing:
             late = timeout_s is not None and (
                 time.monotonic() - passed.started_ns * _NS > timeout_s
             )
-            if late or (not more and kept.closed):
+            if late or self._gone or (not more and kept.closed):
                 return False
             if more:
                 left -= len(more)
@@ -398,6 +332,9 @@ class Pairing:
     def look(self, body_timeout_s: float) -> None:
         """Notice what has passed; a request that has been outstanding for too long is given up, or
         whose body has not gone on for so long."""
+        if not self.offered:
+            self._keep([held for held in self._held if held.good])
+            return
         passed = self._handles.passed(self._client)
         if passed is None or not all(held.follower.current() for held in self._held):
             self._be_due()
@@ -420,10 +357,12 @@ class Pairing:
     # --- states -----------------------------------------------------------------------------------
 
     def _on_backend(self) -> None:
-        """The backend has sent something here, or closed."""
+        """A backend has sent something here, or closed; or others wait for its connection."""
         self._happened.set()
         if self.offered:
             self._be_due()
+        else:
+            self._keep([held for held in self._held if held.good])
 
     def _be_due(self) -> None:
         self.due = True
@@ -431,13 +370,13 @@ class Pairing:
         self.wake()
 
     def _withdrawn(self) -> None:
-        self._forget()
         self.offered = self.due = False
-        self._closed(self)
+        self._forget()
 
     def _forget(self) -> None:
         for held in self._held:
-            self._handles.forget(held.kept.cookie)
+            if self._handles.forget(held.kept.cookie):
+                held.follower.answered()
 
     def _let_go(self, passed: Exchange | None) -> None:
         """`passed` None: no connection is used again, nobody knows what is on its way there."""
@@ -447,6 +386,7 @@ class Pairing:
                 held.kept.let_go(reusable=False)
             else:
                 held.let_go(passed.parted)
+        self._closed(self)
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))

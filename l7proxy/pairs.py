@@ -19,7 +19,8 @@ from bpf.constants import LARGE_PAIRS, LARGE_RESPONSE_MAX, RESPONSE_HEAD_MAX, RE
 from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
-from l7proxy.pairing import Allowed, Pairing
+from l7proxy.held import Allowed
+from l7proxy.pairing import Pairing
 from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE

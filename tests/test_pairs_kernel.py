@@ -106,6 +106,8 @@ class Backend:
         self.reached = asyncio.Event()  # a /slow has come
         self.lingers = False  # with its own end, when the other one has ended
         self.writer: asyncio.StreamWriter | None = None  # of the last request
+        self.ended = asyncio.Event()  # a connection has
+        self.fails = False  # whatever it is asked
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while (message := await read_message(reader, head_only=True)) is not None:
@@ -120,6 +122,8 @@ class Backend:
             self.writer = writer
             self.heads.append(message.headers)
             what, _, rest = target[1:].partition("/")
+            if self.fails:
+                what, rest = "status", "503"
             if what == "slow":
                 self.reached.set()
                 await self.go_on.wait()
@@ -147,6 +151,7 @@ class Backend:
             else:
                 writer.write(answer)
                 await writer.drain()
+        self.ended.set()
         if self.lingers:
             await self.go_on.wait()
 
@@ -217,7 +222,7 @@ class Paired:
         self.reader, self.writer = reader, writer
         self._world = world
         sock = writer.get_extra_info("socket")
-        self._cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+        self.cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
     async def ask(self, request: str | bytes) -> Message:
         self.writer.write(request if isinstance(request, bytes) else request.encode())
@@ -236,12 +241,12 @@ class Paired:
         pairs = maps.PinnedMap(self._world.pin, "pairs", Number, Pair)
         with contextlib.closing(pairs):
             async with asyncio.timeout(5):
-                while (pairs.get(Number(self._cookie)) is not None) is not stands:
+                while (pairs.get(Number(self.cookie)) is not None) is not stands:
                     await asyncio.sleep(0.001)
 
     @property
     def delivered(self) -> bool:
-        return self._world.handles().delivered(self._cookie)
+        return self._world.handles().delivered(self.cookie)
 
     async def ended(self) -> bool:
         """Whether nothing more came before the end."""
@@ -927,6 +932,7 @@ def test_several_endpoints_get_their_shares(world):
                 for _ in range(requests):
                     before = len(other.targets)
                     assert (await own.ask(get("/a", "web"))).body == b"/a"
+                    await own.offered()
                     is_other = len(other.targets) > before
                     taken, turns, last = taken + is_other, turns + (is_other != last), is_other
                 return taken, turns
@@ -952,6 +958,9 @@ def test_several_endpoints_get_their_shares(world):
             await change(here, {key: ClusterSection((Endpoint(NODE, its.port),))})
             counts = Counts(world)
             async with paired(world, first=False) as own:
+                before = len(backend.targets)
+                while len(backend.targets) == before:  # its connection is one that can be held
+                    await own.ask(get("/a", "web"))
                 taken, _ = await share(800)
             assert 490 < taken < 710, taken
             assert 90 < counts.since[0] < 310
@@ -977,6 +986,139 @@ def test_the_last_connection_that_an_endpoint_may_have_is_held_from_nobody(world
             assert counts.since == (2, 2, 0)
 
     with_backend(world, test, connect_timeout_s=1)
+
+
+def test_a_connection_that_others_wait_for_is_held_no_longer(world):
+    """Two clients' connections, and the endpoint may have one."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        own_port = here.own_port  # type: ignore[attr-defined]
+        endpoints = (Endpoint(NODE, own_port, "web-0"),)
+        one = ClusterSection(endpoints, max_connections_per_endpoint=1)
+        await change(here, {cluster_key("Service", "default", "web", 80): one})
+        async with paired(world) as own, paired(world) as other:
+            counts = Counts(world)
+            for asker in (other, own, other):
+                for _ in "ab":
+                    assert (await asker.ask(get("/a", "web"))).body == b"/a"
+                    await asker.offered()
+            assert counts.since == (4, 4, 0)
+            # A request that is under way is answered first.
+            other.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/a", "web").encode())
+            await other.offered(stands=False)
+            backend.go_on.set()
+            assert (await other.answer()).body == b"/slow"
+            assert (await own.answer()).body == b"/a"
+
+    with_backend(world, test, connect_timeout_s=1)
+
+
+def test_what_an_endpoint_fares_by_is_its_own(world):
+    """One of two fails, and is left alone for a while although the other one answers."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            other.fails = True
+            (its,) = next(iter(put.values())).endpoints  # type: ignore[union-attr]
+            both = (Endpoint(NODE, here.own_port, "web-0"), its)  # type: ignore[attr-defined]
+            await change(here, {cluster_key("Service", "default", "web", 80): ClusterSection(both)})
+            async with paired(world, first=False) as own:
+                for _ in range(100):
+                    await own.ask(get("/a", "web"))
+                    await own.offered()
+            # When it has failed for the last time an offer may stand already.
+            assert len(other.targets) in (12, 13)
+            assert len(backend.targets) + len(other.targets) == 100
+
+    with_backend(world, test, ejection_failures=12, ejection_time_s=60)
+
+
+def test_a_backend_that_answers_again_has_not_failed_in_a_row(world):
+    """Past the proxy, and whatever the request behind that comes to."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (_, put):
+            (its,) = next(iter(put.values())).endpoints  # type: ignore[union-attr]
+            both = (Endpoint(NODE, here.own_port, "web-0"), its)  # type: ignore[attr-defined]
+            await change(here, {cluster_key("Service", "default", "web", 80): ClusterSection(both)})
+            async with paired(world) as own:
+                for _ in range(8):
+                    assert (await own.ask(get("/status/503", "web"))).status == 503
+                    await own.offered()
+                    for _ in range(12):
+                        assert (await own.ask(get("/a", "web"))).status == 200
+                        await own.offered()
+                    assert (await own.ask(get("/denied", "web"))).status == 404
+                    await own.offered()
+            found = here.proxy.metrics()
+            assert not [one for one in found if "ejected" in one and found[one]]
+
+    with_backend(world, test, ejection_failures=2, ejection_time_s=60)
+
+
+def test_what_is_held_is_let_go_when_its_endpoint_leaves(world):
+    """While another one serves a request for long."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+            rules = (rule(to("second"), matches=paths[:1]), rule(to("web"), matches=paths[1:]))
+            await change(here, put | mesh_route("r", *rules))
+            async with paired(world) as own:
+                assert (await own.ask(get("/b", "web"))).body == b"/b"
+                await own.offered()
+                slow = get("/slow", "web")
+                own.writer.write(slow[:9].encode())
+                await own.offered(stands=False)
+                own.writer.write(slow[9:].encode())
+                await backend.reached.wait()
+                assert not other.ended.is_set()
+                await change(here, dict.fromkeys(put, ClusterSection(())))
+                async with asyncio.timeout(5):
+                    await other.ended.wait()
+                backend.go_on.set()
+                assert (await own.answer()).body == b"/slow"
+
+    with_backend(world, test)
+
+
+def test_a_client_that_goes_while_the_proxy_takes_over(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/a", "web").encode())
+            await own.offered(stands=False)
+        assert backend.writer is not None
+        async with asyncio.timeout(5):
+            while not backend.writer.is_closing():
+                await asyncio.sleep(0.001)
+        backend.go_on.set()
+        async with paired(world):
+            here.proxy.errors.seek(0)
+            assert b"failed" not in here.proxy.errors.read()
+
+    with_backend(world, test)
+
+
+def test_an_offer_to_another_socket_is_none(world):
+    """Its memory may have become another's between being found and being read."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        pairs = maps.PinnedMap(world.pin, "pairs", Number, Pair)
+        with contextlib.closing(pairs):
+            async with paired(world) as own:
+                counts = Counts(world)
+                key = Number(own.cookie)
+                pair = pairs.get(key)
+                assert pair is not None
+                pairs.put(key, pair._replace(client=pair.client + 1))
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+                assert counts.since == (0, 0, 0)
+
+    with_backend(world, test)
 
 
 def test_rules_with_backends_of_their_own_pass_over_one_connection(world):

@@ -67,23 +67,39 @@ static __always_inline int send_on(struct sk_msg_md *message, u32 size, struct e
 	return SK_PASS;
 }
 
+/* The number of a way for a request by this rule, by their shares; PAIR_WAYS: what is left of them. */
+static __always_inline u32 choose_way(const struct pair *pair, u32 rule)
+{
+	u32 chance = bpf_get_prandom_u32() % PAIR_SHARES, at;
+
+#pragma unroll
+	for (at = 0; at < PAIR_WAYS; at++) {
+		if (pair->ways[at].rule != rule)
+			continue;
+		if (chance < pair->ways[at].share)
+			break;
+		chance -= pair->ways[at].share;
+	}
+	return at;
+}
+
 /* A client's socket begins a request, or something else: SK_PASS, redirected or not. */
 static __always_inline int forward(struct sk_msg_md *message, u32 size, struct exchange *exchange,
 				   u64 client, u32 sent)
 {
-	u64 backend = 0, offer, series = 0, whole;
-	u32 response_max = 0, chance, i;
-	const struct way *way;
+	u64 backend, offer, series, whole;
 	struct judged judged;
+	u32 response_max, at;
 	struct pair *pair;
 	int result;
 
 	pair = pairs.lookup(&client);
 	if (!pair)
 		return SK_PASS;
-	offer = pair->offer;
+	offer = again(pair->offer);
 	/* A worker that hangs keeps nothing, and wakes with nothing. */
-	if (pair->made_ns < proxies_have() || exchange->forwarded != exchange->answered + exchange->handed ||
+	if (again(pair->client) != client || pair->made_ns < proxies_have() ||
+	    exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
 	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns ||
 	    show(message, size, AUTOMATON_HEAD_MAX))
@@ -92,27 +108,15 @@ static __always_inline int forward(struct sk_msg_md *message, u32 size, struct e
 	whole = judged.size + judged.length;
 	if (judged.rule == 0 || whole < size || whole > REQUEST_MAX)
 		return SK_PASS;
-	chance = bpf_get_prandom_u32() % PAIR_SHARES;
-#pragma unroll
-	for (i = 0; i < PAIR_WAYS; i++) {
-		way = &pair->ways[i];
-		if (!way->rule)
-			break;
-		if (way->rule != judged.rule)
-			continue;
-		if (chance < way->share) {
-			backend = way->backend;
-			series = way->series;
-			response_max = way->response_max;
-			break;
-		}
-		chance -= way->share;
-	}
+	at = choose_way(pair, judged.rule);
+	backend = pair->ways[at & (PAIR_WAYS - 1)].backend;
+	series = pair->ways[at & (PAIR_WAYS - 1)].series;
+	response_max = pair->ways[at & (PAIR_WAYS - 1)].response_max;
 	/* The proxy's next pair may have taken the memory of this one meanwhile. */
 	asm volatile("" : : : "memory");
 	if (again(pair->offer) != offer || again(pair->offer_again) != offer)
 		return SK_PASS;
-	if (!backend) {
+	if (at >= PAIR_WAYS) {
 		exchange->missed++;
 		return SK_PASS;
 	}
@@ -257,6 +261,9 @@ static __always_inline int give_back(struct sk_msg_md *message, u32 size,
 	if (!left) {
 		measure(exchange, elapsed);
 		tell(exchange, elapsed);
+		paired_with = paired.lookup(&backend);
+		if (paired_with)
+			paired_with->answered++;
 		__sync_fetch_and_add(&exchange->answered, 1);
 		count(REASON_PAIR_RESPONSE);
 	}

@@ -131,6 +131,7 @@ struct way {
  * (CLOCK_MONOTONIC) and stands at both ends, so that who reads it while another takes its place notices. */
 struct pair {
 	u64 offer;
+	u64 client; /* its socket's cookie: the memory may have become another's before it was read */
 	u64 generation;
 	u32 egress;
 	u32 ingress;
@@ -148,7 +149,7 @@ struct pair {
 struct paired {
 	u64 client;   /* its socket's cookie */
 	u32 received; /* as in struct pair, from the backend's socket */
-	u32 zero;
+	u32 answered; /* requests, past the proxy, since then */
 };
 
 /* What goes past the proxy between a client's socket and its pairs' backends. Requests that were
