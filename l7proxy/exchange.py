@@ -21,6 +21,7 @@ from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
 from l7proxy.attempt import Attempt, Failure
 from l7proxy.attempts import Attempts
+from l7proxy.choice import choose
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
@@ -38,8 +39,6 @@ from l7proxy.routing import (
     CompiledRule,
     RouteIndex,
     RouteMatchResult,
-    pick_backend,
-    pick_untaken,
 )
 from l7proxy.sent import Sent
 from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
@@ -203,7 +202,10 @@ class _Exchange:
     async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
         rule = match.rule
         head = filters.request(rule.filters, self._stream.head, match)
-        backend, prefer, avoid = self._choose(match, selected.prefer)
+        clusters, pairing = self._shared.clusters, self.info.pairing
+        backend, prefer, avoid = choose(
+            match, clusters, self._stream.head, selected.prefer, pairing
+        )
         if backend is None or backend.cluster is None:
             raise Reply(500, "no_backend", "the route has no valid backend for this request")
         if backend.redirect is not None:
@@ -319,27 +321,6 @@ class _Exchange:
                 sent.selected.prefer,
                 sent=lease,
             )
-
-    def _choose(
-        self, match: RouteMatchResult, prefer: str | None
-    ) -> tuple[CompiledBackend | None, str | None, Collection[str]]:
-        """The backend for this request, the endpoint to prefer: the one that its session asks for,
-        if that is there; and those to avoid: the kernel has given them their share."""
-        rule, pairing = match.rule, self.info.pairing
-        if rule.session is not None:
-            wanted = session.endpoint_for(self._stream.head, rule.session, time.time())
-            if wanted is not None:
-                for backend in rule.backends:
-                    cluster = self._shared.clusters.get(backend.cluster or "")
-                    if cluster is not None and backend.weight and cluster.has(wanted):
-                        return backend, wanted, ()
-        taken = pairing.taken((match.route, rule.index)) if pairing is not None else ()
-        if taken:
-            at = pick_untaken(rule, ((place.backend, place.share) for place in taken))
-            if at is not None:
-                avoid = {place.endpoint for place in taken if place.backend == at}
-                return rule.backends[at], prefer, avoid
-        return pick_backend(rule, random.random), prefer, ()
 
     def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
         key = self._entry.client_certificate

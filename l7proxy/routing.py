@@ -13,9 +13,8 @@ path, and on the host's regular expressions. Nothing here does I/O or chooses en
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from random import choices
 
 from l7proxy.field_rules import Refused
 from l7proxy.message import RequestHead
@@ -34,9 +33,6 @@ from l7proxy.route_match import RequestView, rest_holds
 from mesh.model.nodeconfig import Listener, PortSection
 from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SectionKey
-
-# A lesser part of requests is none.
-_ROUNDED = 1e-9
 
 __all__ = [
     "CompiledBackend",
@@ -236,13 +232,3 @@ def pick_backend(rule: CompiledRule, random: Callable[[], float]) -> CompiledBac
             return backend
         at -= backend.weight
     return None
-
-
-def pick_untaken(rule: CompiledRule, taken: Iterable[tuple[int, float]]) -> int | None:
-    """Likewise the index of one, of which such parts of all requests, by the backend's index, go
-    there already. None: all do."""
-    rest = [backend.weight / rule.total_weight for backend in rule.backends]
-    for at, share in taken:
-        rest[at] -= share
-    rest = [share if share > _ROUNDED else 0.0 for share in rest]
-    return choices(range(len(rest)), rest)[0] if any(rest) else None
