@@ -279,7 +279,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.request(asker.aims_at(identities), port, sent, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.request(aims, port, sent, authenticated=proved)
         if first.allowed and end is not None:
             head = mended(forwarded, first)
             proved = asker.authenticated or self._are_here(asker.address, address)
