@@ -254,7 +254,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.connection(asker.aims_at(identities), transport, port, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.connection(aims, transport, port, authenticated=proved)
         if first.allowed and end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = end.ingress.connection(asker.identities, transport, port, authenticated=proved)
@@ -301,7 +302,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.for_kernel(asker.aims_at(identities), port, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.for_kernel(aims, port, authenticated=proved)
         if end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = end.ingress.for_kernel(asker.identities, port, authenticated=proved)
@@ -320,7 +322,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.unasked(asker.aims_at(identities), port, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.unasked(aims, port, authenticated=proved)
         if end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = end.ingress.unasked(asker.identities, port, authenticated=proved)

@@ -423,6 +423,19 @@ def test_named_ports_are_the_pods_own_for_ingress_and_the_peers_for_egress() -> 
         }
 
 
+def test_a_container_that_runs_beside_the_others_has_named_ports_too() -> None:
+    """An init container has with restartPolicy: Always, and no other one."""
+    init = "initContainers: [{name: i, %s ports: [{name: web, containerPort: 8080}]}]"
+    deny = f"{ALL}ingressDeny: [{{toPorts: [{{ports: [{{port: web, protocol: TCP}}]}}]}}]}}"
+    for policy, ports in (
+        ("restartPolicy: Always,", {(PortRange("TCP", 8080, 8080),)}),
+        ("", set()),
+    ):
+        made = pod("p", "10.0.0.1").replace("spec: {", f"spec: {{{init % policy}, ")
+        found = rules(of(world(made, cnp(deny))).ingress)
+        assert {rule.ports for rule in found if rule.deny} == ports
+
+
 def test_a_name_that_pods_with_the_same_labels_have_for_different_ports() -> None:
     """It is allowed where all have it, and denied where any has."""
 

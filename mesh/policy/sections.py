@@ -73,11 +73,10 @@ class ResolvedSpec(NamedTuple):
 def port_names(view: View, key: ObjectKey) -> frozenset[NamedPort] | None:
     """The named ports of a pod; None: it has none."""
     pod: Pod = view.get("Pod", key)
-    found = (port for container in pod.spec.containers for port in container.ports)
     return (
         frozenset(
             NamedPort(port.name.lower(), port.protocol, port.container_port)
-            for port in found
+            for port in pod.spec.ports
             if port.name
         )
         or None
