@@ -36,13 +36,17 @@ Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 class Asker(NamedTuple):
     """Who asks. `identities`: for the other side's policies; `egress`: its own policies; `address`:
-    the pod's, which may always reach itself; `authenticated`: it has proved by mutual TLS who it
-    is."""
+    the pod's, which may always reach itself, "" behind a Gateway; `authenticated`: it has proved by
+    mutual TLS who it is."""
 
     identities: Identities
     egress: Rules | None = None
     address: str = ""
     authenticated: bool = False
+
+    def aims_at(self, endpoint: Identities) -> Identities:
+        """Whom its own policies are asked about: behind a Gateway that too."""
+        return endpoint if self.address else (*endpoint, int(Reserved.INGRESS))
 
 
 class _Range(NamedTuple):
@@ -196,8 +200,11 @@ class Policies:
         one nobody vouches, so this is not authenticated."""
         if caller.gateway:
             client = caller.client
-            behind = self.identity(client) if client else self._told(caller.told)
-            return Asker((int(Reserved.INGRESS), behind))
+            if not client:
+                return Asker((int(Reserved.INGRESS), self._told(caller.told)))
+            pod = self._at.get(plain(client))
+            identities = int(Reserved.INGRESS), self.identity(client)
+            return Asker(identities, pod and pod.egress)
         address = plain(caller.client)
         workload = self._peers.at(address)
         # An address is given out again: who has it here need not be who had it elsewhere.
@@ -247,7 +254,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.connection(identities, transport, port, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.connection(aims, transport, port, authenticated=proved)
         if first.allowed and end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = end.ingress.connection(asker.identities, transport, port, authenticated=proved)
@@ -272,7 +280,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.request(identities, port, sent, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.request(aims, port, sent, authenticated=proved)
         if first.allowed and end is not None:
             head = mended(forwarded, first)
             proved = asker.authenticated or self._are_here(asker.address, address)
@@ -293,7 +302,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.for_kernel(identities, port, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.for_kernel(aims, port, authenticated=proved)
         if end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = end.ingress.for_kernel(asker.identities, port, authenticated=proved)
@@ -312,7 +322,8 @@ class Policies:
         identities, end = self._end(address, pod)
         if asker.egress is not None:
             proved = self._proved(asker, address, port)
-            first = asker.egress.unasked(identities, port, authenticated=proved)
+            aims = asker.aims_at(identities)
+            first = asker.egress.unasked(aims, port, authenticated=proved)
         if end is not None:
             proved = asker.authenticated or self._are_here(asker.address, address)
             second = end.ingress.unasked(asker.identities, port, authenticated=proved)
@@ -320,7 +331,7 @@ class Policies:
 
     def _proved(self, asker: Asker, address: str, port: int) -> bool:
         """Whether who is asked is known by more than its address."""
-        if asker.egress is None or not asker.egress.asks_for_proof:
+        if asker.egress is None or not asker.egress.asks_for_proof or not asker.address:
             return False
         way = self._peers.way(Caller(asker.address), address, port)
         return self._are_here(asker.address, address) or isinstance(way, Tunnelled)

@@ -115,12 +115,13 @@ GRANT = {
 async def test_a_copy_that_cannot_be_made_holds_nothing_else_up(world):
     world.server.create(tls_secret("used"))
     world.server.create(https({"name": "used"}))
-    world.server.delete({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": COPIES}})
+    faults = world.server.faults
+    faults.about, faults.refuse, faults.codes = f"/{COPIES}/secrets/", 1.0, (403,)
     world.start(secrets_namespace=COPIES)
     await world.until(lambda: resolved(world) == ("False", "InvalidCertificateRef"))
+    assert copies(world) == {}
     # Then it can be.
-    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": COPIES}}
-    world.server.create(namespace)
+    faults.refuse = 0.0
     await world.until(lambda: resolved(world) == ("True", "ResolvedRefs"))
 
 

@@ -423,6 +423,22 @@ async def test_behind_a_gateway_policies_see_the_gateway_and_its_client():
             for client, usual in everybody.items():
                 assert await status(client) == expected.get(client, usual), (name, client)
         assert port
+        # A pod's own rules are asked as well, about the pod that it reaches and about the Gateway.
+        own = {
+            "nobody": ([], 403),
+            "the own node": ([rule("P", Reserved.HOST)], 403),
+            "the pod": ([rule("P", WEB)], 200),
+            "the Gateway": ([rule("P", Reserved.INGRESS)], 200),
+            "not the pod": ([rule("P", Reserved.INGRESS), rule("D", WEB, deny=True)], 403),
+            "who is proven": ([rule("P", WEB, authenticated=True)], 403),
+            "requests": ([rule("P", WEB, http=http(path="/"))], 200),
+            "others": ([rule("P", WEB, http=http(path="/other"))], 403),
+        }
+        for name, (found, mine) in own.items():
+            change(mesh, ingress=closed(rule("P", Reserved.INGRESS)), egress=closed(*found))
+            for client, usual in everybody.items():
+                wanted = mine if client == CLIENT else usual
+                assert await status(client) == wanted, (name, client)
 
 
 async def test_proxies_in_front_vouch_for_addresses_outside_of_the_cluster_only():

@@ -7,6 +7,7 @@ mesh, so unlike in other kinds what is not known in `spec` and `status` is passe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -23,8 +24,11 @@ class ContainerPort(LenientModel, frozen=True, kw_only=True):
 
 
 class Container(LenientModel, frozen=True, kw_only=True):
+    """`restart_policy`: of an init container, "Always" for one that runs beside the others."""
+
     name: str
     ports: tuple[ContainerPort, ...] = ()
+    restart_policy: str | None = None
 
 
 class PodSpec(LenientModel, frozen=True, kw_only=True):
@@ -35,6 +39,13 @@ class PodSpec(LenientModel, frozen=True, kw_only=True):
     service_account_name: str = "default"
     host_network: bool = False
     containers: tuple[Container, ...] = ()
+    init_containers: tuple[Container, ...] = ()
+
+    @property
+    def ports(self) -> Iterator[ContainerPort]:
+        """Of all containers that run as long as the pod does."""
+        beside = (one for one in self.init_containers if one.restart_policy == "Always")
+        return (port for one in (*self.containers, *beside) for port in one.ports)
 
 
 class PodIP(LenientModel, frozen=True, kw_only=True):
