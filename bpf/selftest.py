@@ -21,8 +21,10 @@ from typing import Literal, NamedTuple, TypeVar
 import msgspec
 
 from bpf import maps, pins, structs
+from bpf.attach import attach
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
+from bpf.loader import load
 from bpf.selftest_probe import FRONTENDS, LOOPBACK, PORT, REFUSED_PORT
 from bpf.structs import Number, Target
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
@@ -72,7 +74,6 @@ REDIRECT_FACTS = frozenset(
 # Those that only requests which pass by the proxy rely on, beside these.
 PAIR_FACTS = frozenset(("pairs",))
 _NAME = "selftest"
-_LOADER_S = 60
 _PROBE_S = 30
 
 
@@ -100,20 +101,21 @@ def run(directory: Path, cgroup: Path, name: str = _NAME) -> list[Check]:
         with _own_cgroup(cgroup / name) as own, _own_cgroup(cgroup / f"{name}.proxy") as proxy:
             why["cgroup"] = ""
             stage = "programs"
-            with _own_pins(directory / name) as pin:
-                _load(pin, own, proxy)
+            # The probe starts while this loads.
+            with _own_pins(directory / name) as pin, _probe(own, proxy, pin) as probe:
+                load(pin)
+                attach(pin, own, proxy, pairs=True)
                 why["programs"] = ""
                 stage = "maps"
-                with _probe(own, proxy, pin) as probe:
-                    _fill(pin, probe.ask("serve", int))
-                    why["maps"] = ""
-                    stage = "connect4"
-                    why |= probe.ask("steered", str)
-                    stage = "relay"
-                    why |= probe.ask("redirected", str)
-                    stage = "detach"
-                    pins.remove(pin)
-                    why |= probe.ask("detached", str)
+                _fill(pin, probe.ask("serve", int))
+                why["maps"] = ""
+                stage = "connect4"
+                why |= probe.ask("steered", str)
+                stage = "relay"
+                why |= probe.ask("redirected", str)
+                stage = "detach"
+                pins.remove(pin)
+                why |= probe.ask("detached", str)
     except (_Failed, DatapathError) as error:
         why[stage] = str(error)
     except OSError as error:
@@ -144,17 +146,6 @@ def _own_pins(path: Path) -> Iterator[Path]:
         yield path
     finally:
         pins.remove(path)
-
-
-def _load(pin: Path, cgroup: Path, proxy_cgroup: Path) -> None:
-    command = [sys.executable, "-P", "-m", "bpf.loader", "--pin", str(pin)]
-    command += ["--cgroup", str(cgroup), "--proxy-cgroup", str(proxy_cgroup), "--pairs"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LOADER_S)
-    except subprocess.TimeoutExpired:
-        raise _Failed(f"the loader did not end within {_LOADER_S} s") from None
-    if done.returncode:
-        raise _Failed(done.stderr.strip())
 
 
 def _fill(pin: Path, ports: dict[str, int]) -> None:

@@ -169,11 +169,10 @@ def _answer(server: socket.socket) -> None:
 def main() -> int:
     cgroup, proxy_cgroup, pin = map(Path, sys.argv[1:4])
     enter(cgroup)
+    # They take what is here.
+    from bpf import selftest_filter, selftest_redirect
 
     def redirected() -> dict[str, str]:
-        # Brings what the checks before do without.
-        from bpf import selftest_filter, selftest_redirect
-
         checks = selftest_redirect.checks(cgroup, proxy_cgroup, pin) | selftest_filter.checks(pin)
         return {name: _tried(check) for name, check in checks.items()}
 

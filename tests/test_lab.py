@@ -399,7 +399,7 @@ pods:
   - {name: q, command: [sleep, "100"], ports: [{port: 1}]}
 """
     with lab_of(tmp_path, "fails", config) as lab:
-        done = lab.up("--wait", "12")
+        done = lab.up("--wait", "7")
         assert done.returncode == 1
         assert (
             "! default/p is not ready (Failed: [Errno 2] No such file or directory: "

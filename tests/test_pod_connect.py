@@ -284,6 +284,24 @@ def test_a_backend_that_policy_lets_be_reached_is_found(
             out.accept()
 
 
+def test_a_client_keeps_the_backend_that_policy_lets_it_reach(
+    world: PodWorld, balancer: Balancer
+) -> None:
+    """Not the one that it would have been given."""
+    world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
+    refused = tuple(EntryBackend(OUT[4], port) for port in range(1, 100))
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(world.listen("a", A[4])).getsockname()[1] for _ in range(8)]
+        backends = (*(EntryBackend(A[4], port) for port in ports), *refused)
+        entry = LoadBalancerEntry(SERVICE[4], 80, "TCP", backends, "Service/shop/x", affinity_s=60)
+        assert balancer.apply({"entry": entry}) == {}
+        with told(world) as found:
+            for _ in range(20):
+                world.connect_to("b", SERVICE[4], 80).close()
+    peers = {event.peer for event in found if event.reason == Reason.BALANCED}
+    assert len(peers) == 1
+
+
 def test_an_ipv4_socket_is_given_no_ipv6_backend(world: PodWorld, balancer: Balancer) -> None:
     """Nor as the other backend that is tried because policy refuses the first."""
     world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})

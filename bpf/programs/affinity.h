@@ -5,11 +5,12 @@
 #include "count.h"
 
 /* 1: `backend` is the one that the client of this frontend had within the timeout. */
-static __always_inline int affine_backend(const struct frontend *frontend,
-					  struct affinity_key *key, struct backend *backend)
+static __always_inline int affine_backend(const struct frontend *frontend, u64 netns,
+					  const struct target *asked, struct backend *backend)
 {
-	struct affinity *last = affinities.lookup(key);
-	struct member member = {.frontend = key->frontend};
+	struct affinity_key key = {.client = netns, .frontend = *asked};
+	struct affinity *last = affinities.lookup(&key);
+	struct member member = {.frontend = *asked};
 	u64 now = bpf_ktime_get_ns();
 
 	if (!last || now - last->used_ns > frontend->affinity_s * SECOND_NS)
@@ -23,11 +24,13 @@ static __always_inline int affine_backend(const struct frontend *frontend,
 
 /* The timeout runs from the last connection. A full map forgets who connected longest ago, and a
  * client that is forgotten is balanced anew, so a failure to write is none to report. */
-static __always_inline void keep_affinity(struct affinity_key *key, const struct backend *backend)
+static __always_inline void keep_affinity(u64 netns, const struct target *asked,
+					  const struct backend *backend)
 {
+	struct affinity_key key = {.client = netns, .frontend = *asked};
 	struct affinity last = {.used_ns = bpf_ktime_get_ns(), .backend = *backend};
 
-	affinities.update(key, &last);
+	affinities.update(&key, &last);
 }
 
 #endif

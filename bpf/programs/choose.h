@@ -53,23 +53,15 @@ static __always_inline int table_backend(const struct frontend *frontend, u32 *a
 /* 0 and `backend`, or negative errno: refused, and counted. The same socket is given the same
  * backend for as long as the table says so, which is what keeps a conversation over unconnected UDP
  * in one place. */
-static __always_inline int choose(struct bpf_sock_addr *ctx, u64 cookie,
-				  const struct frontend *frontend, const struct target *asked,
-				  struct backend *backend, u32 *reason)
+static __always_inline int choose(u64 netns, u64 cookie, const struct frontend *frontend,
+				  const struct target *asked, struct backend *backend, u32 *reason)
 {
-	struct affinity_key key = {.client = bpf_get_netns_cookie(ctx), .frontend = *asked};
-	int result;
 	u32 at;
 
-	if (!frontend->affinity_s || !affine_backend(frontend, &key, backend)) {
-		at = slot_for(frontend, cookie);
-		result = table_backend(frontend, &at, asked, backend, reason);
-		if (result < 0)
-			return result;
-	}
-	if (frontend->affinity_s)
-		keep_affinity(&key, backend);
-	return 0;
+	if (frontend->affinity_s && affine_backend(frontend, netns, asked, backend))
+		return 0;
+	at = slot_for(frontend, cookie);
+	return table_backend(frontend, &at, asked, backend, reason);
 }
 
 #endif

@@ -53,10 +53,11 @@ static __always_inline const struct address *client_of(u64 netns, const struct t
  * nodes; `relay` as from `listening`. */
 struct candidate {
 	u64 now;
-	struct party client;
-	struct address own; /* the client's */
+	struct party client; /* once it is known */
+	struct address own;
 	struct target to;
 	u32 judged;
+	u32 known;
 	int relayed;
 	int relay;
 	u32 rule; /* out: as in struct policy */
@@ -75,6 +76,10 @@ int refused(struct candidate *one)
 	if (!one)
 		return REASON_UNJUDGED;
 	any = one->now;
+	if (one->judged && !one->known) {
+		one->client = party_of(one->own.words, one->now, any);
+		one->known = 1;
+	}
 	client = one->client;
 	server = party_of(one->to.address, one->now, any);
 	if (one->judged && !same_address(&one->to, &one->own)) {
@@ -106,7 +111,6 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 	if (from) {
 		one.judged = 1;
 		one.own = *from;
-		one.client = party_of(from->words, one.now, any);
 	}
 #pragma clang loop unroll(disable)
 	do {
@@ -146,7 +150,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 			http = listening(netns, asked, 1, peer) > 0;
 		/* The proxy may know of a route to other backends than these. */
 		if (!http || frontend->affinity_s)
-			result = choose(ctx, cookie, frontend, asked, &backend, reason);
+			result = choose(netns, cookie, frontend, asked, &backend, reason);
 	} else {
 		backend.target = *asked;
 		if (call == CONNECT && is_far(asked))
@@ -162,6 +166,8 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 		if (!result)
 			*peer = backend.target;
 	}
+	if (frontend && frontend->affinity_s && result >= 0)
+		keep_affinity(netns, asked, &backend);
 	origin->backend = backend.target;
 	if (http)
 		*reason = REASON_TO_PROXY;
