@@ -26,6 +26,7 @@ from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.authority import AuthorityClient, SocketClient
 from mesh.agent.automata import KernelAutomata
+from mesh.agent.cni_socket import CniSocket
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore
@@ -37,6 +38,7 @@ from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
 from mesh.agent.svid_file import SvidFile
 from mesh.agent.svids import Svids
+from mesh.cni.plugin import Place
 from mesh.model.channel import (
     Bound,
     Handles,
@@ -89,6 +91,8 @@ class Agent:
             automata=self._automata(options),
         )
         self._reporter = _reporter(options, client, self._node, self._authority)
+        steer = options.steer
+        self._cni = CniSocket(run_dir.cni_socket, Place(steer.pins, steer.pods)) if steer else None
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
@@ -138,6 +142,8 @@ class Agent:
                 work.append(group.create_task(self._reporter.run(), name="reports"))
             if (datapath := self._node.datapath) is not None:
                 work.append(group.create_task(datapath.run(), name="datapath"))
+            if self._cni is not None:
+                work.append(group.create_task(self._cni.run(), name="CNI"))
             if self._node.automata is not None:
                 work.append(group.create_task(self._node.automata.run(), name="automata"))
             if self._node.svids is not None:
