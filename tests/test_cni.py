@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from bpf_world import needs_bpf, new_cgroup, pin_directory
 
-from bpf import podfilter
 from mesh.cni import shim
 from mesh.lab.kernel import create_netns, inside, remove_netns
 from tests.support.running import running
@@ -38,14 +37,14 @@ class Node:
 
     def call(self, program, command, pod="one", netns=None, stdin=None, **config):
         """Exit status, and what it said."""
-        about = {"NAMESPACE": "ns", "NAME": pod, "UID": UID}
+        pod_args = f"K8S_POD_NAMESPACE=ns;K8S_POD_NAME={pod};K8S_POD_UID={UID}"
         env = {
             "CNI_COMMAND": command,
             "CNI_CONTAINERID": pod,
             "CNI_IFNAME": "eth0",
             "CNI_NETNS": str(netns or ""),
             "CNI_PATH": str(PLUGINS),
-            "CNI_ARGS": "".join(f"K8S_POD_{name}={value};" for name, value in about.items()),
+            "CNI_ARGS": f"IgnoreUnknown=1;{pod_args}",
             "PATH": os.environ["PATH"],
             "WEFT_CNI_SOCKET": str(self.run_dir / "cni.sock"),
         }
@@ -74,7 +73,7 @@ class Node:
 def node(tmp_path):
     assert shim.build() == ""
     prefix = f"/run/netns/weft-test-{os.getpid()}"
-    paths = {name: Path(f"{prefix}-{name}") for name in ("node", "one", "two")}
+    paths = {name: Path(f"{prefix}-{name}") for name in ("node", "one", "two", "three", "empty")}
     with contextlib.ExitStack() as stack:
         for path in paths.values():
             create_netns(path)
@@ -95,7 +94,7 @@ def agent(node, tmp_path):
 
 
 def in_force(instance):
-    instance.await_status(lambda status: status["steering"] is None)
+    instance.await_status(lambda status: status["steered"])
 
 
 def received(node, source, target, address):
@@ -109,72 +108,67 @@ def received(node, source, target, address):
         return server.recv(9) == b"hello"
 
 
-@pytest.mark.parametrize("kind", ["bridge", "ptp"])
-def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, agent, kind):
-    pods = ("one", "two")
-    results = {pod: node.connect(kind, pod, node.netns[pod]) for pod in pods}
+def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, agent, tmp_path):
+    kinds = {"one": "bridge", "two": "bridge", "three": "ptp"}
+    results = {pod: node.connect(kind, pod, node.netns[pod]) for pod, kind in kinds.items()}
     given = {
-        pod: {"pod": pod, "netns": node.netns[pod], "prevResult": results[pod]} for pod in pods
+        pod: {"pod": pod, "netns": node.netns[pod], "prevResult": results[pod]} for pod in kinds
     }
     status, said = node.weft("ADD", **given["one"])
     assert (status, said["code"], said["cniVersion"]) == (1, 11, "1.0.0")
     assert "does not answer" in said["msg"]
     with agent() as instance:
         in_force(instance)
-        for pod in pods:
+        for pod in kinds:
             assert node.weft("ADD", **given[pod]) == (0, results[pod])
             assert node.weft("CHECK", **given[pod]) == (0, None)
-        assert {one["about"] for one in node.records()} == {f"ns/{pod}/{UID}" for pod in pods}
-        if kind == "bridge":
-            address = results["two"]["ips"][0]["address"].partition("/")[0]
-            assert received(node, "one", "two", address)
-        # Nobody has told of its end, and it is gone when the next one comes.
-        os.kill(instance.ask("/status")["agent"]["pid"], 9)
-    node.call(PLUGINS / kind, "DEL", "two", node.netns["two"], **node.network)
+        assert {one["about"] for one in node.records()} == {f"ns/{pod}/{UID}" for pod in kinds}
+        address = results["two"]["ips"][0]["address"].partition("/")[0]
+        assert received(node, "one", "two", address)
+    # Nobody hears of its end, and it is gone once an agent is there again.
+    node.call(PLUGINS / "bridge", "DEL", "two", node.netns["two"], **node.network)
     assert node.weft("DEL", pod="two") == (0, None)
     assert node.weft("STATUS")[1]["code"] == 50
     assert node.weft("VERSION")[1]["supportedVersions"] == ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]
-    assert len(node.records()) == 2
+    assert len(node.records()) == 3
     with agent() as instance:
         in_force(instance)
-        assert [one["about"] for one in node.records()] == [f"ns/one/{UID}"]
+        about = {one["about"] for one in node.records()}
+        assert about == {f"ns/one/{UID}", f"ns/three/{UID}"}
         assert node.weft("CHECK", **given["one"]) == (0, None)
         assert node.weft("STATUS") == (0, None)
         for _ in range(2):
             assert node.weft("DEL", pod="one", netns=node.netns["one"]) == (0, None)
-        assert node.records() == []
+        assert {one["about"] for one in node.records()} == {f"ns/three/{UID}"}
         assert node.weft("CHECK", **given["one"])[1]["code"] == 101
+        check_codes(node, given["one"], tmp_path)
         assert node.weft("ADD", **given["one"])[0] == 0
         assert node.weft("GC", **{"cni.dev/valid-attachments": []}) == (0, None)
         assert node.records() == []
 
 
-def test_what_cannot_be_done_is_said_by_the_specifications_codes(node, agent, tmp_path):
-    result = node.connect("bridge", "one", node.netns["one"])
-    netns = {"netns": node.netns["one"]}
+def check_codes(node, given, tmp_path):
+    """What cannot be done is said by the specification's codes, and leaves nothing."""
+    before = node.records()
     plain = tmp_path / "plain"
     plain.touch()
-    with agent() as instance:
-        in_force(instance)
 
-        def code(command="ADD", **given):
-            status, said = node.weft(command, **{**netns, "prevResult": result, **given})
-            assert status == 1
-            assert said["msg"]
-            return said["code"]
+    def code(command="ADD", **changed):
+        status, said = node.weft(command, **{**given, **changed})
+        assert status == 1
+        assert said["msg"]
+        return said["code"]
 
-        assert code(stdin="no JSON") == 6
-        assert code(cniVersion="9.9.9") == 1
-        assert code(command="BEGIN") == 4
-        assert code(pod="") == 4
-        assert code(netns=plain) == 4
-        assert code(netns=tmp_path / "none") == 4
-        assert code(netns=node.netns["two"]) == 4
-        assert code(prevResult=None) == 7
-        assert code(prevResult={**result, "ips": []}) == 7
-        assert code(command="GC") == 7
-        with inside(node.netns["two"]):
-            subprocess.run(["ip", "link", "add", "eth0", "type", "bridge"], check=True)
-        assert code(netns=node.netns["two"]) == 100
-        assert node.records() == []
-        assert podfilter.attachments(node.run_dir / "pods") == []
+    assert code(stdin="no JSON") == 6
+    assert code(cniVersion="9.9.9") == 1
+    assert code(command="BEGIN") == 4
+    assert code(pod="") == 4
+    for netns in (plain, tmp_path / "none", node.netns["empty"]):
+        assert code(netns=netns) == 4
+    assert code(prevResult=None) == 7
+    assert code(prevResult={**given["prevResult"], "ips": []}) == 7
+    assert code(command="GC") == 7
+    with inside(node.netns["empty"]):
+        subprocess.run(["ip", "link", "add", "eth0", "type", "bridge"], check=True)
+    assert code(netns=node.netns["empty"]) == 100
+    assert node.records() == before

@@ -19,8 +19,8 @@ _WAIT_S = 5.0
 
 
 class Link(NamedTuple):
-    """`number` is its index; `peer`: the index of the other end in its own namespace, 0: there is none. `kind` is the
-    kernel's word, such as "veth"."""
+    """`number` is its index; `peer` that of the other end in its own namespace, 0: there is none;
+    `kind` is the kernel's word, such as "veth"."""
 
     number: int
     peer: int

@@ -68,7 +68,7 @@ class _Attachment(msgspec.Struct, rename={"container": "containerID"}):
 
 class _Config(msgspec.Struct, rename={"version": "cniVersion", "previous": "prevResult"}):
     version: str = "0.1.0"
-    previous: msgspec.Raw | None = None
+    previous: msgspec.Raw = msgspec.Raw(b"null")
     valid: list[_Attachment] | None = msgspec.field(default=None, name="cni.dev/valid-attachments")
 
 
@@ -122,7 +122,6 @@ def _add(
         raise CniError(NOT_FILTERED, f"{made.about}: {error}") from None
     if not there:
         raise CniError(TRY_AGAIN, f"{made.about}: {_NOT_LOADED}")
-    assert config.previous is not None
     return bytes(config.previous)
 
 
@@ -189,7 +188,7 @@ def _pod(
     environment: Mapping[str, str], config: _Config, netlink: socket.socket | None
 ) -> podfilter.Pod:
     attachment, ifname = _attachment(environment), environment["CNI_IFNAME"]
-    if config.previous is None:
+    if bytes(config.previous) == b"null":
         raise CniError(
             BAD_CONFIG,
             "prevResult is missing: weft-cni gives pods no network; it stands in a list of plugins "
