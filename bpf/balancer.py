@@ -31,6 +31,9 @@ class _Refused(Exception):
     """Why an entry is not taken."""
 
 
+# The lower half of a slot (struct frontend).
+_NUMBER = (1 << 32) - 1
+
 # Backends and their weights, sorted, none twice.
 _Backends: TypeAlias = tuple[tuple[Backend, int], ...]
 
@@ -69,7 +72,7 @@ class Balancer:
         self._ids: dict[Backend, int] = {}
         self._by_id: dict[int, Backend] = {}
         for frontend, (offset, size, affinity_s, _) in self._frontends.items():
-            ids = frozenset(self._slots.read(offset, size))
+            ids = frozenset(slot & _NUMBER for slot in self._slots.read(offset, size))
             extent = Extent(offset, size) if size else None
             self._in_force[frontend] = _InForce(None, None, affinity_s, extent, ids)
             self._uses.update(ids)
@@ -201,7 +204,8 @@ class Balancer:
         ids = [self._ids[backend] for backend, _ in backends]
         self._uses.update(ids)
         positions = maglev.table([(backend.target, weight) for backend, weight in backends], size)
-        self._slots.write(extent.offset, array("Q", [ids[position] for position in positions]))
+        slots = [ids[position] | other << 32 for position, other in maglev.ring(positions)]
+        self._slots.write(extent.offset, array("Q", slots))
         return _InForce(None, wanted, wanted.affinity_s, extent, frozenset(ids))
 
     def _members_of(self, frontend: Target, force: _InForce | None) -> set[Member]:

@@ -8,7 +8,7 @@ slots. A backend of half the weight takes every second turn. Pure computation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Primes just below powers of two: any step visits every slot, and a table fills its block.
 SIZES = (251, 1021, 4093, 16381, 65521)
@@ -66,3 +66,13 @@ def table(backends: Sequence[tuple[bytes, int]], size: int) -> list[int]:
             slots[slot] = position
             at[position] = (slot + step[position]) % size
     return slots
+
+
+def ring(table: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Each slot's position and the slot of another: followed from any, those lead through all
+    positions of the table and back. Who is after whom is as random as the table."""
+    first = {position: at for at, position in reversed([*enumerate(table)])}
+    order = sorted(first, key=first.__getitem__)
+    after = dict(zip(order, (first[one] for one in (*order[1:], order[0])), strict=True))
+    for position in table:
+        yield position, after[position]

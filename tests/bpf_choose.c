@@ -17,7 +17,7 @@ int choose_for_packet(struct __sk_buff *skb)
 	struct target target = {};
 	struct frontend *frontend;
 	struct backend backend;
-	u32 reason;
+	u32 another, reason;
 	int result;
 
 	if ((void *)(question + 1) > (void *)(long)skb->data_end)
@@ -26,7 +26,8 @@ int choose_for_packet(struct __sk_buff *skb)
 	frontend = frontends.lookup(&target);
 	if (!frontend)
 		return -2;
-	result = table_backend(frontend, question->cookie, &target, &backend, &reason);
+	result = table_backend(frontend, slot_for(frontend, question->cookie), &target, &backend,
+			       &another, &reason);
 	if (!result)
 		__builtin_memcpy(&question->target, &backend.target, sizeof(backend.target));
 	return result;

@@ -91,6 +91,19 @@ def test_shares(weights, size, slots):
     assert maglev.shares(weights, size) == slots
 
 
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=12))
+def test_the_others_are_found_one_after_the_other(weights):
+    table = maglev.table([(str(n).encode(), weight) for n, weight in enumerate(weights)], 251)
+    slots = list(maglev.ring(table))
+    assert [position for position, _ in slots] == table
+    for at in range(251):
+        found = set()
+        for _ in weights:
+            position, at = slots[at]
+            found.add(position)
+        assert found == set(range(len(weights)))
+
+
 # --- extents ------------------------------------------------------------------------------------
 
 

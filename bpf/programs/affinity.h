@@ -6,10 +6,9 @@
 
 /* 1: `backend` is the one that the client of this frontend had within the timeout. */
 static __always_inline int affine_backend(const struct frontend *frontend,
-					  const struct affinity_key *key, struct backend *backend)
+					  struct affinity_key *key, struct backend *backend)
 {
-	struct affinity_key mine = *key;
-	struct affinity *last = affinities.lookup(&mine);
+	struct affinity *last = affinities.lookup(key);
 	struct member member = {.frontend = key->frontend};
 	u64 now = bpf_ktime_get_ns();
 
@@ -24,13 +23,11 @@ static __always_inline int affine_backend(const struct frontend *frontend,
 
 /* The timeout runs from the last connection. A full map forgets who connected longest ago, and a
  * client that is forgotten is balanced anew, so a failure to write is none to report. */
-static __always_inline void keep_affinity(const struct affinity_key *key,
-					  const struct backend *backend)
+static __always_inline void keep_affinity(struct affinity_key *key, const struct backend *backend)
 {
-	struct affinity_key mine = *key;
 	struct affinity last = {.used_ns = bpf_ktime_get_ns(), .backend = *backend};
 
-	affinities.update(&mine, &last);
+	affinities.update(key, &last);
 }
 
 #endif

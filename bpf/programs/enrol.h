@@ -47,17 +47,15 @@ static __always_inline int is_own(u64 netns, const struct target *end)
 /* Why the proxy must not take a connection for whose it may think it is: whose a socket is nobody has
  * told yet, and there are policies, or identities. The proxy may still know a pod that had the address
  * before, or connect plainly for one that is not known: it is told of no connection, and closes it. */
-static __always_inline u32 nobodys(const struct target *opener)
+static __always_inline u32 nobodys(const struct target *opener, u32 any)
 {
-	u64 now = in_force();
-	u32 flags;
+	struct party party = party_of(opener->address, in_force(), any);
 
-	if (identity_of(opener->address, now) != IDENTITY_INIT)
+	if (party.who.number != IDENTITY_INIT)
 		return 0;
-	flags = rules_of(opener->address, now).flags;
-	if (flags & (POD_POLICED | POD_POLICED << POD_INGRESS_SHIFT))
+	if (party.flags & (POD_POLICED | POD_POLICED << POD_INGRESS_SHIFT))
 		return REASON_POLICY_DENIED;
-	return flags & POD_STRICT ? REASON_MTLS_REQUIRED : 0;
+	return party.flags & POD_STRICT ? REASON_MTLS_REQUIRED : 0;
 }
 
 /* Into the maps of sockets, by cookie; 0 or negative errno. (bcc makes a statement of the call.) */
@@ -107,7 +105,7 @@ static __always_inline void announce_workload(struct bpf_sock_ops *ctx)
 	value.netns = bpf_get_netns_cookie(ctx);
 	if (!is_own(value.netns, &tuple.opener))
 		return;
-	reason = nobodys(&tuple.opener);
+	reason = nobodys(&tuple.opener, ctx->op);
 	if (reason) {
 		count(reason);
 		incoming.delete(&tuple);

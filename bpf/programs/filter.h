@@ -75,31 +75,31 @@ static __always_inline int is_proxy(const struct target *end)
 }
 
 /* Whether a pod takes nothing but mutual TLS at one of its ports. There is none for ICMP. */
-static __always_inline int is_strict(struct rules pod, const struct target *end)
+static __always_inline int is_strict(const struct party *pod, const struct target *end)
 {
 	struct target key = *end;
 	u32 *strict;
 
 	if (end->protocol == IPPROTO_ICMP || end->protocol == IPPROTO_ICMPV6)
 		return 0;
-	if (pod.flags & POD_MTLS_PORTS) {
+	if (pod->flags & POD_MTLS_PORTS) {
 		key.protocol = 0;
 		strict = mtls_ports.lookup(&key);
 		if (strict)
 			return *strict;
 	}
-	return pod.flags & POD_STRICT;
+	return pod->flags & POD_STRICT;
 }
 
 /* Why a flow is refused, by what is in force now for the pod at whose interface it is judged; 0: it
  * is not. `port` is what rules name; `until`: for how long, if that is not for ever. */
 static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 port, u32 flags,
-				   u8 unreadable, u32 *rule, u64 *until)
+				   u8 unreadable, u32 any, u32 *rule, u64 *until)
 {
 	const struct target *opener = &flow->tuple.opener, *peer = &flow->tuple.peer;
 	int ingress = flow->direction == INGRESS;
-	u32 identity, reason, policed;
-	struct rules pod;
+	struct party pod, other;
+	u32 policed;
 	int safe;
 
 	if (flags & FLOW_FROM_NODE)
@@ -109,13 +109,17 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 		return REASON_UNJUDGED;
 	if (!ingress && is_proxy(peer))
 		return 0;
-	pod = rules_of(ingress ? peer->address : opener->address, now);
+	pod = party_of(ingress ? peer->address : opener->address, now, any);
 	if (!pod.flags)
 		return 0;
-	if (ingress)
-		*until = flags & FLOW_FROM_POD ? are_proven(pod, opener->address, now) : 0;
-	else
-		*until = are_proven(pod, peer->address, now);
+	other = party_of(ingress ? opener->address : peer->address, now, any);
+	/* What came from elsewhere may say that it is of any address. */
+	if (ingress && !(flags & FLOW_FROM_POD)) {
+		other.flags &= ~POD_PROVEN;
+		if (other.who.number == IDENTITY_HOST)
+			other.who.number = IDENTITY_WORLD;
+	}
+	*until = are_proven(&pod, &other);
 	safe = *until != 0;
 	if (unreadable) {
 		policed = ingress ? POD_POLICED << POD_INGRESS_SHIFT : POD_POLICED;
@@ -123,14 +127,9 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 			policed |= POD_STRICT | POD_MTLS_PORTS;
 		return pod.flags & policed ? REASON_UNJUDGED : 0;
 	}
-	if (ingress && !safe && is_strict(pod, peer))
+	if (ingress && !safe && is_strict(&pod, peer))
 		return REASON_MTLS_REQUIRED;
-	identity = identity_of(ingress ? opener->address : peer->address, now);
-	/* Not by a packet that came from elsewhere. */
-	if (ingress && identity == IDENTITY_HOST)
-		identity = IDENTITY_WORLD;
-	reason = policy_refusal(pod, flow->direction, identity, peer->protocol, port, safe, rule);
-	return reason;
+	return policy_refusal(&pod, flow->direction, other.who.number, peer->protocol, port, safe, any, rule);
 }
 
 /* Whether a packet opens a connection, or something like it, that nothing is known of yet. */
@@ -181,8 +180,8 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 		key.direction = direction;
 		fresh.flags = from;
 	}
-	reason = refusal(&key, generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, &rule,
-			 &fresh.until);
+	reason = refusal(&key, generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, skb->len,
+			 &rule, &fresh.until);
 	said = reason;
 	if (!said && direction == INGRESS && is_news(packet, flow)) {
 		if (!fresh.flags)

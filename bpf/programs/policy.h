@@ -4,6 +4,7 @@
 
 #include "count.h"
 #include "membership.h"
+#include "verifier.h"
 
 /* One bit for each direction, from the left. */
 #define POLICY_KEY_BITS 96
@@ -13,70 +14,65 @@ static __always_inline int is_workload(u32 number)
 	return number >= FIRST_WORKLOAD && number < FIRST_CIDR;
 }
 
-static __always_inline u32 identity_of(const u32 *address, u64 now)
+/* What a range says is not of a pod that nobody has told of yet: its rules are under no address. Of
+ * one that is known there are some, unless there was no room for them: everything is refused then. */
+static __always_inline struct party party_of(const u32 *address, u64 now, u32 any)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
-	u32 number = who_is(address, now).number;
-
-	/* What a range says is not of a pod that nobody has told of yet. */
-	if (!is_workload(number) && interfaces.lookup(&key))
-		return IDENTITY_INIT;
-	return number ?: IDENTITY_WORLD;
-}
-
-/* Of a local pod, by its address; flags 0: there are none, or it is none. Those of a pod that nobody
- * has told of are under no address. Of one that is known there is something, unless there was no room
- * for it: everything is refused then. */
-static __always_inline struct rules rules_of(const u32 *address, u64 now)
-{
-	struct address key = {{address[0], address[1], address[2], address[3]}};
-	struct rules rules = {};
+	struct party party = {.who = who_is(address, now)};
+	int is_local = !!forgotten(!!interfaces.lookup(&key), any);
 	struct pod *pod;
 
-	if (identity_of(address, now) == IDENTITY_INIT && interfaces.lookup(&key))
+	party.who.number = forgotten(party.who.number, any);
+	party.who.flags = forgotten(party.who.flags, any);
+	if (is_local && !is_workload(party.who.number)) {
+		party.who.number = IDENTITY_INIT;
 		__builtin_memset(&key, 0, sizeof(key));
+		is_local = 0;
+	}
+	for (int i = 0; i < 4; i++)
+		key.words[i] = forgotten(key.words[i], any);
+	is_local = forgotten(is_local, any);
 	pod = pods.lookup(&key);
 	if (!pod) {
-		rules.flags = interfaces.lookup(&key) ? POD_CLOSED : 0;
+		party.flags = is_local ? POD_CLOSED : 0;
 	} else if (pod->since <= now) {
-		rules.policy = pod->policy;
-		rules.flags = pod->flags;
+		party.policy = pod->policy;
+		party.flags = pod->flags;
 	} else {
-		rules.policy = pod->old_policy;
-		rules.flags = pod->old_flags;
+		party.policy = pod->old_policy;
+		party.flags = pod->old_flags;
 	}
-	if (rules.flags & POD_PROVEN) {
-		rules.proven_until = pod->proven_until;
-		/* Whoever should say so may hang. */
-		if (bpf_ktime_get_ns() >= rules.proven_until)
-			rules.flags &= ~POD_PROVEN;
+	/* Whoever should take that back may hang. */
+	if (party.flags & POD_PROVEN) {
+		party.proven_until = pod->proven_until;
+		if (bpf_ktime_get_ns() >= party.proven_until)
+			party.flags &= ~POD_PROVEN;
 	}
-	return rules;
+	party.who.number = forgotten(party.who.number ?: IDENTITY_WORLD, any);
+	party.policy = forgotten(party.policy, any);
+	party.flags = forgotten(party.flags, any);
+	return party;
 }
 
 /* Until when both ends are pods of this node that hold valid SVIDs: who they are the kernel knows;
  * 0: they are not. */
-static __always_inline u64 are_proven(struct rules pod, const u32 *other, u64 now)
+static __always_inline u64 are_proven(const struct party *one, const struct party *other)
 {
-	struct rules rules;
-
-	if (!(pod.flags & POD_PROVEN))
+	if (!(one->flags & other->flags & POD_PROVEN))
 		return 0;
-	rules = rules_of(other, now);
-	if (!(rules.flags & POD_PROVEN))
-		return 0;
-	return pod.proven_until < rules.proven_until ? pod.proven_until : rules.proven_until;
+	return one->proven_until < other->proven_until ? one->proven_until : other->proven_until;
 }
 
 /* Why a pod's policy refuses it, or would (POLICY_AUDIT); 0: it does not. `safe`: both ends are
  * proven, here or by mutual TLS. */
-static __always_inline u32 policy_refusal(struct rules pod, u32 direction, u32 identity,
-					  u8 protocol, u16 port, int safe, u32 *rule)
+static __always_inline u32 policy_refusal(const struct party *pod, u32 direction, u32 identity,
+					  u8 protocol, u16 port, int safe, u32 any, u32 *rule)
 {
-	u32 said = 0, flags = direction == EGRESS ? pod.flags : pod.flags >> POD_INGRESS_SHIFT;
+	u32 said = 0, flags = direction == EGRESS ? pod->flags : pod->flags >> POD_INGRESS_SHIFT;
 	struct policy_key key = {
 		.bits = POLICY_KEY_BITS,
-		.set = pod.policy,
+		.set = pod->policy,
 		.identity = identity,
 		.direction = direction,
 		.protocol = protocol,
@@ -91,6 +87,8 @@ static __always_inline u32 policy_refusal(struct rules pod, u32 direction, u32 i
 		said = found->flags;
 		*rule = found->rule;
 	}
+	said = forgotten(said, any);
+	*rule = forgotten(*rule, any);
 	key.identity = 0;
 	found = policies.lookup(&key);
 	if (found) {
@@ -99,6 +97,8 @@ static __always_inline u32 policy_refusal(struct rules pod, u32 direction, u32 i
 			*rule = found->rule;
 		said |= found->flags;
 	}
+	said = forgotten(said, any);
+	*rule = forgotten(*rule, any);
 	/* Of a policy that is not in audit mode, whatever the default is. */
 	if (said & POLICY_DENY)
 		return REASON_POLICY_DENIED;

@@ -10,8 +10,10 @@
 #include "report.h"
 #include "verifier.h"
 
-/* How many backends of a frontend are tried until one can be reached. */
-#define ALTERNATIVES 8
+/* How many backends of a frontend are tried until one can be reached: some more by the table, which
+ * spreads the connections of those that cannot be, then one after the other. */
+#define ALTERNATIVES 12
+#define BY_TABLE 3
 
 enum calls { CONNECT, SENDMSG };
 
@@ -34,48 +36,35 @@ static __always_inline int listening(u64 netns, const struct target *asked, int 
 	return at->flags & CONFIG_MTLS ? -1 : 0;
 }
 
-/* Whether it is a pod of another node that takes mutual TLS. */
-static __always_inline int takes_mtls(const struct target *backend)
-{
-	return !!(who_is(backend->address, in_force()).flags & IDENTITY_MTLS);
-}
-
-/* Who a socket belongs to: its pod's address of the family that it speaks; `from` stays empty where
- * policy has no say in where it goes. */
-static __always_inline void read_client(struct bpf_sock_addr *ctx, u64 netns,
-					const struct target *asked, struct address *from)
+/* Whose a socket is: its pod's address of the family that it speaks; null where policy has no say in
+ * where it goes. */
+static __always_inline const struct address *client_of(u64 netns, const struct target *asked)
 {
 	struct addresses *own = namespaces.lookup(&netns);
+	const struct address *client;
 
 	if (!own || (asked->protocol != IPPROTO_TCP && asked->protocol != IPPROTO_UDP) ||
 	    is_loopback(asked) || is_unspecified(asked))
-		return;
-	*from = is_ipv4(asked) ? own->v4 : own->v6;
-	for (int i = 0; i < 4; i++)
-		from->words[i] = forgotten(from->words[i], ctx->protocol);
+		return 0;
+	client = is_ipv4(asked) ? &own->v4 : &own->v6;
+	return client->words[0] | client->words[1] | client->words[2] | client->words[3] ? client : 0;
 }
 
 /* Why policy refuses that a client reaches a target: the client's own rules, and those of the target
  * if it is a pod of this node; 0: it does not. `relayed`: by the proxies of two nodes, and the other
  * one judges for its pod. What is in audit mode the filter tells of. */
-static __always_inline u32 socket_refusal(const struct address *from, const struct target *to,
-					  int relayed, u32 *rule)
+static __always_inline u32 socket_refusal(const struct party *client, const struct party *server,
+					  const struct target *to, int relayed, u32 any, u32 *rule)
 {
-	u64 now = in_force();
-	struct rules rules;
+	int safe = relayed || client->flags & server->flags & POD_PROVEN;
 	u32 reason;
 
-	if (!(from->words[0] | from->words[1] | from->words[2] | from->words[3]) ||
-	    same_address(to, from))
-		return 0;
-	rules = rules_of(from->words, now);
-	reason = policy_refusal(rules, EGRESS, identity_of(to->address, now), to->protocol, to->port,
-				relayed || !!are_proven(rules, to->address, now), rule);
-	if (reason != REASON_POLICY_DENIED && !relayed) {
-		rules = rules_of(to->address, now);
-		reason = policy_refusal(rules, INGRESS, identity_of(from->words, now), to->protocol,
-					to->port, !!are_proven(rules, from->words, now), rule);
-	}
+	reason = policy_refusal(client, EGRESS, server->who.number, to->protocol, to->port, safe,
+				any, rule);
+	reason = forgotten(reason, any);
+	if (reason != REASON_POLICY_DENIED && !relayed)
+		reason = policy_refusal(server, INGRESS, client->who.number, to->protocol, to->port,
+					safe, any, rule);
 	return reason == REASON_POLICY_DENIED ? reason : 0;
 }
 
@@ -83,30 +72,45 @@ static __always_inline u32 socket_refusal(const struct address *from, const stru
  * no frontend there is only one), nor would take mutual TLS where nobody relays (`relay`, as from
  * `listening`): whether by the relay, or negative errno. */
 static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
-				     const struct target *asked, const struct address *from, const struct frontend *frontend,
-				     struct backend *backend, u32 *reason, u32 *rule)
+				     const struct target *asked, const struct address *from,
+				     const struct frontend *frontend, struct backend *backend,
+				     u32 *reason, u32 *rule)
 {
-	int result, relayed;
-	u32 denied = 0;
+	struct party client = {}, server;
+	u32 why, at, another = 0, any = ctx->protocol;
+	int result = 0, relayed;
+	u64 now = in_force();
 
-#pragma clang loop unroll(disable)
+	if (from)
+		client = party_of(from->words, now, any);
+#pragma clang loop unroll(full)
 	for (u32 i = 1; i <= ALTERNATIVES; i++) {
-		relayed = relay > 0 && backend->flags & BACKEND_REMOTE;
-		denied = socket_refusal(from, &backend->target, relayed, rule);
-		if (!denied && (relay >= 0 || !takes_mtls(&backend->target)))
+		relay = forgotten(relay, any);
+		backend->flags = forgotten(backend->flags, any);
+		relayed = forgotten(relay > 0 && backend->flags & BACKEND_REMOTE, any);
+		server = party_of(backend->target.address, now, any);
+		why = 0;
+		if (from && !same_address(&backend->target, from))
+			why = socket_refusal(&client, &server, &backend->target, relayed, any, rule);
+		if (!why && relay < 0 && server.who.flags & IDENTITY_MTLS)
+			why = REASON_MTLS_REQUIRED;
+		why = forgotten(why, any);
+		*rule = forgotten(*rule, any);
+		if (!why)
 			return relayed;
-		if (!frontend)
+		if (!frontend || i == ALTERNATIVES)
 			break;
-		result = table_backend(frontend, cookie + i, asked, backend, reason);
+		at = i < BY_TABLE ? slot_for(frontend, cookie + i) : another;
+		result = table_backend(frontend, at, asked, backend, &another, reason);
 		if (result < 0)
 			return result;
-		*rule = forgotten(*rule, ctx->protocol);
 	}
-	return denied ? REFUSE(POLICY_DENIED) : REFUSE(MTLS_REQUIRED);
+	return why == REASON_POLICY_DENIED ? REFUSE(POLICY_DENIED) : REFUSE(MTLS_REQUIRED);
 }
 
 /* The peer for a socket, and the reason it is that one: 0 or negative errno. Before a proxy has ever
- * listened, everything goes straight to backends that do not take mutual TLS. What goes to the proxy is judged there. */
+ * listened, everything goes straight to backends that do not take mutual TLS. What goes to the proxy
+ * is judged there. */
 static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u64 cookie, u64 netns,
 				   const struct frontend *frontend, struct origin *origin,
 				   struct target *peer, u32 *reason, u32 *rule)
@@ -114,7 +118,7 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	const struct target *asked = &origin->asked;
 	int http = 0, relay = 0, result = 0;
 	struct backend backend = {};
-	struct address from = {};
+	const struct address *from = 0;
 
 	if (frontend) {
 		origin->flags = frontend->flags;
@@ -133,8 +137,8 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 			relay = listening(netns, asked, 0, peer);
 		/* A datagram may be an answer, which only the filter knows. */
 		if (frontend || asked->protocol == IPPROTO_TCP)
-			read_client(ctx, netns, asked, &from);
-		result = permitted(ctx, cookie, relay, asked, &from, frontend, &backend, reason, rule);
+			from = client_of(netns, asked);
+		result = permitted(ctx, cookie, relay, asked, from, frontend, &backend, reason, rule);
 		if (!result)
 			*peer = backend.target;
 	}
@@ -148,20 +152,20 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	return http || result >= 0 ? 0 : result;
 }
 
-/* 1: `peer` is filled in and the origin kept; 0: `asked` is where it goes; negative errno: refused.
+/* 1: `peer` is filled in and the origin kept; 0: it goes where it asked; negative errno: refused.
  * A connection that goes where it asked ends what was kept for it, a datagram does not: sendmsg4 also
  * sees those that a connected IPv6 socket with an IPv4 peer sends, with the backend as their
  * destination. */
-static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
-				 const struct target *asked, struct target *peer)
+static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call, struct origin *origin,
+				 struct target *peer)
 {
 	u64 cookie = bpf_get_socket_cookie(ctx), netns = bpf_get_netns_cookie(ctx);
-	struct origin origin = {.asked = *asked};
-	struct frontend *frontend = frontends.lookup(&origin.asked);
+	struct frontend *frontend = frontends.lookup(&origin->asked);
+	const struct target *asked = &origin->asked;
 	u32 reason = 0, rule = 0;
 	int result;
 
-	result = peer_of(ctx, call, cookie, netns, frontend, &origin, peer, &reason, &rule);
+	result = peer_of(ctx, call, cookie, netns, frontend, origin, peer, &reason, &rule);
 	if (!result && reason == REASON_PASSED) {
 		count(REASON_PASSED);
 		if (call == CONNECT) {
@@ -173,9 +177,9 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 		return 0;
 	}
 	if (!result)
-		result = remember(ctx, call == CONNECT, cookie, peer, &origin, &reason);
+		result = remember(ctx, call == CONNECT, cookie, peer, origin, &reason);
 	if (result < 0) {
-		report(netns, asked, &origin.backend, reason, rule);
+		report(netns, asked, &origin->backend, reason, rule);
 		return result;
 	}
 	count(reason);
@@ -187,11 +191,12 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call,
 
 static __always_inline int steer4(struct bpf_sock_addr *ctx, enum calls call)
 {
-	struct target asked, peer = {};
+	struct origin origin = {};
+	struct target peer = {};
 	int result;
 
-	read4(ctx, &asked);
-	result = steer(ctx, call, &asked, &peer);
+	read4(ctx, &origin.asked);
+	result = steer(ctx, call, &origin, &peer);
 	if (result > 0)
 		write4(ctx, &peer);
 	return result;
@@ -199,11 +204,12 @@ static __always_inline int steer4(struct bpf_sock_addr *ctx, enum calls call)
 
 static __always_inline int steer6(struct bpf_sock_addr *ctx, enum calls call)
 {
-	struct target asked, peer = {};
+	struct origin origin = {};
+	struct target peer = {};
 	int result;
 
-	read6(ctx, &asked);
-	result = steer(ctx, call, &asked, &peer);
+	read6(ctx, &origin.asked);
+	result = steer(ctx, call, &origin, &peer);
 	if (result > 0)
 		write6(ctx, &peer);
 	return result;

@@ -15,7 +15,9 @@ struct address {
 	u32 words[4];
 };
 
-/* The Maglev table of a frontend is slots[offset .. offset + size); no backends: size 0. */
+/* The Maglev table of a frontend is slots[offset .. offset + size); no backends: size 0. Each slot is the
+ * number of a backend and, in the upper half, which slot of the table has another one: followed from
+ * any, these lead through all backends of the frontend and back. */
 struct frontend {
 	u32 offset;
 	u32 size;
@@ -244,10 +246,12 @@ struct pod {
 	u32 old_flags;
 };
 
-struct rules {
-	u64 proven_until;
+/* Who one end of a connection is, and what is in force for it if it is a local pod. */
+struct party {
+	u64 proven_until; /* where POD_PROVEN, which it then is */
+	struct who who;
 	u32 policy;
-	u32 flags;
+	u32 flags; /* POD_…; 0: there are no rules, or it is no local pod */
 };
 
 /* Key of a trie: everything up to `direction` is always compared, of the rest a part. */
