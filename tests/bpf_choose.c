@@ -17,7 +17,7 @@ int choose_for_packet(struct __sk_buff *skb)
 	struct target target = {};
 	struct frontend *frontend;
 	struct backend backend;
-	u32 another, reason;
+	u32 at, reason;
 	int result;
 
 	if ((void *)(question + 1) > (void *)(long)skb->data_end)
@@ -26,8 +26,8 @@ int choose_for_packet(struct __sk_buff *skb)
 	frontend = frontends.lookup(&target);
 	if (!frontend)
 		return -2;
-	result = table_backend(frontend, slot_for(frontend, question->cookie), &target, &backend,
-			       &another, &reason);
+	at = slot_for(frontend, question->cookie);
+	result = table_backend(frontend, &at, &target, &backend, &reason);
 	if (!result)
 		__builtin_memcpy(&question->target, &backend.target, sizeof(backend.target));
 	return result;

@@ -37,6 +37,7 @@ OUT = {4: "10.7.0.2", 6: "fd07::2"}
 A = {4: "10.9.0.2", 6: "fd09::2"}
 B = {4: "10.9.0.3", 6: "fd09::3"}
 PODS = {"a": A, "b": B}
+_TCP_CLOSE = 7  # include/net/tcp_states.h
 TIMEOUT_S = 5
 _PASSED = {
     Reason.FILTER_FROM_POD,
@@ -162,6 +163,9 @@ class PodWorld:
         """Both ends of a new one, the opener's first."""
         with self.connect(where, server) as client, server.accept()[0] as accepted:
             accepted.settimeout(TIMEOUT_S)
+            # What was not acknowledged would be sent again after the end, and judged and counted.
+            for one in (client, accepted):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             yield client, accepted
 
     def attempt(self, where: str, server: socket.socket, source: str = "") -> Outcome:
@@ -171,6 +175,7 @@ class PodWorld:
             with self.connect(where, server, source) as client, server.accept()[0] as accepted:
                 accepted.sendall(b"answer")
                 what = "answered" if client.recv(6) == b"answer" else "closed"
+                _end(client, accepted)
         except OSError as error:
             what = errno.errorcode.get(error.errno or 0, "timeout")
         return Outcome(what, self.counted(before))
@@ -212,6 +217,19 @@ class PodWorld:
         """On the loopback interface."""
         with self.inside(where), IPRoute() as netlink:
             _add(netlink, 1, address, ip_address(address).max_prefixlen)
+
+
+def _end(client: socket.socket, accepted: socket.socket) -> None:
+    """In order, until nothing of the connection is on its way: by the rules that come next its last
+    packets would be judged anew, and counted."""
+    client.shutdown(socket.SHUT_WR)
+    assert accepted.recv(1) == b""
+    accepted.shutdown(socket.SHUT_WR)
+    assert client.recv(1) == b""
+    deadline = time.monotonic() + TIMEOUT_S
+    # The first byte of TCP_INFO is the state.
+    while accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_CLOSE:
+        assert time.monotonic() < deadline, "the last FIN is not acknowledged"
 
 
 def _add(netlink: IPRoute, index: int, address: str, length: int) -> None:

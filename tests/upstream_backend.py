@@ -90,6 +90,8 @@ class Backend:
     def reset_all(self) -> None:
         """RST on every connection, in the next step of the loop."""
         for writer in self.open:
+            if writer.is_closing():
+                continue  # no socket any more: `serve` takes it out of `open` a step later
             sock = writer.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()

@@ -23,11 +23,11 @@ static __always_inline u32 slot_for(const struct frontend *frontend, u64 cookie)
 	return frontend->size ? spread(cookie) % frontend->size : 0;
 }
 
-/* The backend that a frontend's table has in a slot, from 0, and which slot has another; 0 or negative
- * errno. */
-static __always_inline int table_backend(const struct frontend *frontend, u32 at,
+/* The backend that a frontend's table has in slot `at`, which then is one that has another; 0 or
+ * negative errno. */
+static __always_inline int table_backend(const struct frontend *frontend, u32 *at,
 					 const struct target *asked, struct backend *backend,
-					 u32 *another, u32 *reason)
+					 u32 *reason)
 {
 	struct backend *found;
 	u32 index;
@@ -35,12 +35,12 @@ static __always_inline int table_backend(const struct frontend *frontend, u32 at
 
 	if (!frontend->size)
 		return REFUSE(NO_BACKENDS);
-	index = frontend->offset + at;
+	index = frontend->offset + *at;
 	slot = slots.lookup(&index);
 	if (!slot || !*slot)
 		return REFUSE(STALE_TABLE);
 	index = *slot;
-	*another = *slot >> 32;
+	*at = *slot >> 32;
 	found = backends.lookup(&index);
 	if (!found || !found->target.port)
 		return REFUSE(STALE_TABLE);
@@ -58,12 +58,12 @@ static __always_inline int choose(struct bpf_sock_addr *ctx, u64 cookie,
 				  struct backend *backend, u32 *reason)
 {
 	struct affinity_key key = {.client = bpf_get_netns_cookie(ctx), .frontend = *asked};
-	u32 another;
 	int result;
+	u32 at;
 
 	if (!frontend->affinity_s || !affine_backend(frontend, &key, backend)) {
-		result = table_backend(frontend, slot_for(frontend, cookie), asked, backend,
-				       &another, reason);
+		at = slot_for(frontend, cookie);
+		result = table_backend(frontend, &at, asked, backend, reason);
 		if (result < 0)
 			return result;
 	}

@@ -129,7 +129,8 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 	}
 	if (ingress && !safe && is_strict(&pod, peer))
 		return REASON_MTLS_REQUIRED;
-	return policy_refusal(&pod, flow->direction, other.who.number, peer->protocol, port, safe, any, rule);
+	return policy_refusal(&pod, flow->direction, other.who.number, peer->protocol, port, safe,
+			      any, rule);
 }
 
 /* Whether a packet opens a connection, or something like it, that nothing is known of yet. */

@@ -14,13 +14,14 @@ static __always_inline int is_workload(u32 number)
 	return number >= FIRST_WORKLOAD && number < FIRST_CIDR;
 }
 
-/* What a range says is not of a pod that nobody has told of yet: its rules are under no address. Of
- * one that is known there are some, unless there was no room for them: everything is refused then. */
+/* Who an address is, and what is in force for it if it is a local pod's. What a range says is not of a
+ * pod that nobody has told of yet: its rules are under no address. Of one that is known there are some,
+ * unless there was no room for them: everything is refused then. `any`: as in `forgotten`. */
 static __always_inline struct party party_of(const u32 *address, u64 now, u32 any)
 {
 	struct address key = {{address[0], address[1], address[2], address[3]}};
 	struct party party = {.who = who_is(address, now)};
-	int is_local = !!forgotten(!!interfaces.lookup(&key), any);
+	int is_local = !!interfaces.lookup(&key);
 	struct pod *pod;
 
 	party.who.number = forgotten(party.who.number, any);

@@ -10,7 +10,7 @@
 #include "report.h"
 #include "verifier.h"
 
-/* How many backends of a frontend are tried until one can be reached: some more by the table, which
+/* How many backends of a frontend are tried until one can be reached: so many by the table, which
  * spreads the connections of those that cannot be, then one after the other. */
 #define ALTERNATIVES 12
 #define BY_TABLE 3
@@ -77,8 +77,8 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 				     u32 *reason, u32 *rule)
 {
 	struct party client = {}, server;
-	u32 why, at, another = 0, any = ctx->protocol;
-	int result = 0, relayed;
+	u32 why, at = 0, any = ctx->protocol;
+	int result, relayed;
 	u64 now = in_force();
 
 	if (from)
@@ -95,13 +95,13 @@ static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int 
 		if (!why && relay < 0 && server.who.flags & IDENTITY_MTLS)
 			why = REASON_MTLS_REQUIRED;
 		why = forgotten(why, any);
-		*rule = forgotten(*rule, any);
 		if (!why)
 			return relayed;
-		if (!frontend || i == ALTERNATIVES)
+		if (!frontend)
 			break;
-		at = i < BY_TABLE ? slot_for(frontend, cookie + i) : another;
-		result = table_backend(frontend, at, asked, backend, &another, reason);
+		if (i < BY_TABLE)
+			at = slot_for(frontend, cookie + i);
+		result = table_backend(frontend, &at, asked, backend, reason);
 		if (result < 0)
 			return result;
 	}
