@@ -127,14 +127,24 @@ def remove(directory: Path, records: Path, interface: str) -> None:
                 _remove(directory, records, pod)
 
 
-def find(records: Path, attachment: str) -> list[str]:
-    """The interfaces that are recorded for an attachment."""
-    return [pod.interface for pod in _recorded(records) if pod.attachment == attachment]
+def find(records: Path, attachment: str, cookie: int = 0) -> list[str]:
+    """The interfaces that are recorded for an attachment; or, where nobody has said whose they are,
+    for a network namespace."""
+    return [
+        pod.interface
+        for pod in _recorded(records)
+        if (pod.attachment == attachment if pod.attachment else pod.cookie == cookie)
+    ]
 
 
 def attachments(records: Path) -> list[str]:
     """All that are recorded for one."""
     return [pod.attachment for pod in _recorded(records) if pod.attachment]
+
+
+def addresses(records: Path) -> set[str]:
+    """Those of all pods that are recorded."""
+    return {address for pod in _recorded(records) for address in pod.addresses}
 
 
 def _recorded(records: Path) -> list[Pod]:
@@ -162,10 +172,7 @@ def renew(directory: Path, records: Path) -> list[str]:
         live = {name for _, name in socket.if_nameindex()}
         found = _recorded(records)
         pods = [pod for pod in found if pod.interface in live]
-        # Of CNI's: nobody was there to be told of their end.
-        for pod in found:
-            if pod.attachment and pod.interface not in live:
-                _remove(directory, records, pod)
+        _remove_ended(directory, records, found, live)
         # A filter looks at the other end as well: all are known before any is attached.
         for step in (_know, _attach):
             for pod in pods:
@@ -175,6 +182,26 @@ def renew(directory: Path, records: Path) -> list[str]:
                 except DatapathError as error:
                     problems.append(str(error))
     return problems
+
+
+def forget(records: Path) -> None:
+    """Remove all records, once nothing is pinned any more. OSError."""
+    for record in records.glob("*.json"):
+        record.unlink()
+    records.rmdir()
+
+
+def tidy(directory: Path, records: Path) -> None:
+    """Remove what is left of CNI's pods of whose end nobody was told. DatapathError."""
+    with _locked(records):
+        live = {name for _, name in socket.if_nameindex()}
+        _remove_ended(directory, records, _recorded(records), live)
+
+
+def _remove_ended(directory: Path, records: Path, found: list[Pod], live: set[str]) -> None:
+    for pod in found:
+        if pod.about and pod.interface not in live:
+            _remove(directory, records, pod)
 
 
 def _know(directory: Path, pod: Pod, of: str) -> None:

@@ -46,8 +46,8 @@ class Node:
             "CNI_PATH": str(PLUGINS),
             "CNI_ARGS": f"IgnoreUnknown=1;{pod_args}",
             "PATH": os.environ["PATH"],
-            "WEFT_CNI_SOCKET": str(self.run_dir / "cni.sock"),
         }
+        config = {"weftSocket": str(self.run_dir / "cni.sock"), **config}
         about = {"cniVersion": self.version, "name": "net", "type": Path(program).name, **config}
         given = json.dumps(about) if stdin is None else stdin
         done = subprocess.run(
@@ -159,7 +159,7 @@ def check_codes(node, given, tmp_path):
         assert said["msg"]
         return said["code"]
 
-    assert code(stdin="no JSON") == 6
+    assert code(stdin=f'no JSON: "weftSocket": "{node.run_dir}/cni.sock"') == 6
     assert code(cniVersion="9.9.9") == 1
     assert code(command="BEGIN") == 4
     assert code(pod="") == 4

@@ -26,7 +26,7 @@ from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.authority import AuthorityClient, SocketClient
 from mesh.agent.automata import KernelAutomata
-from mesh.agent.cni_socket import CniSocket
+from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore
@@ -38,7 +38,6 @@ from mesh.agent.rollout import Rollout
 from mesh.agent.rundir import RunDir, name_process
 from mesh.agent.svid_file import SvidFile
 from mesh.agent.svids import Svids
-from mesh.cni.plugin import Place
 from mesh.model.channel import (
     Bound,
     Handles,
@@ -78,6 +77,7 @@ class Agent:
         self._source, client = _source(options)
         self._authority = _authority(options, client)
         datapath = self._datapath(options)
+        self._cni = _cni_plugin(options, run_dir, datapath, client)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
@@ -89,10 +89,9 @@ class Agent:
             passed=self._passed(options, run_dir, flows),
             svids=self._svids(options, run_dir),
             automata=self._automata(options),
+            cni=self._cni,
         )
         self._reporter = _reporter(options, client, self._node, self._authority)
-        steer = options.steer
-        self._cni = CniSocket(run_dir.cni_socket, Place(steer.pins, steer.pods)) if steer else None
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
         self._api = Api(self._node, options, run_dir, self._admin, self._source.origin)
 
@@ -163,6 +162,8 @@ class Agent:
             self._node.automata.close()
         if datapath is not None:
             datapath.close()
+        if self._cni is not None:
+            self._cni.close()
 
     async def _follow_source(self) -> None:
         async with contextlib.aclosing(self._source.updates()) as updates:
@@ -196,6 +197,8 @@ class Agent:
 
     async def _leave(self) -> None:
         self._node.leaving = True
+        if self._cni is not None:
+            spawn(self._cni.leave(), name="CNI")
         if self._reporter is not None:
             await self._reporter.leave()
         self._send(Leaving())
@@ -279,6 +282,20 @@ def _authority(options: AgentOptions, client: Client | None) -> Authority | None
     from mesh.agent.authority_cluster import ClusterAuthority
 
     return ClusterAuthority(client, _name(options), options.namespace)
+
+
+def _cni_plugin(
+    options: AgentOptions, run_dir: RunDir, datapath: Datapath | None, client: Client | None
+) -> CniPlugin | None:
+    steer = options.steer
+    if steer is None or datapath is None:
+        return None
+    daemonset = None
+    if client is not None and steer.cni is not None:
+        from mesh.agent.daemonset import DaemonSet
+
+        daemonset = DaemonSet(client, options.namespace)
+    return CniPlugin(run_dir.cni_socket, steer, datapath.in_force, datapath.local_pods, daemonset)
 
 
 def _reporter(

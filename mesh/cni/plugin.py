@@ -141,9 +141,10 @@ def _check(
 
 
 def _delete(
-    environment: Mapping[str, str], _config: _Config, _pod: socket.socket | None, place: Place
+    environment: Mapping[str, str], _config: _Config, pod: socket.socket | None, place: Place
 ) -> bytes:
-    _remove(place, podfilter.find(place.records, _attachment(environment)))
+    cookie = podfilter.netns_cookie_of(pod) if pod is not None else 0
+    _remove(place, podfilter.find(place.records, _attachment(environment), cookie))
     return b""
 
 
@@ -202,7 +203,7 @@ def _pod(
     cookie = podfilter.netns_cookie_of(netlink)
     about = _about(environment.get("CNI_ARGS", ""))
     return podfilter.Pod(
-        interface=_host_end(netlink, ifname),
+        interface=host_end(netlink, ifname),
         addresses=addresses,
         cookie=cookie,
         attachment=attachment,
@@ -251,7 +252,7 @@ def _addresses(result: _Result, ifname: str) -> tuple[str, ...]:
     return tuple(found.values())
 
 
-def _host_end(netlink: socket.socket, ifname: str) -> str:
+def host_end(netlink: socket.socket, ifname: str) -> str:
     """The name of the node's end of the pod's veth."""
     try:
         inner = links.find(netlink, ifname)

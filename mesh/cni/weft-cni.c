@@ -20,6 +20,15 @@
 extern char **environ;
 static char input[1 << 20], answer[1 << 20];
 
+/* Where the agent answers: "weftSocket" of the configuration. */
+static void find_agent(struct sockaddr_un *to)
+{
+	const char *at = strstr(input, "\"weftSocket\"");
+
+	if (!at || sscanf(at + 12, " : \"%107[^\"]\"", to->sun_path) != 1)
+		strcpy(to->sun_path, SOCKET);
+}
+
 /* What "cniVersion" the configuration has; what is none is 1.1.0. */
 static const char *version(void)
 {
@@ -94,7 +103,7 @@ static int begin(int to, int pod)
 
 int main(void)
 {
-	const char *command = getenv("CNI_COMMAND"), *path = getenv("WEFT_CNI_SOCKET");
+	const char *command = getenv("CNI_COMMAND");
 	struct sockaddr_un to = {.sun_family = AF_UNIX};
 	struct timeval wait = {.tv_sec = WAIT_S};
 	size_t size = 0, got = 0;
@@ -105,7 +114,7 @@ int main(void)
 	       (more = read(0, input + size, sizeof(input) - 1 - size)) > 0)
 		size += more;
 	command = command ? command : "";
-	strncpy(to.sun_path, path ? path : SOCKET, sizeof(to.sun_path) - 1);
+	find_agent(&to);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (fd < 0 || connect(fd, (struct sockaddr *)&to, sizeof(to)))
 		return alone(command, "it cannot be reached");
