@@ -1,7 +1,8 @@
-"""A process in a cgroup and a network namespace of its own that does with sockets what it is told.
+"""A process in a cgroup and a network namespace that does with sockets what it is told.
 
-Run as a program: bpf_actor.py CGROUP. Each line in is JSON, [function, arguments...]; each line out
-is its result, or {"errno": NAME}. It imports nothing of the project.
+Run as a program: bpf_actor.py CGROUP [NETNS]; without NETNS that is one of its own. Each line in is
+JSON, [function, arguments...]; each line out is its result, or {"errno": NAME}. It imports nothing
+of the project.
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ TIMEOUT_S = 5
 kept: dict[int, socket.socket] = {}
 
 
-def enter(cgroup: str) -> None:
+def enter(cgroup: str, netns: str = "") -> None:
     (Path(cgroup) / "cgroup.procs").write_text(str(os.getpid()))
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if netns:
+        with open(netns) as there:
+            if libc.setns(there.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+        return
+    if libc.unshare(CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = fcntl.ioctl(any_socket, SIOCGIFFLAGS, struct.pack("16sh14x", b"lo", 0))
@@ -171,7 +178,7 @@ def udp_connected_anew(address: str, port: int, then: str, then_port: int) -> li
 
 
 def main() -> None:
-    enter(sys.argv[1])
+    enter(*sys.argv[1:])
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -50,6 +50,7 @@ class CniPlugin:
         self._daemonset = daemonset
         self._directories = steer.cni
         self._look = asyncio.Event()
+        self._keeping: asyncio.Task[None] | None = None
         self._old: dict[str, str] = {}
         self._installation = (
             Installation(steer.cni.bin, steer.cni.conf, socket, self._look.set)
@@ -73,7 +74,7 @@ class CniPlugin:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._server.run(), name="CNI socket")
             if self._installation is not None:
-                group.create_task(self._keep(self._installation), name="CNI place")
+                self._keeping = group.create_task(self._keep(self._installation), name="CNI place")
                 group.create_task(self._look_for_pods(), name="CNI pods")
             if self._daemonset is not None:
                 group.create_task(self._daemonset.run(), name="DaemonSet")
@@ -111,6 +112,8 @@ class CniPlugin:
             self._give_up(self._installation)
 
     def _give_up(self, installation: Installation) -> None:
+        if self._keeping is not None:
+            self._keeping.cancel()
         installation.remove(needed=bool(podfilter.attachments(self._place.records)))
 
     def close(self) -> None:

@@ -32,8 +32,16 @@ def _cluster_options(function: F) -> F:
 @click.command()
 @_cluster_options
 @click.option("--image", default="weft:0.1.0", show_default=True, help="The image of Weft.")
+@click.option(
+    "--steer/--no-steer",
+    default=True,
+    show_default=True,
+    help="Steer and filter the connections of the cluster's pods; else an ingress gateway alone.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the manifests, do nothing.")
-def install(kubeconfig: Path | None, namespace: str, image: str, dry_run: bool) -> None:
+def install(
+    kubeconfig: Path | None, namespace: str, image: str, steer: bool, dry_run: bool
+) -> None:
     """Install Weft in a cluster, or bring what is there to this version.
 
     The CustomResourceDefinitions of Gateway API are the cluster's: 'weft check' says whether they
@@ -44,15 +52,16 @@ def install(kubeconfig: Path | None, namespace: str, image: str, dry_run: bool) 
     from mesh.install import cluster, manifests
 
     if dry_run:
-        click.echo(manifests.everything(namespace=namespace, image=image), nl=False)
+        text = manifests.everything(namespace=namespace, image=image, steer=steer)
+        click.echo(text, nl=False)
         return
-    objects = manifests.objects(namespace=namespace, image=image)
+    objects = manifests.objects(namespace=namespace, image=image, steer=steer)
     _run(kubeconfig, lambda client: cluster.install(client, objects, click.echo))
 
 
 @click.command()
 @_cluster_options
-@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait until it is gone.")
+@click.option("--wait", default=120.0, show_default=True, help="Seconds to wait until it is gone.")
 def uninstall(kubeconfig: Path | None, namespace: str, wait: float) -> None:
     """Remove Weft from a cluster. Gateways and routes stay, with the statuses that they have.
 

@@ -4,6 +4,7 @@ the Helm chart. Knows text; no cluster.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from string import Template
 from typing import Any, NamedTuple
@@ -17,8 +18,10 @@ NAMES = ("namespace", "rbac", "agent", "controller", "gatewayclass")
 
 
 class Values(NamedTuple):
-    """What differs from cluster to cluster. `settings` and the arguments begin with a line end,
-    where there are any, and are indented as they stand."""
+    """`steer`: what stands between lines "#if steer" and "#end" of the templates, the mesh, is there;
+    without it Weft is an ingress gateway. None: that is decided later, by the chart. The rest is
+    what differs from cluster to cluster. `settings` and the arguments begin with a line end, where
+    there are any, and are indented as they stand."""
 
     namespace: str = NAMESPACE
     image: str = IMAGE
@@ -26,6 +29,7 @@ class Values(NamedTuple):
     settings: str = "\n    access_log: json"
     agent_args: str = ""
     controller_args: str = ""
+    steer: bool | None = True
 
 
 def _more(name: str) -> str:
@@ -42,12 +46,16 @@ CHART = Values(
     settings="\n    {{- .Values.settings | toYaml | nindent 4 }}",
     agent_args=_more("agentArgs"),
     controller_args=_more("controllerArgs"),
+    steer=None,
 )
 CHART_VALUES = f"""\
 # The image of Weft: built with deploy/Dockerfile, in a registry that the nodes reach.
 image: {IMAGE}
 # Whose identities workloads have: spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT.
 trustDomain: cluster.local
+# Whether nodes steer and filter the connections of their pods, with eBPF and a CNI plugin; false: Weft
+# is an ingress gateway alone, with fewer rights.
+steer: true
 # Limits and habits of the proxy: README.md, "Settings".
 settings:
   access_log: json
@@ -60,15 +68,25 @@ controllerArgs: []
 def rendered(name: str, values: Values) -> str:
     """One template's text."""
     text = (files("mesh.install") / "templates" / f"{name}.yaml").read_text()
-    return Template(text).substitute(values._asdict())
+    return Template(_decided(text, values.steer)).substitute(values._asdict())
 
 
-def everything(*, namespace: str = NAMESPACE, image: str = IMAGE) -> str:
+def _decided(text: str, steer: bool | None) -> str:
+    if steer is None:
+        text = re.sub(r"^ *#if steer$", "{{- if .Values.steer }}", text, flags=re.M)
+        return re.sub(r"^ *#end$", "{{- end }}", text, flags=re.M)
+    block = re.compile(r"^ *#if steer\n(.*?)^ *#end\n", re.M | re.S)
+    return block.sub(r"\1" if steer else "", text)
+
+
+def everything(*, namespace: str = NAMESPACE, image: str = IMAGE, steer: bool = True) -> str:
     """All of it, as one stream of documents."""
-    values = Values(namespace, image)
+    values = Values(namespace, image, steer=steer)
     return "---\n".join(rendered(name, values) for name in NAMES)
 
 
-def objects(*, namespace: str = NAMESPACE, image: str = IMAGE) -> list[dict[str, Any]]:
+def objects(
+    *, namespace: str = NAMESPACE, image: str = IMAGE, steer: bool = True
+) -> list[dict[str, Any]]:
     """All of it as plain data, in order."""
-    return list(yaml.safe_load_all(everything(namespace=namespace, image=image)))
+    return list(yaml.safe_load_all(everything(namespace=namespace, image=image, steer=steer)))
