@@ -1,19 +1,22 @@
 """The CNI plugin as a runtime runs it: behind Debian's own plugins, in the namespace of a node,
-with a real agent and the real programs."""
+with the agent's part of it and the real programs. A whole agent: tests/test_cni_deployed.py."""
 
+import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
-from bpf_world import needs_bpf, new_cgroup, pin_directory
+from bpf_world import loader, needs_bpf, pin_directory
 
+from bpf import podfilter
+from mesh.agent.cni_socket import CniSocket
 from mesh.cni import shim
+from mesh.cni.adopt import adopt
+from mesh.cni.plugin import Place
 from mesh.lab.kernel import create_netns, inside, remove_netns
-from tests.support.running import running
 
 PLUGINS = Path("/usr/lib/cni")
 UID = "3f0c"
@@ -84,31 +87,31 @@ def node(tmp_path):
 
 
 @pytest.fixture
-def agent(node, tmp_path):
-    """Starts one; the same pins and cgroup for all."""
-    (tmp_path / "manifests").mkdir()
-    with pin_directory(tmp_path) as pins, new_cgroup() as cgroup:
-        options = [f"--steer={cgroup}", f"--pins={pins}", f"--manifests={tmp_path / 'manifests'}"]
-        options += ["--node=n", "--admin=off", "--workers=1", "--datapath=proxy"]
-        yield lambda: running(node.run_dir, *options)
+def place(node, tmp_path):
+    node.run_dir.mkdir()
+    with pin_directory(tmp_path) as directory:
+        done = loader("--pin", directory)
+        assert done.returncode == 0, done.stderr
+        yield Place(directory, node.run_dir / "pods")
 
 
-def in_force(instance):
-    instance.await_status(lambda status: status["steered"])
+@contextlib.asynccontextmanager
+async def agent(node, place):
+    """As it starts and ends."""
+    podfilter.renew(place.pins, place.records)
+    path = node.run_dir / "cni.sock"
+    path.unlink(missing_ok=True)
+    task = asyncio.ensure_future(CniSocket(path, place).run())
+    while not path.exists():
+        await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
-def received(node, source, target, address):
-    """Whether a datagram of a pod reaches another."""
-    with inside(node.netns[target]):
-        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        server.bind(("", 0))
-        server.settimeout(5)
-    with server, inside(node.netns[source]), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as c:
-        c.sendto(b"hello", (address, server.getsockname()[1]))
-        return server.recv(9) == b"hello"
-
-
-def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, agent, tmp_path):
+async def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, place, tmp_path):
     kinds = {"one": "bridge", "two": "bridge", "three": "ptp"}
     results = {pod: node.connect(kind, pod, node.netns[pod]) for pod, kind in kinds.items()}
     given = {
@@ -117,34 +120,77 @@ def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, agent, tmp_pat
     status, said = node.weft("ADD", **given["one"])
     assert (status, said["code"], said["cniVersion"]) == (1, 11, "1.0.0")
     assert "does not answer" in said["msg"]
-    with agent() as instance:
-        in_force(instance)
+
+    async def weft(command, **more):
+        return await asyncio.to_thread(node.weft, command, **more)
+
+    async with agent(node, place):
         for pod in kinds:
-            assert node.weft("ADD", **given[pod]) == (0, results[pod])
-            assert node.weft("CHECK", **given[pod]) == (0, None)
+            assert await weft("ADD", **given[pod]) == (0, results[pod])
+            assert await weft("CHECK", **given[pod]) == (0, None)
         assert {one["about"] for one in node.records()} == {f"ns/{pod}/{UID}" for pod in kinds}
-        address = results["two"]["ips"][0]["address"].partition("/")[0]
-        assert received(node, "one", "two", address)
     # Nobody hears of its end, and it is gone once an agent is there again.
     node.call(PLUGINS / "bridge", "DEL", "two", node.netns["two"], **node.network)
     assert node.weft("DEL", pod="two") == (0, None)
     assert node.weft("STATUS")[1]["code"] == 50
     assert node.weft("VERSION")[1]["supportedVersions"] == ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]
     assert len(node.records()) == 3
-    with agent() as instance:
-        in_force(instance)
+    async with agent(node, place):
         about = {one["about"] for one in node.records()}
         assert about == {f"ns/one/{UID}", f"ns/three/{UID}"}
-        assert node.weft("CHECK", **given["one"]) == (0, None)
-        assert node.weft("STATUS") == (0, None)
+        assert await weft("CHECK", **given["one"]) == (0, None)
+        assert await weft("STATUS") == (0, None)
         for _ in range(2):
-            assert node.weft("DEL", pod="one", netns=node.netns["one"]) == (0, None)
+            assert await weft("DEL", pod="one", netns=node.netns["one"]) == (0, None)
         assert {one["about"] for one in node.records()} == {f"ns/three/{UID}"}
-        assert node.weft("CHECK", **given["one"])[1]["code"] == 101
-        check_codes(node, given["one"], tmp_path)
-        assert node.weft("ADD", **given["one"])[0] == 0
-        assert node.weft("GC", **{"cni.dev/valid-attachments": []}) == (0, None)
+        assert (await weft("CHECK", **given["one"]))[1]["code"] == 101
+        await asyncio.to_thread(check_codes, node, given["one"], tmp_path)
+        assert (await weft("ADD", **given["one"]))[0] == 0
+        assert await weft("GC", **{"cni.dev/valid-attachments": []}) == (0, None)
         assert node.records() == []
+        await check_adoption(node, place, results, tmp_path)
+
+
+async def check_adoption(node, place, results, tmp_path):
+    """Pods that nobody has announced: found by their addresses, ended by their namespaces."""
+    directory = tmp_path / "netns"
+    directory.mkdir()
+    (directory / "broken").touch()
+    for name, path in node.netns.items():
+        (directory / name).symlink_to(path)
+    pods = {
+        f"ns/{pod}/{UID}": (result["ips"][0]["address"].partition("/")[0],)
+        for pod, result in results.items()
+    }
+
+    def adopted():
+        problems = adopt(place, directory, pods)
+        return {one["about"].split("/")[1] for one in node.records()}, problems
+
+    # As a pod may that has the right to.
+    (theirs,) = pods[f"ns/one/{UID}"]
+    with inside(node.netns["three"]):
+        subprocess.run(["ip", "address", "add", f"{theirs}/32", "dev", "eth0"], check=True)
+        found, problems = await asyncio.to_thread(adopted)
+        assert found == {"three"}
+        assert problems == {
+            f"ns/one/{UID}": "several have its addresses",
+            f"ns/two/{UID}": "its network namespace was not found",
+        }
+        subprocess.run(["ip", "address", "del", f"{theirs}/32", "dev", "eth0"], check=True)
+    found, problems = await asyncio.to_thread(adopted)
+    assert (found, problems.keys()) == ({"one", "three"}, {f"ns/two/{UID}"})
+    about = {"pod": "one", "netns": node.netns["one"], "prevResult": results["one"]}
+    for command, more in (("CHECK", about), ("GC", {"cni.dev/valid-attachments": []})):
+        assert await asyncio.to_thread(node.weft, command, **more) == (0, None)
+    assert len(node.records()) == 2
+    await asyncio.to_thread(node.weft, "DEL", **about)
+    assert len(node.records()) == 1
+    # Of the other's end nobody tells.
+    with inside(node.netns["three"]):
+        subprocess.run(["ip", "link", "del", "eth0"], check=True)
+    podfilter.tidy(place.pins, place.records)
+    assert node.records() == []
 
 
 def check_codes(node, given, tmp_path):

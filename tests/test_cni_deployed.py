@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -207,6 +208,14 @@ def objects(target, port):
     }
 
 
+def agent_of(deployed):
+    """The pid of the agent process."""
+    children = f"/proc/{deployed.process.pid}/task/{deployed.process.pid}/children"
+    pids = Path(children).read_text().split()
+    (found,) = [one for one in pids if Path(f"/proc/{one}/comm").read_text() == "weft-agent\n"]
+    return int(found)
+
+
 async def until(holds, *processes):
     async with asyncio.timeout(WAIT_S):
         while not (found := holds()):
@@ -252,7 +261,12 @@ async def test_pods_are_steered_and_filtered_until_the_daemonset_goes(
         # Another plugin renews its file, and there is a first one.
         runtime.write()
         await until(lambda: runtime.types() == ["bridge", "weft-cni"], *both)
-        # An upgrade takes nothing away; what follows does.
+        # Another agent tests this kernel beside the programs that are in force.
+        said = len(agent.said.read_text())
+        os.kill(agent_of(agent), signal.SIGKILL)
+        await until(lambda: "are steered" in agent.said.read_text()[said:], *both)
+        assert "self-test" not in agent.said.read_text()
+        assert reached("one") == "two"
         found = server.get("apps/daemonsets", "weft-agent", NAMESPACE)
         server.delete(found)
         agent.process.terminate()

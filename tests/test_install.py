@@ -1,6 +1,7 @@
 """Weft into a cluster and out of it: manifests, permissions, and what is checked before."""
 
 import asyncio
+import copy
 import json
 import platform
 import re
@@ -32,9 +33,10 @@ from kube_world import (
 from bpf import selftest
 from l7proxy.tasks import spawn
 from mesh.agent import supervisor
+from mesh.agent.daemonset import DaemonSet
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
-from mesh.install import manifests
+from mesh.install import check_node, manifests
 from mesh.install.cluster import path_of
 from mesh.sources.kubernetes_client import Client, ServerError
 from tests.support.running import PROJECT, running
@@ -172,6 +174,31 @@ async def test_checks_of_a_host():
     assert all((one["result"] == "ok") == (one["todo"] == "") for one in findings.values())
     if findings["user"]["result"] == "ok" and findings["cgroup v2"]["result"] == "ok":
         assert {f"eBPF {name}" for name in selftest.FACTS} <= findings.keys()
+
+
+def test_checks_of_a_node(tmp_path):
+    def found():
+        return {one.what: one for one in check_node.node(tmp_path)}
+
+    assert {one.result for one in found().values()} == {"warning"}
+    assert all(one.todo for one in found().values())
+    conf, bin_dir = tmp_path / "etc/cni/net.d", tmp_path / "opt/cni/bin"
+    for one in (conf, bin_dir):
+        one.mkdir(parents=True)
+    about = {"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}
+    (conf / "10.conflist").write_text(json.dumps(about))
+    assert found()["CNI"].result == "ok"
+    about["plugins"].append({"type": "weft-cni"})
+    (conf / "10.conflist").write_text(json.dumps(about))
+    broken = found()["CNI"]
+    assert broken.result == "failed"
+    assert broken.found == f"{conf}/10.conflist: bridge, weft-cni; weft-cni is not in {bin_dir}"
+    # As the agent's container has the node's directories.
+    (tmp_path / "run/host/cni").mkdir(parents=True)
+    conf.rename(tmp_path / "run/host/cni/net.d")
+    bin_dir.rename(tmp_path / "run/host/cni/bin")
+    (tmp_path / "run/host/cni/bin/weft-cni").touch()
+    assert found()["CNI"].result == "ok"
 
 
 @needs_crds
@@ -390,6 +417,9 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
     used = server.auth.used
     with running(tmp_path / "run", *options) as process:
         found = Controller(about, backoff=quick)
+        client = Client(of_agent)
+        await client.open()
+        follows = spawn(DaemonSet(client, NAMESPACE).run(), name="DaemonSet")
         task = asyncio.get_running_loop().create_task(found.run())
         try:
             await asyncio.to_thread(process.await_status, lambda status: status["ready"])
@@ -402,11 +432,51 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
             unused = (server.auth.granted(agent) | server.auth.granted(controller)) - used
             pytest.fail(f"never asked for: {sorted(unused)}")
         finally:
+            follows.cancel()
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.gather(task, follows, return_exceptions=True)
+            await client.close()
             # While the server answers: it is told that the node leaves.
             await asyncio.to_thread(process.stop)
     assert server.auth.denied == []
+
+
+async def test_an_agent_learns_that_it_is_removed_whoever_goes_first(server, tmp_path):
+    """Roles go at once after the DaemonSet: by then it may ask nobody any more."""
+    for obj in manifests.objects():
+        if obj["kind"] != "GatewayClass":
+            server.create(obj)
+    await _let_in(server)
+    client = Client(server.kubeconfig(tmp_path / "agent", token="agent"))
+    await client.open()
+    followed = DaemonSet(client, NAMESPACE)
+    task = spawn(followed.run(), name="DaemonSet")
+    try:
+        async with asyncio.timeout(20):
+            while not any("watch=true" in path for _, path in server.requests):
+                await asyncio.sleep(0.01)
+            daemonset = server.get("apps/daemonsets", "weft-agent", NAMESPACE)
+            for obj in manifests.objects():
+                if obj["kind"] in ("Role", "RoleBinding"):
+                    server.delete(obj)
+            # Another image, as an upgrade has it, then without the mesh, then with it again.
+            versions = [copy.deepcopy(daemonset) for _ in range(3)]
+            containers = [one["spec"]["template"]["spec"]["containers"] for one in versions]
+            containers[0][0]["image"] = "weft:next"
+            containers[1][0]["args"] = ["up", "--source=kubernetes"]
+            followed.changed(None, versions[0])
+            assert not followed.unwanted.is_set()
+            server.change(daemonset, {"spec": versions[1]["spec"]})
+            await followed.unwanted.wait()
+            server.change(daemonset, {"spec": versions[2]["spec"]})
+            while followed.unwanted.is_set():
+                await asyncio.sleep(0.01)
+            server.delete(daemonset)
+            await followed.unwanted.wait()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await client.close()
 
 
 _COMPONENTS = ("agent", "controller")

@@ -12,7 +12,7 @@ from mesh.cli.client import CliError
 from mesh.cli.output import dump
 
 if TYPE_CHECKING:
-    from mesh.install.check import Finding
+    from mesh.install.finding import Finding
     from mesh.sources.kubernetes_client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -91,10 +91,12 @@ def check(kubeconfig: Path | None, namespace: str, output: str, only: str | None
     import tempfile
 
     from mesh.install import check as checks
+    from mesh.install import check_node
 
     findings: list[Finding] = []
     if only != "cluster":
         findings += checks.host()
+        findings += check_node.node()
         with tempfile.TemporaryDirectory(prefix="weft-check-") as directory:
             findings += checks.kernel(Path(directory))
     if only != "host":

@@ -93,6 +93,14 @@ def put_in(directory: Path, entry: dict[str, Any]) -> list[str]:
     return problems
 
 
+def first(directory: Path) -> tuple[Path, list[str]] | None:
+    """The file that a runtime takes, and the types of its plugins. OSError."""
+    networks, _ = _networks(directory)
+    if not networks:
+        return None
+    return networks[0].path, [one["type"] for one in networks[0].content["plugins"]]
+
+
 def take_out(directory: Path) -> list[str]:
     """Ours out of all lists, and files that became lists as they were. What could not be done, by
     file and field: a runtime may still start our plugin then. OSError."""

@@ -13,21 +13,28 @@ from pathlib import Path
 from bpf.attach import is_member
 
 _NAMES = ("kubepods.slice", "kubepods")
+_DEPTH = 3
 
 
 def find(root: Path) -> tuple[Path, Path | None]:
     """The cgroup of all pods, and that of this process in it, below a mount of the node's cgroups.
-    Where there is none of the latter, as in no pod, the first is where it would be."""
+    None of the latter: this is no pod. Where there are no pods, the first is where they would
+    be."""
+    pods = all_pods(root)
+    if pods is None:
+        return root / _NAMES[0], None
     pid = os.getpid()
-    for directory, _, _ in os.walk(root):
-        own = Path(directory)
-        pods = next((one for one in (*reversed(own.parents), own) if _is_pods(one, root)), None)
-        if pods is not None and is_member(own, pid):
-            return pods, own
-    return root / _NAMES[0], None
+    below = (Path(directory) for directory, _, _ in os.walk(pods))
+    return pods, next((one for one in below if is_member(one, pid)), None)
 
 
-def _is_pods(path: Path, root: Path) -> bool:
-    # kind and others have it deeper: kubelet.slice/kubelet-kubepods.slice.
-    named = path.name in _NAMES or path.name.endswith("-kubepods.slice")
-    return named and path.is_relative_to(root)
+def all_pods(root: Path) -> Path | None:
+    """The cgroup of all pods; None: there is none of version 2."""
+    # kind and others have it deeper: kubelet.slice/kubelet-kubepods.slice. Deeper still are those
+    # of kubelets in containers.
+    for depth in range(_DEPTH):
+        for path in sorted(root.glob("*/" * depth + "*kubepods*")):
+            named = path.name in _NAMES or path.name.endswith("-kubepods.slice")
+            if named and (path / "cgroup.type").exists():
+                return path
+    return None

@@ -18,10 +18,10 @@ NAMES = ("namespace", "rbac", "agent", "controller", "gatewayclass")
 
 
 class Values(NamedTuple):
-    """`steer`: what stands between lines "#if steer" and "#end" of the templates, the mesh, is there;
-    without it Weft is an ingress gateway. None: that is decided later, by the chart. The rest is
-    what differs from cluster to cluster. `settings` and the arguments begin with a line end, where
-    there are any, and are indented as they stand."""
+    """`steer`: what stands between lines "#if steer" and "#end" of the templates is there, for the
+    mesh; without it Weft is an ingress gateway. None: the chart decides that. The rest is what
+    differs from cluster to cluster. `settings` and the arguments begin with a line end, where there
+    are any, and are indented as they stand."""
 
     namespace: str = NAMESPACE
     image: str = IMAGE
@@ -53,8 +53,8 @@ CHART_VALUES = f"""\
 image: {IMAGE}
 # Whose identities workloads have: spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT.
 trustDomain: cluster.local
-# Whether nodes steer and filter the connections of their pods, with eBPF and a CNI plugin; false: Weft
-# is an ingress gateway alone, with fewer rights.
+# Whether nodes steer and filter the connections of their pods, with eBPF and a CNI plugin; false:
+# Weft is an ingress gateway alone, with fewer rights.
 steer: true
 # Limits and habits of the proxy: README.md, "Settings".
 settings:
