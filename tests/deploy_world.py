@@ -88,6 +88,8 @@ class Deployed:
         env = {"KUBERNETES_SERVICE_HOST": host, "KUBERNETES_SERVICE_PORT": port}
         env |= {"CHECKOUT": str(PROJECT), "EMPTY": " ".join(empty), "OF_NODE": " ".join(of_node)}
         env |= {"CGROUP": str(cgroup or "")}
+        # What is compiled is kept where the other tests keep it.
+        env |= {name: os.environ[name] for name in ("WEFT_CACHE",) if name in os.environ}
         env |= {"PATH": os.environ["PATH"], "HOME": "/"}
         with self.said.open("w") as said:
             self.process = subprocess.Popen(command, env=env, stderr=said, stdout=said, cwd=PROJECT)

@@ -303,8 +303,10 @@ def test_the_chart_as_helm_renders_it():
         stdout=subprocess.PIPE,
         check=True,
     )
-    plain, other = json.loads(done.stdout)
-    _as_installed(one for text in plain.values() for one in yaml.safe_load_all(text))
+    plain, other, gateway_only = json.loads(done.stdout)
+    for rendered, steer in ((plain, True), (gateway_only, False)):
+        found = [one for text in rendered.values() for one in yaml.safe_load_all(text)]
+        _as_installed(found, steer=steer)
     objects = [one for text in other.values() for one in yaml.safe_load_all(text)]
     by_kind = {one["kind"]: one for one in objects if one["kind"] in ("DaemonSet", "Deployment")}
     for kind, wanted in (("DaemonSet", ["--x", "a b"]), ("Deployment", ["--load-balancer"])):
@@ -325,15 +327,16 @@ other = {
     "agentArgs": ["--x", "a b"],
     "controllerArgs": ["--load-balancer"],
 }
-found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in ({}, other)]
+values = {}, other, {"steer": False}
+found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in values]
 print(json.dumps([{k: v for k, v in one.items() if k.endswith(".yaml")} for one in found]))
 """
 
 
-def _as_installed(objects):
+def _as_installed(objects, *, steer=True):
     # Weft's own namespace is Helm's to make.
     own = path_of({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-    wanted = (one for one in manifests.objects() if path_of(one) != own)
+    wanted = (one for one in manifests.objects(steer=steer) if path_of(one) != own)
     assert sorted(objects, key=path_of) == sorted(wanted, key=path_of)
 
 
@@ -365,11 +368,14 @@ async def test_kubectl_applies_the_kustomization(server, tmp_path):
 
 
 @needs_kubectl
-def test_the_kustomization_is_whole():
-    command = [KUBECTL, "kustomize", str(PROJECT / "deploy/manifests")]
+@pytest.mark.parametrize(("directory", "steer"), [("manifests", True), ("gateway-only", False)])
+def test_the_kustomization_is_whole(directory, steer):
+    command = [KUBECTL, "kustomize", str(PROJECT / "deploy" / directory)]
     built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = sorted(yaml.safe_load_all(built), key=path_of)
-    assert found == sorted(manifests.objects(), key=path_of)
+    assert found == sorted(manifests.objects(steer=steer), key=path_of)
+    result = CliRunner().invoke(cli, ["install", "--dry-run", *([] if steer else ["--no-steer"])])
+    assert sorted(yaml.safe_load_all(result.output), key=path_of) == found
 
 
 @needs_kubectl
