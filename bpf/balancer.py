@@ -71,7 +71,7 @@ class Balancer:
         self._uses: Counter[int] = Counter()
         self._ids: dict[Backend, int] = {}
         self._by_id: dict[int, Backend] = {}
-        for frontend, (offset, size, affinity_s, _) in self._frontends.items():
+        for frontend, (offset, size, affinity_s, *_) in self._frontends.items():
             ids = frozenset(slot & _NUMBER for slot in self._slots.read(offset, size))
             extent = Extent(offset, size) if size else None
             self._in_force[frontend] = _InForce(None, None, affinity_s, extent, ids)
@@ -161,7 +161,9 @@ class Balancer:
                 fast = (layout.TARGET.unpack(Target, one) for one in wanted.fast)
                 self._fast.put_all((one, Number(1)) for one in fast)
                 offset, size = new.extent or (0, 0)
-                value = Frontend(offset, size, wanted.affinity_s, wanted.flags)
+                value = Frontend(
+                    offset, size, wanted.affinity_s, wanted.flags, len(wanted.backends)
+                )
                 self._frontends.put(frontend, value)
             except OSError:
                 self._abandon(frontend, new, current)

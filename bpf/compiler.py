@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from bpf import btf, layout, reasons
+from bpf import btf, functions, layout, reasons
 from bpf.errors import DatapathError
 
 _HERE = Path(__file__).parent
@@ -26,11 +26,14 @@ _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.MULTILINE)
 _INSTRUCTION_SIZE = 8
 # An instruction that loads a map's address: BPF_LD | BPF_DW | BPF_IMM from BPF_PSEUDO_MAP_FD.
 _LD_IMM64, _FROM_MAP_FD = 0x18, 1
+# One that calls a helper, BPF_JMP | BPF_CALL; and of BPF_PSEUDO_CALL, a function of the program.
+_CALL, _OF_FUNCTION = 0x85, 1
 
 
 def source(main: Path) -> str:
-    """One text of a program and our headers, with the tables that Python owns. bcc rewrites map
-    accesses reliably only in one file; #line keeps places in messages true."""
+    """One text of a program and our headers, with the tables that Python owns, but not what the
+    running kernel says. bcc rewrites map accesses reliably only in one file; #line keeps places in
+    messages true."""
     seen: set[str] = set()
 
     def text_of(path: Path) -> str:
@@ -48,7 +51,8 @@ def source(main: Path) -> str:
 
         return _INCLUDE.sub(insert, text)
 
-    return layout.c_header() + reasons.c_header() + btf.c_header() + text_of(main)
+    headers = (layout, reasons, functions)
+    return "".join(one.c_header() for one in headers) + text_of(main)
 
 
 class Module:
@@ -75,8 +79,9 @@ class Module:
         flags = ["-Wall", "-Wextra", "-Werror"]
         for directory in (_UAPI, multiarch):
             flags += ["-idirafter", str(directory)]
+        text = btf.c_header() + source(main)
         try:
-            self._bpf = bcc.BPF(text=source(main).encode(), cflags=flags)
+            self._bpf = bcc.BPF(text=text.encode(), cflags=flags)
         except Exception as error:  # bcc raises bare Exception
             raise DatapathError(
                 f"cannot compile {main}: {error}: clang's messages stand above; without rights to "
@@ -92,24 +97,36 @@ class Module:
         return fd
 
     def program(self, function: str, maps: dict[int, str]) -> Program:
-        """A function; `maps`: names by descriptors of templates."""
+        """A function with those that it calls; `maps`: names by descriptors of templates."""
         code = bytearray(self._bpf.dump_func(function.encode()))
         found = {}
+        begins = {function: 0}
         at = 0
         while at < len(code):
             wide = code[at] == _LD_IMM64
+            number = int.from_bytes(code[at + 4 : at + 8], "little")
             if wide and code[at + 1] >> 4 == _FROM_MAP_FD:
-                found[at] = maps[int.from_bytes(code[at + 4 : at + 8], "little")]
+                found[at] = maps[number]
                 code[at + 4 : at + 8] = bytes(4)
+            elif code[at] == _CALL and number in functions.CALLS:
+                called = functions.CALLS[number]
+                if called not in begins:
+                    begins[called] = len(code)
+                    code += self._bpf.dump_func(called.encode())
+                distance = (begins[called] - at) // _INSTRUCTION_SIZE - 1
+                code[at + 1] = _OF_FUNCTION << 4
+                code[at + 4 : at + 8] = distance.to_bytes(4, "little", signed=True)
             at += 2 * _INSTRUCTION_SIZE if wide else _INSTRUCTION_SIZE
-        return Program(bytes(code), found)
+        return Program(bytes(code), found, begins)
 
 
 class Program(msgspec.Struct, frozen=True):
-    """Instructions; `maps`: the names of the maps whose addresses they load, by byte offset."""
+    """Instructions; `maps`: the names of the maps whose addresses they load, by byte offset;
+    `functions`: by name, where they begin, the program's own first."""
 
     code: bytes
     maps: dict[int, str]
+    functions: dict[str, int]
 
     def instructions(self, descriptors: Mapping[str, int]) -> bytes:
         """With these maps."""
@@ -117,3 +134,11 @@ class Program(msgspec.Struct, frozen=True):
         for at, name in self.maps.items():
             code[at + 4 : at + 8] = descriptors[name].to_bytes(4, "little")
         return bytes(code)
+
+    def described(self) -> tuple[bytes, bytes]:
+        """What load_program wants to know of several functions."""
+        if len(self.functions) == 1:
+            return b"", b""
+        return functions.described(
+            (at // _INSTRUCTION_SIZE, name) for name, at in self.functions.items()
+        )

@@ -114,7 +114,11 @@ class Layout:
 
 
 TARGET = Layout("target", "!", {"address": "16s", "port": "H", "protocol": "B", "zero": "x"})
-FRONTEND = Layout("frontend", "=", {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I"})
+FRONTEND = Layout(
+    "frontend",
+    "=",
+    {"offset": "I", "size": "I", "affinity_s": "I", "flags": "I", "backends": "I"},
+)
 BACKEND = Layout("backend", "=", {"target": "20s", "flags": "I"})
 ORIGIN = Layout("origin", "=", {"asked": "20s", "backend": "20s", "flags": "I"})
 CONNECTED = Layout("connected", "=", {"peer": "20s", "origin": f"{ORIGIN.size}s"})

@@ -18,7 +18,7 @@ from pathlib import Path
 from bpf import attach, layout, pins, syscall
 from bpf.errors import DatapathError
 from bpf.maps import INNER
-from bpf.programs import LICENCE, PROGRAMS
+from bpf.programs import LICENCE, OLDEST_KERNEL, PROGRAMS
 from bpf.response import tables
 from bpf.structs import Number
 
@@ -35,7 +35,8 @@ def load(directory: Path) -> None:
     maps = {name: adopted[name] or create(name, info) for name, info in made.maps.items()}
     # All programs are accepted before anything is pinned.
     programs = {
-        name: _program(name, program.instructions(maps)) for name, program in made.programs.items()
+        name: _program(name, program.instructions(maps), program.described())
+        for name, program in made.programs.items()
     }
     syscall.update(maps["responses"], layout.U32.pack(Number(0)), tables())
     pins.prepare(directory)
@@ -90,15 +91,18 @@ def _pin(how: Callable[[int, Path], None], fd: int, path: Path) -> None:
         ) from error
 
 
-def _program(name: str, code: bytes) -> int:
+def _program(name: str, code: bytes, functions: tuple[bytes, bytes]) -> int:
     program = PROGRAMS[name]
     try:
-        return syscall.load_program(name, program.type, program.attach_type, code, LICENCE)
+        return syscall.load_program(
+            name, program.type, program.attach_type, code, LICENCE, functions
+        )
     except syscall.VerifierError as error:
         lines = error.log.splitlines()[-_LOG_LINES:]
         raise DatapathError(
             f"the kernel's verifier refused the program {name} ({error.strerror}): this kernel "
-            f"({os.uname().release}) is not one Weft works on; the verifier's last lines:\n"
+            f"({os.uname().release}) is not one Weft works on: it takes Linux "
+            f"{'.'.join(map(str, OLDEST_KERNEL))} or newer; the verifier's last lines:\n"
             + "\n".join(lines)
         ) from error
     except OSError as error:

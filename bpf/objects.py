@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from bpf import syscall
+from bpf.btf import kernel_types
 from bpf.compiler import HEADERS, Module, Program, source
 from bpf.maps import MAPS
 from bpf.programs import PROGRAMS, SOURCE
@@ -53,7 +54,7 @@ def objects() -> Objects:
 
 def _digest() -> str:
     """Of all that the outcome follows from."""
-    parts = [source(SOURCE).encode()]
+    parts = [source(SOURCE).encode(), kernel_types()]
     bcc = importlib.util.find_spec("bcc")
     places = bcc.submodule_search_locations if bcc is not None else None
     for directory in (*HEADERS, *map(Path, places or ())):

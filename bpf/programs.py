@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).parent / "programs" / "datapath.c"
 LICENCE = "GPL"
+# It has links for sockmaps (6.10), may_goto (6.9) and tcx (6.6). What is tested is 6.18.
+OLDEST_KERNEL = (6, 10)
 
 _SCHED_CLS, _SOCK_OPS, _SK_MSG, _CGROUP_SOCK_ADDR = 3, 13, 16, 18
 

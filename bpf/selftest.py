@@ -178,7 +178,7 @@ def _fill(pin: Path, ports: dict[str, int]) -> None:
     frontends = maps.PinnedMap(pin, "frontends", Target, structs.Frontend)
     slots = maps.PinnedMap(pin, "slots", Number, Number)
     try:
-        for _, (offset, size, _, _) in frontends.items():
+        for _, (offset, size, *_) in frontends.items():
             if any(slots.get(Number(offset + at)) == Number(0) for at in (0, size - 1) if size):
                 raise _Failed("a slot written through memory is empty when read with bpf(2)")
     finally:

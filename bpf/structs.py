@@ -37,12 +37,13 @@ class Target(NamedTuple):
 class Frontend(NamedTuple):
     """struct frontend: its backends are in slots[offset : offset + size]; size 0: none. Clients
     keep their backend until they have not connected for `affinity_s` seconds; 0: they do not.
-    `flags`: FRONTEND_…"""
+    `flags`: FRONTEND_…; `backends`: how many they are."""
 
     offset: int
     size: int
     affinity_s: int
     flags: int = 0
+    backends: int = 0
 
 
 class Backend(NamedTuple):

@@ -24,6 +24,7 @@ _INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
 _LINK_CREATE, _LINK_UPDATE = 28, 29
 _SK_STORAGE = 24  # enum bpf_map_type
+_FUNC_INFO_SIZE = 8  # struct bpf_func_info
 
 BPF_ANY, BPF_NOEXIST = 0, 1
 # Entries read at a time; more than any bucket of a hash map has.
@@ -228,24 +229,36 @@ def _bytes_type(size: int) -> tuple[int, int, int]:
     types += struct.pack("=III III", 0, array, 0, 2, 1, size)  # 3: char[size]
     strings = b"\0t\0"
     header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings))
-    blob = _buffer(header + types + strings)
-    fd = _bpf(_BTF_LOAD, "=QQIIII", ctypes.addressof(blob), 0, len(blob), 0, 0, 0)
-    return fd, 1, 3
+    return _load_btf(header + types + strings), 1, 3
+
+
+def _load_btf(data: bytes) -> int:
+    blob = _buffer(data)
+    return _bpf(_BTF_LOAD, "=QQIIII", ctypes.addressof(blob), 0, len(blob), 0, 0, 0)
 
 
 # --- programs, links, pins ------------------------------------------------------------------------
 
 
-def load_program(name: str, kind: int, attach_type: int, code: bytes, licence: str) -> int:
-    """Loads eBPF instructions; a descriptor. VerifierError: refused by the verifier; OSError: not
-    even looked at (no rights, type unknown)."""
+def load_program(
+    name: str,
+    kind: int,
+    attach_type: int,
+    code: bytes,
+    licence: str,
+    functions: tuple[bytes, bytes] = (b"", b""),
+) -> int:
+    """Loads eBPF instructions; a descriptor. `functions`: BTF and struct bpf_func_info[], where
+    there are several. VerifierError: refused by the verifier; OSError: not even looked at (no
+    rights, type unknown)."""
     instructions, licence_text = _buffer(code), _buffer(licence.encode() + b"\0")
     log = ctypes.create_string_buffer(_LOG_SIZE)
+    types, places = _load_btf(functions[0]) if functions[0] else 0, _buffer(functions[1])
 
     def attempt(level: int) -> int:
         return _bpf(
             _PROG_LOAD,
-            "=IIQQIIQII16sII",
+            "=IIQQIIQII16sIIIIQI4x",
             kind,
             len(code) // 8,
             ctypes.addressof(instructions),
@@ -258,6 +271,10 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes, licence: s
             name.encode()[:15],
             0,
             attach_type,
+            types,
+            _FUNC_INFO_SIZE if types else 0,
+            ctypes.addressof(places) if types else 0,
+            len(places) // _FUNC_INFO_SIZE,
         )
 
     try:
@@ -270,6 +287,9 @@ def load_program(name: str, kind: int, attach_type: int, code: bytes, licence: s
                 raise
             text = log.value.decode(errors="replace")
             raise VerifierError(error.errno or 0, name, text) from None
+    finally:
+        if types:
+            os.close(types)
 
 
 def run(program: int, packet: bytes) -> int:

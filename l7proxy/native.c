@@ -10,6 +10,7 @@ typedef uint32_t u32;
 typedef uint64_t u64;
 #undef __always_inline
 #define __always_inline inline __attribute__((always_inline))
+#define may_loop() 1
 
 #include "../bpf/programs/automaton.h"
 

@@ -15,7 +15,7 @@ from mesh.controller.election import Election
 from mesh.install import manifests
 from mesh.model.decode import KINDS
 from mesh.model.nodereport import ANNOTATION
-from mesh.sources.kubernetes_client import APPLY, Client
+from mesh.sources.kubernetes_client import APPLY, Client, ServerError
 from tests.support.running import free_port
 
 pytestmark = needs_crds
@@ -244,8 +244,10 @@ async def test_a_right_that_comes_later_than_the_controller(world, caplog):
     for obj in manifests.objects():
         if obj["apiVersion"].startswith("rbac.") and "namespace" not in obj["metadata"]:
             server.create(obj)
+    apart = f"{NAMESPACE}-secrets"
+    server.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": apart}})
     for obj in manifests.objects():
-        if obj["kind"] in ("Role", "RoleBinding") and obj["metadata"]["namespace"] == NAMESPACE:
+        if obj["kind"] in ("Role", "RoleBinding"):
             server.create(obj)
     role = server.get("rbac.authorization.k8s.io/clusterroles", "weft-controller", "")
     without = copy.deepcopy(role)
@@ -255,8 +257,21 @@ async def test_a_right_that_comes_later_than_the_controller(world, caplog):
     server.auth.rbac = True
     for number in range(20):
         server.create(route(f"r{number}"))
-    world.start()
+    world.start(secrets_namespace=apart)
     await world.until(lambda: world.conditions()["Programmed"] == "True")
+    # A node may write Leases, but not the one by which this controller leads.
+    assert server.get(LEASES, "weft-controller", apart)["spec"]["holderIdentity"] == "one"
+    server.auth.service_account("agent", NAMESPACE, "weft-agent")
+    agent = server.kubeconfig(world.kubeconfig.with_name("agent"), token="agent")
+    client = Client(agent)
+    try:
+        await client.open()
+        path = f"/apis/coordination.k8s.io/v1/namespaces/{apart}/leases/weft-controller"
+        query = {"fieldManager": "x", "force": "true"}
+        with pytest.raises(ServerError, match='cannot patch resource "leases"'):
+            await client.request("PATCH", path, query, {}, content_type=APPLY)
+    finally:
+        await client.close()
     async with asyncio.timeout(WAIT_S):
         while 'cannot patch resource "httproutes/status"' not in caplog.text:
             await asyncio.sleep(0.01)

@@ -257,7 +257,7 @@ def test_answers_are_datagrams_that_policy_does_not_ask_about(
 def test_a_backend_that_policy_lets_be_reached_is_found(
     world: PodWorld, balancer: Balancer, version: int, affinity_s: int | None
 ) -> None:
-    """If there is one among ten, it always is."""
+    """If there is one among hundreds, it always is."""
     world.enforce({**KNOWN, **policy(egress=only(allow(A_ONLY)))})
     with (
         world.listen("a", A[version]) as a,
@@ -266,7 +266,7 @@ def test_a_backend_that_policy_lets_be_reached_is_found(
         port = a.getsockname()[1]
         backends = tuple(
             EntryBackend(*one)
-            for one in ((A[version], port), *((OUT[version], n) for n in range(port, port + 9)))
+            for one in ((A[version], port), *((OUT[version], n) for n in range(port, port + 299)))
         )
         entry = LoadBalancerEntry(
             SERVICE[version], 80, "TCP", backends, "Service/shop/x", affinity_s=affinity_s

@@ -1,9 +1,10 @@
 /* Walks the tables of l7proxy/automaton.py over the bytes of a request head: one source for the
  * kernel (bcc) and for the proxy (the C compiler; l7proxy/native.c).
  *
- * The verifier follows every branch in every one of 8,000 steps. So a step has none: a row that
- * leads nowhere leads to itself, and what a step finds is written to a log whether it is something
- * or not. Where the verifier does not know an index it is masked: tables never need it.
+ * A step has no branch: a row that leads nowhere leads to itself, and what a step finds is written to a
+ * log whether it is something or not. Where the verifier does not know an index it is masked: tables
+ * never need it. Nor does it follow all rounds of a loop (`may_loop`; here the numbers that it is not
+ * to know begin with a zero from the table).
  */
 #ifndef WEFT_AUTOMATON_H
 #define WEFT_AUTOMATON_H
@@ -103,7 +104,7 @@ static __always_inline void automaton_step(const struct automaton *automaton, u8
 	walk->cell = cell;
 }
 
-/* Bytes between two looks at the end: the verifier keeps a state for each look. */
+/* Bytes between two looks at the end. */
 #define AUTOMATON_CHUNK 8
 
 /* Whether one of eight bytes is outside 0x20 to 0x7e. */
@@ -113,26 +114,38 @@ static __always_inline u64 automaton_special(u64 bytes)
 	       0x8080808080808080ull;
 }
 
+static __always_inline void automaton_chunk(const struct automaton *automaton, const u8 *data,
+					    u32 at, struct automaton_walk *walk)
+{
+	u64 row = walk->cell & AUTOMATON_ROW;
+
+	if (row < automaton->plain && !automaton_special(*(const u64 *)data))
+		return;
+#pragma clang loop unroll(full)
+	for (u32 j = 0; j < AUTOMATON_CHUNK; j++)
+		automaton_step(automaton, data[j], at + j, walk);
+}
+
 /* All bytes but the last few. */
 static __always_inline void automaton_chunks(const struct automaton *automaton,
 					     const u8 *data, const u8 *end,
 					     struct automaton_walk *walk)
 {
 #pragma clang loop unroll(disable)
-	for (u32 i = 0; i < AUTOMATON_HEAD_MAX; i += AUTOMATON_CHUNK) {
-		u64 row = walk->cell & AUTOMATON_ROW;
+	for (u32 i = automaton->zero; i < AUTOMATON_HEAD_MAX && may_loop(); i += 2 * AUTOMATON_CHUNK) {
+		const u8 *chunk;
 
-		if (data + i + AUTOMATON_CHUNK > end || !row)
+		asm volatile("" : "+r"(i));
+		chunk = data + (i & 0x1fff);
+		/* One pointer, whose bounds the looks are about. */
+		asm volatile("" : "+r"(chunk));
+		if (chunk + AUTOMATON_CHUNK > end || !(walk->cell & AUTOMATON_ROW))
 			break;
-		/* One branch (and the compiler is kept from making it two): the verifier would follow
-		 * all combinations. */
-		row -= automaton->plain;
-		asm volatile("" : "+r"(row));
-		if (!(automaton_special(*(const u64 *)(data + i)) | ((row >> 63) ^ 1)))
-			continue;
-#pragma clang loop unroll(full)
-		for (u32 j = 0; j < AUTOMATON_CHUNK; j++)
-			automaton_step(automaton, data[i + j], i + j, walk);
+		automaton_chunk(automaton, chunk, i, walk);
+		/* Two in a round, whose end costs as much as two bytes. */
+		if (chunk + 2 * AUTOMATON_CHUNK > end)
+			break;
+		automaton_chunk(automaton, chunk + AUTOMATON_CHUNK, i + AUTOMATON_CHUNK, walk);
 	}
 }
 
@@ -177,11 +190,13 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 		return -1;
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < AUTOMATON_EVENTS; i++) {
-		u32 entry = walk->log[i], offset;
 		const struct automaton_found *found;
+		u32 entry, offset;
 
 		if (i >= events)
 			break;
+		asm volatile("" : "+r"(i));
+		entry = walk->log[i & (AUTOMATON_EVENTS - 1)];
 		offset = automaton->found + (entry >> AUTOMATON_FOUND_SHIFT) * (sizeof(*found) / 4);
 		/* A wrong table must not be read beyond. */
 		offset &= AUTOMATON_WORDS - 1;
@@ -212,7 +227,7 @@ static __always_inline u32 automaton_verdict(const struct automaton *automaton, 
 	u32 first = automaton->words[at & (AUTOMATON_WORDS - 1)];
 
 #pragma clang loop unroll(disable)
-	for (u32 i = 0; i < AUTOMATON_CANDIDATES; i++) {
+	for (u32 i = automaton->zero; i < AUTOMATON_CANDIDATES && may_loop(); i++) {
 		u32 offset = (first + i * (sizeof(struct automaton_rule) / 4)) & (AUTOMATON_WORDS - 1);
 		const struct automaton_rule *rule;
 

@@ -91,37 +91,54 @@ static __always_inline int is_strict(const struct party *pod, const struct targe
 	return pod->flags & POD_STRICT;
 }
 
-/* Why a flow is refused, by what is in force now for the pod at whose interface it is judged; 0: it
- * is not. `port` is what rules name; `until`: for how long, if that is not for ever. */
-static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 port, u32 flags,
-				   u8 unreadable, u32 any, u32 *rule, u64 *until)
-{
-	const struct target *opener = &flow->tuple.opener, *peer = &flow->tuple.peer;
-	int ingress = flow->direction == INGRESS;
-	struct party pod, other;
-	u32 policed;
-	int safe;
+/* What is to be known of a flow to judge it. `port` is what rules name. */
+struct question {
+	u64 now;
+	struct flow_key flow;
+	u32 flags; /* FLOW_FROM_… */
+	u32 port;
+	u32 unreadable;
+	u64 until; /* out: for how long it holds; 0: for ever */
+	u32 rule;  /* out: as in struct policy */
+	u32 zero;
+};
+FUNCTION(refusal, struct question);
 
-	if (flags & FLOW_FROM_NODE)
+/* Why a flow is refused, by what is in force now for the pod at whose interface it is judged; 0: it
+ * is not. */
+int refusal(struct question *asked)
+{
+	const struct target *opener, *peer;
+	struct party pod, other;
+	u32 policed, any;
+	int ingress, safe;
+
+	if (!asked)
+		return REASON_UNJUDGED;
+	if (asked->flags & FLOW_FROM_NODE)
 		return 0;
 	/* Nobody has told yet who is who, and what is refused. */
-	if (!now)
+	if (!asked->now)
 		return REASON_UNJUDGED;
+	opener = &asked->flow.tuple.opener;
+	peer = &asked->flow.tuple.peer;
+	ingress = asked->flow.direction == INGRESS;
+	any = asked->now;
 	if (!ingress && is_proxy(peer))
 		return 0;
-	pod = party_of(ingress ? peer->address : opener->address, now, any);
+	pod = party_of(ingress ? peer->address : opener->address, asked->now, any);
 	if (!pod.flags)
 		return 0;
-	other = party_of(ingress ? opener->address : peer->address, now, any);
+	other = party_of(ingress ? opener->address : peer->address, asked->now, any);
 	/* What came from elsewhere may say that it is of any address. */
-	if (ingress && !(flags & FLOW_FROM_POD)) {
+	if (ingress && !(asked->flags & FLOW_FROM_POD)) {
 		other.flags &= ~POD_PROVEN;
 		if (other.who.number == IDENTITY_HOST)
 			other.who.number = IDENTITY_WORLD;
 	}
-	*until = are_proven(&pod, &other);
-	safe = *until != 0;
-	if (unreadable) {
+	asked->until = are_proven(&pod, &other);
+	safe = asked->until != 0;
+	if (asked->unreadable) {
 		policed = ingress ? POD_POLICED << POD_INGRESS_SHIFT : POD_POLICED;
 		if (ingress && !safe)
 			policed |= POD_STRICT | POD_MTLS_PORTS;
@@ -129,8 +146,8 @@ static __always_inline u32 refusal(const struct flow_key *flow, u64 now, u16 por
 	}
 	if (ingress && !safe && is_strict(&pod, peer))
 		return REASON_MTLS_REQUIRED;
-	return policy_refusal(&pod, flow->direction, other.who.number, peer->protocol, port, safe,
-			      any, rule);
+	return policy_refusal(&pod, asked->flow.direction, other.who.number, peer->protocol, asked->port,
+			      safe, any, &asked->rule);
 }
 
 /* Whether a packet opens a connection, or something like it, that nothing is known of yet. */
@@ -148,24 +165,24 @@ static __always_inline int is_news(const struct packet *packet, const struct flo
 static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet *packet,
 				      u32 direction, u32 from, u64 generation)
 {
-	struct flow_key key = {};
+	struct question asked = {.now = generation, .port = packet->port};
+	struct flow_key *key = &asked.flow;
 	struct flow fresh = {}, *flow;
 	u64 now = bpf_ktime_get_ns();
-	u32 rule = 0, reason, said;
-	u16 port = packet->port;
+	u32 reason, said;
 	struct tuple inner;
 	int answers = 0;
 
 	fresh.generation = with_pods(generation);
 	fresh.seen_ns = now;
 	if (packet->flags & PACKET_ERROR && read_inner(skb, packet, &inner))
-		flow = find_flow(&inner, direction, 0, now, &key);
+		flow = find_flow(&inner, direction, 0, now, key);
 	else if (packet->flags & PACKET_UNREADABLE)
 		flow = 0;
 	else
-		flow = find_flow(&packet->tuple, direction, packet->flags & PACKET_SYN, now, &key);
+		flow = find_flow(&packet->tuple, direction, packet->flags & PACKET_SYN, now, key);
 	if (flow) {
-		answers = key.direction != direction;
+		answers = key->direction != direction;
 		/* Who sends it is part of what was judged. */
 		fresh.flags = answers || direction == EGRESS ? flow->flags & FLOW_FROM : from;
 		if (flow->generation == fresh.generation && !(packet->flags & PACKET_SYN) &&
@@ -175,25 +192,27 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 				note(flow, packet, answers, now);
 			return flow->refused;
 		}
-		port = key.tuple.peer.port;
+		asked.port = key->tuple.peer.port;
 	} else {
-		key.tuple = packet->tuple;
-		key.direction = direction;
+		key->tuple = packet->tuple;
+		key->direction = direction;
 		fresh.flags = from;
 	}
-	reason = refusal(&key, generation, port, fresh.flags, packet->flags & PACKET_UNREADABLE, skb->len,
-			 &rule, &fresh.until);
+	asked.flags = fresh.flags;
+	asked.unreadable = packet->flags & PACKET_UNREADABLE;
+	reason = refusal_apart(&asked);
+	fresh.until = asked.until;
 	said = reason;
 	if (!said && direction == INGRESS && is_news(packet, flow)) {
 		if (!fresh.flags)
 			said = REASON_PLAIN;
 		/* The proxy tells of its own itself. */
-		else if (fresh.flags == FLOW_FROM_NODE && !outgoing.lookup(&key.tuple))
+		else if (fresh.flags == FLOW_FROM_NODE && !outgoing.lookup(&key->tuple))
 			said = REASON_FROM_HOST;
 	}
 	if (said) {
 		count(said);
-		report_packet(&key.tuple, said, rule);
+		report_packet(&key->tuple, said, asked.rule);
 	}
 	if (reason == REASON_POLICY_AUDIT)
 		reason = 0;
@@ -207,7 +226,7 @@ static __always_inline u32 judge_flow(struct __sk_buff *skb, const struct packet
 			note(flow, packet, answers, now);
 	} else if (flow || (!reason && !(packet->flags & (PACKET_OPENS_NOTHING | PACKET_UNREADABLE)))) {
 		/* A full map forgets what was silent for longest. */
-		flows.update(&key, &fresh);
+		flows.update(key, &fresh);
 	}
 	return reason;
 }

@@ -3,6 +3,7 @@
 #define WEFT_JUDGE_H
 
 #include "types.h"
+#include "verifier.h"
 #include "automaton.h"
 
 /* Tables stand in arenas, one after another, and are never changed: a new one gets a place and a

@@ -4,8 +4,9 @@
 #define WEFT_RESPONSE_H
 
 #include "maps.h"
+#include "verifier.h"
 
-/* Bytes at once between two looks at the end: the verifier keeps a state for each look. */
+/* Bytes at once between two looks at the end. */
 #define RESPONSE_CHUNK 8
 
 struct response {
@@ -30,8 +31,8 @@ static __always_inline void response_step(const u16 *table, u8 byte, struct resp
  * `response->state` is RESPONSE_START. */
 static __always_inline int read_response(struct sk_msg_md *message, struct response *response)
 {
-	const u8 *data, *end;
-	u32 zero = 0, i, j;
+	const u8 *data, *end, *chunk;
+	u32 zero = 0, any = message->size, i, j;
 	const u16 *table;
 
 	table = (void *)responses.lookup(&zero);
@@ -40,12 +41,18 @@ static __always_inline int read_response(struct sk_msg_md *message, struct respo
 	data = (void *)(long)message->data;
 	end = (void *)(long)message->data_end;
 #pragma clang loop unroll(disable)
-	for (i = 0; i < RESPONSE_HEAD_MAX; i += RESPONSE_CHUNK) {
-		if (data + i + RESPONSE_CHUNK > end)
+	for (i = 0; i < RESPONSE_HEAD_MAX && may_loop(); i += RESPONSE_CHUNK) {
+		i = forgotten(i, any);
+		chunk = data + (i & (RESPONSE_HEAD_MAX - 1));
+		/* One pointer, whose bounds this look is about. */
+		asm volatile("" : "+r"(chunk));
+		if (chunk + RESPONSE_CHUNK > end)
 			break;
 #pragma clang loop unroll(full)
 		for (j = 0; j < RESPONSE_CHUNK; j++)
-			response_step(table, data[i + j], response);
+			response_step(table, chunk[j], response);
+		/* It may grow no further than in the round before. */
+		response->size = forgotten(response->size, any);
 		if (response->state == RESPONSE_DONE)
 			break;
 	}

@@ -10,9 +10,8 @@
 #include "report.h"
 #include "verifier.h"
 
-/* How many backends of a frontend are tried until one can be reached: so many by the table, which
- * spreads the connections of those that cannot be, then one after the other. */
-#define ALTERNATIVES 12
+/* How many backends of a frontend are tried by its table, which spreads the connections of those that
+ * cannot be reached, before all are, one after the other. */
 #define BY_TABLE 3
 
 enum calls { CONNECT, SENDMSG };
@@ -50,61 +49,82 @@ static __always_inline const struct address *client_of(u64 netns, const struct t
 	return client->words[0] | client->words[1] | client->words[2] | client->words[3] ? client : 0;
 }
 
-/* Why policy refuses that a client reaches a target: the client's own rules, and those of the target
- * if it is a pod of this node; 0: it does not. `relayed`: by the proxies of two nodes, and the other
- * one judges for its pod. What is in audit mode the filter tells of. */
-static __always_inline u32 socket_refusal(const struct party *client, const struct party *server,
-					  const struct target *to, int relayed, u32 any, u32 *rule)
-{
-	int safe = relayed || client->flags & server->flags & POD_PROVEN;
-	u32 reason;
+/* Whether a client may reach a target. `judged`: policy has a say; `relayed`: by the proxies of two
+ * nodes; `relay` as from `listening`. */
+struct candidate {
+	u64 now;
+	struct party client;
+	struct address own; /* the client's */
+	struct target to;
+	u32 judged;
+	int relayed;
+	int relay;
+	u32 rule; /* out: as in struct policy */
+};
+FUNCTION(refused, struct candidate);
 
-	reason = policy_refusal(client, EGRESS, server->who.number, to->protocol, to->port, safe,
-				any, rule);
-	reason = forgotten(reason, any);
-	if (reason != REASON_POLICY_DENIED && !relayed)
-		reason = policy_refusal(server, INGRESS, client->who.number, to->protocol, to->port,
-					safe, any, rule);
-	return reason == REASON_POLICY_DENIED ? reason : 0;
+/* Why policy refuses that a client reaches a target: the client's own rules, and those of the target
+ * if it is a pod of this node, but if it is relayed the other node judges for its pod; or that it takes
+ * mutual TLS and nobody relays. 0: it is not refused. What is in audit mode the filter tells of. */
+int refused(struct candidate *one)
+{
+	struct party client, server;
+	u32 reason = 0, any;
+	int safe;
+
+	if (!one)
+		return REASON_UNJUDGED;
+	any = one->now;
+	client = one->client;
+	server = party_of(one->to.address, one->now, any);
+	if (one->judged && !same_address(&one->to, &one->own)) {
+		safe = one->relayed || client.flags & server.flags & POD_PROVEN;
+		reason = policy_refusal(&client, EGRESS, server.who.number, one->to.protocol,
+					one->to.port, safe, any, &one->rule);
+		reason = forgotten(reason, any);
+		if (reason != REASON_POLICY_DENIED && !one->relayed)
+			reason = policy_refusal(&server, INGRESS, client.who.number, one->to.protocol,
+						one->to.port, safe, any, &one->rule);
+		reason = forgotten(reason, any);
+		if (reason == REASON_POLICY_DENIED)
+			return reason;
+	}
+	return one->relay < 0 && server.who.flags & IDENTITY_MTLS ? REASON_MTLS_REQUIRED : 0;
 }
 
-/* From the backend that was chosen on, the first one of the frontend that policy lets be reached (of
- * no frontend there is only one), nor would take mutual TLS where nobody relays (`relay`, as from
- * `listening`): whether by the relay, or negative errno. */
+/* From the backend that was chosen on, the first one of the frontend that is not refused (of no frontend
+ * there is only one): whether by the relay, or negative errno. */
 static __always_inline int permitted(struct bpf_sock_addr *ctx, u64 cookie, int relay,
 				     const struct target *asked, const struct address *from,
 				     const struct frontend *frontend, struct backend *backend,
 				     u32 *reason, u32 *rule)
 {
-	struct party client = {}, server;
-	u32 why, at = 0, any = ctx->protocol;
-	int result, relayed;
-	u64 now = in_force();
+	u32 why, at = 0, any = ctx->protocol, tried = forgotten(0, any);
+	struct candidate one = {.now = in_force(), .relay = relay};
+	int result;
 
-	if (from)
-		client = party_of(from->words, now, any);
-#pragma clang loop unroll(full)
-	for (u32 i = 1; i <= ALTERNATIVES; i++) {
-		relay = forgotten(relay, any);
-		backend->flags = forgotten(backend->flags, any);
-		relayed = forgotten(relay > 0 && backend->flags & BACKEND_REMOTE, any);
-		server = party_of(backend->target.address, now, any);
-		why = 0;
-		if (from && !same_address(&backend->target, from))
-			why = socket_refusal(&client, &server, &backend->target, relayed, any, rule);
-		if (!why && relay < 0 && server.who.flags & IDENTITY_MTLS)
-			why = REASON_MTLS_REQUIRED;
-		why = forgotten(why, any);
+	if (from) {
+		one.judged = 1;
+		one.own = *from;
+		one.client = party_of(from->words, one.now, any);
+	}
+#pragma clang loop unroll(disable)
+	do {
+		one.to = backend->target;
+		one.rule = 0;
+		one.relayed = relay > 0 && backend->flags & BACKEND_REMOTE;
+		why = refused_apart(&one);
 		if (!why)
-			return relayed;
-		if (!frontend)
+			return one.relayed;
+		if (!frontend || tried >= BY_TABLE + frontend->backends)
 			break;
-		if (i < BY_TABLE)
-			at = slot_for(frontend, cookie + i);
+		if (++tried < BY_TABLE)
+			at = slot_for(frontend, cookie + tried);
 		result = table_backend(frontend, &at, asked, backend, reason);
 		if (result < 0)
 			return result;
-	}
+	} while (may_loop());
+	*rule = one.rule;
 	return why == REASON_POLICY_DENIED ? REFUSE(POLICY_DENIED) : REFUSE(MTLS_REQUIRED);
 }
 

@@ -23,6 +23,7 @@ struct frontend {
 	u32 size;
 	u32 affinity_s; /* 0: none */
 	u32 flags;	/* FRONTEND_… */
+	u32 backends;	/* so many different ones */
 };
 
 struct backend {

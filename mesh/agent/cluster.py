@@ -35,6 +35,8 @@ _RENEW_S = 10.0
 # is than that: with many nodes, objects that change all the time would keep the server busy.
 _PAUSE_S = 0.1
 _VERSIONS_S = 1.0
+# So many of the latter a second from all nodes together, more only by what renewals take.
+_VERSIONS_PER_S = 50
 # The agent's end is not to take long.
 _LAST_S = 1.0
 _MANAGER = "weft-agent"
@@ -121,7 +123,9 @@ class Reporter:
                     due = min(due, max(now, last + _PAUSE_S))
                 else:
                     # What belongs together comes together.
-                    due = min(due, max(now + _PAUSE_S, last + _VERSIONS_S))
+                    nodes = len(self._node.objects.get("Node", {}))
+                    pause = max(_VERSIONS_S, nodes / _VERSIONS_PER_S)
+                    due = min(due, max(now + _PAUSE_S, last + pause))
 
     async def _write(self) -> None:
         self._changed.clear()

@@ -129,7 +129,9 @@ class Controller:
             if options.load_balancer
             else None
         )
-        self.election = Election(client, options.namespace, options.identity, self._led)
+        # Where no node may write: who takes this Lease stops statuses and certificates.
+        apart = options.secrets_namespace or options.namespace
+        self.election = Election(client, apart, options.identity, self._led)
         self.certificates = (
             Certificates(
                 self._source,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bpf import selftest
+from bpf.programs import OLDEST_KERNEL
 from mesh.install import manifests, rights
 from mesh.install.cluster import CRDS
 from mesh.install.finding import Finding
@@ -20,7 +21,6 @@ from mesh.model.decode import KINDS
 from mesh.model.references import GROUP
 from mesh.sources.kubernetes_client import Client, ServerError
 
-_OLDEST_KERNEL = (5, 15)
 _OLDEST_SERVER = (1, 30)
 # Gateway API versions (the bundle's) that are known to work.
 _OLDEST_BUNDLE, _NEWEST_BUNDLE = (1, 4), (1, 6)
@@ -33,8 +33,8 @@ def host() -> Iterable[Finding]:
     """What the mesh needs of a node; a gateway alone needs none of it."""
     release = platform.release()
     numbers = tuple(int(part) for part in release.split("-")[0].split(".")[:2] if part.isdigit())
-    new = numbers >= _OLDEST_KERNEL
-    wanted = ".".join(map(str, _OLDEST_KERNEL))
+    new = numbers >= OLDEST_KERNEL
+    wanted = ".".join(map(str, OLDEST_KERNEL))
     yield Finding(
         "kernel",
         "ok" if new else "warning",
