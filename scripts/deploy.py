@@ -31,8 +31,8 @@ _IMAGE = """\
 # The image of Weft, as the nodes pull it: sed -i 's|newName: .*|newName: REGISTRY/weft|' this file.
 """
 _NOTES = """\
-Agents have the network of their nodes, and rights to eBPF unless steer is false. Where the cluster looks at that ("Pod Security Admission"),
-say that they may:
+Agents have the network of their nodes, and rights to eBPF unless steer is false. Where the cluster
+looks at that ("Pod Security Admission"), say that they may:
 
   kubectl label namespace {{ .Release.Namespace }} pod-security.kubernetes.io/enforce=privileged
 
