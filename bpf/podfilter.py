@@ -186,7 +186,7 @@ def renew(directory: Path, records: Path) -> list[str]:
 
 def forget(records: Path) -> None:
     """Remove all records, once nothing is pinned any more. OSError."""
-    for record in records.glob("*.json"):
+    for record in records.iterdir():
         record.unlink()
     records.rmdir()
 

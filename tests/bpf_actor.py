@@ -108,6 +108,34 @@ def connect(address: str, port: int, keep: bool = False) -> dict:
     return result
 
 
+def http(address: str, port: int) -> dict:
+    """The status and the body that a request is answered with."""
+    with opened(address, port) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    return {"status": int(head.split()[1]), "body": body}
+
+
+def serve_http(address: str, name: str) -> int:
+    """Answers each request with its name; the port."""
+    server = socket.create_server((address, 0), family=family_of(address))
+    length = f"Content-Length: {len(name)}"
+
+    def serve_one(connection: socket.socket) -> None:
+        with connection:
+            while connection.recv(4096):
+                connection.sendall(f"HTTP/1.1 200 OK\r\n{length}\r\n\r\n{name}".encode())
+
+    def run() -> None:
+        while True:
+            connection, _ = server.accept()
+            threading.Thread(target=serve_one, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=run, daemon=True).start()
+    return server.getsockname()[1]
+
+
 def echo(number: int, text: str) -> list:
     """What a kept connection sends back, and who it is connected to."""
     kept[number].sendall(text.encode())

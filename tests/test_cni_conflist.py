@@ -1,10 +1,14 @@
 """Our entry in other plugins' files: put in, kept, taken out; nothing of theirs is lost."""
 
+import asyncio
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from mesh.cni import conflist
+from mesh.cni import conflist, shim
+from mesh.cni.install import Installation
 
 OURS = {"type": "weft-cni", "weftSocket": "/run/weft/cni.sock"}
 BRIDGE = {"type": "bridge", "bridge": "cni0", "ipam": {"type": "host-local"}}
@@ -144,3 +148,64 @@ def test_what_cannot_be_joined(tmp_path):
     (why,) = conflist.put_in(tmp_path, OURS)
     assert "remove one of them" in why
     assert texts(tmp_path) == before
+
+
+async def test_it_is_kept_on_a_node_and_taken_away(tmp_path):
+    """By who watches the directory."""
+    conf, bin_dir = tmp_path / "net.d", tmp_path / "bin"
+    conf.mkdir()
+    bin_dir.mkdir()
+    write(conf, "20-net.conflist", as_list(BRIDGE))
+    shim.build()
+    renewed = asyncio.Event()
+    installation = Installation(bin_dir, conf, Path(OURS["weftSocket"]), renewed.set)
+    task = asyncio.ensure_future(installation.run())
+
+    async def until(holds):
+        async with asyncio.timeout(20):
+            while not holds():
+                await asyncio.sleep(0.005)
+
+    def listed(name):
+        return json.loads((conf / name).read_text())
+
+    try:
+        await renewed.wait()
+        assert (bin_dir / "weft-cni").read_bytes() == shim.PROGRAM.read_bytes()
+        assert os.access(bin_dir / "weft-cni", os.X_OK)
+        assert listed("20-net.conflist") == as_list(BRIDGE, OURS)
+        # A new first one; then its plugin writes it anew in two halves, and the other stays as it is.
+        write(conf, "10-net.conflist", as_list(PORTS))
+        await until(lambda: listed("10-net.conflist") == as_list(PORTS, OURS))
+        assert listed("20-net.conflist") == as_list(BRIDGE)
+        before = (conf / "20-net.conflist").stat().st_ino
+        renewed.clear()
+        whole = json.dumps(as_list(PORTS))
+        with open(conf / "10-net.conflist", "w") as file:
+            file.write(whole[:20])
+            file.flush()
+            await asyncio.sleep(0.05)  # it is read meanwhile, or not: there is nothing to see of it
+            file.write(whole[20:])
+        await renewed.wait()
+        assert installation.problems == []
+        assert (conf / "20-net.conflist").stat().st_ino == before
+        # What stays broken is told of.
+        write(conf, "05-net.conflist", "{")
+        await until(lambda: installation.problems)
+        (conf / "05-net.conflist").unlink()
+        await until(lambda: not installation.problems)
+        assert listed("10-net.conflist") == as_list(PORTS, OURS)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    before = (bin_dir / "weft-cni").stat().st_ino
+    installation.remove(needed=True)
+    assert read(conf) == {"10-net.conflist": as_list(PORTS), "20-net.conflist": as_list(BRIDGE)}
+    assert (bin_dir / "weft-cni").stat().st_ino == before
+    installation.remove(needed=False)
+    assert list(bin_dir.iterdir()) == []
+    # Where a list that cannot be mended names it, it has to stay.
+    (bin_dir / "weft-cni").touch()
+    write(conf, "10-net.conflist", '{"plugins": [{"type": "weft-cni"}]')
+    installation.remove(needed=False)
+    assert (bin_dir / "weft-cni").exists()

@@ -15,6 +15,7 @@ from bpf_world import needs_bpf, new_actor, new_cgroup
 from deploy_world import NAMESPACE, NODE_IP, Deployed, network, pod_of
 from kube_world import CRDS, needs_crds
 
+from mesh.cli.client import ask
 from mesh.install import manifests
 from mesh.lab.kernel import create_netns, remove_netns
 from tests.test_agent_end_to_end import WAIT_S
@@ -184,9 +185,10 @@ def running(server, name, address):
     server.change(server.create(pod), {"status": status}, "status")
 
 
-def objects(target, port):
+def objects(target, port, http_port):
     about = {"name": "two", "namespace": "default"}
-    ports = [{"port": 5000, "targetPort": port}]
+    ports = [{"name": "tcp", "port": 5000, "targetPort": port}]
+    ports += [{"name": "http", "port": 80, "targetPort": http_port}]
     spec = {"clusterIP": VIP, "clusterIPs": [VIP], "ports": ports}
     yield {"apiVersion": "v1", "kind": "Service", "metadata": about, "spec": spec}
     yield {
@@ -194,7 +196,7 @@ def objects(target, port):
         "kind": "EndpointSlice",
         "metadata": {**about, "labels": {"kubernetes.io/service-name": "two"}},
         "addressType": "IPv4",
-        "ports": [{"port": port}],
+        "ports": [{"name": "tcp", "port": port}, {"name": "http", "port": http_port}],
         "endpoints": [{"addresses": [target], "conditions": {"ready": True}}],
     }
     yield {
@@ -247,7 +249,8 @@ async def test_pods_are_steered_and_filtered_until_the_daemonset_goes(
         own = "/proc/self/ns/net"
         actors["host"] = stack.enter_context(new_actor(kubepods / "pods", own))
         port = actors["two"]("serve_tcp", addresses["two"], "two")
-        for obj in objects(addresses["two"], port):
+        http_port = actors["two"]("serve_http", addresses["two"], "two")
+        for obj in objects(addresses["two"], port, http_port):
             server.create(obj)
 
         def reached(pod, address=VIP, at=5000):
@@ -256,7 +259,13 @@ async def test_pods_are_steered_and_filtered_until_the_daemonset_goes(
 
         await until(lambda: reached("one") == "two", *both)
         await until(lambda: reached("old") == "EPERM", *both)
-        assert reached("host") == "ENETUNREACH"
+        # By the proxy, which is in a pod, and in the cgroup of all pods, itself.
+        assert actors["one"]("http", VIP, 80) == {"status": 200, "body": "two"}
+        assert actors["old"]("http", VIP, 80)["status"] == 403
+        counted = ask(runtime.root / "run/weft", "/status", {}.items())["datapath"]
+        assert counted["ENROLLED"] == 3
+        for at in (5000, 80):
+            assert reached("host", VIP, at) == "ENETUNREACH"
         assert reached("host", addresses["two"], port) == "two"
         # Another plugin renews its file, and there is a first one.
         runtime.write()

@@ -70,7 +70,7 @@ class Agent:
         self._control = control
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        run_dir = RunDir(options.run_dir)
+        run_dir = self._run_dir = RunDir(options.run_dir)
         peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
         flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
@@ -162,8 +162,8 @@ class Agent:
             self._node.automata.close()
         if datapath is not None:
             datapath.close()
-        if self._cni is not None:
-            self._cni.close()
+        if self._cni is not None and self._cni.close():
+            self._run_dir.svids.unlink(missing_ok=True)
 
     async def _follow_source(self) -> None:
         async with contextlib.aclosing(self._source.updates()) as updates:

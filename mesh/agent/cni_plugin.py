@@ -116,12 +116,12 @@ class CniPlugin:
             self._keeping.cancel()
         installation.remove(needed=bool(podfilter.attachments(self._place.records)))
 
-    def close(self) -> None:
-        """At the end: if it is for good, nothing stays that steers or filters."""
+    def close(self) -> bool:
+        """At the end; whether it is for good: then nothing stays that steers or filters."""
         if self._installation is None or self._daemonset is None:
-            return
+            return False
         if not self._daemonset.unwanted.is_set():
-            return
+            return False
         _log.info("the DaemonSet is gone, or has no CNI plugin any more: taking all away")
         self._give_up(self._installation)
         try:
@@ -129,3 +129,4 @@ class CniPlugin:
             podfilter.forget(self._place.records)
         except (DatapathError, OSError) as error:
             _log.error("not all was taken away: %s", error)
+        return True

@@ -101,6 +101,11 @@ def first(directory: Path) -> tuple[Path, list[str]] | None:
     return networks[0].path, [one["type"] for one in networks[0].content["plugins"]]
 
 
+def unreadable(directory: Path) -> list[str]:
+    """What no runtime can use, by file and field. OSError."""
+    return _networks(directory)[1]
+
+
 def take_out(directory: Path) -> list[str]:
     """Ours out of all lists, and files that became lists as they were. What could not be done, by
     file and field: a runtime may still start our plugin then. OSError."""

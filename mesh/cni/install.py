@@ -47,10 +47,9 @@ class Installation:
                         watch = Watch([self._conf_dir], changed, recursive=False)
                     except OSError as error:
                         _log.error("%s cannot be watched: %s", self._conf_dir, error)
-                problems = self._install()
-                if problems and problems != self.problems:
+                if not self._readable():
                     await asyncio.sleep(_WRITING_S)
-                    problems = self._install()
+                problems = self._install()
                 for why in problems:
                     if why not in self.problems:
                         _log.error("CNI: %s", why)
@@ -62,6 +61,13 @@ class Installation:
         finally:
             if watch is not None:
                 watch.close()
+
+    def _readable(self) -> bool:
+        """Nothing has become unreadable since."""
+        try:
+            return {*conflist.unreadable(self._conf_dir)} <= {*self.problems}
+        except OSError:
+            return True  # which the installation says
 
     def _install(self) -> list[str]:
         try:
