@@ -174,7 +174,7 @@ async def test_it_is_kept_on_a_node_and_taken_away(tmp_path):
         assert (bin_dir / "weft-cni").read_bytes() == shim.PROGRAM.read_bytes()
         assert os.access(bin_dir / "weft-cni", os.X_OK)
         assert listed("20-net.conflist") == as_list(BRIDGE, OURS)
-        # A new first one; then its plugin writes it anew in two halves, and the other stays as it is.
+        # A new first one; its plugin writes it anew in two halves, and the other stays as it is.
         write(conf, "10-net.conflist", as_list(PORTS))
         await until(lambda: listed("10-net.conflist") == as_list(PORTS, OURS))
         assert listed("20-net.conflist") == as_list(BRIDGE)

@@ -118,7 +118,7 @@ async def _gone(client: Client, path: str, wait_s: float) -> None:
     except TimeoutError:
         raise InstallError(
             f"{path} is still there after {wait_s:g} s: see what holds it with kubectl get --raw"
-            f" {path}"
+            f" {path}; pods of nodes that are down: kubectl delete pod --force"
         ) from None
 
 
