@@ -12,11 +12,16 @@ import pytest
 from bpf_world import loader, needs_bpf, pin_directory
 
 from bpf import podfilter
+from mesh.agent import cni_plugin
+from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.cni_socket import CniSocket
+from mesh.agent.daemonset import DaemonSet
+from mesh.agent.options import CniDirectories, Steering
 from mesh.cni import shim
 from mesh.cni.adopt import adopt
 from mesh.cni.plugin import Place
 from mesh.lab.kernel import create_netns, inside, remove_netns
+from mesh.sources.kubernetes_client import Client
 
 PLUGINS = Path("/usr/lib/cni")
 UID = "3f0c"
@@ -111,7 +116,9 @@ async def agent(node, place):
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, place, tmp_path):
+async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
+    node, place, tmp_path, monkeypatch
+):
     kinds = {"one": "bridge", "two": "bridge", "three": "ptp"}
     results = {pod: node.connect(kind, pod, node.netns[pod]) for pod, kind in kinds.items()}
     given = {
@@ -149,6 +156,49 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(node, place, t
         assert await weft("GC", **{"cni.dev/valid-attachments": []}) == (0, None)
         assert node.records() == []
         await check_adoption(node, place, results, tmp_path)
+    await check_the_end(node, place, tmp_path, monkeypatch)
+
+
+async def check_the_end(node, place, tmp_path, monkeypatch):
+    """Pods that cannot be found are named. Nothing goes unless the DaemonSet is known to be gone."""
+    conf, bin_dir = tmp_path / "net.d", tmp_path / "bin"
+    for one in (conf, bin_dir):
+        one.mkdir()
+    about = {"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}
+    (conf / "1.conflist").write_text(json.dumps(about))
+    directories = CniDirectories(bin_dir, conf, tmp_path / "netns")
+    steer = Steering(tmp_path, tmp_path, place.pins, place.records, "auto", cni=directories)
+    daemonset = DaemonSet(Client(None), "weft-system")
+    in_force, pods = asyncio.Event(), {"ns/four/1": ("10.9.0.99",)}
+    plugin = CniPlugin(node.run_dir / "cni.sock", steer, in_force, lambda: pods, daemonset)
+    monkeypatch.setattr(cni_plugin, "_LOOK_S", 0.01)
+    task = asyncio.ensure_future(plugin.run())
+    async with asyncio.timeout(20):
+        while not (node.run_dir / "cni.sock").exists():
+            await asyncio.sleep(0)
+        assert not list(bin_dir.iterdir())
+        in_force.set()
+        while not plugin.failures:
+            await asyncio.sleep(0.01)
+    (why,) = plugin.failures
+    assert why.startswith("pod ns/four is older than the CNI plugin")
+    assert "restart it" in why
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    def types():
+        return [one["type"] for one in json.loads((conf / "1.conflist").read_text())["plugins"]]
+
+    assert not plugin.close()
+    assert list(bin_dir.iterdir())
+    assert types() == ["bridge", "weft-cni"]
+    assert place.pins.exists()
+    daemonset.unwanted.set()
+    assert plugin.close()
+    assert not list(bin_dir.iterdir())
+    assert types() == ["bridge"]
+    assert not place.pins.exists()
+    assert not place.records.exists()
 
 
 async def check_adoption(node, place, results, tmp_path):

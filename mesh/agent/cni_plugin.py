@@ -86,6 +86,7 @@ class CniPlugin:
     async def _look_for_pods(self) -> None:
         assert self._directories is not None
         await self._in_force.wait()
+        missed: dict[str, str] = {}
         while True:
             try:
                 await asyncio.to_thread(podfilter.tidy, self._place.pins, self._place.records)
@@ -95,9 +96,12 @@ class CniPlugin:
             except (OSError, DatapathError) as error:
                 _log.error("pods that are older than the CNI plugin: %s", error)
             else:
-                for about in found.keys() - self._old.keys():
-                    _log.error("pod %s is older than the CNI plugin: %s", about, found[about])
-                self._old = found
+                # What has just ended is in the cluster for a moment.
+                stays = {about: why for about, why in found.items() if about in missed}
+                missed = found
+                for about in stays.keys() - self._old.keys():
+                    _log.error("pod %s is older than the CNI plugin: %s", about, stays[about])
+                self._old = stays
             self._look.clear()
             try:
                 await asyncio.wait_for(self._look.wait(), _LOOK_S)
