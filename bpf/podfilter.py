@@ -148,10 +148,11 @@ def addresses(records: Path) -> set[str]:
 
 
 def _recorded(records: Path) -> list[Pod]:
-    return [
-        msgspec.json.decode(record.read_bytes(), type=Pod)
-        for record in sorted(records.glob("*.json"))
-    ]
+    found = []
+    for record in sorted(records.glob("*.json")):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found.append(msgspec.json.decode(record.read_bytes(), type=Pod))
+    return found
 
 
 def _remove(directory: Path, records: Path, pod: Pod) -> None:

@@ -50,8 +50,8 @@ class Steering(NamedTuple):
     """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
     and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
     self-test says so, "kernel" insists on it, "proxy" never does. `pairs`: where it does, requests
-    may pass by the proxy. `mtls`: the node has an authority. `cni`: where its
-    plugin is to be installed."""
+    may pass by the proxy. `mtls`: the node has an authority. `cni`: where
+    its plugin is to be installed."""
 
     cgroup: Path
     proxy_cgroup: Path
