@@ -160,7 +160,7 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
 
 
 async def check_the_end(node, place, tmp_path, monkeypatch):
-    """Pods that are not found are named. Nothing goes unless the DaemonSet is known to be gone."""
+    """Pods that are not found are named. Nothing goes unless the DaemonSet is known to go."""
     conf, bin_dir = tmp_path / "net.d", tmp_path / "bin"
     for one in (conf, bin_dir):
         one.mkdir()
