@@ -106,8 +106,8 @@ def cli() -> None:
     "--proxy-cgroup",
     metavar="CGROUP",
     type=click.Path(path_type=Path, file_okay=False),
-    help="cgroup v2 directory for Weft's own processes, with --steer; made if missing. If it lies in"
-    " that of --steer, all that has the node's network is left alone."
+    help="cgroup v2 directory for Weft's own processes, with --steer; made if missing. If it lies"
+    " in that of --steer, all that has the node's network is left alone."
     "  [default: that of --steer with .proxy appended]",
 )
 @click.option(
