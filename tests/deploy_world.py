@@ -95,15 +95,16 @@ class Deployed:
             self.process = subprocess.Popen(command, env=env, stderr=said, stdout=said, cwd=PROJECT)
 
     def _token(self, account, server, directory):
+        name = f"{account}-{directory.name.lower()}"
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": f"{account}-1", "namespace": NAMESPACE},
+            "metadata": {"name": name, "namespace": NAMESPACE},
             "spec": {"nodeName": "a", "serviceAccountName": account},
         }
         uid = server.create(pod)["metadata"]["uid"]
         about = "authentication.kubernetes.io/pod"
-        extra = {f"{about}-name": [f"{account}-1"], f"{about}-uid": [uid]}
+        extra = {f"{about}-name": [name], f"{about}-uid": [uid]}
         server.auth.service_account(account, NAMESPACE, account, extra=extra)
         files = directory / "account"
         files.mkdir()

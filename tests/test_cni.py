@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from bpf_world import loader, needs_bpf, pin_directory
+from bpf_world import loader, needs_bpf, new_cgroup, pin_directory
 
 from bpf import podfilter
 from mesh.agent import cni_plugin
@@ -17,7 +17,7 @@ from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.cni_socket import CniSocket
 from mesh.agent.daemonset import DaemonSet
 from mesh.agent.options import CniDirectories, Steering
-from mesh.cni import shim
+from mesh.cni import kubepods, shim
 from mesh.cni.adopt import adopt
 from mesh.cni.plugin import Place
 from mesh.lab.kernel import create_netns, inside, remove_netns
@@ -29,6 +29,27 @@ pytestmark = [
     needs_bpf,
     pytest.mark.skipif(not (PLUGINS / "bridge").exists(), reason="no containernetworking-plugins"),
 ]
+
+
+@pytest.mark.parametrize(
+    "pods", ["kubepods.slice", "kubepods", "kubelet.slice/kubelet-kubepods.slice"]
+)
+def test_where_the_pods_of_a_node_are(pods):
+    """By systemd, by cgroupfs, and in kind; and this process as a pod's."""
+    with new_cgroup() as root, contextlib.ExitStack() as stack:
+        assert kubepods.find(root) == (root / "kubepods.slice", None)
+        own = root / pods / "pod1/container"
+        for one in reversed([own, *own.parents][: len(own.relative_to(root).parts)]):
+            one.mkdir()
+            stack.callback(one.rmdir)
+        assert kubepods.find(root) == (root / pods, None)
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        before = next(line for line in lines if line.startswith("0::/")).removeprefix("0::/")
+        (own / "cgroup.procs").write_text("0")
+        try:
+            assert kubepods.find(root) == (root / pods, own)
+        finally:
+            (root.parent / before / "cgroup.procs").write_text("0")
 
 
 class Node:

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from kube_world import CRDS, needs_crds
 from mesh.cli.client import ask
 from mesh.install import manifests
 from mesh.lab.kernel import create_netns, remove_netns
-from tests.test_agent_end_to_end import WAIT_S
 
 PLUGINS = Path("/usr/lib/cni")
 VIP = "10.96.0.1"
+# Programs are compiled, where nobody has done that yet.
+WAIT_S = 60
 pytestmark = [
     needs_crds,
     needs_bpf,
@@ -127,7 +127,7 @@ def kubepods(runtime):
     """The node's cgroups and bpffs are where a node has them."""
     with new_cgroup() as root, contextlib.ExitStack() as stack:
         made = [root / "kubepods.slice", *(root / f"kubepods.slice/{n}" for n in ("agent", "pods"))]
-        made.append(root / "kubepods.slice/agent/container")
+        made += [root / f"kubepods.slice/agent/{container}" for container in ("first", "next")]
         for one in made:
             one.mkdir()
             stack.callback(one.rmdir)
@@ -160,10 +160,10 @@ async def server(runtime):
 async def deployed(server, runtime, kubepods, tmp_path):
     started = []
 
-    def start(kind):
-        directory = tmp_path / kind
+    def start(kind, container="first"):
+        directory = tmp_path / f"{kind}-{container}"
         directory.mkdir()
-        cgroup = kubepods / "agent/container" if kind == "DaemonSet" else None
+        cgroup = kubepods / "agent" / container if kind == "DaemonSet" else None
         started.append(Deployed(pod_of(kind), server, directory, runtime.root, cgroup))
         return started[-1]
 
@@ -208,14 +208,6 @@ def objects(target, port, http_port):
             "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "one"}}}]}],
         },
     }
-
-
-def agent_of(deployed):
-    """The pid of the agent process."""
-    children = f"/proc/{deployed.process.pid}/task/{deployed.process.pid}/children"
-    pids = Path(children).read_text().split()
-    (found,) = [one for one in pids if Path(f"/proc/{one}/comm").read_text() == "weft-agent\n"]
-    return int(found)
 
 
 async def until(holds, *processes):
@@ -270,12 +262,18 @@ async def test_pods_are_steered_and_filtered_until_the_daemonset_goes(
         # Another plugin renews its file, and there is a first one.
         runtime.write()
         await until(lambda: runtime.types() == ["bridge", "weft-cni"], *both)
-        # Another agent tests this kernel beside the programs that are in force.
-        said = len(agent.said.read_text())
-        os.kill(agent_of(agent), signal.SIGKILL)
-        await until(lambda: "are steered" in agent.said.read_text()[said:], *both)
+        # An upgrade. The next pod is in another cgroup, and tests this kernel beside the programs
+        # that are in force.
+        await asyncio.to_thread(agent.end)
+        assert runtime.types() == ["bridge", "weft-cni"]
+        assert (reached("one"), reached("old")) == ("two", "EPERM")
+        assert actors["one"]("http", VIP, 80) == {"errno": "ECONNREFUSED"}
+        agent = deployed("DaemonSet", "next")
+        await until(lambda: "are steered" in agent.said.read_text(), agent, controller)
         assert "self-test" not in agent.said.read_text()
-        assert reached("one") == "two"
+        assert (reached("one"), reached("old")) == ("two", "EPERM")
+        assert actors["one"]("http", VIP, 80)["status"] == 200
+        # The end.
         found = server.get("apps/daemonsets", "weft-agent", NAMESPACE)
         server.delete(found)
         agent.process.terminate()

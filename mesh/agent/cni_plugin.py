@@ -63,8 +63,8 @@ class CniPlugin:
         """What is not as it should be, in words."""
         result = list(self._installation.problems) if self._installation is not None else []
         result += [
-            f"pod {about.rpartition('/')[0]} is older than the CNI plugin, and is neither steered "
-            f"nor filtered: {why}: restart it"
+            f"pod {about.rpartition('/')[0]} is older than the CNI plugin, and what it sends and "
+            f"gets past the proxies is not filtered: {why}: restart it"
             for about, why in sorted(self._old.items())
         ]
         return result

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from gateway.control import ControlPlane, Options
-from mesh.agent.options import OptionError, manifests, parse_admin, plane_options
+from mesh.agent.options import OptionError, manifests, parse_admin, plane_options, steering
 from mesh.cli.client import UsageError
 from mesh.cni import kubepods
 
@@ -34,7 +34,9 @@ def run(options: dict[str, Any]) -> None:
         options["proxy_cgroup"] = options["proxy_cgroup"] or found
     plane(options)
     try:
-        manifests(argparse.Namespace(**options))
+        arguments = argparse.Namespace(**options)
+        manifests(arguments)
+        steering(arguments)
         parse_admin(options["admin"])
     except OptionError as error:
         raise UsageError(str(error)) from None
