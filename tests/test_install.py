@@ -288,7 +288,7 @@ def test_the_chart_is_what_install_applies():
     settings = "".join(f"\n    {line}" for line in yaml.dump(values["settings"]).splitlines())
     text = text.replace("\n    {{- .Values.settings | toYaml | nindent 4 }}", settings)
     text = text.replace("{{ .Release.Namespace }}", NAMESPACE)
-    for name in ("image", "trustDomain"):
+    for name in ("image", "trustDomain", "cniBinDir", "cniConfDir"):
         text = text.replace(f"{{{{ .Values.{name} }}}}", values[name])
     text = re.sub(r"^{{- (if .Values.steer|end) }}\n", "", text, flags=re.M)
     assert "{{" not in text
@@ -313,6 +313,10 @@ def test_the_chart_as_helm_renders_it():
         (container,) = by_kind[kind]["spec"]["template"]["spec"]["containers"]
         assert container["args"][-1 - len(wanted) :] == ["--trust-domain=other.example", *wanted]
         assert container["image"] == "other:1"
+    volumes = by_kind["DaemonSet"]["spec"]["template"]["spec"]["volumes"]
+    assert {"path": "/other/net.d", "type": "DirectoryOrCreate"} in [
+        one.get("hostPath") for one in volumes
+    ]
     (settings,) = [one for one in objects if one["kind"] == "ConfigMap"]
     assert yaml.safe_load(settings["data"]["settings.yaml"]) == {"access_log": "off", "n": [1]}
 
@@ -323,6 +327,7 @@ chart = helm_python.Chart.load(sys.argv[1])
 other = {
     "image": "other:1",
     "trustDomain": "other.example",
+    "cniConfDir": "/other/net.d",
     "settings": {"access_log": "off", "n": [1]},
     "agentArgs": ["--x", "a b"],
     "controllerArgs": ["--load-balancer"],

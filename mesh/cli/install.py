@@ -38,10 +38,20 @@ def _cluster_options(function: F) -> F:
     show_default=True,
     help="Steer and filter the connections of the cluster's pods; else an ingress gateway alone.",
 )
+@click.option(
+    "--cni-bin-dir",
+    default="/opt/cni/bin",
+    show_default=True,
+    help="Where the nodes' container runtime looks for CNI plugins.",
+)
+@click.option(
+    "--cni-conf-dir",
+    default="/etc/cni/net.d",
+    show_default=True,
+    help="Where it looks for the list of them.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the manifests, do nothing.")
-def install(
-    kubeconfig: Path | None, namespace: str, image: str, steer: bool, dry_run: bool
-) -> None:
+def install(kubeconfig: Path | None, dry_run: bool, **values: Any) -> None:
     """Install Weft in a cluster, or bring what is there to this version.
 
     The CustomResourceDefinitions of Gateway API are the cluster's: 'weft check' says whether they
@@ -52,10 +62,9 @@ def install(
     from mesh.install import cluster, manifests
 
     if dry_run:
-        text = manifests.everything(namespace=namespace, image=image, steer=steer)
-        click.echo(text, nl=False)
+        click.echo(manifests.everything(**values), nl=False)
         return
-    objects = manifests.objects(namespace=namespace, image=image, steer=steer)
+    objects = manifests.objects(**values)
     _run(kubeconfig, lambda client: cluster.install(client, objects, click.echo))
 
 

@@ -13,6 +13,8 @@ import yaml
 
 NAMESPACE = "weft-system"
 IMAGE = "weft:0.1.0"
+CNI_BIN_DIR = "/opt/cni/bin"
+CNI_CONF_DIR = "/etc/cni/net.d"
 # In the order in which they are made.
 NAMES = ("namespace", "rbac", "agent", "controller", "gatewayclass")
 
@@ -30,6 +32,8 @@ class Values(NamedTuple):
     agent_args: str = ""
     controller_args: str = ""
     steer: bool | None = True
+    cni_bin_dir: str = CNI_BIN_DIR
+    cni_conf_dir: str = CNI_CONF_DIR
 
 
 def _more(name: str) -> str:
@@ -47,6 +51,8 @@ CHART = Values(
     agent_args=_more("agentArgs"),
     controller_args=_more("controllerArgs"),
     steer=None,
+    cni_bin_dir="{{ .Values.cniBinDir }}",
+    cni_conf_dir="{{ .Values.cniConfDir }}",
 )
 CHART_VALUES = f"""\
 # The image of Weft: built with deploy/Dockerfile, in a registry that the nodes reach.
@@ -56,6 +62,9 @@ trustDomain: cluster.local
 # Whether nodes steer and filter the connections of their pods, with eBPF and a CNI plugin; false:
 # Weft is an ingress gateway alone, with fewer rights.
 steer: true
+# Where the nodes' container runtime looks for CNI plugins, and for the list of them.
+cniBinDir: {CNI_BIN_DIR}
+cniConfDir: {CNI_CONF_DIR}
 # Limits and habits of the proxy: README.md, "Settings".
 settings:
   access_log: json
@@ -79,14 +88,11 @@ def _decided(text: str, steer: bool | None) -> str:
     return block.sub(r"\1" if steer else "", text)
 
 
-def everything(*, namespace: str = NAMESPACE, image: str = IMAGE, steer: bool = True) -> str:
-    """All of it, as one stream of documents."""
-    values = Values(namespace, image, steer=steer)
-    return "---\n".join(rendered(name, values) for name in NAMES)
+def everything(**values: Any) -> str:
+    """All of it, as one stream of documents. `values`: those of Values that differ."""
+    return "---\n".join(rendered(name, Values(**values)) for name in NAMES)
 
 
-def objects(
-    *, namespace: str = NAMESPACE, image: str = IMAGE, steer: bool = True
-) -> list[dict[str, Any]]:
-    """All of it as plain data, in order."""
-    return list(yaml.safe_load_all(everything(namespace=namespace, image=image, steer=steer)))
+def objects(**values: Any) -> list[dict[str, Any]]:
+    """All of it as plain data, in order; as `everything`."""
+    return list(yaml.safe_load_all(everything(**values)))
