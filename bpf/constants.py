@@ -79,6 +79,10 @@ TOLD_MAX, TOLD_FROM_HOST_MAX = 500, 50
 # response, except of LARGE_PAIRS of a worker, whose responses have been longer; both ends have read
 # all before: so that responses hold no more than 512 MiB, and as much for each worker.
 PAIRS_MAX = 1 << 13
+# To so many backends the pairs of one client's connection may lead; requests of a rule are shared
+# out in so many parts.
+PAIR_WAYS, PAIRED_MAX = 8, 1 << 15
+PAIR_SHARES = 1 << 31
 EXCHANGES_MAX = 1 << 14
 RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
 LARGE_RESPONSE_MAX, LARGE_PAIRS = 2 << 20, 1 << 8

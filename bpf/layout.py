@@ -42,6 +42,7 @@ from bpf.structs import (
     Proxied,
     Target,
     Tuple,
+    Way,
 )
 
 # Tables of the automaton are read by the programs of the version that reads them so.
@@ -71,6 +72,7 @@ T = TypeVar(
     Flow,
     Addresses,
     Event,
+    Way,
     Pair,
     Paired,
     Exchange,
@@ -216,28 +218,38 @@ EVENT = Layout(
         "zero": "4x",
     },
 )
+WAY = Layout(
+    "way",
+    "=",
+    {
+        "backend": "Q",
+        "series": "Q",
+        "rule": "I",
+        "share": "I",
+        "response_max": "I",
+        "zero": "4x",
+    },
+)
 PAIR = Layout(
     "pair",
     "=",
     {
         "offer": "Q",
-        "backend": "Q",
+        "client": "Q",
         "generation": "Q",
         "egress": "I",
         "ingress": "I",
-        "rule": "I",
         "received": "I",
         "handed": "I",
         "until": "I",
+        "zero": "4x",
         "expires_ns": "Q",
         "made_ns": "Q",
-        "series": "Q",
-        "response_max": "I",
-        "zero": "4x",
+        "ways": f"{WAY.size * constants.PAIR_WAYS}s",
         "offer_again": "Q",
     },
 )
-PAIRED = Layout("paired", "=", {"client": "Q", "received": "I", "zero": "4x"})
+PAIRED = Layout("paired", "=", {"client": "Q", "received": "I", "answered": "I"})
 EXCHANGE = Layout(
     "exchange",
     "=",
@@ -262,7 +274,7 @@ EXCHANGE = Layout(
         "response_max": "I",
         "port": "I",
         "shown": "I",
-        "zero": "4x",
+        "missed": "I",
         "head": f"{constants.PASSING_HEAD}s",
     },
 )

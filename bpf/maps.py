@@ -109,7 +109,7 @@ MAPS = {
     "proxy_sockets": Spec(layout.U64, layout.U64, constants.SOCKETS_MAX),
     "workload": Spec(layout.U32, layout.WORKLOAD, 0),
     "pairs": Spec(layout.U64, layout.PAIR, constants.PAIRS_MAX),
-    "paired": Spec(layout.U64, layout.PAIRED, constants.PAIRS_MAX),
+    "paired": Spec(layout.U64, layout.PAIRED, constants.PAIRED_MAX),
     "exchanges": Spec(layout.U64, layout.EXCHANGE, constants.EXCHANGES_MAX),
     "passed": Spec(layout.PASSED_KEY, layout.PASSED, constants.PASSED_MAX),
     "passings": Spec(None, None, constants.PASSING_PAGES * 4096),

@@ -22,7 +22,7 @@ from bpf import constants, layout, pins, syscall
 from bpf.attach import open_program
 from bpf.errors import DatapathError
 from bpf.maps import open_pinned
-from bpf.structs import Exchange, Number, Pair, Paired, Proxied, Target
+from bpf.structs import Exchange, Number, Pair, Paired, Proxied, Target, Way
 
 # Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
@@ -86,29 +86,25 @@ class _PairMaps(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A pair, by the cookies of both workloads' sockets: requests that the table of `generation`
-    lets pass by `rule`, and its lists `egress` and `ingress` too (0: none is asked), go
-    straight to the backend, until `until` have been forwarded for the client, or
-    CLOCK_MONOTONIC is at `expires_ns`, or proxies have another configuration than that of
-    `made_ns`. `client_received` and `backend_received`: how many bytes the proxy has received
-    from each since the connection was established, and is done with (modulo 2^32); `handed`:
-    likewise responses. What passes is counted under `series`; a response has no more than
-    `response_max` bytes."""
+    """Pairs of a client's socket, by its cookie: requests that the table of `generation` lets
+    pass, and its lists `egress` and `ingress` too (0: none is asked), go straight to a backend,
+    by one of `ways` (PAIR_WAYS at most) that is for the rule they come to, until `until` have
+    been forwarded for the client, or CLOCK_MONOTONIC is at `expires_ns`, or proxies have another
+    configuration than that of `made_ns`. `client_received`, and `backends_received` for each way:
+    how many bytes the proxy has received since the connection was established, and is done
+    with (modulo 2^32); `handed`: likewise responses."""
 
     client: int
-    backend: int
     generation: int
     egress: int
     ingress: int
-    rule: int
+    ways: tuple[Way, ...]
     client_received: int
-    backend_received: int
+    backends_received: tuple[int, ...]
     handed: int
     until: int
     expires_ns: int
     made_ns: int
-    series: int
-    response_max: int
 
 
 class ProxyHandles:
@@ -179,12 +175,18 @@ class ProxyHandles:
         maps = self._pairs
         if maps is None:
             return False
-        client, backend = (layout.U64.pack(Number(one)) for one in (offer.client, offer.backend))
-        paired = Paired(offer.client, offer.backend_received & _U32)
+        client = layout.U64.pack(Number(offer.client))
         nothing = bytes(layout.EXCHANGE.size)
         with contextlib.suppress(FileExistsError):
             syscall.update(maps.exchanges, client, nothing, syscall.BPF_NOEXIST)
-        return self._put(maps.paired, backend, layout.PAIRED.pack(paired))
+        return all(
+            self._put(
+                maps.paired,
+                layout.U64.pack(Number(way.backend)),
+                layout.PAIRED.pack(Paired(offer.client, received & _U32, 0)),
+            )
+            for way, received in zip(offer.ways, offer.backends_received, strict=True)
+        )
 
     def offer(self, offer: Offer) -> bool:
         """From now on what the offer says passes by the proxy. False: there is no room."""
@@ -193,18 +195,16 @@ class ProxyHandles:
         number = time.monotonic_ns()
         pair = Pair(
             number,
-            offer.backend,
+            offer.client,
             offer.generation,
             offer.egress,
             offer.ingress,
-            offer.rule,
             offer.client_received & _U32,
             offer.handed & _U32,
             offer.until & _U32,
             offer.expires_ns,
             offer.made_ns,
-            offer.series,
-            offer.response_max,
+            b"".join(map(layout.WAY.pack, offer.ways)),
             number,
         )
         client = layout.U64.pack(Number(offer.client))
@@ -224,10 +224,13 @@ class ProxyHandles:
         if self._pairs is not None:
             syscall.delete(self._pairs.pairs, layout.U64.pack(Number(client)))
 
-    def forget(self, backend: int) -> None:
-        """Responses do not pass any more either."""
-        if self._pairs is not None:
-            syscall.delete(self._pairs.paired, layout.U64.pack(Number(backend)))
+    def forget(self, backend: int) -> int:
+        """Responses do not pass any more either; how many have since the offer."""
+        if self._pairs is None:
+            return 0
+        key = layout.U64.pack(Number(backend))
+        data = syscall.take(self._pairs.paired, key, layout.PAIRED.size)
+        return 0 if data is None else layout.PAIRED.unpack(Paired, data).answered
 
     @staticmethod
     def settle() -> None:

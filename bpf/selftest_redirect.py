@@ -25,7 +25,7 @@ from bpf.constants import RESPONSE_MAX
 from bpf.proxy import Offer, Origin, ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
-from bpf.structs import Exchange, Number, Target
+from bpf.structs import Exchange, Number, Target, Way
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
     MESH_RELAY_PORT,
@@ -239,9 +239,11 @@ def _pairs(world: _World) -> str:
                 sock.settimeout(TIMEOUT_S)
             handles, client = world.handles, pair.origin.cookie
             cookie = handles.pair(proxy.fileno()) or 0
-            if not handles.prepare(Offer(client, cookie, *[0] * 12)):
+            if not handles.prepare(
+                Offer(client, 0, 0, 0, (Way(cookie, *[0] * 4),), 0, (0,), *[0] * 4)
+            ):
                 return "there is no room for a pair"
-            _forward(world, client, 1)
+            _forward(world, client, cookie, 1)
             taken.sendall(_RESPONSE)
             if _received(pair.workload, len(_RESPONSE)) != _RESPONSE:
                 return "a response did not come to its client as it was"
@@ -251,7 +253,7 @@ def _pairs(world: _World) -> str:
             if _received(proxy, 4) != b"weft":
                 return "what was no response did not come to the proxy"
             # Four bytes that nobody is done with.
-            _forward(world, client, 2)
+            _forward(world, client, cookie, 2)
             taken.sendall(_RESPONSE)
             if _received(proxy, len(_RESPONSE)) != _RESPONSE:
                 return "a response behind something else passed the proxy by"
@@ -260,13 +262,13 @@ def _pairs(world: _World) -> str:
             return "" if right else f"it was counted wrongly: {passed}"
 
 
-def _forward(world: _World, client: int, requests: int) -> None:
+def _forward(world: _World, client: int, backend: int, requests: int) -> None:
     """As if so many had been."""
     exchanges = maps.PinnedMap(world.pin, "exchanges", Number, Exchange)
     with contextlib.closing(exchanges):
         before = exchanges.get(Number(client))
         if before is not None:
-            now = before._replace(forwarded=requests, response_max=RESPONSE_MAX)
+            now = before._replace(forwarded=requests, backend=backend, response_max=RESPONSE_MAX)
             exchanges.put(Number(client), now)
 
 

@@ -257,37 +257,47 @@ class Event(NamedTuple):
     rule: int
 
 
+class Way(NamedTuple):
+    """struct way: to a backend's socket, `share` of PAIR_SHARES of a rule's requests."""
+
+    backend: int
+    series: int
+    rule: int
+    share: int
+    response_max: int
+
+
 class Pair(NamedTuple):
-    """struct pair: what the proxy offers to a client's socket."""
+    """struct pair: what the proxy offers to a client's socket. `ways`: packed ones."""
 
     offer: int
-    backend: int
+    client: int
     generation: int
     egress: int
     ingress: int
-    rule: int
     received: int
     handed: int
     until: int
     expires_ns: int
     made_ns: int
-    series: int
-    response_max: int
+    ways: bytes
     offer_again: int
 
 
 class Paired(NamedTuple):
-    """struct paired: of a backend's socket."""
+    """struct paired: of a backend's socket, which has `answered` so many requests since."""
 
     client: int
     received: int
+    answered: int
 
 
 class Exchange(NamedTuple):
     """struct exchange: what goes past the proxy. `parted`: requests that came in more than one
     message; `bodiless`: the last request's response has no body, as it is of HEAD; `unsent`,
     `left`: so many bytes of it, and of the response, are still to come: as the first ones came,
-    those of the request only while the client's socket has sent no more than `sent` by TCP."""
+    those of the request only while the client's socket has sent no more than `sent` by TCP.
+    `missed`: requests that the proxy has because there was no way to the endpoint chosen."""
 
     started_ns: int
     backend: int
@@ -309,6 +319,7 @@ class Exchange(NamedTuple):
     response_max: int
     port: int
     shown: int
+    missed: int
     head: bytes
 
     @property

@@ -19,6 +19,7 @@ _MEMBARRIER_CMD_GLOBAL = 1
 _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _MAP_NEXT_KEY = 1, 2, 3, 4
 _PROG_LOAD, _OBJ_PIN, _OBJ_GET = 5, 6, 7
 _PROG_RUN = 10
+_MAP_TAKE = 21  # BPF_MAP_LOOKUP_AND_DELETE_ELEM
 _MAP_CREATE, _BTF_LOAD = 0, 18
 _INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
@@ -86,10 +87,19 @@ def _buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
 def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     """The value under a key, None if there is none. `value_size`: as read, all CPUs of a per-CPU
     map."""
+    return _read(_MAP_LOOKUP, fd, key, value_size)
+
+
+def take(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """The same of a hash map, and there is none any more."""
+    return _read(_MAP_TAKE, fd, key, value_size)
+
+
+def _read(command: int, fd: int, key: bytes, value_size: int) -> bytes | None:
     key_buffer, value = _buffer(key), ctypes.create_string_buffer(value_size)
     try:
         _bpf(
-            _MAP_LOOKUP,
+            command,
             "=I4xQQQ",
             fd,
             ctypes.addressof(key_buffer),

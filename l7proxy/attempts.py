@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+from collections.abc import Callable, Collection
 
 from l7proxy import forwarding, metrics
 from l7proxy.attempt import IDEMPOTENT, Attempt, Failure
@@ -36,7 +37,7 @@ _MAX_DOUBLINGS = 16
 
 class Attempts:
     """On behalf of `caller`; `certificate` is what TLS backends are shown; `guard` judges the
-    request."""
+    request; `chosen` is told the id of each endpoint that it may go to."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Attempts:
         caller: Caller,
         certificate: tuple[SectionKey, CertificateSection] | None,
         guard: Guard,
+        chosen: Callable[[str], None] | None,
     ) -> None:
         self._clusters = clusters
         self._stream = stream
@@ -55,6 +57,7 @@ class Attempts:
         self._caller = caller
         self._certificate = certificate
         self._guard = guard
+        self._chosen = chosen
 
     async def run(
         self,
@@ -62,13 +65,15 @@ class Attempts:
         rule: CompiledRule,
         backend: CompiledBackend,
         prefer: str | None,
+        wrong: Collection[str] = (),
         sent: Lease | None = None,
     ) -> tuple[Attempt, ResponseHead]:
-        """`sent`: to where the request, without a body, has gone already. Reply: no endpoint gave a
-        response that stands."""
+        """`wrong`: endpoints that it should not go to if there are others; `sent`: to where the
+        request, without a body, has gone already. Reply: no endpoint gave a response that
+        stands."""
         retry = rule.retry
         repeats, retries = _SAFE_REPEATS, 0
-        avoid: set[str] = set()
+        avoid = set(wrong)
         while True:
             if sent is None:
                 outcome = await self._attempt(head, rule, backend, prefer, avoid)
@@ -128,6 +133,7 @@ class Attempts:
                     avoid=avoid,
                     prefer=prefer,
                     allows=self._guard.allowing(head),
+                    chosen=self._chosen,
                 )
                 self._record.endpoint = lease.endpoint_id
                 self._record.destination = lease.endpoint

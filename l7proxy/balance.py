@@ -170,7 +170,8 @@ class Balancer:
 
 
 class Choice:
-    """The members for one request, one after the other; `refused`: policy refused one of them."""
+    """The members for one request, one after the other; `chosen` is told each one's id; `refused`:
+    policy refused one of them."""
 
     def __init__(
         self,
@@ -179,6 +180,7 @@ class Choice:
         avoid: Collection[str],
         prefer: str | None,
         allows: Allows | None,
+        chosen: Callable[[str], None] | None = None,
     ) -> None:
         self.tried: set[str] = set()
         self.refused = False
@@ -187,6 +189,7 @@ class Choice:
         self._avoid = avoid
         self._prefer = prefer
         self._allows = allows
+        self._chosen = chosen
 
     def next(self, now: float) -> Member | None:
         while True:
@@ -198,6 +201,8 @@ class Choice:
                 prefer=self._prefer,
             )
             if member is None or self._allows is None or self._allows(member.endpoint):
+                if member is not None and self._chosen is not None:
+                    self._chosen(member.id)
                 return member
             self.refused = True
             self.tried.add(member.id)

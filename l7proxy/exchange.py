@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,15 +21,16 @@ from l7proxy import cors, filters, session
 from l7proxy.accesslog import AccessLog
 from l7proxy.attempt import Attempt, Failure
 from l7proxy.attempts import Attempts
+from l7proxy.choice import choose
 from l7proxy.deadline import until, within
 from l7proxy.entry import Entry, Reply, Selection
 from l7proxy.flows import FlowLog
+from l7proxy.followers import follower
 from l7proxy.guard import Guard
 from l7proxy.lease import Lease
 from l7proxy.message import ProtocolError, RequestHead, ResponseHead
 from l7proxy.mirror import Mirrors
-from l7proxy.pairing import Follower
-from l7proxy.pairs import Pairs, Refusal
+from l7proxy.pairs import Pairs
 from l7proxy.policies import Policies
 from l7proxy.record import Record
 from l7proxy.request_body import ClientGone, RequestBody
@@ -38,10 +39,9 @@ from l7proxy.routing import (
     CompiledRule,
     RouteIndex,
     RouteMatchResult,
-    pick_backend,
 )
 from l7proxy.sent import Sent
-from l7proxy.streams import ConnectionInfo, Handler, ServerStream, StreamReset
+from l7proxy.streams import ConnectionInfo, ServerStream, StreamReset
 from l7proxy.upgrade import to_client, tunnel
 from l7proxy.upstream import Clusters
 from mesh.model.nodeconfig import CertificateSection, Settings
@@ -202,7 +202,10 @@ class _Exchange:
     async def _forward(self, selected: Selection, match: RouteMatchResult) -> None:
         rule = match.rule
         head = filters.request(rule.filters, self._stream.head, match)
-        backend, prefer = self._choose(rule, selected.prefer)
+        clusters, pairing = self._shared.clusters, self.info.pairing
+        backend, prefer, avoid = choose(
+            match, clusters, self._stream.head, selected.prefer, pairing
+        )
         if backend is None or backend.cluster is None:
             raise Reply(500, "no_backend", "the route has no valid backend for this request")
         if backend.redirect is not None:
@@ -213,7 +216,7 @@ class _Exchange:
         if head.upgrade not in (None, _WEBSOCKET):
             head = dataclasses.replace(head, upgrade=None)
         self.record.backend = backend.label
-        await self._attempt(head, selected, rule, backend, prefer)
+        await self._attempt(head, selected, rule, backend, prefer, avoid)
 
     async def _attempt(
         self,
@@ -222,6 +225,7 @@ class _Exchange:
         rule: CompiledRule,
         backend: CompiledBackend,
         prefer: str | None,
+        avoid: Collection[str] = (),
         sent: Lease | None = None,
     ) -> None:
         """`sent`: where the request has gone already."""
@@ -239,60 +243,44 @@ class _Exchange:
                     mirror.cluster, copy, self._body, caller, certificate, guard.quiet()
                 )
         attempts = Attempts(
-            self._shared.clusters, self._stream, self._body, self.record, caller, certificate, guard
+            self._shared.clusters,
+            self._stream,
+            self._body,
+            self.record,
+            caller,
+            certificate,
+            guard,
+            self.info.pairing.leave if self.info.pairing is not None else None,
         )
         self._forwarded = head
-        attempt, response = await attempts.run(head, rule, backend, prefer, sent)
-        self._propose(selected, rule, backend, attempt.lease, response)
+        attempt, response = await attempts.run(head, rule, backend, prefer, avoid, sent)
+        self._propose(selected, backend, attempt.lease, response)
         await self._relay(attempt, response, rule, backend)
 
     # --- past the proxy ---------------------------------------------------------------------------
 
     def _propose(
-        self,
-        selected: Selection,
-        rule: CompiledRule,
-        backend: CompiledBackend,
-        lease: Lease,
-        response: ResponseHead,
+        self, selected: Selection, backend: CompiledBackend, lease: Lease, response: ResponseHead
     ) -> None:
         """Requests like this one, to the same endpoint, may pass by the proxy from now on."""
         pairing, shared = self.info.pairing, self._shared
-        if pairing is None or not lease.endpoint.name:
+        if pairing is None:
             return
-        caller = self._entry.caller(self.record.client)
-        allowed = shared.pairs.allowed(
+        if response.upgrade is not None:
+            pairing.dissolve()
+            return
+        found = follower(
+            shared.pairs,
             selected,
-            rule,
-            caller,
-            lease.way,
-            lease.endpoint,
-            self.record.series(),
-            endpoints=lease.endpoints,
-            length=response.body if isinstance(response.body, int) else 0,
+            backend,
+            self._entry.caller(self.record.client),
+            lease,
+            self.record,
+            response,
+            lambda sent: partial(shared.resume, self._entry, sent),
         )
-        if isinstance(allowed, Refusal):
-            return
-        version = shared.pairs.version
-
-        def handler(
-            lease: Lease | Reply, *, responded: bool = False, answered: bool = False
-        ) -> Handler:
-            sent = Sent(selected, backend, before, lease, responded, answered)
-            return partial(shared.resume, self._entry, sent)
-
-        before = lease
-        pairing.propose(
-            lease.stream,
-            Follower(
-                allowed,
-                self.record.head.authority,
-                current=lambda: shared.pairs.version == version,
-                resume=lambda stream, answered: handler(before.again(stream), answered=answered),
-                fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
-                broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
-            ),
-        )
+        if found is not None:
+            pairing.propose(lease.stream, found)
 
     async def _resume(self, sent: Sent) -> None:
         """Relay the response to a request that was judged, and sent, by the kernel."""
@@ -304,8 +292,6 @@ class _Exchange:
         record.backend, record.attempts = sent.backend.label, 1
         record.endpoint, record.destination = before.endpoint_id, before.endpoint
         record.way = before.way
-        if sent.answered:
-            before.succeeded(200)
         if isinstance(sent.lease, Reply):
             self._responded = sent.responded
             raise sent.lease
@@ -318,7 +304,7 @@ class _Exchange:
             response = await attempt.response(self._sent, sent=True)
             if isinstance(response, Failure):
                 raise Reply(response.status, response.reason, response.detail)
-            self._propose(sent.selected, match.rule, sent.backend, sent.lease, response)
+            self._propose(sent.selected, sent.backend, sent.lease, response)
             await self._relay(attempt, response, match.rule, sent.backend)
 
     async def _go_on(self, sent: Sent, lease: Lease, match: RouteMatchResult) -> None:
@@ -328,22 +314,13 @@ class _Exchange:
             timeout -= time.monotonic() - sent.started
         async with within(timeout) as self._timeout:
             await self._attempt(
-                self._sent, sent.selected, match.rule, sent.backend, sent.selected.prefer, lease
+                self._sent,
+                sent.selected,
+                match.rule,
+                sent.backend,
+                sent.selected.prefer,
+                sent=lease,
             )
-
-    def _choose(
-        self, rule: CompiledRule, prefer: str | None
-    ) -> tuple[CompiledBackend | None, str | None]:
-        """The backend for this request, and the endpoint to prefer: the one that its session asks
-        for, if that is there."""
-        if rule.session is not None:
-            wanted = session.endpoint_for(self._stream.head, rule.session, time.time())
-            if wanted is not None:
-                for backend in rule.backends:
-                    cluster = self._shared.clusters.get(backend.cluster or "")
-                    if cluster is not None and backend.weight and cluster.has(wanted):
-                        return backend, wanted
-        return pick_backend(rule, random.random), prefer
 
     def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
         key = self._entry.client_certificate

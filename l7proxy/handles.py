@@ -48,7 +48,7 @@ class Handles(Protocol):
     def withdraw(self, client: int) -> None:
         """No request of this socket passes any more."""
 
-    def forget(self, backend: int) -> None:
+    def forget(self, backend: int) -> int:
         """No response of this socket passes any more."""
 
     def settle(self) -> None:

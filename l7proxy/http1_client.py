@@ -47,6 +47,7 @@ class Http1Client(Link):
         self.answered = False  # a byte came since the request was sent
         self.cookie = 0  # of the far socket, where requests can reach it past the proxy
         self.held = False  # by whoever keeps it: no requests come from the pool
+        self.wanted = False  # while it is kept, by a request that waits
         self._keeper: Callable[[], None] | None = None
         self._last = False  # what it serves
         self._on_change = on_change
@@ -106,6 +107,15 @@ class Http1Client(Link):
 
     def keep(self, keeper: Callable[[], None]) -> None:
         self._keeper = keeper
+        self.wanted = False
+
+    def recall(self) -> bool:
+        if self._keeper is None or self.wanted:
+            return False
+        self.wanted = True
+        if self.held:
+            self._keeper()
+        return True
 
     @property
     def unread(self) -> int:

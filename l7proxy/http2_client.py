@@ -169,6 +169,10 @@ class Http2Client(Http2Connection[Http2ClientStream]):
             self._waiting.add(stream)
         return stream
 
+    @staticmethod
+    def recall() -> bool:
+        return False  # nothing passes by the proxy to HTTP/2
+
     def close(self) -> None:
         if not self.closed:
             self._leaving = True

@@ -77,6 +77,11 @@ class Lease:
         return self._member.endpoint
 
     @property
+    def ejected(self) -> bool:
+        """The endpoint is left alone for a while."""
+        return self._member.ejected
+
+    @property
     def endpoints(self) -> int:
         """How many there are to choose from."""
         return self._cluster.endpoints

@@ -1,26 +1,28 @@
-"""One client's connection whose requests may pass by the proxy, and the connection to the backend
+"""One client's connection whose requests may pass by the proxy, and the connections to backends
 that they go to.
 
-While an offer stands, requests and their responses may go between the two far sockets without being
-seen here. The first byte that the client sends here ends that by itself: the kernel passes nothing
-while bytes of the client are not known to be done with. So before anything that was sent here is
-looked at, `take_over` finds out what is outstanding: nothing; or a response that the kernel left to
-the proxy; or one that is still to come. Only then the connections are the proxy's again. Knows
-counters and cookies, no HTTP but heads it is given.
+While an offer stands, requests and their responses may go between the far sockets without being
+seen here. Each backend gets its share of a rule's requests; those in the share of one without a
+connection yet come here, and what has served one is offered together with the others. The first
+byte that the client sends here ends all that by itself: the kernel passes nothing while bytes of
+the client are not known to be done with. So before anything that was sent here is looked at,
+`take_over` finds out what is outstanding: nothing; or a response that the kernel left to the proxy;
+or one that is still to come. Only then the connections are the proxy's again. Knows counters and
+cookies, no HTTP but heads it is given.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Collection, Hashable
 
 from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
 from l7proxy.handles import Handles
+from l7proxy.held import Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -34,40 +36,9 @@ _MANY = 1 << 31
 _U32 = 0xFFFFFFFF
 
 
-class Allowed(NamedTuple):
-    """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `requests`: how many at most,
-    None: any number. `timeout_s`: how long each may take, with its response."""
-
-    generation: int
-    egress: int
-    ingress: int
-    rule: int
-    expires_ns: int
-    made_ns: int
-    series: int
-    response_max: int
-    requests: int | None
-    timeout_s: float | None
-
-
-class Follower(NamedTuple):
-    """How requests that follow one that was answered are treated. `current`: nothing that this was
-    decided by has changed. `resume` makes a handler for a response that comes through the proxy
-    after all, on this stream, and is told whether others have passed before; `fail` one for a
-    request without a response (status, reason, detail), `broken` for one whose response has begun
-    and will not end (reason, detail)."""
-
-    allowed: Allowed
-    authority: bytes
-    current: Callable[[], bool]
-    resume: Callable[[ClientStream, bool], Handler]
-    fail: Callable[[int, str, str], Handler]
-    broken: Callable[[str, str], Handler]
-
-
 class Pairing:
-    """`opened` and `closed` are told when offers stand and when none does any more. `settled` waits
-    until nothing is done any more by offers that were withdrawn before."""
+    """`opened` is told when connections are offered, `closed` when none is held any more. `settled`
+    waits until nothing is done any more by offers that were withdrawn before."""
 
     def __init__(
         self,
@@ -90,8 +61,10 @@ class Pairing:
         self._opened = opened
         self._closed = closed
         self._settled = settled
-        self._kept: Kept | None = None
-        self._follower: Follower | None = None
+        self._proposal: tuple[Kept, Follower] | None = None
+        self._held: list[Held] = []  # the first was offered first
+        self._missed = False  # a request that is served comes from the others' share
+        self._gone = False  # the client is
         self._before = _NOTHING  # when it was offered
         self._seen = _NOTHING  # when it was last looked at, and what had changed since
         self._moved_at = 0.0
@@ -102,58 +75,63 @@ class Pairing:
 
     def propose(self, stream: ClientStream, follower: Follower) -> None:
         """While a response is relayed from `stream`: such requests may pass once it has ended."""
-        self._kept = stream.keep(self._on_backend)
-        self._follower = follower
+        kept = stream.keep(self._on_backend)
+        self._proposal = (kept, follower) if kept is not None else None
 
     @property
     def proposed(self) -> bool:
-        return self._kept is not None and not self.offered
+        return (self._proposal is not None or bool(self._held)) and not self.offered
+
+    def taken(self, rule: Hashable) -> Collection[Place]:
+        """Those of a rule that the request to be served is not for: they have had their share."""
+        if not self._missed:
+            return ()
+        places = (held.follower.place for held in self._held)
+        return [place for place in places if place.rule == rule]
+
+    def leave(self, endpoint: str) -> None:
+        """A request that is served is to go there: what is held might be the last connection that
+        it can have."""
+        self._keep([held for held in self._held if held.follower.place.endpoint != endpoint])
 
     @property
     def large(self) -> bool:
         """Responses may take more memory than most may."""
-        return self._follower is not None and self._follower.allowed.response_max > RESPONSE_MAX
+        return any(held.follower.allowed.response_max > RESPONSE_MAX for held in self._held)
 
     @property
     def timeout_s(self) -> float | None:
-        """Of a request, if it passes by the proxy."""
-        return self._follower.allowed.timeout_s if self._follower is not None else None
+        """Of a request, if it passes by the proxy: the shortest there is."""
+        times = (held.follower.allowed.timeout_s for held in self._held)
+        return min((one for one in times if one is not None), default=None)
 
     def offer(self, received: int, send: Callable[[], bool], most: int | None = None) -> bool:
         """A request was served but for the last bytes of its response, which `send` gives to the
         kernel, all of them, or none (False). The client has sent `received` bytes here, all of them
         done with. `most`: no more requests may pass. Whether they were sent."""
-        kept, follower = self._kept, self._follower
-        assert kept is not None
-        assert follower is not None
-        if not kept.held:
-            self._kept = self._follower = None
-            return False
-        if kept.closed or kept.unread or not follower.current():
-            self._let_go(reusable=not kept.closed and not kept.unread)
-            return False
         passed = self._handles.passed(self._client) or _NOTHING
-        allowed = follower.allowed
-        requests = min(one for one in (allowed.requests, most, _MANY) if one is not None)
+        self._choose(passed.parted)
+        if not self._held:
+            return False
+        allowed = [held.follower.allowed for held in self._held]
+        newest = allowed[-1]
         offer = Offer(
             self._client,
-            kept.cookie,
-            *allowed[:4],
+            *newest[:3],
+            ways=tuple(held.way for held in self._held),
             client_received=received,
-            backend_received=kept.received,
+            backends_received=tuple(held.kept.received for held in self._held),
             handed=passed.handed,
-            until=passed.forwarded + requests,
-            expires_ns=allowed.expires_ns,
-            made_ns=allowed.made_ns,
-            series=allowed.series,
-            response_max=allowed.response_max,
+            until=passed.forwarded + min(_MANY if most is None else most, _MANY),
+            expires_ns=min(one.expires_ns for one in allowed),
+            made_ns=newest.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
         ready = not passed.outstanding and self._handles.prepare(offer)
         sent = ready and send()
         if not sent or not self._handles.offer(offer):
-            self._handles.forget(kept.cookie)
-            self._let_go(reusable=not passed.outstanding)
+            self._forget()
+            self._let_go(passed if not passed.outstanding else None)
             return sent
         self._before = self._seen = passed
         self.offered = True
@@ -162,30 +140,55 @@ class Pairing:
         self._opened(self)
         return True
 
+    def _choose(self, parted: int) -> None:
+        """Hold what is proposed, and of the others what can be offered with it, the newest."""
+        proposal, self._proposal = self._proposal, None
+        self._missed = False
+        if proposal is not None:
+            if proposal[0].held:
+                self._held.append(Held(*proposal, parted))
+            else:
+                proposal[0].let_go(reusable=True)
+        self._keep(to_offer(self._held))
+
+    def _keep(self, held: list[Held]) -> None:
+        """Of what is held, and not offered, these; the others are let go."""
+        if len(held) == len(self._held):
+            return
+        passed = self._handles.passed(self._client) or _NOTHING
+        gone, self._held = [one for one in self._held if one not in held], held
+        for one in gone:
+            one.let_go(passed.parted)
+        if not held:
+            self._closed(self)
+
     def decline(self) -> None:
         """There will be no offer after this request."""
-        if self._kept is not None:
-            self._let_go(reusable=True)
+        if self._proposal is not None:
+            self._proposal[0].let_go(reusable=True)
+            self._proposal = None
+        self._missed = False
+        if self._held:
+            self._let_go(self._handles.passed(self._client))
 
     def dissolve(self) -> None:
-        """No request passes any more, and `take_over` is due."""
+        """No request passes any more, and `take_over` is due; what is held while a request is
+        served is let go."""
         if self.offered:
             self._handles.withdraw(self._client)
             self._be_due()
+        else:
+            self._keep([])
 
     def close(self, *, ended: bool) -> None:
         """The client's connection is gone; `ended`: the client had said that it sends no more."""
+        self._gone = True
         if self.offered:
             self._handles.withdraw(self._client)
             passed = self._handles.passed(self._client)
             self._withdrawn()
-            self._let_go(
-                reusable=ended
-                and passed is not None
-                and not passed.outstanding
-                and passed.parted == self._before.parted
-                and not passed.left
-            )
+            whole = passed is not None and not passed.outstanding and not passed.left
+            self._let_go(passed if ended and whole else None)
         else:
             self.decline()
 
@@ -203,14 +206,14 @@ class Pairing:
         before. `moved`: the client has sent something here since the offer, or its end. `take`
         gives what it has sent, up to so many bytes: the rest of a request that has begun; what
         `give` is told is sent to it: the rest of a response."""
-        kept, follower = self._kept, self._follower
-        assert kept is not None
-        assert follower is not None
         self._handles.withdraw(self._client)
         wait_s = _FIRST_LOOK_S
         brought = 0
-        while True:
+        asked = moved
+        while self.offered:
             passed = self._handles.passed(self._client)
+            last = self._last(passed)
+            kept, follower = last.kept, last.follower
             # What has been received by now was sent after all that has passed of the request: the
             # kernel passes no more of it once something has come here.
             left = passed.unsent - brought if passed is not None and passed.outstanding else 0
@@ -220,10 +223,11 @@ class Pairing:
                 self._moved_at = time.monotonic()
             if passed is None or passed.outstanding:
                 failure = self._failure(passed, kept)
-                if failure is not None:
+                # Where it went is sure only if it was not just then on its way there.
+                if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
                     self._withdrawn()
-                    self._let_go(reusable=False)
+                    self._let_go(None)
                     self._tell_head(passed, follower)
                     if passed is not None and passed.left:
                         return follower.broken(*failure[1:])
@@ -239,40 +243,49 @@ class Pairing:
                 moved = True
                 continue
             await self._delivery()
+            if not self.offered:
+                break
             self._withdrawn()
             self.count = passed.forwarded - self._before.forwarded & _U32
-            # Of a request in parts one may have been lost on its way, when memory is short: who
-            # waits for it would take the next request for it.
-            whole = passed.parted == self._before.parted
             if handed and passed.left:
-                if await self._bring_back(passed, kept, give):
-                    self._let_go(reusable=whole and not kept.unread and not kept.closed)
+                self._held.remove(last)
+                self._let_go(passed)
+                if await self._bring_back(passed, last, give):
+                    last.let_go(passed.parted)
                     return None
                 self.lost = True
-                self._let_go(reusable=False)
+                kept.let_go(reusable=False)
                 self._tell_head(passed, follower)
                 return follower.broken("upstream_reset", "the response did not end")
             if handed:
                 # What is left of the request may pass or come here: nobody could tell it apart.
                 self.lost = passed.unsent != brought
                 self._tell_head(passed, follower)
-                self._kept = self._follower = None
-                stream = kept.resume(self.head, last=not whole)
-                return follower.resume(stream, passed.answered != self._before.answered)
-            self._let_go(reusable=whole and not kept.unread and not kept.closed)
+                self._held.remove(last)
+                return follower.resume(kept.resume(self.head, last=passed.parted != last.parted))
+            # What follows is served here, and then these are offered again, with one more.
+            self._missed = passed.missed != self._before.missed
+            if not asked:
+                self._let_go(passed)
             return None
+        return None  # the client is gone
+
+    def _last(self, passed: Exchange | None) -> Held:
+        """The one that the last request has gone to."""
+        backend = passed.backend if passed is not None else 0
+        return next((held for held in self._held if held.kept.cookie == backend), self._held[-1])
 
     async def _bring_back(
-        self, passed: Exchange, kept: Kept, give: Callable[[bytes], Awaitable[None]]
+        self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
     ) -> bool:
         """The rest of a response that has begun past the proxy; whether it has come."""
-        left = passed.left
+        left, kept, timeout_s = passed.left, last.kept, last.follower.allowed.timeout_s
         while left:
             more = kept.take(left)
-            late = self.timeout_s is not None and (
-                time.monotonic() - passed.started_ns * _NS > self.timeout_s
+            late = timeout_s is not None and (
+                time.monotonic() - passed.started_ns * _NS > timeout_s
             )
-            if late or (not more and kept.closed):
+            if late or self._gone or (not more and kept.closed):
                 return False
             if more:
                 left -= len(more)
@@ -319,8 +332,11 @@ class Pairing:
     def look(self, body_timeout_s: float) -> None:
         """Notice what has passed; a request that has been outstanding for too long is given up, or
         whose body has not gone on for so long."""
+        if not self.offered:
+            self._keep([held for held in self._held if held.good])
+            return
         passed = self._handles.passed(self._client)
-        if passed is None:
+        if passed is None or not all(held.follower.current() for held in self._held):
             self._be_due()
             return
         if passed.forwarded != self._seen.forwarded:
@@ -330,7 +346,7 @@ class Pairing:
             self._seen, self._moved_at = passed, now
         if not passed.outstanding:
             return
-        timeout_s = self.timeout_s
+        timeout_s = self._last(passed).follower.allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
             self._overdue = 504, "request_timeout", "the request timeout has passed"
             self._be_due()
@@ -341,10 +357,12 @@ class Pairing:
     # --- states -----------------------------------------------------------------------------------
 
     def _on_backend(self) -> None:
-        """The backend has sent something here, or closed."""
+        """A backend has sent something here, or closed; or others wait for its connection."""
         self._happened.set()
         if self.offered:
             self._be_due()
+        else:
+            self._keep([held for held in self._held if held.good])
 
     def _be_due(self) -> None:
         self.due = True
@@ -352,15 +370,23 @@ class Pairing:
         self.wake()
 
     def _withdrawn(self) -> None:
-        if self._kept is not None:
-            self._handles.forget(self._kept.cookie)
         self.offered = self.due = False
-        self._closed(self)
+        self._forget()
 
-    def _let_go(self, *, reusable: bool) -> None:
-        kept, self._kept, self._follower = self._kept, None, None
-        if kept is not None:
-            kept.let_go(reusable=reusable)
+    def _forget(self) -> None:
+        for held in self._held:
+            if self._handles.forget(held.kept.cookie):
+                held.follower.answered()
+
+    def _let_go(self, passed: Exchange | None) -> None:
+        """`passed` None: no connection is used again, nobody knows what is on its way there."""
+        gone, self._held = self._held, []
+        for held in gone:
+            if passed is None:
+                held.kept.let_go(reusable=False)
+            else:
+                held.let_go(passed.parted)
+        self._closed(self)
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))

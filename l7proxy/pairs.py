@@ -19,7 +19,8 @@ from bpf.constants import LARGE_PAIRS, LARGE_RESPONSE_MAX, RESPONSE_HEAD_MAX, RE
 from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
-from l7proxy.pairing import Allowed, Pairing
+from l7proxy.held import Allowed
+from l7proxy.pairing import Pairing
 from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE
@@ -33,9 +34,6 @@ from mesh.model.nodeconfig import Endpoint, Settings
 _LOOK_S, _LEAST_LOOK_S = 0.25, 0.01
 # So many at once, then others have their turn: each takes some 10 µs.
 _AT_ONCE = 128
-# Where a connection's requests are for several endpoints, so many go to one before the proxy
-# chooses again: in the long run each gets its share.
-_FEW = 64
 _FOR_EVER_NS = 2**63
 
 
@@ -96,11 +94,10 @@ class Pairs:
         endpoint: Endpoint,
         series: Series,
         *,
-        endpoints: int,
         length: int,
     ) -> Allowed | Refusal:
-        """What may follow a request that went to `endpoint`, one of so many of the backend, and was
-        answered with so many bytes. `series`: what is known but for policies."""
+        """What may follow a request that went to `endpoint` and was answered with so many bytes.
+        `series`: what is known but for policies."""
         if not self.settings.http_in_kernel:
             return Refusal("they are to go through the proxy")
         if not isinstance(way, Direct) or way.destination is None or not way.destination.local:
@@ -138,7 +135,6 @@ class Pairs:
         counted = self._numbers.number(series)
         if counted is None:
             return Refusal("there is no room to count them")
-        several = selected.prefer is None and (endpoints > 1 or len(rule.backends) > 1)
         times = (rule.request_timeout_s or self.settings.request_timeout_s, rule.backend_timeout_s)
         return Allowed(
             found.generation,
@@ -149,7 +145,6 @@ class Pairs:
             self._made_ns,
             counted,
             self._response_max(length),
-            _FEW if several else None,
             min((one for one in times if one is not None), default=None),
         )
 

@@ -202,6 +202,11 @@ class Pool:
         while self._connecting < min(wanted, room):
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
+        if self._line and not self._connecting:
+            # All are in use; some perhaps only kept for later: the longest so goes first.
+            for connection in tuple(self._held):
+                if connection.recall():
+                    break
 
     async def _add(self) -> None:
         try:

@@ -12,16 +12,14 @@ from l7proxy.routing import CompiledBackend
 
 class Sent(NamedTuple):
     """A request that has gone to its backend past the exchange, as one before it. `lease`: for its
-    response, or the reply if there will be none; `responded`: a part has come; `answered`: others
-    were, past the proxy, before. `told`: who asks, where its head is known; then also when it
-    `started`, and by which `policy` it was let pass."""
+    response, or the reply if there will be none; `responded`: a part has come. `told`: who asks,
+    where its head is known; then also when it `started`, and by which `policy` it was let pass."""
 
     selected: Selection
     backend: CompiledBackend
     before: Lease
     lease: Lease | Reply
     responded: bool = False
-    answered: bool = False
     told: ClientAddress | None = None
     started: float = 0.0
     policy: str = ""

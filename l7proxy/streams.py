@@ -98,6 +98,7 @@ class Kept(Protocol):
     cookie: int  # of the endpoint's socket
     held: bool  # nothing is on its way; only then it can be resumed or let go
     received: int  # bytes, since it was established
+    wanted: bool  # by a request of somebody else's
 
     @property
     def unread(self) -> int:
@@ -136,6 +137,10 @@ class ClientConnection(Protocol):
     @property
     def active(self) -> int:
         """Streams in flight."""
+
+    def recall(self) -> bool:
+        """Whoever keeps it (`ClientStream.keep`) is to let it go soon. False: nobody does, or has
+        been told already."""
 
     def open(self) -> ClientStream:
         """A new stream; only while `capacity` > 0. The stream frees its place when both halves of

@@ -194,16 +194,18 @@ class Cluster:
         avoid: Collection[str] = (),
         prefer: str | None = None,
         allows: Allows | None = None,
+        chosen: Callable[[str], None] | None = None,
     ) -> Lease:
         """A stream to an endpoint, on behalf of `caller`. `avoid`: ids of endpoints to use only if
         there are no others; `prefer`: the id of the one to use if it is there and healthy;
-        `allows`: those to which it says no are not used.
+        `allows`: those to which it says no are not used; `chosen` is told the id of each that is
+        asked for a connection.
 
         Connecting that fails goes on at another endpoint until all were tried. How long to wait is
         the caller's to bound, by cancelling. NoEndpoints, NotAllowed, Overflow, TLSBroken,
         ConnectFailed (the last one).
         """
-        choice = Choice(self._balancer, self._settings(), avoid, prefer, allows)
+        choice = Choice(self._balancer, self._settings(), avoid, prefer, allows, chosen)
         member = choice.next(self._loop.time())
         if member is None:
             if choice.refused:

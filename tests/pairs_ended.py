@@ -256,7 +256,7 @@ def test_a_certificate_that_expires_and_one_that_is_withdrawn(world: World) -> N
 
 
 def test_an_endpoint_that_ends(world: World) -> None:
-    """It gets no request any more, and its last ones are answered."""
+    """One of two: it gets no request any more, and its last ones are answered."""
 
     async def test(here: Node, backend: Backend, port: int) -> None:
         other = Backend()
@@ -267,7 +267,12 @@ def test_an_endpoint_that_ends(world: World) -> None:
                 NODE, its_port, EntryBackend(NODE, its_port, sockmap=True), http=True, sockmap=True
             )
             await pass_again(world)
-            await change(here, {key: ClusterSection((Endpoint(NODE, its_port, "web-0"),))})
+            own, its = (Endpoint(NODE, one, "web-0") for one in (port, its_port))
+            await change(here, {key: ClusterSection((own, its))})
+            await pass_again(world)
+            await pass_again(world)
+            assert other.asked.total()
+            await change(here, {key: ClusterSection((its,))})
             await asyncio.sleep(0.2)  # for those that are passing
             before = backend.asked.total()
             await pass_again(world)

@@ -362,6 +362,31 @@ async def test_never_two_lead_however_slow_the_lease_is(world):
     assert not leading
 
 
+async def test_a_renewal_that_is_answered_late_counts_from_when_it_was_sent(world):
+    """And what is not answered at all after it ends no later than the Lease does for others."""
+    client = Client(world.kubeconfig)
+    await client.open()
+    times = {"lease_s": 1.0, "renew_s": 0.6, "retry_s": 0.05}
+    election = Election(client, NAMESPACE, "one", lambda leads: None, **times)
+    task = asyncio.ensure_future(election.run())
+    try:
+        await world.until(lambda: election.leading)
+        world.server.faults.about = "/leases/weft-controller"
+        world.server.faults.late_s = 0.5
+        renewals = world.server.store.watch(LEASES)
+        async with asyncio.timeout(WAIT_S):
+            await renewals.get()
+        world.server.faults.delay_s = 10
+        assert election.leading
+        # For so long nobody else takes it.
+        await asyncio.sleep(times["lease_s"])
+        assert not election.leading
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await client.close()
+
+
 @pytest.mark.parametrize("garbage", [b"<html>", b"null", b"{}", b'{"kind": "Lease"}'])
 async def test_answers_that_are_none(world, garbage):
     """To a controller that leads: it goes on, and leads still. Nor does an empty Lease end it."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,10 @@ class Backend:
         self.go_on = asyncio.Event()  # for /slow
         self.reached = asyncio.Event()  # a /slow has come
         self.lingers = False  # with its own end, when the other one has ended
+        self.reader: asyncio.StreamReader | None = None  # of the last request
+        self.writer: asyncio.StreamWriter | None = None
+        self.ended = asyncio.Event()  # a connection has
+        self.fails = False  # whatever it is asked
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while (message := await read_message(reader, head_only=True)) is not None:
@@ -116,8 +121,11 @@ class Backend:
                 continue
             assert version == "HTTP/1.1"
             self.targets.append(target)
+            self.reader, self.writer = reader, writer
             self.heads.append(message.headers)
             what, _, rest = target[1:].partition("/")
+            if self.fails:
+                what, rest = "status", "503"
             if what == "slow":
                 self.reached.set()
                 await self.go_on.wait()
@@ -145,6 +153,7 @@ class Backend:
             else:
                 writer.write(answer)
                 await writer.drain()
+        self.ended.set()
         if self.lingers:
             await self.go_on.wait()
 
@@ -215,7 +224,7 @@ class Paired:
         self.reader, self.writer = reader, writer
         self._world = world
         sock = writer.get_extra_info("socket")
-        self._cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+        self.cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
     async def ask(self, request: str | bytes) -> Message:
         self.writer.write(request if isinstance(request, bytes) else request.encode())
@@ -234,12 +243,12 @@ class Paired:
         pairs = maps.PinnedMap(self._world.pin, "pairs", Number, Pair)
         with contextlib.closing(pairs):
             async with asyncio.timeout(5):
-                while (pairs.get(Number(self._cookie)) is not None) is not stands:
+                while (pairs.get(Number(self.cookie)) is not None) is not stands:
                     await asyncio.sleep(0.001)
 
     @property
     def delivered(self) -> bool:
-        return self._world.handles().delivered(self._cookie)
+        return self._world.handles().delivered(self.cookie)
 
     async def ended(self) -> bool:
         """Whether nothing more came before the end."""
@@ -250,11 +259,12 @@ class Paired:
 
 
 @contextlib.asynccontextmanager
-async def paired(world: World) -> AsyncIterator[Paired]:
+async def paired(world: World, *, first: bool = True) -> AsyncIterator[Paired]:
     reader, writer = await asyncio.open_connection(VIP, 80, local_addr=(OTHER, 0))
     try:
         made = Paired(world, reader, writer)
-        await made.pair()
+        if first:
+            await made.pair()
         yield made
     finally:
         writer.transport.abort()
@@ -897,38 +907,272 @@ def test_an_endpoint_that_leaves_gets_no_more_requests(world):
     with_backend(world, test)
 
 
+@contextlib.asynccontextmanager
+async def second(here: Node) -> AsyncIterator[tuple[Backend, dict[str, Section]]]:
+    """Service shop/second's backend, and the sections for it."""
+    other = Backend()
+    async with served(other) as port:
+        own = EntryBackend(NODE, port, sockmap=True)
+        here.world.frontend(NODE, port, own, http=True, sockmap=True)
+        section = ClusterSection((Endpoint(NODE, port, "web-0"),))
+        yield other, {cluster_key("Service", "default", "second", 80): section}
+
+
 def test_several_endpoints_get_their_shares(world):
+    """Request by request, over one connection, and nearly all past the proxy."""
+
     async def test(here: Node, backend: Backend) -> None:
-        other = Backend()
-        async with served(other) as port:
-            own_port = here.own_port  # type: ignore[attr-defined]
-            here.world.frontend(
-                NODE, port, EntryBackend(NODE, port, sockmap=True), http=True, sockmap=True
-            )
-            key = cluster_key("Service", "default", "web", 80)
-            both = (Endpoint(NODE, own_port, "web-0"), Endpoint(NODE, port, "web-0"))
-            await change(here, {key: ClusterSection(both)})
+        async with second(here) as (other, put):
+            key, own_port = cluster_key("Service", "default", "web", 80), here.own_port  # type: ignore[attr-defined]
+            (its,) = next(iter(put.values())).endpoints  # type: ignore[union-attr]
+            both = ClusterSection((Endpoint(NODE, own_port, "web-0"), its))
+            await change(here, {key: both})
+
+            async def share(requests: int) -> tuple[int, int]:
+                """How many go to the other one, and how often another one is next."""
+                taken, turns, last = 0, 0, False
+                for _ in range(requests):
+                    before = len(other.targets)
+                    assert (await own.ask(get("/a", "web"))).body == b"/a"
+                    await own.offered()
+                    is_other = len(other.targets) > before
+                    taken, turns, last = taken + is_other, turns + (is_other != last), is_other
+                return taken, turns
+
             counts = Counts(world)
             async with paired(world) as own:
-                for _ in range(600):
-                    assert (await own.ask(get("/a", "web"))).body == b"/a"
-            assert counts.since[0] > 400
-            shares = len(backend.targets), len(other.targets)
-            assert min(shares) >= 64, shares
-            # Two backends, of weights 1 and 3; by chance, so only roughly.
-            second = cluster_key("Service", "default", "second", 80)
+                taken, turns = await share(600)
+            # Nine standard deviations, and some.
+            assert 185 < taken < 415, taken
+            assert turns > 185, turns
+            assert counts.since[0] > 550
             weighted = rule(to("web", 1), to("second", 3), matches=MATCHES)
-            await change(
-                here,
-                {key: ClusterSection(both[:1]), second: ClusterSection(both[1:])}
-                | mesh_route("r", weighted),
-            )
+            await change(here, {key: ClusterSection(both.endpoints[:1])} | put)
+            await change(here, mesh_route("r", weighted))
+            counts = Counts(world)
             async with paired(world) as own:
-                before, counts = len(other.targets), Counts(world)
-                for _ in range(2_600):
-                    assert (await own.ask(get("/a", "web"))).body == b"/a"
-            assert counts.since[0] > 2_000
-            assert 1_000 < len(other.targets) - before < 2_540
+                taken, turns = await share(2_000)
+            assert 1_320 < taken < 1_680, taken
+            assert turns > 550, turns
+            assert counts.since[0] > 1_950
+            # What the proxy alone can reach has its share too.
+            (key,) = put
+            await change(here, {key: ClusterSection((Endpoint(NODE, its.port),))})
+            counts = Counts(world)
+            async with paired(world, first=False) as own:
+                before = len(backend.targets)
+                while len(backend.targets) == before:  # its connection is one that can be held
+                    await own.ask(get("/a", "web"))
+                taken, _ = await share(800)
+            assert 490 < taken < 710, taken
+            assert 90 < counts.since[0] < 310
+
+    with_backend(world, test)
+
+
+def test_the_last_connection_that_an_endpoint_may_have_is_held_from_nobody(world):
+    """Two rules lead to it, one after the other."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+        own_port = here.own_port  # type: ignore[attr-defined]
+        key = cluster_key("Service", "default", "web", 80)
+        one = ClusterSection((Endpoint(NODE, own_port, "web-0"),), max_connections_per_endpoint=1)
+        rules = [rule(to("web"), matches=(path,)) for path in paths]
+        await change(here, mesh_route("r", *rules) | {key: one})
+        async with paired(world) as own:
+            counts = Counts(world)
+            for path in ("/b", "/b", "/a", "/a"):
+                assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+            assert counts.since == (2, 2, 0)
+
+    with_backend(world, test, connect_timeout_s=1)
+
+
+def test_a_connection_that_others_wait_for_is_held_no_longer(world):
+    """Two clients' connections, and the endpoint may have one."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        own_port = here.own_port  # type: ignore[attr-defined]
+        endpoints = (Endpoint(NODE, own_port, "web-0"),)
+        one = ClusterSection(endpoints, max_connections_per_endpoint=1)
+        await change(here, {cluster_key("Service", "default", "web", 80): one})
+        async with paired(world) as own, paired(world) as other:
+            counts = Counts(world)
+            for asker in (other, own, other):
+                for _ in "ab":
+                    assert (await asker.ask(get("/a", "web"))).body == b"/a"
+                    await asker.offered()
+            assert counts.since == (4, 4, 0)
+            # A request that is under way is answered first.
+            other.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/a", "web").encode())
+            await other.offered(stands=False)
+            backend.go_on.set()
+            assert (await other.answer()).body == b"/slow"
+            assert (await own.answer()).body == b"/a"
+
+    with_backend(world, test, connect_timeout_s=1)
+
+
+def test_what_an_endpoint_fares_by_is_its_own(world):
+    """One of two fails, and is left alone for a while although the other one answers."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            other.fails = True
+            (its,) = next(iter(put.values())).endpoints  # type: ignore[union-attr]
+            both = (Endpoint(NODE, here.own_port, "web-0"), its)  # type: ignore[attr-defined]
+            await change(here, {cluster_key("Service", "default", "web", 80): ClusterSection(both)})
+            async with paired(world, first=False) as own:
+                for _ in range(100):
+                    await own.ask(get("/a", "web"))
+                    await own.offered()
+            # When it has failed for the last time an offer may stand already.
+            assert len(other.targets) in (12, 13)
+            assert len(backend.targets) + len(other.targets) == 100
+
+    with_backend(world, test, ejection_failures=12, ejection_time_s=60)
+
+
+def test_a_backend_that_answers_again_has_not_failed_in_a_row(world):
+    """Past the proxy, and whatever the request behind that comes to."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            (its,) = next(iter(put.values())).endpoints  # type: ignore[union-attr]
+            both = (Endpoint(NODE, here.own_port, "web-0"), its)  # type: ignore[attr-defined]
+            await change(here, {cluster_key("Service", "default", "web", 80): ClusterSection(both)})
+            async with paired(world) as own:
+                for _ in range(8):
+                    assert (await own.ask(get("/status/503", "web"))).status == 503
+                    await own.offered()
+                    for _ in range(12):
+                        assert (await own.ask(get("/a", "web"))).status == 200
+                        await own.offered()
+                    assert (await own.ask(get("/denied", "web"))).status == 404
+                    await own.offered()
+                before = len(backend.targets), len(other.targets)
+                for _ in range(60):
+                    assert (await own.ask(get("/a", "web"))).status == 200
+                    await own.offered()
+            now = len(backend.targets), len(other.targets)
+            assert all(one - was > 5 for one, was in zip(now, before, strict=True))
+
+    with_backend(world, test, ejection_failures=2, ejection_time_s=60)
+
+
+def test_what_is_held_is_let_go_when_its_endpoint_leaves(world):
+    """While another one serves a request for long."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+            rules = (rule(to("second"), matches=paths[:1]), rule(to("web"), matches=paths[1:]))
+            await change(here, put | mesh_route("r", *rules))
+            async with paired(world) as own:
+                assert (await own.ask(get("/b", "web"))).body == b"/b"
+                await own.offered()
+                slow = get("/slow", "web")
+                own.writer.write(slow[:9].encode())
+                await own.offered(stands=False)
+                own.writer.write(slow[9:].encode())
+                await backend.reached.wait()
+                assert not other.ended.is_set()
+                await change(here, dict.fromkeys(put, ClusterSection(())))
+                async with asyncio.timeout(5):
+                    await other.ended.wait()
+                backend.go_on.set()
+                assert (await own.answer()).body == b"/slow"
+
+    with_backend(world, test)
+
+
+def test_a_client_that_goes_while_the_proxy_takes_over(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/a", "web").encode())
+            await own.offered(stands=False)
+            sock = own.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST
+        assert backend.reader is not None
+        async with asyncio.timeout(5):
+            while not backend.reader.at_eof():
+                await asyncio.sleep(0.001)
+        backend.go_on.set()
+        async with paired(world):
+            pass  # the worker serves others, and nothing has failed: see its `stop`
+
+    with_backend(world, test)
+
+
+def test_an_offer_to_another_socket_is_none(world):
+    """Its memory may have become another's between being found and being read."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        pairs = maps.PinnedMap(world.pin, "pairs", Number, Pair)
+        with contextlib.closing(pairs):
+            async with paired(world) as own:
+                counts = Counts(world)
+                key = Number(own.cookie)
+                pair = pairs.get(key)
+                assert pair is not None
+                pairs.put(key, pair._replace(client=pair.client + 1))
+                assert (await own.ask(get("/a", "web"))).body == b"/a"
+                assert counts.since == (0, 0, 0)
+
+    with_backend(world, test)
+
+
+def test_rules_with_backends_of_their_own_pass_over_one_connection(world):
+    """Then the one is removed, and the other one goes on; and what it could say stays unheard."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (other, put):
+            paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+            rest = rule(to("web"), matches=(paths[1],))
+            own_rules = (rule(to("second"), matches=(paths[0],)), rest)
+            await change(here, put | mesh_route("r", *own_rules))
+            async with paired(world) as own:
+                assert (await own.ask(get("/b/0", "web"))).body == b"/b/0"
+                await own.offered()
+                counts = Counts(world)
+                for number in range(50):
+                    for path in ("/a", "/b"):
+                        target = f"{path}/{number}"
+                        assert (await own.ask(get(target, "web"))).body == target.encode()
+                assert counts.since == (100, 100, 0)
+                assert len(other.targets) == 51
+                assert {target[:2] for target in other.targets} == {"/b"}
+                # Who was not asked speaks while another's response is due.
+                assert other.writer is not None
+                own.writer.write(get("/slow", "web").encode())
+                await backend.reached.wait()
+                other.writer.write(ok(b"smuggled"))
+                await own.offered(stands=False)
+                backend.go_on.set()
+                assert (await own.answer()).body == b"/slow"
+                for path in ("/a", "/b", "/b", "/a"):
+                    assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+                # And while none is.
+                other.writer.write(ok(b"smuggled"))
+                await own.offered(stands=False)
+                for path in ("/a", "/b", "/b", "/a"):
+                    assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+                counts = Counts(world)
+                for path in ("/a", "/b"):
+                    assert (await own.ask(get(path, "web"))).body == path.encode()
+                assert counts.since == (2, 2, 0)
+                await change(here, mesh_route("r", rest))
+                before = len(other.targets)
+                assert (await own.ask(get("/b", "web"))).body == b"/b"
+                assert len(other.targets) == before
 
     with_backend(world, test)
 

@@ -17,13 +17,15 @@ from typing import NamedTuple
 
 import pytest
 from bpf_world import needs_bpf
-from redirect_world import OTHER, VIP, World, redirect_world
+from redirect_world import NODE, OTHER, VIP, World, redirect_world
 from support.mesh import mesh_route
 from support.proxy import ok, rule, to
 from test_mesh_kernel import Node, node, scenario, served
 from test_pairs_kernel import Counts, configure
 
+from mesh.model.nodeconfig import ClusterSection, Endpoint, EntryBackend, Section
 from mesh.model.routeconfig import PathMatch, RouteMatch
+from mesh.model.section import cluster_key
 
 pytestmark = needs_bpf
 SECONDS = float(os.environ.get("WEFT_STRESS_S", "3"))
@@ -251,10 +253,19 @@ async def change(here: Node, until: float) -> int:
     while time.monotonic() < until:
         await asyncio.sleep(0.1)
         number += 1
-        allowed = [RouteMatch(PathMatch("PathPrefix", f"/{one}")) for one in PATHS]
-        put = mesh_route("r", rule(to("web"), matches=tuple(allowed), name=f"n{number % 2}"))
-        assert await here.proxy.apply(put) == {}
+        assert await here.proxy.apply(route(f"n{number % 2}")) == {}
     return number
+
+
+def route(name: str) -> dict[str, Section]:
+    """To two backends, and for some paths to the second only."""
+    matches = [RouteMatch(PathMatch("PathPrefix", f"/{one}")) for one in PATHS]
+    both = to("web"), to("second", 2)
+    return mesh_route(
+        "r",
+        rule(*both, matches=tuple(matches[::2]), name=name),
+        rule(to("second"), matches=tuple(matches[1::2])),
+    )
 
 
 PATHS = [
@@ -276,20 +287,12 @@ PATHS = [
 def test_every_answer_is_the_one_to_its_request(world):
     async def test(world: World) -> None:
         backend = Backend()
-        async with node(world) as here, served(backend) as port:
-            await configure(
-                here,
-                port,
-                mesh_route(
-                    "r",
-                    rule(
-                        to("web"),
-                        matches=tuple(
-                            RouteMatch(PathMatch("PathPrefix", f"/{one}")) for one in PATHS
-                        ),
-                    ),
-                ),
-            )
+        async with node(world) as here, served(backend) as port, served(backend) as other:
+            own = EntryBackend(NODE, other, sockmap=True)
+            here.world.frontend(NODE, other, own, http=True, sockmap=True)
+            key = cluster_key("Service", "default", "second", 80)
+            second = ClusterSection((Endpoint(NODE, other, "web-0"),))
+            await configure(here, port, route("n0") | {key: second})
             counts = Counts(world)
             until = time.monotonic() + SECONDS
             clients = [Client(number, until) for number in range(_CLIENTS)]

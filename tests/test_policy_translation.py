@@ -370,7 +370,9 @@ def test_sections_are_only_for_pods_of_this_node_that_are_selected() -> None:
     assert not w.of("policy")
 
 
-def test_pods_that_are_not_known_yet_are_denied_what_some_policy_denies_by_default() -> None:
+def test_pods_that_are_not_known_yet_are_denied_the_directions_in_which_some_policy_denies() -> (
+    None
+):
     def sides(*policies: str) -> tuple[bool, bool] | None:
         section = world(*policies).sections.get(UNKNOWN)
         if section is None:
@@ -384,7 +386,10 @@ def test_pods_that_are_not_known_yet_are_denied_what_some_policy_denies_by_defau
     assert sides(ingress) == (True, False)
     assert sides(ingress, cnp(f"{ALL}egress: [{{}}]}}", "other")) == (True, True)
     assert sides(cnp(f"{ALL}ingress: [{{}}]}}", annotations=AUDITED)) is None
-    assert sides(cnp(f"{ALL}ingress: [{{}}], enableDefaultDeny: {{ingress: false}}}}")) is None
+    free = "enableDefaultDeny: {ingress: false, egress: false}"
+    assert sides(cnp(f"{ALL}ingress: [{{}}], {free}}}")) is None
+    deny = cnp(f"{ALL}egressDeny: [{{toCIDR: [10.7.0.0/16]}}], {free}}}")
+    assert sides(deny) == (False, True)
     section = world(ingress).sections[UNKNOWN]
     assert isinstance(section, PolicySection)
     assert [rule.peers for rule in section.ingress.rules] == [{Reserved.HOST}]
@@ -541,6 +546,21 @@ def test_nobody_gets_the_identity_of_another_by_ranges_and_labels_with_one_numbe
     section = next(one for one in found if isinstance(one, PolicySection) and one.pod)
     denied = {rule.source.split()[1] for rule in section.ingress.rules if rule.deny}
     assert denied == {"default/p", "default/last"}
+
+
+def test_a_range_of_mapped_addresses_is_one_of_ipv4() -> None:
+    """The kernel knows IPv4 by these: two spellings would have one place."""
+    denied = cnp(f"{ALL}egressDeny: [{{toCIDR: [10.7.0.0/16]}}]}}")
+    named = "{toCIDR: ['::ffff:10.7.0.2/128']}, {toCIDR: ['::ffff:10.7.0.0/112']}"
+    w = world(POD, denied, cnp(f"{ALL}egress: [{named}]}}", "q"))
+    assert w.of("cidr").keys() == {"cidr/10.7.0.0/16", "cidr/10.7.0.2/32"}
+    one = w.sections["cidr/10.7.0.2/32"]
+    assert isinstance(one, CidrSection)
+    (deny,) = (rule for rule in of(w).egress.rules if rule.deny)
+    assert one.identity in (deny.peers or ())
+    # Shorter ones are of IPv6, as they are to the kernel.
+    w = world(POD, cnp(f"{ALL}egress: [{{toCIDR: ['::ffff:0:0/90']}}]}}"))
+    assert w.of("cidr").keys() == {"cidr/::ffc0:0:0/90"}
 
 
 def test_who_is_in_a_range_of_pods_and_not_known_is_a_new_pod() -> None:

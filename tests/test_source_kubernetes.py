@@ -359,6 +359,11 @@ async def test_a_policy_that_cannot_be_read_denies(server, tmp_path):
         assert obj.spec.policy_types == ("Ingress", "Egress")
         assert obj.metadata.uid
         assert "it denies for whom it selects" in source.problems[0].message
+        # Of a newer version: without what is not known it would be a rule about everybody.
+        server.change(policy, {"spec": {"ingress": [{"fromNew": [{}]}]}})
+        await source.until(lambda: "fromNew" in str(source.problems))
+        (obj,) = source.state["NetworkPolicy"].values()
+        assert "fromNew" in unreadable.why(obj)
         server.change(policy, {"spec": {"ingress": [{}]}})
         await source.until(lambda: not source.problems)
         (obj,) = source.state["NetworkPolicy"].values()

@@ -57,7 +57,7 @@ BPF_SK_STORAGE(workload, struct workload);
 /* By the client's socket's cookie; the proxy writes. */
 BPF_F_TABLE("hash", u64, struct pair, pairs, PAIRS_MAX, BPF_F_NO_PREALLOC);
 /* By the backend's socket's cookie; the proxy writes. */
-BPF_F_TABLE("hash", u64, struct paired, paired, PAIRS_MAX, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u64, struct paired, paired, PAIRED_MAX, BPF_F_NO_PREALLOC);
 /* By the client's socket's cookie; the proxy makes them, then only the programs write. Evicted when
  * long unused, never deleted: a program may still count in one. */
 BPF_F_TABLE("lru_hash", u64, struct exchange, exchanges, EXCHANGES_MAX, 0);

@@ -71,38 +71,59 @@ static __always_inline int send_on(struct sk_msg_md *message, u32 size, struct e
 	return SK_PASS;
 }
 
+/* The number of a way for a request by this rule, by their shares; PAIR_WAYS: what is left of them. */
+static __always_inline u32 choose_way(const struct pair *pair, u32 rule)
+{
+	u32 chance = bpf_get_prandom_u32() % PAIR_SHARES, at;
+
+#pragma unroll
+	for (at = 0; at < PAIR_WAYS; at++) {
+		if (pair->ways[at].rule != rule)
+			continue;
+		if (chance < pair->ways[at].share)
+			break;
+		chance -= pair->ways[at].share;
+	}
+	return at;
+}
+
 /* A client's socket begins a request, or something else: SK_PASS, redirected or not. */
 static __always_inline int forward(struct sk_msg_md *message, u32 size, struct exchange *exchange,
 				   u64 client, u32 sent)
 {
 	u64 backend, offer, series, whole;
 	struct judged judged;
-	u32 rule, response_max;
+	u32 response_max, at;
 	struct pair *pair;
 	int result;
 
 	pair = pairs.lookup(&client);
 	if (!pair)
 		return SK_PASS;
-	offer = pair->offer;
-	backend = pair->backend;
-	series = pair->series;
-	response_max = pair->response_max;
+	offer = again(pair->offer);
 	/* A worker that hangs keeps nothing, and wakes with nothing. */
-	if (pair->made_ns < proxies_have() || exchange->forwarded != exchange->answered + exchange->handed ||
+	if (again(pair->client) != client || pair->made_ns < proxies_have() ||
+	    exchange->forwarded != exchange->answered + exchange->handed ||
 	    exchange->handed != pair->handed || exchange->forwarded == pair->until ||
 	    sent != pair->received || bpf_ktime_get_ns() >= pair->expires_ns ||
 	    show(message, size, AUTOMATON_HEAD_MAX))
 		return SK_PASS;
-	rule = pair->rule;
 	judge_head(message, pair->generation, pair->egress, pair->ingress, &judged);
 	whole = judged.size + judged.length;
-	if (judged.rule == 0 || judged.rule != rule || whole < size || whole > REQUEST_MAX)
+	if (judged.rule == 0 || whole < size || whole > REQUEST_MAX)
 		return SK_PASS;
+	at = choose_way(pair, judged.rule);
+	backend = pair->ways[at & (PAIR_WAYS - 1)].backend;
+	series = pair->ways[at & (PAIR_WAYS - 1)].series;
+	response_max = pair->ways[at & (PAIR_WAYS - 1)].response_max;
 	/* The proxy's next pair may have taken the memory of this one meanwhile. */
 	asm volatile("" : : : "memory");
 	if (again(pair->offer) != offer || again(pair->offer_again) != offer)
 		return SK_PASS;
+	if (at >= PAIR_WAYS) {
+		exchange->missed++;
+		return SK_PASS;
+	}
 	result = workload_sockets.msg_redirect_hash(message, &backend, BPF_F_INGRESS);
 	if (result != SK_PASS)
 		return SK_PASS;
@@ -216,6 +237,10 @@ static __always_inline int give_back(struct sk_msg_md *message, u32 size,
 	exchange = exchanges.lookup(&client);
 	if (!exchange || exchange->forwarded == exchange->answered + exchange->handed)
 		return SK_PASS;
+	/* Whom it went to is known before it counts as forwarded; only that one may answer. */
+	asm volatile("" : : : "memory");
+	if (again(exchange->backend) != backend)
+		return SK_PASS;
 	if (sent == paired_with->received && again(paired_with->client) == client)
 		left = left_after(message, size, exchange, unread);
 	if (left >= 0 && exchange->messages < MESSAGES_MAX)
@@ -240,6 +265,9 @@ static __always_inline int give_back(struct sk_msg_md *message, u32 size,
 	if (!left) {
 		measure(exchange, elapsed);
 		tell(exchange, elapsed);
+		paired_with = paired.lookup(&backend);
+		if (paired_with)
+			paired_with->answered++;
 		__sync_fetch_and_add(&exchange->answered, 1);
 		count(REASON_PAIR_RESPONSE);
 	}

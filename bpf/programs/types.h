@@ -119,24 +119,33 @@ struct workload {
 	u32 is_backend;
 };
 
+/* Where a client's requests by a rule of a route may go: to a backend's socket, so many of PAIR_SHARES
+ * of them. What is left of these is for endpoints that the proxy reaches. */
+struct way {
+	u64 backend; /* its socket's cookie */
+	u64 series;  /* as in struct passed_key */
+	u32 rule;    /* 0: there is none */
+	u32 share;
+	u32 response_max;
+	u32 zero;
+};
+
 /* What a proxy offers to a client's socket: requests that these tables and lists of policy rules let
- * pass (judge.h), by this rule of a route, go straight to a backend's socket. `offer` is the time of it
+ * pass (judge.h) go straight to a backend's socket, by the rule that they come to. `offer` is the time of it
  * (CLOCK_MONOTONIC) and stands at both ends, so that who reads it while another takes its place notices. */
 struct pair {
 	u64 offer;
-	u64 backend; /* its socket's cookie */
+	u64 client; /* its socket's cookie: the memory may have become another's before it was read */
 	u64 generation;
 	u32 egress;
 	u32 ingress;
-	u32 rule;
 	u32 received; /* bytes that the proxy has received from the client's socket, and is done with */
 	u32 handed;   /* as in struct exchange: those that the proxy is done with */
 	u32 until;    /* of `forwarded` in struct exchange: no more than so many */
+	u32 zero;
 	u64 expires_ns; /* CLOCK_MONOTONIC */
 	u64 made_ns;	/* likewise: the configuration by which it is offered */
-	u64 series;	/* as in struct passed_key */
-	u32 response_max;
-	u32 zero;
+	struct way ways[PAIR_WAYS];
 	u64 offer_again;
 };
 
@@ -144,7 +153,7 @@ struct pair {
 struct paired {
 	u64 client;   /* its socket's cookie */
 	u32 received; /* as in struct pair, from the backend's socket */
-	u32 zero;
+	u32 answered; /* requests, past the proxy, since then */
 };
 
 /* What goes past the proxy between a client's socket and its pairs' backends. Requests that were
@@ -171,7 +180,7 @@ struct exchange {
 	u32 response_max;
 	u32 port;  /* of the client's socket, in the machine's order */
 	u32 shown; /* bytes in `head` */
-	u32 zero;
+	u32 missed; /* requests that could have passed, and there was no way */
 	char head[PASSING_HEAD];
 };
 

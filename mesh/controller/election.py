@@ -54,16 +54,22 @@ class Election:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(self._renew_s):
+                    async with asyncio.timeout_at(self._until()):
                         held = await self._attempt()
                 except (ServerError, TimeoutError) as error:
                     held = self.leading
                     _log.warning("the Lease %s cannot be written: %s", NAME, error)
                 now = self._loop.time()
                 self._set(held and now - self._renewed_at < self._renew_s)
-                await asyncio.sleep(self._retry_s)
+                await asyncio.sleep(min(self._retry_s, self._until() - now))
         finally:
             await self._hand_back()
+
+    def _until(self) -> float:
+        """When an attempt that begins now is given up: while leading, by when the Lease has to have
+        been renewed, from the beginning of the attempt that renewed it last."""
+        since = self._renewed_at if self.leading else self._loop.time()
+        return since + self._renew_s
 
     def _set(self, leading: bool) -> None:
         if leading != self.leading:

@@ -14,9 +14,13 @@ MOST_ALIKE = 1 << 31 - _BITS
 
 
 def canonical(text: str) -> str:
-    """A range, or a single address, in the one spelling; what is set beyond the prefix is dropped.
-    ValueError: it is none."""
-    return str(ipaddress.ip_network(text, strict=False))
+    """A range, or a single address, in the one spelling; what is set beyond the prefix is dropped,
+    and what is mapped to IPv6 is of IPv4 (RFC 4291 section 2.5.5.2). ValueError: it is none."""
+    network = ipaddress.ip_network(text, strict=False)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is not None and network.prefixlen >= 96:
+        return f"{mapped}/{network.prefixlen - 96}"
+    return str(network)
 
 
 def covers(outer: str, inner: str) -> bool:

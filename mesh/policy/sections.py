@@ -32,7 +32,7 @@ from mesh.policy.spec import PolicyKey, PortSpec, RuleSpec, Selector, Side, Spec
 _OWN_NODE = PolicyRule("(a pod's own node is always allowed)", frozenset({Reserved.HOST}))
 
 
-_UNKNOWN = "(a pod that is not known yet is denied what some policy denies by default)"
+_UNKNOWN = "(a pod that is not known yet is denied the directions in which some policy denies)"
 
 
 class NamedPort(NamedTuple):
@@ -221,16 +221,20 @@ def _closed(key: SpecKey) -> ResolvedSpec:
 
 
 def closing(key: SpecKey, spec: ResolvedSpec) -> Iterator[str]:
-    """What a spec denies by default (for an index): directions, and "" for either."""
+    """What a spec denies, by default or by a rule (for an index): directions, and "" for either."""
     if not spec.audit:
         sides = {"ingress": spec.ingress, "egress": spec.egress}
-        found = [name for name, side in sides.items() if side.default_deny]
+        found = [
+            name
+            for name, side in sides.items()
+            if side.default_deny or any(one.rule.deny for one in side.rules)
+        ]
         yield from (*found, *([""] if found else ()))
 
 
 def unknown(view: View, key: str) -> PolicySection | None:
     """For pods that nobody has told of yet, at the address that none has: as long as some pods are
-    denied by default, so are these."""
+    denied something, these are denied all."""
     if key:
         return None
 

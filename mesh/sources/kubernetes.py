@@ -40,8 +40,9 @@ _log = logging.getLogger("weft.source")
 
 # How often kinds that are not served are looked for.
 _DISCOVERY_S = 15.0
-# Groups that every cluster has; all others are defined by CustomResourceDefinitions.
-_BUILT_IN = frozenset(("", "discovery.k8s.io", "networking.k8s.io"))
+# Groups that are read leniently, since clusters may be newer. Policies are not: a field that is not
+# known may be what a rule denies.
+_LENIENT = frozenset(("", "discovery.k8s.io"))
 # Of these an object may be a megabyte, and all of it is read first: fewer at once.
 _LARGE = frozenset(("ConfigMap",))
 _PAGE_OF_LARGE = 25
@@ -98,7 +99,7 @@ class _Kind:
             self.written[key] = Written(metadata["resourceVersion"], metadata["uid"], status)
             source.seen(self.info.kind, key)
         try:
-            obj = read(raw, custom=self.group not in _BUILT_IN)
+            obj = read(raw, custom=self.group not in _LENIENT)
         except InvalidObject as error:
             # What another object of the name was is not the last good version of this one.
             good = before if before and before.metadata.uid == metadata["uid"] else None

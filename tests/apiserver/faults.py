@@ -16,7 +16,8 @@ class Faults:
 
     `cut_watches`: how many more watches end after a random number of events, up to `cut_after`;
     half of them in the middle of a line. `refuse`: share of requests answered with one of `codes`.
-    `delay_s`: before every answer. `away`: connections are closed without an answer.
+    `delay_s`: before every request is looked at; `late_s`: before a PUT that has taken effect is
+    answered. `away`: connections are closed without an answer.
     `once`: for a part of a path, the code that the next request for such a path gets.
     `garbage`: for a part of a path, what all requests for such paths get, as a success.
     `gone_as_status`: a watch from a compacted version gets 410 as its answer, not as an event; real
@@ -29,6 +30,7 @@ class Faults:
     refuse: float = 0.0
     codes: tuple[int, ...] = (429, 500, 503)
     delay_s: float = 0.0
+    late_s: float = 0.0
     once: dict[str, int] = field(default_factory=dict)
     garbage: dict[str, bytes] = field(default_factory=dict)
     away: bool = False
@@ -54,6 +56,11 @@ class Faults:
             headers = {"Retry-After": "0"} if code == 429 else {}
             reason = {429: "TooManyRequests", 503: "ServiceUnavailable"}.get(code, "InternalError")
             raise ApiError(code, reason, "refused on purpose", headers=headers)
+
+    async def after(self, method: str, path: str) -> None:
+        """Called before what has been done is answered."""
+        if self.late_s and method == "PUT" and self.about in path:
+            await asyncio.sleep(self.late_s)
 
     def instead(self, path: str) -> bytes | None:
         """The body that a request gets in place of its answer."""

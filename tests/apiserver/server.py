@@ -156,7 +156,9 @@ class ApiServer:
             await self.faults.before(request.path)
             if (body := self.faults.instead(request.path)) is not None:
                 return web.Response(body=body, content_type="application/json")
-            return await self._answer(request)
+            answer = await self._answer(request)
+            await self.faults.after(request.method, request.path)
+            return answer
         except ApiError as error:
             return _json(error.status, status=error.code, headers=error.headers)
         except ConnectionError:

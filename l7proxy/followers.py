@@ -1,0 +1,66 @@
+"""What may follow a request past the proxy, and who answers for it if it comes here after all.
+
+Between the exchange, which has served one, and the pairing, which knows no routes. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from l7proxy.entry import Reply, Selection
+from l7proxy.held import Follower, Place
+from l7proxy.lease import Lease
+from l7proxy.message import ResponseHead
+from l7proxy.pairs import Pairs, Refusal
+from l7proxy.peers import Caller
+from l7proxy.record import Record
+from l7proxy.routing import CompiledBackend
+from l7proxy.sent import Sent
+from l7proxy.streams import Handler
+
+
+def follower(
+    pairs: Pairs,
+    selected: Selection,
+    backend: CompiledBackend,
+    caller: Caller,
+    lease: Lease,
+    record: Record,
+    response: ResponseHead,
+    resume: Callable[[Sent], Handler],
+) -> Follower | None:
+    """For requests like the one that `backend` has answered so, by `lease`, to the same endpoint.
+    `resume`: what serves one. None: they come to the proxy."""
+    match = selected.match
+    if match is None or not lease.endpoint.name:
+        return None
+    rule = match.rule
+    allowed = pairs.allowed(
+        selected,
+        rule,
+        caller,
+        lease.way,
+        lease.endpoint,
+        record.series(),
+        length=response.body if isinstance(response.body, int) else 0,
+    )
+    if isinstance(allowed, Refusal):
+        return None
+    version = pairs.version
+    share = backend.weight / rule.total_weight if rule.total_weight else 1.0
+    if lease.endpoint_id != selected.prefer:
+        share /= max(lease.endpoints, 1)
+
+    def handler(answer: Lease | Reply, *, responded: bool = False) -> Handler:
+        return resume(Sent(selected, backend, lease, answer, responded))
+
+    return Follower(
+        allowed,
+        Place((match.route, rule.index), rule.backends.index(backend), lease.endpoint_id, share),
+        record.head.authority,
+        current=lambda: pairs.version == version and not lease.ejected,
+        resume=lambda stream: handler(lease.again(stream)),
+        fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
+        broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
+        answered=lambda: lease.succeeded(200),
+    )

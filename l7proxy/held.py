@@ -1,0 +1,91 @@
+"""The connections to backends that are held for one client's connection, and what may pass there.
+
+Knows what was decided of requests that follow (`Follower`), and which of it can be offered to the
+kernel together; nothing of what passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+from bpf.constants import PAIR_SHARES, PAIR_WAYS
+from bpf.structs import Way
+from l7proxy.streams import ClientStream, Handler, Kept
+
+
+class Allowed(NamedTuple):
+    """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `timeout_s`: how long each may
+    take, with its response."""
+
+    generation: int
+    egress: int
+    ingress: int
+    rule: int
+    expires_ns: int
+    made_ns: int
+    series: int
+    response_max: int
+    timeout_s: float | None
+
+
+class Place(NamedTuple):
+    """Where requests of a rule go: to an endpoint by its id, of one of the rule's backends, and
+    which part of them does."""
+
+    rule: Hashable
+    backend: int
+    endpoint: str
+    share: float
+
+
+class Follower(NamedTuple):
+    """How requests that follow one that was answered are treated. `current`: nothing that this was
+    decided by has changed. `resume` makes a handler for a response that comes through the proxy
+    after all, on this stream; `fail` one for a
+    request without a response (status, reason, detail), `broken` for one whose response has begun
+    and will not end (reason, detail). `answered`: requests have been, past the proxy."""
+
+    allowed: Allowed
+    place: Place
+    authority: bytes
+    current: Callable[[], bool]
+    resume: Callable[[ClientStream], Handler]
+    fail: Callable[[int, str, str], Handler]
+    broken: Callable[[str, str], Handler]
+    answered: Callable[[], None]
+
+
+class Held(NamedTuple):
+    """A backend's connection. `parted`: as in `Exchange`, when it began to be held: of a request in
+    parts one may have been lost on its way since, when memory is short; who waits for it would take
+    the next request for it, which may be another client's."""
+
+    kept: Kept
+    follower: Follower
+    parted: int
+
+    @property
+    def good(self) -> bool:
+        """It can be offered (again)."""
+        kept = self.kept
+        return not (kept.closed or kept.unread or kept.wanted) and self.follower.current()
+
+    @property
+    def way(self) -> Way:
+        allowed = self.follower.allowed
+        share = round(self.follower.place.share * PAIR_SHARES)
+        return Way(self.kept.cookie, allowed.series, allowed.rule, share, allowed.response_max)
+
+    def let_go(self, parted: int) -> None:
+        """Back to the pool, if it can be used again. `parted`: now."""
+        kept = self.kept
+        kept.let_go(reusable=not kept.closed and not kept.unread and parted == self.parted)
+
+
+def to_offer(held: Sequence[Held]) -> list[Held]:
+    """Those that can be offered together: the newest, and what is decided by the same as that."""
+    good = [one for one in held if one.good]
+    return [one for one in good if one.follower.allowed[:3] == good[-1].follower.allowed[:3]][
+        -PAIR_WAYS:
+    ]
