@@ -134,7 +134,15 @@ AFFINITY = Layout("affinity", "=", {"used_ns": "Q", "backend": "24s"})
 CONFIG = Layout(
     "config",
     "=",
-    {"http4": "20s", "http6": "20s", "relay4": "20s", "relay6": "20s", "flags": "I"},
+    {
+        "http4": "20s",
+        "http6": "20s",
+        "relay4": "20s",
+        "relay6": "20s",
+        "flags": "I",
+        "zero": "4x",
+        "home": "Q",
+    },
 )
 TUPLE = Layout("tuple", "=", {"opener": "20s", "peer": "20s"})
 PROXIED = Layout(

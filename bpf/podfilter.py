@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ from bpf.structs import Address, Addresses, Identity, Number, Prefix, Who
 FILTERS = ("pod_egress", "pod_ingress")
 _SO_NETNS_COOKIE = 71
 _NOBODY = Who(0, 0)
+_NO_ADDRESS = bytes(16)
 _ROOT = ": it takes root (CAP_BPF and CAP_NET_ADMIN)"
 _ADVICE = {
     errno.EPERM: _ROOT,
@@ -43,12 +45,15 @@ _ADVICE = {
 
 
 class Pod(msgspec.Struct, frozen=True, kw_only=True):
-    """`interface` is the name of the veth's end on the node; `addresses` an IPv4 and an IPv6;
-    `cookie` its network namespace's."""
+    """`interface` is the name of the veth's end on the node; `addresses`: of each family one at
+    most; `cookie` its network namespace's. `attachment` is whose it is for who made the network
+    (CNI's container and interface), `about` the Pod, as namespace/name/uid; "": nobody says."""
 
     interface: str
-    addresses: tuple[str, str]
+    addresses: tuple[str, ...]
     cookie: int
+    attachment: str = ""
+    about: str = ""
 
 
 def loaded(directory: Path) -> str | None:
@@ -66,7 +71,12 @@ def loaded(directory: Path) -> str | None:
 def netns_cookie() -> int:
     """Of the network namespace that this thread is in (socket(7), SO_NETNS_COOKIE)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
-        cookie = here.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        return netns_cookie_of(here)
+
+
+def netns_cookie_of(here: socket.socket) -> int:
+    """Of the network namespace of a socket."""
+    cookie = here.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
     return int.from_bytes(cookie, sys.byteorder)
 
 
@@ -77,6 +87,10 @@ def add(directory: Path, records: Path, pod: Pod) -> bool:
         version = loaded(directory)
         if version is None:
             return False
+        # A name is used again, and who had it may never have been removed.
+        for old in _recorded(records):
+            if old.interface == pod.interface and old.cookie != pod.cookie:
+                _remove(directory, records, old)
         draft = _draft(records, pod.interface)
         draft.write_bytes(msgspec.json.encode(pod))
         draft.rename(_record(records, pod.interface))
@@ -102,22 +116,53 @@ def check(directory: Path, pod: Pod) -> str | None:
 
 
 def remove(directory: Path, records: Path, interface: str) -> None:
-    """Undo `add`, whatever is left of it, after the interface has gone. Entries of another pod that
-    has the addresses now stay. DatapathError."""
+    """Undo `add`, whatever is left of it. Entries of another pod that has the addresses now stay.
+    DatapathError."""
     with _locked(records):
         for name in FILTERS:
             pins.link_path(directory, _link(interface, name)).unlink(missing_ok=True)
-        record = _record(records, interface)
         _draft(records, interface).unlink(missing_ok=True)
-        try:
-            pod = msgspec.json.decode(record.read_bytes(), type=Pod)
-        except FileNotFoundError:
-            return
-        with _explained(pod, "remove the filter of"):
-            for version in (pins.version(), *pins.other_versions(directory)):
-                with contextlib.suppress(DatapathError), _maps(directory, version) as maps:
-                    _forget(maps, pod)
-            record.unlink()
+        for pod in _recorded(records):
+            if pod.interface == interface:
+                _remove(directory, records, pod)
+
+
+def find(records: Path, attachment: str, cookie: int = 0) -> list[str]:
+    """The interfaces that are recorded for an attachment; or, where nobody has said whose they are,
+    for a network namespace."""
+    return [
+        pod.interface
+        for pod in _recorded(records)
+        if (pod.attachment == attachment if pod.attachment else pod.cookie == cookie)
+    ]
+
+
+def attachments(records: Path) -> list[str]:
+    """All that are recorded for one."""
+    return [pod.attachment for pod in _recorded(records) if pod.attachment]
+
+
+def addresses(records: Path) -> set[str]:
+    """Those of all pods that are recorded."""
+    return {address for pod in _recorded(records) for address in pod.addresses}
+
+
+def _recorded(records: Path) -> list[Pod]:
+    found = []
+    for record in sorted(records.glob("*.json")):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            found.append(msgspec.json.decode(record.read_bytes(), type=Pod))
+    return found
+
+
+def _remove(directory: Path, records: Path, pod: Pod) -> None:
+    for name in FILTERS:
+        pins.link_path(directory, _link(pod.interface, name)).unlink(missing_ok=True)
+    with _explained(pod, "remove the filter of"):
+        for version in (pins.version(), *pins.other_versions(directory)):
+            with contextlib.suppress(DatapathError), _maps(directory, version) as maps:
+                _forget(maps, pod)
+        _record(records, pod.interface).unlink()
 
 
 def renew(directory: Path, records: Path) -> list[str]:
@@ -126,10 +171,9 @@ def renew(directory: Path, records: Path) -> list[str]:
     problems = []
     with _locked(records):
         live = {name for _, name in socket.if_nameindex()}
-        found = (
-            msgspec.json.decode(record.read_bytes(), type=Pod) for record in records.glob("*.json")
-        )
+        found = _recorded(records)
         pods = [pod for pod in found if pod.interface in live]
+        _remove_ended(directory, records, found, live)
         # A filter looks at the other end as well: all are known before any is attached.
         for step in (_know, _attach):
             for pod in pods:
@@ -139,6 +183,26 @@ def renew(directory: Path, records: Path) -> list[str]:
                 except DatapathError as error:
                     problems.append(str(error))
     return problems
+
+
+def forget(records: Path) -> None:
+    """Remove all records, once nothing is pinned any more. OSError."""
+    for record in records.iterdir():
+        record.unlink()
+    records.rmdir()
+
+
+def tidy(directory: Path, records: Path) -> None:
+    """Remove what is left of CNI's pods of whose end nobody was told. DatapathError."""
+    with _locked(records):
+        live = {name for _, name in socket.if_nameindex()}
+        _remove_ended(directory, records, _recorded(records), live)
+
+
+def _remove_ended(directory: Path, records: Path, found: list[Pod], live: set[str]) -> None:
+    for pod in found:
+        if pod.about and pod.interface not in live:
+            _remove(directory, records, pod)
 
 
 def _know(directory: Path, pod: Pod, of: str) -> None:
@@ -166,7 +230,8 @@ def _attach(directory: Path, pod: Pod, of: str) -> None:
 
 
 def _forget(maps: _Maps, pod: Pod) -> None:
-    live = {index for index, _ in socket.if_nameindex()}
+    # Its own may be about to go.
+    live = {index for index, name in socket.if_nameindex() if name != pod.interface}
     for address in map(Address.of, pod.addresses):
         found = maps.interfaces.get(address)
         if found is not None and found.value not in live:
@@ -237,8 +302,8 @@ def _link(interface: str, name: str) -> str:
 
 
 def _packed(pod: Pod) -> Addresses:
-    v4, v6 = (Address.of(address).packed for address in pod.addresses)
-    return Addresses(v4, v6)
+    by_version = {ip_address(one).version: Address.of(one).packed for one in pod.addresses}
+    return Addresses(by_version.get(4, _NO_ADDRESS), by_version.get(6, _NO_ADDRESS))
 
 
 def _attached(directory: Path, pod: Pod, name: str) -> int | None:

@@ -25,12 +25,17 @@ _NOWHERE = bytes(layout.TARGET.size)
 
 
 def steer_to_proxy(
-    directory: Path, ports: Iterable[tuple[str, int]], *, sockmap: bool, mtls: bool = False
+    directory: Path,
+    ports: Iterable[tuple[str, int]],
+    *,
+    sockmap: bool,
+    mtls: bool = False,
+    home: int = 0,
 ) -> None:
     """From now on new connections to HTTP frontends and remote backends go to these ports of the
     proxy, MESH_HTTP_PORT and MESH_RELAY_PORT on at most one address of each family; where there is
-    none, straight to backends; with `mtls` not to those of other nodes that take it. DatapathError,
-    OSError."""
+    none, straight to backends; with `mtls` not to those of other nodes that take it. What the
+    network namespace with cookie `home` opens goes where it asks. DatapathError, OSError."""
     by_place: dict[tuple[int, int], str] = {
         (ip_address(address).version, port): address for address, port in ports
     }
@@ -51,6 +56,7 @@ def steer_to_proxy(
                 at(4, MESH_RELAY_PORT),
                 at(6, MESH_RELAY_PORT),
                 flags,
+                home,
             ),
         )
     finally:

@@ -91,13 +91,14 @@ class Origin(NamedTuple):
 
 class Config(NamedTuple):
     """struct config: where this node's proxy listens for workloads, packed Targets, all zero:
-    nowhere. `flags`: CONFIG_…"""
+    nowhere. `flags`: CONFIG_…; `home`: the cookie of the network namespace that is left alone."""
 
     http4: bytes
     http6: bytes
     relay4: bytes
     relay6: bytes
     flags: int
+    home: int = 0
 
 
 class Tuple(NamedTuple):

@@ -14,6 +14,11 @@ sys.path.insert(0, str(PROJECT))
 from mesh.install import manifests  # noqa: E402
 
 _WRITTEN = "# Written by scripts/deploy.py from mesh/install/templates: change it there.\n"
+# For kubectl: with the mesh, and an ingress gateway alone.
+_PLAIN = {
+    "manifests": manifests.Values(),
+    "gateway-only": manifests.Values(steer=False),
+}
 _CHART = f"""\
 apiVersion: v2
 name: weft
@@ -26,8 +31,8 @@ _IMAGE = """\
 # The image of Weft, as the nodes pull it: sed -i 's|newName: .*|newName: REGISTRY/weft|' this file.
 """
 _NOTES = """\
-Agents have the network of their nodes. Where the cluster looks at that ("Pod Security Admission"),
-say that they may:
+Agents have the network of their nodes, and rights to eBPF unless steer is false. Where the cluster
+looks at that ("Pod Security Admission"), say that they may:
 
   kubectl label namespace {{ .Release.Namespace }} pod-security.kubernetes.io/enforce=privileged
 
@@ -39,7 +44,8 @@ def content() -> dict[str, str]:
     """What stands in which file."""
     result = {}
     for name in manifests.NAMES:
-        result[f"manifests/{name}.yaml"] = _WRITTEN + manifests.rendered(name, manifests.Values())
+        for directory, values in _PLAIN.items():
+            result[f"{directory}/{name}.yaml"] = _WRITTEN + manifests.rendered(name, values)
         if name != "namespace":
             # Helm makes the namespace: helm install --create-namespace -n weft-system.
             result[f"chart/templates/{name}.yaml"] = _WRITTEN + manifests.rendered(
@@ -49,7 +55,8 @@ def content() -> dict[str, str]:
     head = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
     name, _, tag = manifests.IMAGE.partition(":")
     image = f"{_IMAGE}images:\n- name: {name}\n  newName: {name}\n  newTag: {tag}\n"
-    result["manifests/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}{image}"
+    for directory in _PLAIN:
+        result[f"{directory}/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}{image}"
     result["chart/templates/NOTES.txt"] = _NOTES
     result["chart/Chart.yaml"] = _WRITTEN + _CHART
     result["chart/values.yaml"] = _WRITTEN + manifests.CHART_VALUES

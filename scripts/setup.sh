@@ -27,9 +27,9 @@ installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'install o
 # headers that eBPF programs are compiled with. gcc and libc6-dev: the automaton of requests for the
 # proxy's own process (l7proxy/native.c), and the clients and backends of the torture test. curl: the
 # client outside in `make run`. Tests use other people's HTTP clients as peers and attackers: nghttp
-# and slowhttptest. The torture test has nginx and HAProxy as backends too.
+# and slowhttptest, and bridge and ptp of CNI, which ours stands behind. The torture test has nginx and HAProxy as backends too.
 packages="python3-venv python3-bpfcc linux-libc-dev gcc libc6-dev curl"
-[ "$what" = run ] || packages="$packages nghttp2-client slowhttptest nginx haproxy"
+[ "$what" = run ] || packages="$packages nghttp2-client slowhttptest nginx haproxy containernetworking-plugins"
 # wrk is the client of the comparison with peers, of which nginx and haproxy are two.
 [ "$what" != bench ] || packages="$packages wrk"
 if command -v dpkg-query >/dev/null 2>&1; then
@@ -65,7 +65,10 @@ fi
     fail "$python is $("$python" --version), Weft needs 3.11 or newer (Debian 12 has it)"
 
 # What is compiled for the proxy, if it is not newer than its sources; the proxy goes on without.
-compile() { "$venv/bin/python" -m l7proxy.native || true; }
+compile() {
+    "$venv/bin/python" -m l7proxy.native || true
+    "$venv/bin/python" -m mesh.cni.shim || true
+}
 
 # --- .venv ---------------------------------------------------------------------------------------
 if [ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml; then

@@ -1,7 +1,8 @@
-"""A process in a cgroup and a network namespace of its own that does with sockets what it is told.
+"""A process in a cgroup and a network namespace that does with sockets what it is told.
 
-Run as a program: bpf_actor.py CGROUP. Each line in is JSON, [function, arguments...]; each line out
-is its result, or {"errno": NAME}. It imports nothing of the project.
+Run as a program: bpf_actor.py CGROUP [NETNS]; without NETNS that is one of its own. Each line in is
+JSON, [function, arguments...]; each line out is its result, or {"errno": NAME}. It imports nothing
+of the project.
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ TIMEOUT_S = 5
 kept: dict[int, socket.socket] = {}
 
 
-def enter(cgroup: str) -> None:
+def enter(cgroup: str, netns: str = "") -> None:
     (Path(cgroup) / "cgroup.procs").write_text(str(os.getpid()))
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if netns:
+        with open(netns) as there:
+            if libc.setns(there.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), "setns")
+        return
+    if libc.unshare(CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = fcntl.ioctl(any_socket, SIOCGIFFLAGS, struct.pack("16sh14x", b"lo", 0))
@@ -101,6 +108,34 @@ def connect(address: str, port: int, keep: bool = False) -> dict:
     return result
 
 
+def http(address: str, port: int) -> dict:
+    """The status and the body that a request is answered with."""
+    with opened(address, port) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    return {"status": int(head.split()[1]), "body": body}
+
+
+def serve_http(address: str, name: str) -> int:
+    """Answers each request with its name; the port."""
+    server = socket.create_server((address, 0), family=family_of(address))
+    length = f"Content-Length: {len(name)}"
+
+    def serve_one(connection: socket.socket) -> None:
+        with connection:
+            while connection.recv(4096):
+                connection.sendall(f"HTTP/1.1 200 OK\r\n{length}\r\n\r\n{name}".encode())
+
+    def run() -> None:
+        while True:
+            connection, _ = server.accept()
+            threading.Thread(target=serve_one, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=run, daemon=True).start()
+    return server.getsockname()[1]
+
+
 def echo(number: int, text: str) -> list:
     """What a kept connection sends back, and who it is connected to."""
     kept[number].sendall(text.encode())
@@ -171,7 +206,7 @@ def udp_connected_anew(address: str, port: int, then: str, then_port: int) -> li
 
 
 def main() -> None:
-    enter(sys.argv[1])
+    enter(*sys.argv[1:])
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)

@@ -125,9 +125,9 @@ class Actor:
 
 
 @contextlib.contextmanager
-def new_actor(cgroup: Path) -> Iterator[Actor]:
+def new_actor(cgroup: Path, netns: Path | None = None) -> Iterator[Actor]:
     with subprocess.Popen(
-        [sys.executable, str(ACTOR), str(cgroup)],
+        [sys.executable, str(ACTOR), str(cgroup), *([str(netns)] if netns else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

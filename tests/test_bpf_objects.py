@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
-from bpf_world import needs_bpf
+from bpf_world import ROOT, needs_bpf
 
 from bpf.loader import create
 from bpf.objects import Objects, objects
@@ -56,8 +58,11 @@ def test_what_is_another_users_is_not(cache: Path, compiled: tuple[str, bytes]) 
 
 
 def test_what_cannot_be_read_is_compiled_anew(cache: Path, compiled: tuple[str, bytes]) -> None:
+    """And comes out the same where kernel symbols are not seen, as in a container."""
     (cache / compiled[0]).write_bytes(compiled[1][:1000])
-    assert objects().programs
+    program = "from bpf.objects import objects; objects()"
+    command = ["setpriv", "--bounding-set=-syslog", sys.executable, "-c", program]
+    subprocess.run(command, check=True, cwd=ROOT)
     assert (cache / compiled[0]).read_bytes() == compiled[1]
 
 

@@ -190,6 +190,14 @@ def test_explain_from_a_pod_offline(tmp_path):
             ("up", "--manifests", "/", "--address-pool", "10.0.0.1/8"),
             "weft: --address-pool 10.0.0.1/8: 10.0.0.1/8 has host bits set",
         ),
+        (
+            ("up", "--manifests", "/", "--cni-bin-dir", "/"),
+            "weft: --cni-bin-dir and --cni-conf-dir go together, and with --steer",
+        ),
+        (
+            ("up", "--manifests", "/", "--steer-pods", "/", "--steer", "/"),
+            "weft: --steer-pods stands in the place of --steer",
+        ),
         (("validate", "/nowhere"), "Directory '/nowhere' does not exist"),
         (("up",), "nothing says where objects come from"),
         (("nonsense",), "No such command 'nonsense'"),

@@ -1,6 +1,7 @@
 """Weft into a cluster and out of it: manifests, permissions, and what is checked before."""
 
 import asyncio
+import copy
 import json
 import platform
 import re
@@ -32,9 +33,10 @@ from kube_world import (
 from bpf import selftest
 from l7proxy.tasks import spawn
 from mesh.agent import supervisor
+from mesh.agent.daemonset import DaemonSet
 from mesh.cli.main import cli
 from mesh.controller.controller import Controller, ControllerOptions
-from mesh.install import manifests
+from mesh.install import check_node, manifests
 from mesh.install.cluster import path_of
 from mesh.sources.kubernetes_client import Client, ServerError
 from tests.support.running import PROJECT, running
@@ -174,6 +176,31 @@ async def test_checks_of_a_host():
         assert {f"eBPF {name}" for name in selftest.FACTS} <= findings.keys()
 
 
+def test_checks_of_a_node(tmp_path):
+    def found():
+        return {one.what: one for one in check_node.node(tmp_path)}
+
+    assert {one.result for one in found().values()} == {"warning"}
+    assert all(one.todo for one in found().values())
+    conf, bin_dir = tmp_path / "etc/cni/net.d", tmp_path / "opt/cni/bin"
+    for one in (conf, bin_dir):
+        one.mkdir(parents=True)
+    about = {"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}
+    (conf / "10.conflist").write_text(json.dumps(about))
+    assert found()["CNI"].result == "ok"
+    about["plugins"].append({"type": "weft-cni"})
+    (conf / "10.conflist").write_text(json.dumps(about))
+    broken = found()["CNI"]
+    assert broken.result == "failed"
+    assert broken.found == f"{conf}/10.conflist: bridge, weft-cni; weft-cni is not in {bin_dir}"
+    # As the agent's container has the node's directories.
+    (tmp_path / "run/host/cni").mkdir(parents=True)
+    conf.rename(tmp_path / "run/host/cni/net.d")
+    bin_dir.rename(tmp_path / "run/host/cni/bin")
+    (tmp_path / "run/host/cni/bin/weft-cni").touch()
+    assert found()["CNI"].result == "ok"
+
+
 @needs_crds
 async def test_checks_name_each_right_that_is_missing(server, tmp_path):
     """Of who would install, and of what is installed: exactly those of the manifests' roles."""
@@ -254,14 +281,16 @@ def test_the_chart_is_what_install_applies():
     """By the few rules of Helm's templates that the chart makes use of."""
     chart = PROJECT / "deploy/chart"
     values = yaml.safe_load((chart / "values.yaml").read_text())
+    assert values["steer"]
     assert values["agentArgs"] == values["controllerArgs"] == []
     text = "---\n".join(one.read_text() for one in sorted((chart / "templates").glob("*.yaml")))
     text = re.sub(r"\n *{{- range .*?{{- end }}", "", text, flags=re.S)
     settings = "".join(f"\n    {line}" for line in yaml.dump(values["settings"]).splitlines())
     text = text.replace("\n    {{- .Values.settings | toYaml | nindent 4 }}", settings)
     text = text.replace("{{ .Release.Namespace }}", NAMESPACE)
-    for name in ("image", "trustDomain"):
+    for name in ("image", "trustDomain", "cniBinDir", "cniConfDir"):
         text = text.replace(f"{{{{ .Values.{name} }}}}", values[name])
+    text = re.sub(r"^{{- (if .Values.steer|end) }}\n", "", text, flags=re.M)
     assert "{{" not in text
     _as_installed(yaml.safe_load_all(text))
 
@@ -274,14 +303,20 @@ def test_the_chart_as_helm_renders_it():
         stdout=subprocess.PIPE,
         check=True,
     )
-    plain, other = json.loads(done.stdout)
-    _as_installed(one for text in plain.values() for one in yaml.safe_load_all(text))
+    plain, other, gateway_only = json.loads(done.stdout)
+    for rendered, steer in ((plain, True), (gateway_only, False)):
+        found = [one for text in rendered.values() for one in yaml.safe_load_all(text)]
+        _as_installed(found, steer=steer)
     objects = [one for text in other.values() for one in yaml.safe_load_all(text)]
     by_kind = {one["kind"]: one for one in objects if one["kind"] in ("DaemonSet", "Deployment")}
     for kind, wanted in (("DaemonSet", ["--x", "a b"]), ("Deployment", ["--load-balancer"])):
         (container,) = by_kind[kind]["spec"]["template"]["spec"]["containers"]
         assert container["args"][-1 - len(wanted) :] == ["--trust-domain=other.example", *wanted]
         assert container["image"] == "other:1"
+    volumes = by_kind["DaemonSet"]["spec"]["template"]["spec"]["volumes"]
+    assert {"path": "/other/net.d", "type": "DirectoryOrCreate"} in [
+        one.get("hostPath") for one in volumes
+    ]
     (settings,) = [one for one in objects if one["kind"] == "ConfigMap"]
     assert yaml.safe_load(settings["data"]["settings.yaml"]) == {"access_log": "off", "n": [1]}
 
@@ -292,19 +327,21 @@ chart = helm_python.Chart.load(sys.argv[1])
 other = {
     "image": "other:1",
     "trustDomain": "other.example",
+    "cniConfDir": "/other/net.d",
     "settings": {"access_log": "off", "n": [1]},
     "agentArgs": ["--x", "a b"],
     "controllerArgs": ["--load-balancer"],
 }
-found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in ({}, other)]
+values = {}, other, {"steer": False}
+found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in values]
 print(json.dumps([{k: v for k, v in one.items() if k.endswith(".yaml")} for one in found]))
 """
 
 
-def _as_installed(objects):
+def _as_installed(objects, *, steer=True):
     # Weft's own namespace is Helm's to make.
     own = path_of({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-    wanted = (one for one in manifests.objects() if path_of(one) != own)
+    wanted = (one for one in manifests.objects(steer=steer) if path_of(one) != own)
     assert sorted(objects, key=path_of) == sorted(wanted, key=path_of)
 
 
@@ -336,11 +373,14 @@ async def test_kubectl_applies_the_kustomization(server, tmp_path):
 
 
 @needs_kubectl
-def test_the_kustomization_is_whole():
-    command = [KUBECTL, "kustomize", str(PROJECT / "deploy/manifests")]
+@pytest.mark.parametrize(("directory", "steer"), [("manifests", True), ("gateway-only", False)])
+def test_the_kustomization_is_whole(directory, steer):
+    command = [KUBECTL, "kustomize", str(PROJECT / "deploy" / directory)]
     built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = sorted(yaml.safe_load_all(built), key=path_of)
-    assert found == sorted(manifests.objects(), key=path_of)
+    assert found == sorted(manifests.objects(steer=steer), key=path_of)
+    result = CliRunner().invoke(cli, ["install", "--dry-run", *([] if steer else ["--no-steer"])])
+    assert sorted(yaml.safe_load_all(result.output), key=path_of) == found
 
 
 @needs_kubectl
@@ -388,6 +428,9 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
     used = server.auth.used
     with running(tmp_path / "run", *options) as process:
         found = Controller(about, backoff=quick)
+        client = Client(of_agent)
+        await client.open()
+        follows = spawn(DaemonSet(client, NAMESPACE).run(), name="DaemonSet")
         task = asyncio.get_running_loop().create_task(found.run())
         try:
             await asyncio.to_thread(process.await_status, lambda status: status["ready"])
@@ -400,11 +443,51 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
             unused = (server.auth.granted(agent) | server.auth.granted(controller)) - used
             pytest.fail(f"never asked for: {sorted(unused)}")
         finally:
+            follows.cancel()
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.gather(task, follows, return_exceptions=True)
+            await client.close()
             # While the server answers: it is told that the node leaves.
             await asyncio.to_thread(process.stop)
     assert server.auth.denied == []
+
+
+async def test_an_agent_learns_that_it_is_removed_whoever_goes_first(server, tmp_path):
+    """Roles go at once after the DaemonSet: by then it may ask nobody any more."""
+    for obj in manifests.objects():
+        if obj["kind"] != "GatewayClass":
+            server.create(obj)
+    await _let_in(server)
+    client = Client(server.kubeconfig(tmp_path / "agent", token="agent"))
+    await client.open()
+    followed = DaemonSet(client, NAMESPACE)
+    task = spawn(followed.run(), name="DaemonSet")
+    try:
+        async with asyncio.timeout(20):
+            while not any("watch=true" in path for _, path in server.requests):
+                await asyncio.sleep(0.01)
+            daemonset = server.get("apps/daemonsets", "weft-agent", NAMESPACE)
+            for obj in manifests.objects():
+                if obj["kind"] in ("Role", "RoleBinding"):
+                    server.delete(obj)
+            # Another image, as an upgrade has it, then without the mesh, then with it again.
+            versions = [copy.deepcopy(daemonset) for _ in range(3)]
+            containers = [one["spec"]["template"]["spec"]["containers"] for one in versions]
+            containers[0][0]["image"] = "weft:next"
+            containers[1][0]["args"] = ["up", "--source=kubernetes"]
+            followed.changed(None, versions[0])
+            assert not followed.unwanted.is_set()
+            server.change(daemonset, {"spec": versions[1]["spec"]})
+            await followed.unwanted.wait()
+            server.change(daemonset, {"spec": versions[2]["spec"]})
+            while followed.unwanted.is_set():
+                await asyncio.sleep(0.01)
+            server.delete(daemonset)
+            await followed.unwanted.wait()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await client.close()
 
 
 _COMPONENTS = ("agent", "controller")

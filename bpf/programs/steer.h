@@ -178,6 +178,16 @@ static __always_inline int peer_of(struct bpf_sock_addr *ctx, enum calls call, u
 	return http || result >= 0 ? 0 : result;
 }
 
+/* The node's own sockets in the workloads' cgroup: those of pods in its network, the proxy's among
+ * them where that is a pod. */
+static __always_inline int is_home(u64 netns)
+{
+	u32 zero = 0;
+	struct config *at = config.lookup(&zero);
+
+	return at && at->home == netns;
+}
+
 /* 1: `peer` is filled in and the origin kept; 0: it goes where it asked; negative errno: refused.
  * A connection that goes where it asked ends what was kept for it, a datagram does not: sendmsg4 also
  * sees those that a connected IPv6 socket with an IPv4 peer sends, with the backend as their
@@ -191,6 +201,8 @@ static __always_inline int steer(struct bpf_sock_addr *ctx, enum calls call, str
 	u32 reason = 0, rule = 0;
 	int result;
 
+	if (is_home(netns))
+		return 0;
 	result = peer_of(ctx, call, cookie, netns, frontend, origin, peer, &reason, &rule);
 	if (!result && reason == REASON_PASSED) {
 		count(REASON_PASSED);

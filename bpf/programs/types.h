@@ -75,13 +75,16 @@ struct asked {
 	u32 zero;
 };
 
-/* Where this node's proxy listens for workloads; port 0: nowhere. */
+/* Where this node's proxy listens for workloads; port 0: nowhere. `home`: the network namespace whose
+ * sockets are none of ours though they may be in the workloads' cgroup; 0: there is none. */
 struct config {
 	struct target http4;
 	struct target http6;
 	struct target relay4;
 	struct target relay6;
 	u32 flags; /* CONFIG_… */
+	u32 zero;
+	u64 home;
 };
 
 /* A TCP connection as its opener sees it. */

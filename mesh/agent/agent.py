@@ -26,6 +26,7 @@ from mesh.agent.admin import Admin
 from mesh.agent.api import Api
 from mesh.agent.authority import AuthorityClient, SocketClient
 from mesh.agent.automata import KernelAutomata
+from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.datapath import Datapath
 from mesh.agent.flow_peers import Peers, own_addresses
 from mesh.agent.flows import FlowStore
@@ -69,13 +70,14 @@ class Agent:
         self._control = control
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        run_dir = RunDir(options.run_dir)
+        run_dir = self._run_dir = RunDir(options.run_dir)
         peers = Peers({*own_addresses(), *options.plane.mesh_addresses})
         flows = FlowStore(peers, options.flow_buffer, options.plane.node)
         rollout = Rollout(options.workers, self._workers_changed, self._worker_lost, flows.receive)
         self._source, client = _source(options)
         self._authority = _authority(options, client)
         datapath = self._datapath(options)
+        self._cni = _cni_plugin(options, run_dir, datapath, client)
         self._node = Node(
             plane=ControlPlane(options.plane),
             rollout=rollout,
@@ -87,6 +89,7 @@ class Agent:
             passed=self._passed(options, run_dir, flows),
             svids=self._svids(options, run_dir),
             automata=self._automata(options),
+            cni=self._cni,
         )
         self._reporter = _reporter(options, client, self._node, self._authority)
         self._admin = Admin(self._node, options.admin, run_dir.metrics)
@@ -138,6 +141,8 @@ class Agent:
                 work.append(group.create_task(self._reporter.run(), name="reports"))
             if (datapath := self._node.datapath) is not None:
                 work.append(group.create_task(datapath.run(), name="datapath"))
+            if self._cni is not None:
+                work.append(group.create_task(self._cni.run(), name="CNI"))
             if self._node.automata is not None:
                 work.append(group.create_task(self._node.automata.run(), name="automata"))
             if self._node.svids is not None:
@@ -157,6 +162,8 @@ class Agent:
             self._node.automata.close()
         if datapath is not None:
             datapath.close()
+        if self._cni is not None and self._cni.close():
+            self._run_dir.svids.unlink(missing_ok=True)
 
     async def _follow_source(self) -> None:
         async with contextlib.aclosing(self._source.updates()) as updates:
@@ -190,6 +197,8 @@ class Agent:
 
     async def _leave(self) -> None:
         self._node.leaving = True
+        if self._cni is not None:
+            spawn(self._cni.leave(), name="CNI")
         if self._reporter is not None:
             await self._reporter.leave()
         self._send(Leaving())
@@ -273,6 +282,20 @@ def _authority(options: AgentOptions, client: Client | None) -> Authority | None
     from mesh.agent.authority_cluster import ClusterAuthority
 
     return ClusterAuthority(client, _name(options), options.namespace)
+
+
+def _cni_plugin(
+    options: AgentOptions, run_dir: RunDir, datapath: Datapath | None, client: Client | None
+) -> CniPlugin | None:
+    steer = options.steer
+    if steer is None or datapath is None:
+        return None
+    daemonset = None
+    if client is not None and steer.cni is not None:
+        from mesh.agent.daemonset import DaemonSet
+
+        daemonset = DaemonSet(client, options.namespace)
+    return CniPlugin(run_dir.cni_socket, steer, datapath.in_force, datapath.local_pods, daemonset)
 
 
 def _reporter(

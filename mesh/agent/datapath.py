@@ -28,6 +28,7 @@ from mesh.model.nodeconfig import (
     MESH_RELAY_PORT,
     LoadBalancerEntry,
     Section,
+    WorkloadSection,
 )
 from mesh.model.policyconfig import PolicySection
 from mesh.model.section import SectionKey, port_key
@@ -99,6 +100,7 @@ class Datapath:
         self._maps: _Maps | None = None
         self._taken = asyncio.Event()
         self._again = asyncio.Event()
+        self.in_force = asyncio.Event()
 
     async def run(self) -> None:
         """For ever: put the data path in force, as often as it takes; when it is, let go of what
@@ -269,6 +271,14 @@ class Datapath:
             self._unenforced = self._maps.enforcement.replace(self._enforced)
             self._unbalanced = self._maps.balancer.replace(self._entries)
 
+    def local_pods(self) -> dict[str, tuple[str, ...]]:
+        """This node's pods, by namespace/name/uid, with their addresses."""
+        return {
+            f"{one.namespace}/{one.name}/{one.uid}": one.addresses
+            for one in self._enforced.values()
+            if isinstance(one, WorkloadSection) and one.local
+        }
+
     @property
     def refused(self) -> dict[SectionKey, str]:
         """Sections that are not in force, and why."""
@@ -321,6 +331,7 @@ class Datapath:
                 how = "by redirect" if self._redirects else "by TCP"
                 _log.info("workloads in %s are steered; proxies answer them %s", self.cgroup, how)
             self.why_not = None
+            self.in_force.set()
 
     def _filter(self) -> None:
         versions.take_over(self.pins)
@@ -340,8 +351,13 @@ class Datapath:
         ports = (MESH_HTTP_PORT, MESH_RELAY_PORT)
         places = [(address, port) for address in self._addresses for port in ports]
         there = [place for place in places if place in self._bound]
-        mtls = self._options.mtls
-        settings.steer_to_proxy(self.pins, there, sockmap=self._redirects, mtls=mtls)
+        settings.steer_to_proxy(
+            self.pins,
+            there,
+            sockmap=self._redirects,
+            mtls=self._options.mtls,
+            home=podfilter.netns_cookie() if self._options.nested else 0,
+        )
         self._pointed = True
 
     def _tidy(self) -> None:

@@ -39,10 +39,10 @@ def check_places(options: Steering) -> None:
             "or name one that is there with --proxy-cgroup"
         )
     attach.check_cgroup(beside)
-    if beside.is_relative_to(options.cgroup) or options.cgroup.is_relative_to(beside):
+    if options.cgroup.is_relative_to(beside):
         raise DatapathError(
-            f"{beside} (--proxy-cgroup) and {options.cgroup} (--steer) lie in one another, so the "
-            "proxy's own connections would be steered to the proxy: name one beside the other"
+            f"{options.cgroup} (--steer) lies in {beside} (--proxy-cgroup), so workloads would be "
+            "taken for the proxy: name one beside it, or inside"
         )
     # The supervisor has joined it before the proxies' listening sockets were made.
     if not attach.is_member(beside, os.getpid()):
@@ -56,8 +56,13 @@ def check_places(options: Steering) -> None:
 async def test(options: Steering) -> Verdict:
     """The self-test. DatapathError: it could not be made."""
     beside = options.proxy_cgroup
-    where = (f"--directory={options.pins.parent}", f"--cgroup={beside.parent}")
-    said = await _run("bpf.selftest", *where, f"--name={beside.name}.selftest", "--json")
+    where, name = beside.parent, f"{beside.name}.selftest"
+    if options.nested:
+        # A pod's processes can move no further than into what lies in its own (cgroups(7),
+        # "Cgroup v2 delegation: nsdelegate").
+        where, name = beside, "selftest"
+    place = (f"--directory={options.pins.parent}", f"--cgroup={where}", f"--name={name}")
+    said = await _run("bpf.selftest", *place, "--json")
     wrong = [one for one in msgspec.json.decode(said, type=list[selftest.Check]) if not one.ok]
     for check in wrong:
         _log.error("self-test: %s: %s: %s", check.name, selftest.FACTS[check.name], check.why)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
 from mesh.agent.automata import KernelAutomata
+from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.datapath import Datapath
 from mesh.agent.flows import FlowStore
 from mesh.agent.kernel_flows import KernelFlows
@@ -58,6 +59,7 @@ class Node:
         passed: PassedBy | None = None,
         svids: Svids | None = None,
         automata: KernelAutomata | None = None,
+        cni: CniPlugin | None = None,
     ) -> None:
         self.rollout = rollout
         self.flows = flows
@@ -66,6 +68,7 @@ class Node:
         self.datapath = datapath
         self.svids = svids
         self.automata = automata
+        self.cni = cni
         self.objects: dict[str, dict[ObjectKey, Object]] = {}
         self.problems: tuple[Problem, ...] = ()
         # What the control plane says of objects that statuses do not say.
@@ -346,6 +349,8 @@ class Node:
             refusals = self.datapath.refused
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
             result += self.datapath.failures
+        if self.cni is not None:
+            result += self.cni.failures
         if self.kernel is not None and self.kernel.failure is not None:
             result.append(self.kernel.failure)
         if self.svids is not None:

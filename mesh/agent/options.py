@@ -28,6 +28,7 @@ from mesh.sources.manifest import UnreadableError, read_documents
 CLUSTER = "cluster"
 DEFAULT_NAMESPACE = "weft-system"
 DEFAULT_ADMIN = "127.0.0.1:15090"
+NETNS_DIR = Path("/run/netns")
 DEFAULT_MESH_ADDRESSES = ("127.0.0.1", "::1")
 # The least that makes sense, where it is not a millisecond or 1.
 _LEAST = {"max_head_bytes": 256, "max_body_bytes": 0, "drain_timeout_s": 0, "trusted_hops": 0}
@@ -37,11 +38,20 @@ class OptionError(Exception):
     """An option cannot be used; which, why, what to do."""
 
 
+class CniDirectories(NamedTuple):
+    """Of a node: executables, the runtime's lists of plugins, and pods' network namespaces."""
+
+    bin: Path
+    conf: Path
+    netns: Path
+
+
 class Steering(NamedTuple):
     """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
     and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
     self-test says so, "kernel" insists on it, "proxy" never does. `pairs`: where it does, requests
-    may pass by the proxy. `mtls`: the node has an authority."""
+    may pass by the proxy. `mtls`: the node has an authority. `cni`: where
+    its plugin is to be installed."""
 
     cgroup: Path
     proxy_cgroup: Path
@@ -50,6 +60,13 @@ class Steering(NamedTuple):
     mode: Literal["auto", "kernel", "proxy"]
     pairs: bool = False
     mtls: bool = False
+    cni: CniDirectories | None = None
+
+    @property
+    def nested(self) -> bool:
+        """Weft's own processes are in the workloads' cgroup, as a pod's are in that of all pods: by
+        their network namespace, the node's, they are known to be none."""
+        return self.proxy_cgroup.is_relative_to(self.cgroup)
 
 
 class AgentOptions(NamedTuple):
@@ -95,6 +112,9 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--mesh-address", action="append", default=[])
     parser.add_argument("--proxy-cgroup", type=Path)
     parser.add_argument("--pins", type=Path)
+    parser.add_argument("--cni-bin-dir", type=Path)
+    parser.add_argument("--cni-conf-dir", type=Path)
+    parser.add_argument("--netns-dir", type=Path, default=NETNS_DIR)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
     parser.add_argument("--http-in-kernel", choices=("on", "off"), default="off")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
@@ -135,13 +155,25 @@ def manifests(args: argparse.Namespace) -> Path | None:
 
 
 def steering(args: argparse.Namespace) -> Steering | None:
+    cni = _cni(args)
     if args.steer is None:
         return None
     run_dir = RunDir(args.run_dir)
     pins = args.pins or run_dir.pins
     pairs = _pairs(args)
     mtls = args.authority is not None
-    return Steering(args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, pairs, mtls)
+    return Steering(
+        args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, pairs, mtls, cni
+    )
+
+
+def _cni(args: argparse.Namespace) -> CniDirectories | None:
+    given = (args.cni_bin_dir, args.cni_conf_dir)
+    if given == (None, None):
+        return None
+    if None in given or args.steer is None:
+        raise OptionError("--cni-bin-dir and --cni-conf-dir go together, and with --steer")
+    return CniDirectories(*given, args.netns_dir)
 
 
 def _pairs(args: argparse.Namespace) -> bool:
@@ -199,7 +231,11 @@ def _trust_domain(name: str) -> str:
 def mesh_addresses(args: argparse.Namespace) -> tuple[str, ...]:
     """Where workloads are sent to: with --steer, loopback if no address is given, as far as the
     host has it; without, nowhere. Commands without that option ask what would be if there were."""
-    given = tuple(check_address("--mesh-address", text) for text in args.mesh_address)
+    given = tuple(
+        check_address("--mesh-address", one)
+        for text in args.mesh_address
+        for one in text.split(",")
+    )
     if given and hasattr(args, "steer") and not _steered(args):
         raise OptionError("--mesh-address goes with --steer, whose workloads are sent there")
     if _steered(args):

@@ -45,6 +45,7 @@ class RunDir:
         self.path = Path(os.path.abspath(path))
         self.lock_file = self.path / "supervisor.lock"
         self.api_socket = self.path / "agent.sock"
+        self.cni_socket = self.path / "cni.sock"
         self.metrics = self.path / "metrics"
         self.pins = self.path / "bpf"
         self.pods = self.path / "pods"

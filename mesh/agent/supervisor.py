@@ -254,7 +254,8 @@ class Supervisor:
             sock.close()
         drained = await self._gone(*self._workers.values(), within=deadline + GRACE_S)
         self._agent.kill(signal.SIGTERM)
-        await self._gone(self._agent, within=GRACE_S)
+        # Also where everybody is in a hurry: it may have things to take away from its node.
+        await asyncio.wait({spawn(self._agent.gone.wait(), name="agent's end")}, timeout=GRACE_S)
         for child in (*self._workers.values(), self._agent):
             child.kill(signal.SIGKILL)
             await child.gone.wait()

@@ -12,7 +12,7 @@ from mesh.cli.client import CliError
 from mesh.cli.output import dump
 
 if TYPE_CHECKING:
-    from mesh.install.check import Finding
+    from mesh.install.finding import Finding
     from mesh.sources.kubernetes_client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,8 +32,26 @@ def _cluster_options(function: F) -> F:
 @click.command()
 @_cluster_options
 @click.option("--image", default="weft:0.1.0", show_default=True, help="The image of Weft.")
+@click.option(
+    "--steer/--no-steer",
+    default=True,
+    show_default=True,
+    help="Steer and filter the connections of the cluster's pods; else an ingress gateway alone.",
+)
+@click.option(
+    "--cni-bin-dir",
+    default="/opt/cni/bin",
+    show_default=True,
+    help="Where the nodes' container runtime looks for CNI plugins.",
+)
+@click.option(
+    "--cni-conf-dir",
+    default="/etc/cni/net.d",
+    show_default=True,
+    help="Where it looks for the list of them.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the manifests, do nothing.")
-def install(kubeconfig: Path | None, namespace: str, image: str, dry_run: bool) -> None:
+def install(kubeconfig: Path | None, dry_run: bool, **values: Any) -> None:
     """Install Weft in a cluster, or bring what is there to this version.
 
     The CustomResourceDefinitions of Gateway API are the cluster's: 'weft check' says whether they
@@ -44,15 +62,15 @@ def install(kubeconfig: Path | None, namespace: str, image: str, dry_run: bool) 
     from mesh.install import cluster, manifests
 
     if dry_run:
-        click.echo(manifests.everything(namespace=namespace, image=image), nl=False)
+        click.echo(manifests.everything(**values), nl=False)
         return
-    objects = manifests.objects(namespace=namespace, image=image)
+    objects = manifests.objects(**values)
     _run(kubeconfig, lambda client: cluster.install(client, objects, click.echo))
 
 
 @click.command()
 @_cluster_options
-@click.option("--wait", default=60.0, show_default=True, help="Seconds to wait until it is gone.")
+@click.option("--wait", default=120.0, show_default=True, help="Seconds to wait until it is gone.")
 def uninstall(kubeconfig: Path | None, namespace: str, wait: float) -> None:
     """Remove Weft from a cluster. Gateways and routes stay, with the statuses that they have.
 
@@ -82,10 +100,12 @@ def check(kubeconfig: Path | None, namespace: str, output: str, only: str | None
     import tempfile
 
     from mesh.install import check as checks
+    from mesh.install import check_node
 
     findings: list[Finding] = []
     if only != "cluster":
         findings += checks.host()
+        findings += check_node.node()
         with tempfile.TemporaryDirectory(prefix="weft-check-") as directory:
             findings += checks.kernel(Path(directory))
     if only != "host":

@@ -69,6 +69,33 @@ def cli() -> None:
     help="cgroup v2 directory of workloads that reach Services by ClusterIP, with eBPF.",
 )
 @click.option(
+    "--steer-pods",
+    metavar="MOUNT",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Instead of --steer, for a pod with its node's network: the cgroup of the kubelet's pods,"
+    " in the node's cgroup v2 that is mounted here. Pods with that network are left alone.",
+)
+@click.option(
+    "--cni-bin-dir",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Install the CNI plugin here, with --cni-conf-dir: the node's /opt/cni/bin.",
+)
+@click.option(
+    "--cni-conf-dir",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Put the CNI plugin behind the first one here, and keep it there: the node's"
+    " /etc/cni/net.d. It goes with the DaemonSet weft-agent, or once that has not this option.",
+)
+@click.option(
+    "--netns-dir",
+    metavar="DIRECTORY",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where network namespaces of pods are that are older than the CNI plugin.  [default:"
+    " /run/netns]",
+)
+@click.option(
     "--pins",
     metavar="DIRECTORY",
     type=click.Path(path_type=Path, file_okay=False),
@@ -79,7 +106,8 @@ def cli() -> None:
     "--proxy-cgroup",
     metavar="CGROUP",
     type=click.Path(path_type=Path, file_okay=False),
-    help="cgroup v2 directory for Weft's own processes, with --steer; made if missing."
+    help="cgroup v2 directory for Weft's own processes, with --steer; made if missing. If it lies"
+    " in that of --steer, all that has the node's network is left alone."
     "  [default: that of --steer with .proxy appended]",
 )
 @click.option(

@@ -33,7 +33,8 @@ def plane_options(function: F) -> F:
             metavar="ADDRESS",
             multiple=True,
             help="Address of this host at which the proxy takes what workloads ask Services for,"
-            " one of each family; turns the mesh on.  [default: 127.0.0.1 and ::1 with --steer]",
+            " one of each family, or both with a comma between; turns the mesh on."
+            "  [default: 127.0.0.1 and ::1 with --steer]",
         ),
         click.option(
             "--node",

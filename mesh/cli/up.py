@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from gateway.control import ControlPlane, Options
-from mesh.agent.options import OptionError, manifests, parse_admin, plane_options
+from mesh.agent.options import OptionError, manifests, parse_admin, plane_options, steering
 from mesh.cli.client import UsageError
+from mesh.cni import kubepods
 
 
 def plane(options: dict[str, Any]) -> Options:
@@ -26,9 +27,16 @@ def plane(options: dict[str, Any]) -> Options:
 
 def run(options: dict[str, Any]) -> None:
     """Replace this process by the supervisor: the imports of the command line need not stay."""
+    if (root := options.pop("steer_pods")) is not None:
+        if options["steer"] is not None:
+            raise UsageError("--steer-pods stands in the place of --steer: give one of them")
+        options["steer"], found = kubepods.find(root)
+        options["proxy_cgroup"] = options["proxy_cgroup"] or found
     plane(options)
     try:
-        manifests(argparse.Namespace(**options))
+        arguments = argparse.Namespace(**options)
+        manifests(arguments)
+        steering(arguments)
         parse_admin(options["admin"])
     except OptionError as error:
         raise UsageError(str(error)) from None

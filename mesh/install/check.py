@@ -10,30 +10,20 @@ import os
 import platform
 from collections.abc import AsyncIterator, Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from bpf import selftest
 from bpf.programs import OLDEST_KERNEL
 from mesh.install import manifests, rights
 from mesh.install.cluster import CRDS
+from mesh.install.finding import Finding
 from mesh.model.decode import KINDS
 from mesh.model.references import GROUP
 from mesh.sources.kubernetes_client import Client, ServerError
 
-Result = Literal["ok", "warning", "failed"]
-
 _OLDEST_SERVER = (1, 30)
 # Gateway API versions (the bundle's) that are known to work.
 _OLDEST_BUNDLE, _NEWEST_BUNDLE = (1, 4), (1, 6)
-
-
-class Finding(NamedTuple):
-    """`todo`: what to do about it, "" where it is well."""
-
-    what: str
-    result: Result
-    found: str
-    todo: str = ""
 
 
 # --- this host -----------------------------------------------------------------------------------

@@ -57,13 +57,14 @@ async def install(
 async def uninstall(
     client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None], wait_s: float
 ) -> None:
-    """Everything that `install` made: the controllers, the trust bundle that they published, then
-    the rest, last first, and wait for the namespace to be gone. Statuses that the controller wrote
-    stay as they are: it ends before its GatewayClass goes. InstallError: something is not gone in
-    time."""
+    """Everything that `install` made: the controllers and the agents, the trust bundle that the
+    former published, then the rest, last first, and wait for the namespace to be gone. Statuses
+    that the controller wrote stay as they are: it ends before its GatewayClass goes. Agents take
+    the CNI plugin off their nodes, by what they may learn of the cluster until then. InstallError:
+    something is not gone in time."""
     newest_first = list(reversed(list(objects)))
-    controllers = [obj for obj in newest_first if obj["kind"] == "Deployment"]
-    for obj in controllers:
+    first = [obj for obj in newest_first if obj["kind"] in ("Deployment", "DaemonSet")]
+    for obj in first:
         # Gone once its pods are ("Foreground cascading deletion").
         if await _delete(client, obj, "Foreground", say):
             await _gone(client, path_of(obj), wait_s)
@@ -71,7 +72,7 @@ async def uninstall(
         await _delete_published(client, path, selector, say)
     last = ""
     for obj in newest_first:
-        if obj not in controllers and await _delete(client, obj, "Background", say):
+        if obj not in first and await _delete(client, obj, "Background", say):
             last = path_of(obj)
     if last:
         await _gone(client, last, wait_s)
@@ -117,7 +118,7 @@ async def _gone(client: Client, path: str, wait_s: float) -> None:
     except TimeoutError:
         raise InstallError(
             f"{path} is still there after {wait_s:g} s: see what holds it with kubectl get --raw"
-            f" {path}"
+            f" {path}; pods of nodes that are down: kubectl delete pod --force"
         ) from None
 
 

@@ -4,6 +4,7 @@ the Helm chart. Knows text; no cluster.
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from string import Template
 from typing import Any, NamedTuple
@@ -12,13 +13,17 @@ import yaml
 
 NAMESPACE = "weft-system"
 IMAGE = "weft:0.1.0"
+CNI_BIN_DIR = "/opt/cni/bin"
+CNI_CONF_DIR = "/etc/cni/net.d"
 # In the order in which they are made.
 NAMES = ("namespace", "rbac", "agent", "controller", "gatewayclass")
 
 
 class Values(NamedTuple):
-    """What differs from cluster to cluster. `settings` and the arguments begin with a line end,
-    where there are any, and are indented as they stand."""
+    """`steer`: what stands between lines "#if steer" and "#end" of the templates is there, for the
+    mesh; without it Weft is an ingress gateway. None: the chart decides that. The rest is what
+    differs from cluster to cluster. `settings` and the arguments begin with a line end, where there
+    are any, and are indented as they stand."""
 
     namespace: str = NAMESPACE
     image: str = IMAGE
@@ -26,6 +31,9 @@ class Values(NamedTuple):
     settings: str = "\n    access_log: json"
     agent_args: str = ""
     controller_args: str = ""
+    steer: bool | None = True
+    cni_bin_dir: str = CNI_BIN_DIR
+    cni_conf_dir: str = CNI_CONF_DIR
 
 
 def _more(name: str) -> str:
@@ -42,12 +50,21 @@ CHART = Values(
     settings="\n    {{- .Values.settings | toYaml | nindent 4 }}",
     agent_args=_more("agentArgs"),
     controller_args=_more("controllerArgs"),
+    steer=None,
+    cni_bin_dir="{{ .Values.cniBinDir }}",
+    cni_conf_dir="{{ .Values.cniConfDir }}",
 )
 CHART_VALUES = f"""\
 # The image of Weft: built with deploy/Dockerfile, in a registry that the nodes reach.
 image: {IMAGE}
 # Whose identities workloads have: spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT.
 trustDomain: cluster.local
+# Whether nodes steer and filter the connections of their pods, with eBPF and a CNI plugin; false:
+# Weft is an ingress gateway alone, with fewer rights.
+steer: true
+# Where the nodes' container runtime looks for CNI plugins, and for the list of them.
+cniBinDir: {CNI_BIN_DIR}
+cniConfDir: {CNI_CONF_DIR}
 # Limits and habits of the proxy: README.md, "Settings".
 settings:
   access_log: json
@@ -60,15 +77,22 @@ controllerArgs: []
 def rendered(name: str, values: Values) -> str:
     """One template's text."""
     text = (files("mesh.install") / "templates" / f"{name}.yaml").read_text()
-    return Template(text).substitute(values._asdict())
+    return Template(_decided(text, values.steer)).substitute(values._asdict())
 
 
-def everything(*, namespace: str = NAMESPACE, image: str = IMAGE) -> str:
-    """All of it, as one stream of documents."""
-    values = Values(namespace, image)
-    return "---\n".join(rendered(name, values) for name in NAMES)
+def _decided(text: str, steer: bool | None) -> str:
+    if steer is None:
+        text = re.sub(r"^ *#if steer$", "{{- if .Values.steer }}", text, flags=re.M)
+        return re.sub(r"^ *#end$", "{{- end }}", text, flags=re.M)
+    block = re.compile(r"^ *#if steer\n(.*?)^ *#end\n", re.M | re.S)
+    return block.sub(r"\1" if steer else "", text)
 
 
-def objects(*, namespace: str = NAMESPACE, image: str = IMAGE) -> list[dict[str, Any]]:
-    """All of it as plain data, in order."""
-    return list(yaml.safe_load_all(everything(namespace=namespace, image=image)))
+def everything(**values: Any) -> str:
+    """All of it, as one stream of documents. `values`: those of Values that differ."""
+    return "---\n".join(rendered(name, Values(**values)) for name in NAMES)
+
+
+def objects(**values: Any) -> list[dict[str, Any]]:
+    """All of it as plain data, in order; as `everything`."""
+    return list(yaml.safe_load_all(everything(**values)))

@@ -6,23 +6,25 @@ nothing of labs.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from mesh.cni.netns import CLONE_NEWNET as CLONE_NEWNET
+from mesh.cni.netns import OWN, enter
+from mesh.cni.netns import inside as inside
+from mesh.cni.netns import join as join
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
-CLONE_NEWNET = 0x40000000
 
 _MS_BIND = 0x1000
 _MS_REC = 0x4000
 _MS_SLAVE = 1 << 19
 _MS_SHARED = 1 << 20
 _MNT_DETACH = 2
-_OWN_NETNS = "/proc/thread-self/ns/net"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,29 +38,6 @@ def _check(result: int, what: str) -> None:
 def unshare(flags: int) -> None:
     """New namespaces for this process. OSError: no rights."""
     _check(_libc.unshare(flags), "unshare")
-
-
-def join(namespace: Path | str, kind: int) -> None:
-    """Enter a namespace by the path of its file."""
-    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _check(_libc.setns(fd, kind), str(namespace))
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def inside(netns: Path | str) -> Iterator[None]:
-    """In another network namespace until the block ends; sockets opened there stay there."""
-    home = os.open(_OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        join(netns, CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            _check(_libc.setns(home, CLONE_NEWNET), "the own network namespace")
-    finally:
-        os.close(home)
 
 
 def _mount(source: str, target: str, flags: int) -> None:
@@ -81,13 +60,13 @@ def create_netns(path: Path) -> None:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     _share(path.parent)
     path.touch(0o444, exist_ok=False)
-    home = os.open(_OWN_NETNS, os.O_RDONLY | os.O_CLOEXEC)
+    home = os.open(OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
         unshare(CLONE_NEWNET)
         try:
-            bind(_OWN_NETNS, path)
+            bind(OWN, path)
         finally:
-            _check(_libc.setns(home, CLONE_NEWNET), "the own network namespace")
+            enter(home, CLONE_NEWNET, "the own network namespace")
     finally:
         os.close(home)
 
