@@ -5,13 +5,18 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from bpf_world import loader, needs_bpf, new_cgroup, pin_directory
 
 from bpf import podfilter
+from bpf.enforcement import Enforcement
+from bpf.maps import counters
+from bpf.reasons import Reason
 from mesh.agent import cni_plugin
 from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.cni_socket import CniSocket
@@ -157,6 +162,7 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
             assert await weft("ADD", **given[pod]) == (0, results[pod])
             assert await weft("CHECK", **given[pod]) == (0, None)
         assert {one["about"] for one in node.records()} == {f"ns/{pod}/{UID}" for pod in kinds}
+        check_bridge(node, place, results["two"]["ips"][0]["address"].split("/")[0])
     # Nobody hears of its end, and it is gone once an agent is there again.
     node.call(PLUGINS / "bridge", "DEL", "two", node.netns["two"], **node.network)
     assert node.weft("DEL", pod="two") == (0, None)
@@ -178,6 +184,36 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
         assert node.records() == []
         await check_adoption(node, place, results, tmp_path)
     await check_the_end(node, place, tmp_path, monkeypatch)
+
+
+def check_bridge(node, place, two):
+    """What a pod sends reaches another one by that one's address, and by none that policies are not
+    about."""
+    enforcement = Enforcement(place.pins, None)
+    assert enforcement.replace({}) == {}
+    with contextlib.closing(enforcement), inside(node.netns["two"]):
+        link = Path("/proc/net/if_inet6").read_text().splitlines()
+        local = next(line.split()[0] for line in link if line.startswith("fe80"))
+        receiver = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        receiver.bind(("::", 7000))
+    with receiver, inside(node.netns["one"]):
+        out = socket.if_nametoindex("eth0")
+        link_local = (str(ip_address(bytes.fromhex(local))), 7000, 0, out)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as v4:
+            v4.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            v4.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            before = counters(place.pins)[Reason.UNJUDGED]
+            v4.sendto(b"all", ("255.255.255.255", 7000))
+            v4.sendto(b"group", ("224.0.0.251", 7000))
+            with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as v6:
+                v6.sendto(b"link", link_local)
+            v4.sendto(b"one", (two, 7000))
+        receiver.settimeout(20)
+        assert receiver.recv(100) == b"one"
+        assert counters(place.pins)[Reason.UNJUDGED] >= before + 2
+        with pytest.raises(BlockingIOError):
+            receiver.setblocking(False)
+            receiver.recv(100)
 
 
 async def check_the_end(node, place, tmp_path, monkeypatch):

@@ -18,6 +18,9 @@
 enum { ND_ROUTER_SOLICIT = 133, ND_SOLICIT = 135, ND_ADVERT = 136 };
 enum { MLD_REPORT = 131, MLD_DONE = 132, MLD2_REPORT = 143 };
 
+/* Where the address is that a neighbour advertisement is about, and the sender's in ARP; its size. */
+enum { ND_TARGET = 8, ARP_SENDER = 14, ARP_SIZE = 28 };
+
 /* Hop-by-Hop Options of the least length, as all MLD messages have them. */
 #define HOP_BY_HOP_SIZE 8
 
@@ -62,6 +65,35 @@ static __always_inline u32 interface_of(const struct target *end)
 	__builtin_memcpy(key.words, end->address, sizeof(key.words));
 	interface = interfaces.lookup(&key);
 	return interface ? *interface : 0;
+}
+
+/* Whether who ARP says to have an address is the pod, or nobody while it asks whether one is free
+ * (RFC 826, RFC 5227 §2.1.1). On a bridge others would believe it. */
+static __always_inline int is_own_arp(struct __sk_buff *skb)
+{
+	struct target sender = {};
+	u8 *at = head(skb, ETH_HLEN + ARP_SIZE);
+
+	/* Of IPv4 on Ethernet. */
+	if (!at || *(u32 *)(at + ETH_HLEN) != __builtin_bswap32(0x00010800) ||
+	    *(u16 *)(at + ETH_HLEN + 4) != __builtin_bswap16(0x0604))
+		return 0;
+	sender.address[2] = MAPPED_PREFIX;
+	__builtin_memcpy(&sender.address[3], at + ETH_HLEN + ARP_SENDER, sizeof(u32));
+	return !sender.address[3] || interface_of(&sender) == skb->ifindex;
+}
+
+/* Whether a packet tells neighbours where somebody else's address is (RFC 4861 §4.4). */
+static __always_inline int misleads(struct __sk_buff *skb, const struct packet *packet)
+{
+	struct target told = {};
+
+	if (packet->tuple.opener.protocol != IPPROTO_ICMPV6 ||
+	    packet->port != __builtin_bswap16(ND_ADVERT) || packet->flags & PACKET_UNREADABLE)
+		return 0;
+	if (bpf_skb_load_bytes(skb, packet->at + ND_TARGET, told.address, sizeof(told.address)))
+		return 1;
+	return !is_link_local(&told) && interface_of(&told) != skb->ifindex;
 }
 
 /* Where this node's proxy takes connections, which it judges itself. */
@@ -255,11 +287,13 @@ static __always_inline int filter_from_pod(struct __sk_buff *skb)
 		skb->mark = 0;
 		return TC_ACT_UNSPEC;
 	}
-	/* ARP says who has an address on this link of two ends, nothing that reaches beyond it. */
-	if (skb->protocol == __builtin_bswap16(ETH_P_ARP))
-		goto passes;
+	if (skb->protocol == __builtin_bswap16(ETH_P_ARP)) {
+		if (is_own_arp(skb))
+			goto passes;
+		goto spoofed;
+	}
 	/* Neither does what is no IP go on: IP may be hidden in it, such as in VLAN tags. */
-	if (!read_packet(skb, &packet))
+	if (!read_packet(skb, &packet) || misleads(skb, &packet))
 		goto spoofed;
 	if (interface_of(&packet.tuple.opener) != skb->ifindex) {
 		/* Before a host has an address, or from its link-local one. */
@@ -301,9 +335,11 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		/* What is no IP has come no further than from the node. */
 		if (!is_ip(skb))
 			goto passes;
-		count(REASON_UNJUDGED);
-		return TC_ACT_SHOT;
+		goto unjudged;
 	}
+	/* On a bridge it may be for all, or for an address that no policy is about. */
+	if (by && interface_of(&packet.tuple.peer) != skb->ifindex && !keeps_link(&packet))
+		goto unjudged;
 	owner = interface_of(&packet.tuple.opener);
 	if (!by && is_made_here(skb, &packet)) {
 		from = FLOW_FROM_NODE;
@@ -324,6 +360,9 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 passes:
 	count(REASON_FILTER_TO_POD);
 	return TC_ACT_UNSPEC;
+unjudged:
+	count(REASON_UNJUDGED);
+	return TC_ACT_SHOT;
 }
 
 #endif
