@@ -98,9 +98,8 @@ async def _delete_published(
             await _delete(client, obj, "Background", say)
     except ServerError as error:
         if error.status == 403:
-            say(
-                f"{path} ({', '.join(selector.values())}): left, this user may not delete them: {error}"
-            )
+            about = ", ".join(selector.values())
+            say(f"{path} ({about}): left, this user may not delete them: {error}")
         elif error.status != 404:
             raise
 
