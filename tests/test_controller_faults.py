@@ -431,6 +431,7 @@ async def test_a_kind_that_is_served_no_more_is_waited_for_by_nobody(world):
     grpc["spec"] = {"parentRefs": [{"name": "gw"}]}
     world.server.create(grpc)
     controller, _ = world.start()
+    controller._source._discovery_s = 0.05
     async with asyncio.timeout(WAIT_S):
         while not controller._held:
             await asyncio.sleep(0.01)

@@ -294,6 +294,45 @@ async def test_kinds_that_appear_and_go(server, tmp_path):
 
 
 @needs_crds
+async def test_a_kind_that_seems_to_be_gone_is_looked_for_twice_before_it_is_forgotten(
+    server, tmp_path
+):
+    """A server that starts, or a proxy in front, answers 404 too: without its policies all is open
+    that they close."""
+    server.install_crds(CRDS)
+    server.create(route("r"))
+    kinds = frozenset(("HTTPRoute",))
+    faults = server.faults
+
+    def gone():
+        faults.about, faults.refuse, faults.codes = f"/apis/{GROUP}", 1.0, (404,)
+        server.cut_connections()
+
+    async with following(server, tmp_path, kinds=kinds, discovery_s=3600) as source:
+        told = len(source.told)
+        gone()
+        await source.until(lambda: source.problems)
+        # Soon after is no second look: many kinds may end at once.
+        asked = faults.refused
+        source.source._look_now.set()
+        async with asyncio.timeout(WAIT_S):
+            while faults.refused == asked:
+                await asyncio.sleep(0.01)
+        (problem,) = source.problems
+        assert (problem.kind, problem.level) == ("HTTPRoute", "error")
+        assert "stays in force" in problem.message
+        faults.refuse = 0.0
+        source.source._look_now.set()
+        await source.until(lambda: not source.problems)
+        assert len(source.told) == told
+        assert source.state["HTTPRoute"]
+    async with following(server, tmp_path, kinds=kinds) as source:
+        gone()
+        await source.until(lambda: not source.state["HTTPRoute"])
+        assert {problem.level for problem in source.problems} == {"warning"}
+
+
+@needs_crds
 async def test_a_kind_whose_version_is_served_no_more(server, tmp_path):
     """But another is, after an upgrade of its CustomResourceDefinition: nothing goes meanwhile, and
     nothing is missed."""

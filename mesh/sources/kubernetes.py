@@ -38,7 +38,7 @@ from mesh.sources.update import SourceUpdate
 
 _log = logging.getLogger("weft.source")
 
-# How often kinds that are not served are looked for.
+# How often kinds that are not served are looked for; those that were are forgotten no sooner.
 _DISCOVERY_S = 15.0
 # Groups that are read leniently, since clusters may be newer. Policies are not: a field that is not
 # known may be what a rule denies.
@@ -76,8 +76,9 @@ class _Kind:
         self.group = group
         self.reflectors: list[Reflector] = []
         # Of a version that is not served any more; what they knew is in force until it is known
-        # whether another is.
+        # whether another is, and since when none is.
         self._before: list[Reflector] = []
+        self._absent_since: float | None = None
         self.tasks: list[asyncio.Task[None]] = []
         self.problem: Problem | None = None
         self.version = self.newest = 0
@@ -163,12 +164,21 @@ class _Kind:
                 _log.info("%s: can be followed again", self.info.kind)
             self._source.wake.set()
 
-    def absent(self, what: str) -> None:
-        """The server does not serve it; where it is of other people's, nobody need care."""
+    def absent(self, what: str, sure_s: float) -> None:
+        """The server does not serve it; where it is of other people's, nobody need care. What is
+        known of it is forgotten once that is so for `sure_s`: a server that starts says it too, and
+        without its policies everything would be open."""
+        text = f"not served by the cluster ({what})"
+        now = asyncio.get_running_loop().time()
+        if self._absent_since is None:
+            self._absent_since = now
+        if self.current and now < self._absent_since + sure_s:
+            self.say(f"{text}; if it stays so, what is known stays in force for {sure_s:g} s only")
+            return
         for reflector in self._before:
             reflector.forget()
         self._before, self.version, self.newest = [], 0, 0
-        text = f"not served by the cluster ({what}): install its CustomResourceDefinition to use it"
+        text += ": install its CustomResourceDefinition to use it"
         self.say(text, level="warning" if self.group == GROUP else "note")
 
     # --- its place on the server -----------------------------------------------------------------
@@ -196,7 +206,7 @@ class _Kind:
             ]
         for reflector, before in zip(self.reflectors, self._before, strict=False):
             reflector.go_on_from(before)
-        self._before = []
+        self._before, self._absent_since = [], None
         name = f"watch {self.info.plural}"
         self.tasks = [spawn(self._follow(one), name=name) for one in self.reflectors]
 
@@ -404,7 +414,8 @@ class KubernetesSource:
                     kind.start(version, self.client, self._backoff)
                     break
             else:
-                kind.absent(f"{kind.info.plural} of {kind.group or 'core'}")
+                what = f"{kind.info.plural} of {kind.group or 'core'}"
+                kind.absent(what, self._discovery_s)
 
     async def _served(self, path: str) -> frozenset[str]:
         try:
