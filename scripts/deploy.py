@@ -27,6 +27,17 @@ version: 0.1.0
 appVersion: {manifests.IMAGE.partition(":")[2]}
 kubeVersion: ">=1.30.0-0"
 """
+# For kubectl, with either of those.
+_COMPONENT = """\
+apiVersion: kustomize.config.k8s.io/v1alpha1
+kind: Component
+resources: [rbac.yaml]
+patches:
+- target: {kind: Deployment, name: weft-controller}
+  patch: |-
+    - {op: add, path: /spec/template/spec/containers/0/args/-, value: --load-balancer}
+"""
+_BALANCED = manifests.Values(load_balancer=True)
 _IMAGE = """\
 # The image of Weft, as the nodes pull it: sed -i 's|newName: .*|newName: REGISTRY/weft|' this file.
 """
@@ -45,18 +56,23 @@ def content() -> dict[str, str]:
     result = {}
     for name in manifests.NAMES:
         for directory, values in _PLAIN.items():
-            result[f"{directory}/{name}.yaml"] = _WRITTEN + manifests.rendered(name, values)
+            if text := manifests.rendered(name, values):
+                result[f"{directory}/{name}.yaml"] = _WRITTEN + text
         if name != "namespace":
             # Helm makes the namespace: helm install --create-namespace -n weft-system.
             result[f"chart/templates/{name}.yaml"] = _WRITTEN + manifests.rendered(
                 name, manifests.CHART
             )
-    listed = "".join(f"- {name}.yaml\n" for name in manifests.NAMES)
+    plain = (name for name in manifests.NAMES if manifests.rendered(name, manifests.Values()))
+    listed = "".join(f"- {name}.yaml\n" for name in plain)
     head = "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
     name, _, tag = manifests.IMAGE.partition(":")
     image = f"{_IMAGE}images:\n- name: {name}\n  newName: {name}\n  newTag: {tag}\n"
     for directory in _PLAIN:
         result[f"{directory}/kustomization.yaml"] = f"{_WRITTEN}{head}resources:\n{listed}{image}"
+    balancer = manifests.rendered("load-balancer", _BALANCED)
+    result["load-balancer/rbac.yaml"] = _WRITTEN + balancer
+    result["load-balancer/kustomization.yaml"] = _WRITTEN + _COMPONENT
     result["chart/templates/NOTES.txt"] = _NOTES
     result["chart/Chart.yaml"] = _WRITTEN + _CHART
     result["chart/values.yaml"] = _WRITTEN + manifests.CHART_VALUES

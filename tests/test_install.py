@@ -42,6 +42,7 @@ from mesh.sources.kubernetes_client import Client, ServerError
 from tests.support.running import PROJECT, running
 
 NAMESPACE = manifests.NAMESPACE
+BALANCED = manifests.objects(load_balancer=True)
 CRD = "apiextensions.k8s.io/customresourcedefinitions"
 
 
@@ -83,6 +84,16 @@ async def test_installed_again_and_removed(server, tmp_path):
     assert (await weft("install", config, "--image=weft:next"))[0] == 0
     pod = server.get("apps/daemonsets", "weft-agent", NAMESPACE)["spec"]["template"]["spec"]
     assert pod["containers"][0]["image"] == "weft:next"
+    # Rights go with the option that they are for, and with it come again.
+    balanced = {(one["kind"], one["metadata"]["name"]) for one in BALANCED} - made
+    assert balanced
+    for options, more in (
+        (["--load-balancer"], balanced),
+        ([], set()),
+        (["--load-balancer"], balanced),
+    ):
+        assert (await weft("install", config, *options))[0] == 0
+        assert stored(server) - before == made | more
     # As a controller publishes it; what else pods have stays.
     bundle = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "weft-trust-bundle"}}
     bundle["metadata"]["namespace"] = "default"
@@ -230,6 +241,24 @@ async def test_checks_name_each_right_that_is_missing(server, tmp_path):
     found = await findings()
     accounts = ("this user", "weft-agent", "weft-controller")
     assert [found[f"rights of {who}"]["result"] for who in accounts] == ["ok"] * 3
+    # Others where it is told to do less, or more.
+    deployment = server.get("apps/deployments", "weft-controller", NAMESPACE)
+    args = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    args.append("--load-balancer")
+    server.change(deployment, {"spec": deployment["spec"]})
+    balancing = (await findings())["rights of weft-controller"]
+    assert balancing["result"] == "failed"
+    assert "create services" in balancing["found"]
+    args.remove("--load-balancer")
+    args.remove("--mesh")
+    server.change(deployment, {"spec": deployment["spec"]})
+    role = server.get("rbac.authorization.k8s.io/roles", "weft-agent", NAMESPACE)
+    rules = [one for one in role["rules"] if one["resources"] != ["daemonsets"]]
+    server.change(role, {"rules": rules})
+    assert (await findings())["rights of weft-agent"]["result"] == "ok"
+    server.change(role, {"rules": role["rules"]})
+    args.append("--mesh")
+    server.change(deployment, {"spec": deployment["spec"]})
     role = server.get("rbac.authorization.k8s.io/clusterroles", "weft-agent", "")
     for rule in role["rules"]:
         rule["resources"] = [one for one in rule["resources"] if one != "nodes"]
@@ -293,6 +322,7 @@ def test_the_chart_is_what_install_applies():
     chart = PROJECT / "deploy/chart"
     values = yaml.safe_load((chart / "values.yaml").read_text())
     assert values["steer"]
+    assert not values["loadBalancer"]
     assert values["agentArgs"] == values["controllerArgs"] == []
     text = "---\n".join(one.read_text() for one in sorted((chart / "templates").glob("*.yaml")))
     text = re.sub(r"\n *{{- range .*?{{- end }}", "", text, flags=re.S)
@@ -301,9 +331,11 @@ def test_the_chart_is_what_install_applies():
     text = text.replace("{{ .Release.Namespace }}", NAMESPACE)
     for name in ("image", "trustDomain", "cniBinDir", "cniConfDir"):
         text = text.replace(f"{{{{ .Values.{name} }}}}", values[name])
-    text = re.sub(r"^{{- (if .Values.steer|end) }}\n", "", text, flags=re.M)
+    block = r"^{{- if .Values.%s }}\n(.*?)^{{- end }}\n"
+    text = re.sub(block % "loadBalancer", "", text, flags=re.M | re.S)
+    text = re.sub(block % "steer", r"\1", text, flags=re.M | re.S)
     assert "{{" not in text
-    _as_installed(yaml.safe_load_all(text))
+    _as_installed(filter(None, yaml.safe_load_all(text)))
 
 
 def test_the_chart_as_helm_renders_it():
@@ -314,13 +346,15 @@ def test_the_chart_as_helm_renders_it():
         stdout=subprocess.PIPE,
         check=True,
     )
-    plain, other, gateway_only = json.loads(done.stdout)
-    for rendered, steer in ((plain, True), (gateway_only, False)):
+    plain, other, gateway_only, balanced = json.loads(done.stdout)
+    of = ({}, plain), ({"steer": False}, gateway_only), ({"load_balancer": True}, balanced)
+    for values, rendered in of:
         found = [one for text in rendered.values() for one in yaml.safe_load_all(text)]
-        _as_installed(found, steer=steer)
-    objects = [one for text in other.values() for one in yaml.safe_load_all(text)]
+        _as_installed(filter(None, found), **values)
+    objects = [one for text in other.values() for one in yaml.safe_load_all(text) if one]
     by_kind = {one["kind"]: one for one in objects if one["kind"] in ("DaemonSet", "Deployment")}
-    for kind, wanted in (("DaemonSet", ["--x", "a b"]), ("Deployment", ["--load-balancer"])):
+    pools = ["--address-pool=192.0.2.0/28"]
+    for kind, wanted in (("DaemonSet", ["--x", "a b"]), ("Deployment", pools)):
         (container,) = by_kind[kind]["spec"]["template"]["spec"]["containers"]
         assert container["args"][-1 - len(wanted) :] == ["--trust-domain=other.example", *wanted]
         assert container["image"] == "other:1"
@@ -341,18 +375,18 @@ other = {
     "cniConfDir": "/other/net.d",
     "settings": {"access_log": "off", "n": [1]},
     "agentArgs": ["--x", "a b"],
-    "controllerArgs": ["--load-balancer"],
+    "controllerArgs": ["--address-pool=192.0.2.0/28"],
 }
-values = {}, other, {"steer": False}
+values = {}, other, {"steer": False}, {"loadBalancer": True}
 found = [chart.render(given, name="weft", namespace=sys.argv[2]) for given in values]
 print(json.dumps([{k: v for k, v in one.items() if k.endswith(".yaml")} for one in found]))
 """
 
 
-def _as_installed(objects, *, steer=True):
+def _as_installed(objects, **values):
     # Weft's own namespace is Helm's to make.
     own = path_of({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
-    wanted = (one for one in manifests.objects(steer=steer) if path_of(one) != own)
+    wanted = (one for one in manifests.objects(**values) if path_of(one) != own)
     assert sorted(objects, key=path_of) == sorted(wanted, key=path_of)
 
 
@@ -395,6 +429,33 @@ def test_the_kustomization_is_whole(directory, steer):
 
 
 @needs_kubectl
+@pytest.mark.parametrize(("directory", "steer"), [("manifests", True), ("gateway-only", False)])
+def test_the_kustomization_takes_balancers_by_one_line(tmp_path, directory, steer):
+    """The README's."""
+    readme = (PROJECT / "README.md").read_text()
+    (line,) = re.findall(r"`(echo '[^`]* >> deploy/manifests/kustomization.yaml)`", readme)
+    shutil.copytree(PROJECT / "deploy", tmp_path / "deploy")
+    line = line.replace("manifests", directory)
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+    command = [KUBECTL, "kustomize", str(tmp_path / "deploy" / directory)]
+    built = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found, wanted = (
+        {path_of(one): one for one in objects}
+        for objects in (
+            yaml.safe_load_all(built),
+            manifests.objects(steer=steer, load_balancer=True),
+        )
+    )
+    (path,) = [one for one in found if one.endswith("/deployments/weft-controller")]
+    (container,), (other,) = (
+        one[path]["spec"]["template"]["spec"]["containers"] for one in (found, wanted)
+    )
+    assert sorted(container["args"]) == sorted(other["args"])
+    container["args"] = other["args"]
+    assert found == wanted
+
+
+@needs_kubectl
 def test_the_kustomization_takes_another_image_by_one_line(tmp_path):
     """The README's."""
     readme = (PROJECT / "README.md").read_text()
@@ -409,13 +470,14 @@ def test_the_kustomization_takes_another_image_by_one_line(tmp_path):
 
 @needs_crds
 @needs_cilium_crds
-async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
+@pytest.mark.parametrize("load_balancer", [False, True])
+async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path, load_balancer):
     """Agent and controller as they are, on a server that enforces the roles of the manifests, doing
     everything once. Each verb of each resource in each role is made use of."""
     server.install_crds(CRDS)
     for crd in cilium_crds(conditions=True):
         server.create(crd)
-    for obj in (*manifests.objects(), *_one_of_each()):
+    for obj in (*manifests.objects(load_balancer=load_balancer), *_one_of_each()):
         server.create(obj)
     # Each status is in conflict once.
     for plural in (*_WITH_STATUS, "ciliumnetworkpolicies", "ciliumclusterwidenetworkpolicies"):
@@ -433,7 +495,7 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
         "one",
         trust_domain="cluster.local",
         mesh=True,
-        load_balancer=True,
+        load_balancer=load_balancer,
         secrets_namespace=f"{NAMESPACE}-secrets",
     )
     used = server.auth.used
@@ -446,7 +508,7 @@ async def test_roles_allow_what_is_asked_for_and_nothing_else(server, tmp_path):
         try:
             await asyncio.to_thread(process.await_status, lambda status: status["ready"])
             await world.until(lambda: world.conditions("httproutes", "one")["Accepted"] == "True")
-            await _everything(world, found)
+            await _everything(world, found, load_balancer)
             await world.until(
                 lambda: server.auth.granted(agent) | server.auth.granted(controller) <= used
             )
@@ -565,7 +627,7 @@ def _one_of_each():
         yield policy(kind, "one")
 
 
-async def _everything(world, controller):
+async def _everything(world, controller, balanced):
     """What happens seldom: an Event again, a Service and a copy of a Secret that are not needed any
     more, another root."""
     server = world.server
@@ -580,7 +642,7 @@ async def _everything(world, controller):
         await world.until(
             lambda holds=holds: world.conditions("httproutes", "one")["ResolvedRefs"] == holds
         )
-    await world.until(lambda: server.get("/services", "weft-one"))
+    await world.until(lambda: (server.get("/services", "weft-one") is not None) == balanced)
     await world.until(lambda: server.get("/secrets", "default.one", f"{NAMESPACE}-secrets"))
     listeners = [{"name": "http", "port": 8080, "protocol": "HTTP"}]
     address = [{"type": "IPAddress", "value": "127.0.0.1"}]
@@ -595,7 +657,8 @@ def test_each_verb_of_the_roles_is_explained():
     """By name, in the comment that stands above it."""
     comment = before = ""
     verbs = 0
-    for line in (PROJECT / "deploy/manifests/rbac.yaml").read_text().splitlines():
+    files = (PROJECT / "deploy" / one / "rbac.yaml" for one in ("manifests", "load-balancer"))
+    for line in "\n".join(one.read_text() for one in files).splitlines():
         text = line.strip()
         if text.startswith("#"):
             comment = f"{comment} {text}" if before.startswith("#") else text
@@ -604,7 +667,7 @@ def test_each_verb_of_the_roles_is_explained():
                 assert re.search(rf"\b{verb}\b", comment), f"{verb}: {comment}"
                 verbs += 1
         before = text
-    assert verbs > 40
+    assert verbs > 45
 
 
 @needs_crds

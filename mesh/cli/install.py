@@ -39,6 +39,12 @@ def _cluster_options(function: F) -> F:
     help="Steer and filter the connections of the cluster's pods; else an ingress gateway alone.",
 )
 @click.option(
+    "--load-balancer",
+    is_flag=True,
+    help="Gateways that name no address get a Service of type LoadBalancer; the controller may"
+    " write Services then.",
+)
+@click.option(
     "--cni-bin-dir",
     default="/opt/cni/bin",
     show_default=True,
@@ -65,7 +71,10 @@ def install(kubeconfig: Path | None, dry_run: bool, **values: Any) -> None:
         click.echo(manifests.everything(**values), nl=False)
         return
     objects = manifests.objects(**values)
-    _run(kubeconfig, lambda client: cluster.install(client, objects, click.echo))
+    every = manifests.objects(**{**values, "load_balancer": True})
+    paths = set(map(cluster.path_of, objects))
+    others = [obj for obj in every if cluster.path_of(obj) not in paths]
+    _run(kubeconfig, lambda client: cluster.install(client, objects, others, click.echo))
 
 
 @click.command()
@@ -78,7 +87,7 @@ def uninstall(kubeconfig: Path | None, namespace: str, wait: float) -> None:
     """
     from mesh.install import cluster, manifests
 
-    objects = manifests.objects(namespace=namespace)
+    objects = manifests.objects(namespace=namespace, load_balancer=True)
     _run(kubeconfig, lambda client: cluster.uninstall(client, objects, click.echo, wait))
 
 

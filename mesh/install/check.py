@@ -101,7 +101,8 @@ async def cluster(client: Client, namespace: str) -> AsyncIterator[Finding]:
     async for finding in _gateway_api(client):
         yield finding
     installed, agents = await _nodes(client, namespace)
-    objects = manifests.objects(namespace=namespace)
+    options = await _options(client, namespace) if installed else {}
+    objects = manifests.objects(namespace=namespace, **options)
     given = rights.of_accounts(objects)
     # Who gives rights must have them ("Privilege escalation prevention").
     needed = {*rights.to_apply(objects), *itertools.chain(*given.values())}
@@ -180,3 +181,15 @@ async def _nodes(client: Client, namespace: str) -> tuple[bool, Finding]:
         todo = f"kubectl -n {namespace} get pods; kubectl -n {namespace} logs daemonset/weft-agent"
         return True, Finding("agents", "failed", f"{ready} of {wanted} nodes are ready", todo)
     return True, Finding("agents", "ok", f"{ready} of {wanted} nodes are ready")
+
+
+async def _options(client: Client, namespace: str) -> dict[str, bool]:
+    """With what it was installed, as far as rights differ; {}: that cannot be seen."""
+    path = f"/apis/apps/v1/namespaces/{namespace}/deployments/weft-controller"
+    try:
+        found = await client.request("GET", path)
+    except ServerError:
+        return {}
+    containers = found["spec"]["template"]["spec"]["containers"]
+    args = [arg for one in containers for arg in one.get("args") or ()]
+    return {"steer": "--mesh" in args, "load_balancer": "--load-balancer" in args}

@@ -45,9 +45,13 @@ def path_of(obj: dict[str, Any]) -> str:
 
 
 async def install(
-    client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None]
+    client: Client,
+    objects: Iterable[dict[str, Any]],
+    others: Iterable[dict[str, Any]],
+    say: Callable[[str], None],
 ) -> None:
-    """InstallError, ServerError: it was not finished; what was done stays, and can be repeated."""
+    """`others`: what another option had brought, and is to go. InstallError, ServerError: it was
+    not finished; what was done stays, and can be repeated."""
     for obj in objects:
         name = f"{obj['kind']} {obj['metadata']['name']}"
         query = {"fieldManager": _MANAGER, "force": "true"}
@@ -61,6 +65,8 @@ async def install(
                 ) from None
             raise
         say(f"{name}: applied")
+    for obj in others:
+        await _delete(client, obj, "Background", say)
 
 
 async def uninstall(

@@ -16,14 +16,15 @@ IMAGE = "weft:0.1.0"
 CNI_BIN_DIR = "/opt/cni/bin"
 CNI_CONF_DIR = "/etc/cni/net.d"
 # In the order in which they are made.
-NAMES = ("namespace", "rbac", "agent", "controller", "gatewayclass")
+NAMES = ("namespace", "rbac", "load-balancer", "agent", "controller", "gatewayclass")
 
 
 class Values(NamedTuple):
     """`steer`: what stands between lines "#if steer" and "#end" of the templates is there, for the
-    mesh; without it Weft is an ingress gateway. None: the chart decides that. The rest is what
-    differs from cluster to cluster. `settings` and the arguments begin with a line end, where there
-    are any, and are indented as they stand."""
+    mesh; without it Weft is an ingress gateway. So with `load_balancer`: Gateways get Services of
+    that type. None: the chart decides that. The rest is what differs from cluster to cluster.
+    `settings` and the arguments begin with a line end, where there are any, and are indented as
+    they stand."""
 
     namespace: str = NAMESPACE
     image: str = IMAGE
@@ -32,6 +33,7 @@ class Values(NamedTuple):
     agent_args: str = ""
     controller_args: str = ""
     steer: bool | None = True
+    load_balancer: bool | None = False
     cni_bin_dir: str = CNI_BIN_DIR
     cni_conf_dir: str = CNI_CONF_DIR
 
@@ -51,6 +53,7 @@ CHART = Values(
     agent_args=_more("agentArgs"),
     controller_args=_more("controllerArgs"),
     steer=None,
+    load_balancer=None,
     cni_bin_dir="{{ .Values.cniBinDir }}",
     cni_conf_dir="{{ .Values.cniConfDir }}",
 )
@@ -62,35 +65,36 @@ trustDomain: cluster.local
 # Whether nodes steer and filter the connections of their pods, with eBPF and a CNI plugin; false:
 # Weft is an ingress gateway alone, with fewer rights.
 steer: true
+# Whether each Gateway that names no address gets a Service of type LoadBalancer; false: the
+# controller may write no Services.
+loadBalancer: false
 # Where the nodes' container runtime looks for CNI plugins, and for the list of them.
 cniBinDir: {CNI_BIN_DIR}
 cniConfDir: {CNI_CONF_DIR}
 # Limits and habits of the proxy: README.md, "Settings".
 settings:
   access_log: json
-# More arguments of "weft up" and of "weft controller", such as --load-balancer of the latter.
+# More arguments of "weft up" and of "weft controller".
 agentArgs: []
 controllerArgs: []
 """
 
 
 def rendered(name: str, values: Values) -> str:
-    """One template's text."""
+    """One template's text; "": there is nothing in it with these values."""
     text = (files("mesh.install") / "templates" / f"{name}.yaml").read_text()
-    return Template(_decided(text, values.steer)).substitute(values._asdict())
-
-
-def _decided(text: str, steer: bool | None) -> str:
-    if steer is None:
-        text = re.sub(r"^ *#if steer$", "{{- if .Values.steer }}", text, flags=re.M)
-        return re.sub(r"^ *#end$", "{{- end }}", text, flags=re.M)
-    block = re.compile(r"^ *#if steer\n(.*?)^ *#end\n", re.M | re.S)
-    return block.sub(r"\1" if steer else "", text)
+    for field, of_chart in (("steer", "steer"), ("load_balancer", "loadBalancer")):
+        there: bool | None = getattr(values, field)
+        kept = r"\1" if there else ""
+        if there is None:
+            kept = f"{{{{- if .Values.{of_chart} }}}}\n\\1{{{{- end }}}}\n"
+        text = re.sub(rf"^ *#if {field}\n(.*?)^ *#end\n", kept, text, flags=re.M | re.S)
+    return Template(text).substitute(values._asdict())
 
 
 def everything(**values: Any) -> str:
     """All of it, as one stream of documents. `values`: those of Values that differ."""
-    return "---\n".join(rendered(name, Values(**values)) for name in NAMES)
+    return "---\n".join(filter(None, (rendered(name, Values(**values)) for name in NAMES)))
 
 
 def objects(**values: Any) -> list[dict[str, Any]]:
