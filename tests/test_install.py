@@ -317,6 +317,24 @@ def test_an_agent_that_is_stopped_has_the_time_that_it_takes():
     assert takes_s < pod["terminationGracePeriodSeconds"]
 
 
+def test_a_node_that_is_drained_leaves_a_controller():
+    """And can be drained."""
+    found = {one["kind"]: one for one in manifests.objects()}
+    budget, deployment = found["PodDisruptionBudget"], found["Deployment"]
+    assert budget["metadata"]["namespace"] == deployment["metadata"]["namespace"]
+    assert budget["spec"]["selector"] == deployment["spec"]["selector"]
+    assert 0 < budget["spec"]["maxUnavailable"] < deployment["spec"]["replicas"]
+
+
+def test_the_image_is_made_of_what_the_build_is_given():
+    """Each COPY of the Dockerfile is let in by .dockerignore, and nothing else."""
+    copies = re.findall(r"^COPY ([^-].*)", (PROJECT / "deploy/Dockerfile").read_text(), re.M)
+    wanted = {source for line in copies for source in line.split()[:-1]}
+    ignored = (PROJECT / ".dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    assert {line[1:] for line in ignored if line.startswith("!")} == wanted
+
+
 def test_the_chart_is_what_install_applies():
     """By the few rules of Helm's templates that the chart makes use of."""
     chart = PROJECT / "deploy/chart"

@@ -65,6 +65,14 @@ BUILT_IN = (
         short=("netpol",),
         generation=True,
     ),
+    Resource(
+        group="policy",
+        kind="PodDisruptionBudget",
+        plural="poddisruptionbudgets",
+        subresources=("status",),
+        short=("pdb",),
+        generation=True,
+    ),
     Resource(group="coordination.k8s.io", kind="Lease", plural="leases", unconditional=False),
     Resource(
         group="apps",
