@@ -67,6 +67,12 @@ async def test_other_controllers_entries_and_classes_are_left_alone(world):
     obj = route("r")
     obj["spec"]["parentRefs"] = [{"name": "gw"}, {"name": "not-ours"}]
     world.server.create(obj)
+    # Of ours much would be said.
+    for number in range(1000):
+        their = route(f"theirs-{number}")
+        their["spec"]["parentRefs"] = [{"name": "not-ours", "sectionName": "none"}]
+        their["spec"]["rules"] = [{"backendRefs": [{"name": "nothing", "port": 80}]}]
+        world.server.create(their)
     entry = {
         "parentRef": {"group": GROUP, "kind": "Gateway", "name": "not-ours"},
         "controllerName": "example.com/other",
@@ -104,6 +110,15 @@ async def test_other_controllers_entries_and_classes_are_left_alone(world):
         assert len(parents) == 2
     assert not world.status("gateways", "not-ours").get("listeners")
     assert controller.writer.writes < 40
+    # Neither read one by one, nor written, nor told of.
+    asked = {part for _, path in world.server.requests for part in path.split("?")[0].split("/")}
+    assert {"gw", "r"} <= asked
+    assert not {one for one in asked if one.startswith(("theirs-", "not-ours", "other"))}
+    store = world.server.store
+    told = {
+        event["involvedObject"]["name"] for _, event in store.list("/events", None, store.revision)
+    }
+    assert told <= {"gw", "r", "weft"}
 
 
 async def test_an_unchanged_status_is_not_written_again(world):
