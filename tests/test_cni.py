@@ -5,13 +5,16 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 from bpf_world import loader, needs_bpf, new_cgroup, pin_directory
 
-from bpf import podfilter
+from bpf import maps, podfilter
+from bpf.enforcement import Enforcement
+from bpf.reasons import Reason
 from mesh.agent import cni_plugin
 from mesh.agent.cni_plugin import CniPlugin
 from mesh.agent.cni_socket import CniSocket
@@ -21,6 +24,8 @@ from mesh.cni import kubepods, shim
 from mesh.cni.adopt import adopt
 from mesh.cni.plugin import Place
 from mesh.lab.kernel import create_netns, inside, remove_netns
+from mesh.model.policyconfig import Direction, PolicySection
+from mesh.model.section import policy_key
 from mesh.sources.kubernetes_client import Client
 
 PLUGINS = Path("/usr/lib/cni")
@@ -157,6 +162,7 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
             assert await weft("ADD", **given[pod]) == (0, results[pod])
             assert await weft("CHECK", **given[pod]) == (0, None)
         assert {one["about"] for one in node.records()} == {f"ns/{pod}/{UID}" for pod in kinds}
+        check_the_bridge(node, place, results)
     # Nobody hears of its end, and it is gone once an agent is there again.
     node.call(PLUGINS / "bridge", "DEL", "two", node.netns["two"], **node.network)
     assert node.weft("DEL", pod="two") == (0, None)
@@ -178,6 +184,35 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
         assert node.records() == []
         await check_adoption(node, place, results, tmp_path)
     await check_the_end(node, place, tmp_path, monkeypatch)
+
+
+def check_the_bridge(node, place, results):
+    """What is for several reaches a pod from nobody but its node: its policy says nothing of it."""
+    theirs = {pod: one["ips"][0]["address"].partition("/")[0] for pod, one in results.items()}
+    closed = PolicySection("ns", "two", 1 << 24, (theirs["two"],), Direction(default_deny=True))
+    with contextlib.closing(Enforcement(place.pins, None)) as enforcement:
+        for sections in {}, {policy_key("ns", "two"): closed}:
+            assert enforcement.replace(sections) == {}
+            for group in "10.9.0.255", "224.0.0.251":
+                with contextlib.ExitStack() as stack:
+                    sockets = {}
+                    for where in ("node", "one", "two"):
+                        with inside(node.netns[where]):
+                            made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+                        sockets[where] = stack.enter_context(made)
+                        made.settimeout(5)
+                        made.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                        device = b"cni0" if where == "node" else b"eth0"
+                        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+                    two = sockets["two"]
+                    two.bind(("", 0))
+                    joined = socket.inet_aton("224.0.0.251") + socket.inet_aton(theirs["two"])
+                    two.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, joined)
+                    before = maps.counters(place.pins)[Reason.UNJUDGED]
+                    for where in ("one", "node"):
+                        sockets[where].sendto(where.encode(), (group, two.getsockname()[1]))
+                    assert two.recv(10) == b"node"
+                    assert maps.counters(place.pins)[Reason.UNJUDGED] > before
 
 
 async def check_the_end(node, place, tmp_path, monkeypatch):

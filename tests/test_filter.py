@@ -81,8 +81,15 @@ def ipv6(source: str, next_header: int = UDP, payload: bytes = bytes(8)) -> byte
     return frame(IPV6, header + ip_address(source).packed + ip_address(FOREIGN[1]).packed + payload)
 
 
-def icmpv6(source: str, kind: int) -> bytes:
-    return ipv6(source, ICMPV6, bytes([kind, *bytes(23)]))
+def icmpv6(source: str, kind: int, target: str = OWN[1]) -> bytes:
+    """With a target where neighbours have one (RFC 4861 §4.3, §4.4)."""
+    return ipv6(source, ICMPV6, bytes([kind, *bytes(7)]) + ip_address(target).packed)
+
+
+def arp(sender: str, *, form: tuple[int, int, int, int] = (1, IPV4, 6, 4)) -> bytes:
+    """RFC 826: who has another's address?"""
+    ends = bytes(6) + socket.inet_aton(sender) + bytes(6) + socket.inet_aton(OTHER[0])
+    return frame(ARP, struct.pack("!HHBBH", *form, 1) + ends)
 
 
 def listener_report(source: str, kind: int = 143, *, length: int = 0) -> bytes:
@@ -115,7 +122,20 @@ _CASES = {
     "IPv6 options": (ipv6(OWN[1], HOP_BY_HOP, bytes(16)), PASS),
     "bare IPv4 header": (ipv4(OWN[0], payload=b""), PASS),
     "bare IPv6 header": (ipv6(OWN[1], payload=b""), PASS),
-    "ARP": (frame(ARP, bytes(28)), PASS),
+    # Who has which address: on a bridge others believe it.
+    "ARP": (arp(OWN[0]), PASS),
+    "ARP probe": (arp("0.0.0.0"), PASS),
+    **{f"ARP of {sender}": (arp(sender), DROP) for sender in (OTHER[0], FOREIGN[0])},
+    "ARP that is cut off": (arp(OWN[0])[: 14 + 16], DROP),
+    "ARP for IPv6": (arp(OWN[0], form=(1, IPV6, 6, 4)), DROP),
+    "ARP of longer addresses": (arp(OWN[0], form=(1, IPV4, 8, 4)), DROP),
+    "neighbour": (icmpv6(OWN[1], 136), PASS),
+    **{
+        f"neighbour {target} of {source}": (icmpv6(source, 136, target), DROP)
+        for source in (OWN[1], LINK_LOCAL)
+        for target in (OTHER[1], FOREIGN[1], f"::ffff:{OTHER[0]}")
+    },
+    "neighbour that is cut off": (icmpv6(OWN[1], 136)[: 14 + 40 + 16], DROP),
     # What is no IP, or hides it.
     "LLDP": (frame(LLDP, bytes(28)), DROP),
     "VLAN": (frame(VLAN, struct.pack("!HH", 0, IPV4) + ipv4(OWN[0])[14:]), DROP),

@@ -74,6 +74,34 @@ static __always_inline int is_proxy(const struct target *end)
 		      same_target(end, &at->relay4) || same_target(end, &at->relay6));
 }
 
+/* Whether ARP from a pod says of no address but its own who has it (RFC 826); of none at all in a
+ * probe (RFC 5227 §2.1.1). On a bridge others hear it. */
+static __always_inline int is_own_arp(struct __sk_buff *skb)
+{
+	struct target sender = {.address = {0, 0, MAPPED_PREFIX}};
+	u16 form[3]; /* of hardware, of protocol, and the sizes of their addresses */
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, form, sizeof(form)) ||
+	    form[1] != __builtin_bswap16(ETH_P_IP) || form[2] != __builtin_bswap16(ETH_ALEN << 8 | 4) ||
+	    bpf_skb_load_bytes(skb, ETH_HLEN + 8 + ETH_ALEN, &sender.address[3], 4))
+		return 0;
+	return is_unspecified(&sender) || interface_of(&sender) == skb->ifindex;
+}
+
+/* Whether a packet of a pod advertises an address that is not its own (RFC 4861 §4.4). Whose a
+ * link-local one is nobody knows; nothing but `keeps_link` has them. */
+static __always_inline int claims_another(struct __sk_buff *skb, const struct packet *packet)
+{
+	struct target claimed = {};
+
+	if (packet->tuple.opener.protocol != IPPROTO_ICMPV6 || packet->flags & PACKET_UNREADABLE ||
+	    packet->port != __builtin_bswap16(ND_ADVERT))
+		return 0;
+	if (bpf_skb_load_bytes(skb, packet->at + 8, claimed.address, sizeof(claimed.address)))
+		return 1;
+	return !is_link_local(&claimed) && interface_of(&claimed) != skb->ifindex;
+}
+
 /* Whether a pod takes nothing but mutual TLS at one of its ports. There is none for ICMP. */
 static __always_inline int is_strict(const struct party *pod, const struct target *end)
 {
@@ -255,11 +283,13 @@ static __always_inline int filter_from_pod(struct __sk_buff *skb)
 		skb->mark = 0;
 		return TC_ACT_UNSPEC;
 	}
-	/* ARP says who has an address on this link of two ends, nothing that reaches beyond it. */
-	if (skb->protocol == __builtin_bswap16(ETH_P_ARP))
-		goto passes;
+	if (skb->protocol == __builtin_bswap16(ETH_P_ARP)) {
+		if (is_own_arp(skb))
+			goto passes;
+		goto spoofed;
+	}
 	/* Neither does what is no IP go on: IP may be hidden in it, such as in VLAN tags. */
-	if (!read_packet(skb, &packet))
+	if (!read_packet(skb, &packet) || claims_another(skb, &packet))
 		goto spoofed;
 	if (interface_of(&packet.tuple.opener) != skb->ifindex) {
 		/* Before a host has an address, or from its link-local one. */
@@ -311,6 +341,13 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		from = FLOW_FROM_POD;
 	} else if (owner) {
 		count(REASON_FORGED);
+		return TC_ACT_SHOT;
+	}
+	/* On a bridge there is what is for several, or for an address that nobody has been told of.
+	 * Rules are those of a pod's own addresses. */
+	if (from != FLOW_FROM_NODE && interface_of(&packet.tuple.peer) != skb->ifindex &&
+	    !keeps_link(&packet)) {
+		count(REASON_UNJUDGED);
 		return TC_ACT_SHOT;
 	}
 	/* Generations are the times of changes. One that came after the packet had left its pod is for
