@@ -37,7 +37,7 @@ class Reason(enum.IntEnum):
     MTLS_REQUIRED = 18, errno.EPERM, "not by mutual TLS, to a port that takes nothing else; dropped"
     POLICY_DENIED = 19, errno.EPERM, "policy refuses it"
     POLICY_AUDIT = 20, None, "policy would refuse it, if it were not in audit mode"
-    UNJUDGED = 21, errno.EPERM, "policy cannot judge its fragment, headers or destination; dropped"
+    UNJUDGED = 21, errno.EPERM, "what policy cannot judge, as a fragment, or a broadcast; dropped"
     RESET = 22, None, "a refused packet of TCP was answered with RST"
     FORGED = 23, None, "it came from elsewhere in the name of a pod of this node; dropped"
     UNTOLD = 24, None, "a packet was not told of: too many in one second"

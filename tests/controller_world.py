@@ -30,7 +30,8 @@ class World:
         """What an agent would: in force is everything that there is, or what is said. `owner`: the
         Node that its Lease goes with."""
         everything = {kind: 10**9 for _, kind in KINDS}
-        report = {"ready": True, "versions": everything, "addresses": ("192.0.2.1",), **report}
+        report = {"ready": True, "versions": everything, "mesh": True, **report}
+        report = {"addresses": ("192.0.2.1",), **report}
         lease = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",

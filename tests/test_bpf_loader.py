@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from bpf_world import (
@@ -23,6 +26,7 @@ from bpf_world import (
 from bpf import constants, layout, maps, pins, reasons, syscall
 from bpf.balancer import Balancer
 from bpf.errors import DatapathError
+from bpf.programs import PROGRAMS
 from bpf.reasons import Reason
 from bpf.structs import Backend, Frontend, Member, Number, Target
 from mesh.model.nodeconfig import EntryBackend, LoadBalancerEntry
@@ -66,6 +70,16 @@ def test_no_targets(address):
 # --- with one -------------------------------------------------------------------------------------
 
 
+def verified(program: Path) -> int:
+    """How many instructions the verifier has looked at (struct bpf_prog_info, verified_insns)."""
+    fd = syscall.pinned(str(program))
+    info = ctypes.create_string_buffer(220)
+    syscall._bpf(syscall._INFO_BY_FD, "=IIQ", fd, len(info), ctypes.addressof(info))
+    os.close(fd)
+    found: int = struct.unpack_from("=I", info, 216)[0]
+    return found
+
+
 @needs_bpf
 def test_everything_is_pinned_and_nothing_stays(tmp_path):
     with new_cgroup() as cgroup:
@@ -73,6 +87,9 @@ def test_everything_is_pinned_and_nothing_stays(tmp_path):
         done = loader("--pin", pin, "--cgroup", cgroup)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert os.path.ismount(pin)
+        # Of the million steps that the verifier takes.
+        steps = {name: verified(pins.program_path(pin, name)) for name in PROGRAMS}
+        assert max(steps.values()) < 100_000, steps
         assert {path.name for path in pins.map_path(pin, "x").parent.iterdir()} == set(maps.MAPS)
         links = {path.name for path in (pin / "links").rglob("*")}
         assert {"connect4", "connect6", "sendmsg4", "recvmsg6", "getpeername4"} < links

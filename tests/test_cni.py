@@ -5,15 +5,18 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from bpf_world import loader, needs_bpf, new_cgroup, pin_directory
 
-from bpf import maps, podfilter
+from bpf import podfilter
 from bpf.enforcement import Enforcement
+from bpf.maps import counters
 from bpf.reasons import Reason
 from mesh.agent import cni_plugin
 from mesh.agent.cni_plugin import CniPlugin
@@ -24,8 +27,6 @@ from mesh.cni import kubepods, shim
 from mesh.cni.adopt import adopt
 from mesh.cni.plugin import Place
 from mesh.lab.kernel import create_netns, inside, remove_netns
-from mesh.model.policyconfig import Direction, PolicySection
-from mesh.model.section import policy_key
 from mesh.sources.kubernetes_client import Client
 
 PLUGINS = Path("/usr/lib/cni")
@@ -162,7 +163,7 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
             assert await weft("ADD", **given[pod]) == (0, results[pod])
             assert await weft("CHECK", **given[pod]) == (0, None)
         assert {one["about"] for one in node.records()} == {f"ns/{pod}/{UID}" for pod in kinds}
-        check_the_bridge(node, place, results)
+        check_bridge(node, place, results["two"]["ips"][0]["address"].split("/")[0])
     # Nobody hears of its end, and it is gone once an agent is there again.
     node.call(PLUGINS / "bridge", "DEL", "two", node.netns["two"], **node.network)
     assert node.weft("DEL", pod="two") == (0, None)
@@ -186,33 +187,32 @@ async def test_pods_of_other_plugins_are_filtered_from_add_to_del(
     await check_the_end(node, place, tmp_path, monkeypatch)
 
 
-def check_the_bridge(node, place, results):
-    """What is for several reaches a pod from nobody but its node: its policy says nothing of it."""
-    theirs = {pod: one["ips"][0]["address"].partition("/")[0] for pod, one in results.items()}
-    closed = PolicySection("ns", "two", 1 << 24, (theirs["two"],), Direction(default_deny=True))
-    with contextlib.closing(Enforcement(place.pins, None)) as enforcement:
-        for sections in {}, {policy_key("ns", "two"): closed}:
-            assert enforcement.replace(sections) == {}
-            for group in "10.9.0.255", "224.0.0.251":
-                with contextlib.ExitStack() as stack:
-                    sockets = {}
-                    for where in ("node", "one", "two"):
-                        with inside(node.netns[where]):
-                            made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-                        sockets[where] = stack.enter_context(made)
-                        made.settimeout(5)
-                        made.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-                        device = b"cni0" if where == "node" else b"eth0"
-                        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-                    two = sockets["two"]
-                    two.bind(("", 0))
-                    joined = socket.inet_aton("224.0.0.251") + socket.inet_aton(theirs["two"])
-                    two.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, joined)
-                    before = maps.counters(place.pins)[Reason.UNJUDGED]
-                    for where in ("one", "node"):
-                        sockets[where].sendto(where.encode(), (group, two.getsockname()[1]))
-                    assert two.recv(10) == b"node"
-                    assert maps.counters(place.pins)[Reason.UNJUDGED] > before
+def check_bridge(node, place, two):
+    """What a pod sends reaches another one by that one's address, and by none that policies are not
+    about."""
+    enforcement = Enforcement(place.pins, None)
+    assert enforcement.replace({}) == {}
+    with contextlib.closing(enforcement), inside(node.netns["two"]):
+        link = Path("/proc/net/if_inet6").read_text().splitlines()
+        local = next(line.split()[0] for line in link if line.startswith("fe80"))
+        receiver = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        receiver.bind(("::", 7000))
+    with receiver, inside(node.netns["one"]):
+        out = socket.if_nametoindex("eth0")
+        link_local = (str(ip_address(bytes.fromhex(local))), 7000, 0, out)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as v4:
+            v4.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            v4.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            before = counters(place.pins)[Reason.UNJUDGED]
+            v4.sendto(b"all", ("255.255.255.255", 7000))
+            v4.sendto(b"group", ("224.0.0.251", 7000))
+            with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as v6:
+                v6.sendto(b"link", link_local)
+            v4.sendto(b"one", (two, 7000))
+        receiver.settimeout(20)
+        assert receiver.recv(100) == b"one"
+        assert counters(place.pins)[Reason.UNJUDGED] >= before + 2
+        assert not select.select([receiver], [], [], 0)[0]
 
 
 async def check_the_end(node, place, tmp_path, monkeypatch):

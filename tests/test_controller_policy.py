@@ -49,6 +49,17 @@ async def test_cilium_policies_show_conditions_beside_those_of_others(world):
     world.report("b", refused={"policy/default/web": "too many rules"})
     await world.until(lambda: conditions(world, "ciliumnetworkpolicies")["Programmed"] == "False")
     await world.until(lambda: conditions(world, wide, "c", "")["Programmed"] == "False")
+    # So does one that steers and filters nothing.
+    world.report("b")
+    await world.until(lambda: conditions(world, "ciliumnetworkpolicies") == wanted)
+    world.report("b", mesh=False)
+    await world.until(lambda: conditions(world, "ciliumnetworkpolicies")["Programmed"] == "False")
+    (said,) = (
+        one["message"]
+        for one in world.server.get(f"{CILIUM}/ciliumnetworkpolicies", "p")["status"]["conditions"]
+        if one["type"] == "Programmed"
+    )
+    assert "node b: there is no mesh on this node, so no policy is enforced" in said
     written = _writes(world, "p")
     assert written
     world.server.change(policy("CiliumNetworkPolicy"), {"metadata": {"labels": {"a": "b"}}})

@@ -93,6 +93,17 @@ async def test_installed_again_and_removed(server, tmp_path):
         spec = {"signerName": signer, "trustBundle": "x"}
         server.create({**about, "metadata": {"name": name}, "spec": spec})
     before.add(("ClusterTrustBundle", "example.com:other:cluster.local"))
+    # And Services of Gateways, of which others are other people's.
+    for kind, version, label in (
+        ("Service", "v1", "app.kubernetes.io/managed-by"),
+        ("EndpointSlice", "discovery.k8s.io/v1", "endpointslice.kubernetes.io/managed-by"),
+    ):
+        for by in ("weft.dev", "other"):
+            metadata = {"name": f"gw-{by}", "namespace": "default", "labels": {label: by}}
+            obj = {"apiVersion": version, "kind": kind, "metadata": metadata}
+            slices = {"addressType": "IPv4", "endpoints": []}
+            server.create({**obj, **(slices if kind == "EndpointSlice" else {"spec": {}})})
+        before.add((kind, "gw-other"))
     # While a controller runs its GatewayClass stays: without it, statuses would go.
     deployment = server.get("apps/deployments", "weft-controller", NAMESPACE)
     server.change(deployment, {"metadata": {"finalizers": ["foregroundDeletion"]}})

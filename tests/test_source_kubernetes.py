@@ -110,9 +110,10 @@ async def test_watches_cut_at_random_miss_nothing_and_repeat_nothing(server, tmp
     assert len(lists) == 1
 
 
-@pytest.mark.parametrize("as_status", [False, True])
-async def test_after_410_only_what_differs_is_told(server, tmp_path, as_status):
-    server.faults.gone_as_status = as_status
+@pytest.mark.parametrize(("as_status", "code"), [(False, 410), (True, 410), (False, 500)])
+async def test_after_410_only_what_differs_is_told(server, tmp_path, as_status, code):
+    """Or after a watch that has ended with another error: what it missed is not known."""
+    server.faults.gone_as_status, server.faults.gone_code = as_status, code
     for name in ("kept", "changed", "deleted", "recreated"):
         server.create(config_map(name))
     async with following(server, tmp_path, kinds=ONLY) as source:

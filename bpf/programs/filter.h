@@ -18,6 +18,9 @@
 enum { ND_ROUTER_SOLICIT = 133, ND_SOLICIT = 135, ND_ADVERT = 136 };
 enum { MLD_REPORT = 131, MLD_DONE = 132, MLD2_REPORT = 143 };
 
+/* Where the address is that a neighbour advertisement is about, and the sender's in ARP; its size. */
+enum { ND_TARGET = 8, ARP_SENDER = 14, ARP_SIZE = 28 };
+
 /* Hop-by-Hop Options of the least length, as all MLD messages have them. */
 #define HOP_BY_HOP_SIZE 8
 
@@ -64,6 +67,35 @@ static __always_inline u32 interface_of(const struct target *end)
 	return interface ? *interface : 0;
 }
 
+/* Whether who ARP says to have an address is the pod, or nobody while it asks whether one is free
+ * (RFC 826, RFC 5227 §2.1.1). On a bridge others would believe it. */
+static __always_inline int is_own_arp(struct __sk_buff *skb)
+{
+	struct target sender = {};
+	u8 *at = head(skb, ETH_HLEN + ARP_SIZE);
+
+	/* Of IPv4 on Ethernet. */
+	if (!at || *(u32 *)(at + ETH_HLEN) != __builtin_bswap32(0x00010800) ||
+	    *(u16 *)(at + ETH_HLEN + 4) != __builtin_bswap16(0x0604))
+		return 0;
+	sender.address[2] = MAPPED_PREFIX;
+	__builtin_memcpy(&sender.address[3], at + ETH_HLEN + ARP_SENDER, sizeof(u32));
+	return !sender.address[3] || interface_of(&sender) == skb->ifindex;
+}
+
+/* Whether a packet tells neighbours where somebody else's address is (RFC 4861 §4.4). */
+static __always_inline int misleads(struct __sk_buff *skb, const struct packet *packet)
+{
+	struct target told = {};
+
+	if (packet->tuple.opener.protocol != IPPROTO_ICMPV6 ||
+	    packet->port != __builtin_bswap16(ND_ADVERT) || packet->flags & PACKET_UNREADABLE)
+		return 0;
+	if (bpf_skb_load_bytes(skb, packet->at + ND_TARGET, told.address, sizeof(told.address)))
+		return 1;
+	return !is_link_local(&told) && interface_of(&told) != skb->ifindex;
+}
+
 /* Where this node's proxy takes connections, which it judges itself. */
 static __always_inline int is_proxy(const struct target *end)
 {
@@ -72,34 +104,6 @@ static __always_inline int is_proxy(const struct target *end)
 
 	return at && (same_target(end, &at->http4) || same_target(end, &at->http6) ||
 		      same_target(end, &at->relay4) || same_target(end, &at->relay6));
-}
-
-/* Whether ARP from a pod says of no address but its own who has it (RFC 826); of none at all in a
- * probe (RFC 5227 §2.1.1). On a bridge others hear it. */
-static __always_inline int is_own_arp(struct __sk_buff *skb)
-{
-	struct target sender = {.address = {0, 0, MAPPED_PREFIX}};
-	u16 form[3]; /* of hardware, of protocol, and the sizes of their addresses */
-
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, form, sizeof(form)) ||
-	    form[1] != __builtin_bswap16(ETH_P_IP) || form[2] != __builtin_bswap16(ETH_ALEN << 8 | 4) ||
-	    bpf_skb_load_bytes(skb, ETH_HLEN + 8 + ETH_ALEN, &sender.address[3], 4))
-		return 0;
-	return is_unspecified(&sender) || interface_of(&sender) == skb->ifindex;
-}
-
-/* Whether a packet of a pod advertises an address that is not its own (RFC 4861 §4.4). Whose a
- * link-local one is nobody knows; nothing but `keeps_link` has them. */
-static __always_inline int claims_another(struct __sk_buff *skb, const struct packet *packet)
-{
-	struct target claimed = {};
-
-	if (packet->tuple.opener.protocol != IPPROTO_ICMPV6 || packet->flags & PACKET_UNREADABLE ||
-	    packet->port != __builtin_bswap16(ND_ADVERT))
-		return 0;
-	if (bpf_skb_load_bytes(skb, packet->at + 8, claimed.address, sizeof(claimed.address)))
-		return 1;
-	return !is_link_local(&claimed) && interface_of(&claimed) != skb->ifindex;
 }
 
 /* Whether a pod takes nothing but mutual TLS at one of its ports. There is none for ICMP. */
@@ -289,7 +293,7 @@ static __always_inline int filter_from_pod(struct __sk_buff *skb)
 		goto spoofed;
 	}
 	/* Neither does what is no IP go on: IP may be hidden in it, such as in VLAN tags. */
-	if (!read_packet(skb, &packet) || claims_another(skb, &packet))
+	if (!read_packet(skb, &packet) || misleads(skb, &packet))
 		goto spoofed;
 	if (interface_of(&packet.tuple.opener) != skb->ifindex) {
 		/* Before a host has an address, or from its link-local one. */
@@ -331,8 +335,7 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		/* What is no IP has come no further than from the node. */
 		if (!is_ip(skb))
 			goto passes;
-		count(REASON_UNJUDGED);
-		return TC_ACT_SHOT;
+		goto unjudged;
 	}
 	owner = interface_of(&packet.tuple.opener);
 	if (!by && is_made_here(skb, &packet)) {
@@ -343,13 +346,10 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		count(REASON_FORGED);
 		return TC_ACT_SHOT;
 	}
-	/* On a bridge there is what is for several, or for an address that nobody has been told of.
-	 * Rules are those of a pod's own addresses. */
+	/* On a bridge it may be for all, or for an address that no policy is about. */
 	if (from != FLOW_FROM_NODE && interface_of(&packet.tuple.peer) != skb->ifindex &&
-	    !keeps_link(&packet)) {
-		count(REASON_UNJUDGED);
-		return TC_ACT_SHOT;
-	}
+	    !keeps_link(&packet))
+		goto unjudged;
 	/* Generations are the times of changes. One that came after the packet had left its pod is for
 	 * both ends: it does not pass by the rules of one before it and those of the other after.
 	 * RST may be the filter's own, for the pod that it comes from. */
@@ -361,6 +361,9 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 passes:
 	count(REASON_FILTER_TO_POD);
 	return TC_ACT_UNSPEC;
+unjudged:
+	count(REASON_UNJUDGED);
+	return TC_ACT_SHOT;
 }
 
 #endif

@@ -175,6 +175,7 @@ class Reporter:
             refused={key: why[:MAX_TEXT] for key, why in sorted(node.refusals.items())},
             addresses=self._addresses,
             bundle=self._bundle(),
+            mesh=node.datapath is not None,
         )
 
     def _port(self, port: PortAddress) -> str:

@@ -20,7 +20,7 @@ import msgspec
 from gateway.conditions import make
 from mesh.model.gateway import Gateway, GatewayStatus, GatewayStatusAddress
 from mesh.model.gatewayclass import GatewayClass
-from mesh.model.meta import ObjectKey
+from mesh.model.meta import MANAGED_BY, MANAGED_LABEL, SLICE_MANAGED_LABEL, ObjectKey
 from mesh.model.references import GROUP
 from mesh.sources.kubernetes import KubernetesSource, number
 from mesh.sources.kubernetes_client import APPLY, MANAGER, Backoff, ServerError, object_path
@@ -29,11 +29,7 @@ _log = logging.getLogger("weft.controller")
 
 Json = dict[str, Any]
 GATEWAY_LABEL = f"{GROUP}/gateway-name"
-_MANAGED_LABEL = "app.kubernetes.io/managed-by"
-_MANAGED_BY = "weft.dev"
-# "EndpointSlices", "Management": whose they are, so that other controllers leave them alone.
 _SERVICE_LABEL = "kubernetes.io/service-name"
-_SLICE_MANAGED_LABEL = "endpointslice.kubernetes.io/managed-by"
 _MAX_NAME = 63
 _SLICES = "discovery.k8s.io/v1"
 _MAX_ADDRESSES = 16
@@ -105,7 +101,7 @@ class Balancers:
     def _foreign(self, key: ObjectKey) -> bool:
         """Whether there is a Service of the name that Weft has not made."""
         there = self._source.get("Service", ObjectKey(key.namespace, service_name(key.name)))
-        return there is not None and there.metadata.labels.get(_MANAGED_LABEL) != _MANAGED_BY
+        return there is not None and there.metadata.labels.get(MANAGED_LABEL) != MANAGED_BY
 
     def _addresses(self, key: ObjectKey) -> tuple[GatewayStatusAddress, ...]:
         if self._foreign(key):
@@ -195,7 +191,7 @@ class Balancers:
                 labels = {
                     **metadata["labels"],
                     _SERVICE_LABEL: name,
-                    _SLICE_MANAGED_LABEL: _MANAGED_BY,
+                    SLICE_MANAGED_LABEL: MANAGED_BY,
                 }
                 about = {**metadata, "labels": labels, "name": slice_.name}
                 result.append(("EndpointSlice", slice_.name, _slice(about, family, ports, found)))
@@ -230,7 +226,7 @@ def _metadata(gateway: Gateway) -> Json:
         "labels": {
             **(infrastructure.labels if infrastructure else {}),
             GATEWAY_LABEL: gateway_label(gateway.metadata.name),
-            _MANAGED_LABEL: _MANAGED_BY,
+            MANAGED_LABEL: MANAGED_BY,
         },
         "annotations": dict(infrastructure.annotations if infrastructure else {}),
         "ownerReferences": [

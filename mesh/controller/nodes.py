@@ -20,6 +20,7 @@ from gateway.keys import PortKey
 from mesh.model.meta import ObjectKey
 from mesh.model.nodereport import ANNOTATION, NodeReport, decode_report
 from mesh.model.section import SectionKey
+from mesh.policy.status import EVERY_POLICY, NO_MESH
 from mesh.sources.kubernetes_client import ServerError
 
 _log = logging.getLogger("weft.controller")
@@ -167,6 +168,8 @@ class Nodes:
                 binds[port] = found
         refusals: dict[SectionKey, str] = {}
         for one in ready:
+            if not one.mesh:
+                refusals.setdefault(EVERY_POLICY, f"node {one.node}: {NO_MESH}")
             for key, why in one.refused.items():
                 refusals.setdefault(key, f"node {one.node}: {why}")
         return Answer(binds, refusals)

@@ -9,18 +9,27 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mesh.model.meta import MANAGED_BY, MANAGED_LABEL, SLICE_MANAGED_LABEL
 from mesh.model.nodereport import BUNDLE_NAME, SIGNER
 from mesh.sources.kubernetes_client import APPLY, Client, ServerError, object_path
 
 _MANAGER = "weft-install"
 _PLURALS = {"GatewayClass": "gatewayclasses"}
 _POLL_S = 0.5
-# Where controllers publish the trust bundle, outside of Weft's namespaces.
+# What controllers make outside of Weft's namespaces: the trust bundle, and Gateways' balancers.
 _PUBLISHED = (
-    ("/api/v1/configmaps", f"metadata.name={BUNDLE_NAME}"),
+    ("/api/v1/configmaps", {"fieldSelector": f"metadata.name={BUNDLE_NAME}"}),
     *(
-        (f"/apis/certificates.k8s.io/{version}/clustertrustbundles", f"spec.signerName={SIGNER}")
+        (
+            f"/apis/certificates.k8s.io/{version}/clustertrustbundles",
+            {"fieldSelector": f"spec.signerName={SIGNER}"},
+        )
         for version in ("v1", "v1beta1", "v1alpha1")
+    ),
+    ("/api/v1/services", {"labelSelector": f"{MANAGED_LABEL}={MANAGED_BY}"}),
+    (
+        "/apis/discovery.k8s.io/v1/endpointslices",
+        {"labelSelector": f"{SLICE_MANAGED_LABEL}={MANAGED_BY}"},
     ),
 )
 
@@ -57,11 +66,11 @@ async def install(
 async def uninstall(
     client: Client, objects: Iterable[dict[str, Any]], say: Callable[[str], None], wait_s: float
 ) -> None:
-    """Everything that `install` made: the controllers and the agents, the trust bundle that the
-    former published, then the rest, last first, and wait for the namespace to be gone. Statuses
-    that the controller wrote stay as they are: it ends before its GatewayClass goes. Agents take
-    the CNI plugin off their nodes, by what they may learn of the cluster until then. InstallError:
-    something is not gone in time."""
+    """Everything that `install` made: the controllers and the agents, what the former published
+    (the trust bundle; Gateways' Services, with the addresses that clients know), then the rest,
+    last first, and wait for the namespace to be gone. Statuses that the controller wrote stay as
+    they are: it ends before its GatewayClass goes. Agents take the CNI plugin off their nodes, by
+    what they may learn of the cluster until then. InstallError: something is not gone in time."""
     newest_first = list(reversed(list(objects)))
     first = [obj for obj in newest_first if obj["kind"] in ("Deployment", "DaemonSet")]
     for obj in first:
@@ -79,17 +88,18 @@ async def uninstall(
 
 
 async def _delete_published(
-    client: Client, path: str, selector: str, say: Callable[[str], None]
+    client: Client, path: str, selector: dict[str, str], say: Callable[[str], None]
 ) -> None:
     try:
-        found = await client.request("GET", path, {"fieldSelector": selector})
+        found = await client.request("GET", path, selector)
         kind, version = found["kind"].removesuffix("List"), found["apiVersion"]
         for one in found["items"]:
             obj = {"apiVersion": version, "kind": kind, "metadata": one["metadata"]}
             await _delete(client, obj, "Background", say)
     except ServerError as error:
         if error.status == 403:
-            say(f"{path} ({selector}): left, this user may not delete them: {error}")
+            about = ", ".join(selector.values())
+            say(f"{path} ({about}): left, this user may not delete them: {error}")
         elif error.status != 404:
             raise
 

@@ -14,6 +14,12 @@ from msgspec import Meta
 
 from mesh.model import scalars as s
 
+# Labels of what Weft makes for others ("Recommended Labels"; "EndpointSlices", "Management": other
+# controllers leave them alone).
+MANAGED_LABEL = "app.kubernetes.io/managed-by"
+SLICE_MANAGED_LABEL = "endpointslice.kubernetes.io/managed-by"
+MANAGED_BY = "weft.dev"
+
 
 class ObjectKey(NamedTuple):
     """An object within its kind. `namespace` is "" for cluster-scoped kinds."""

@@ -29,7 +29,8 @@ class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
     the kernel. `ports`: ADDRESS:PORT to "" (bound) or why not; the node's own mesh addresses stand
     as 127.0.0.1 and ::1. `refused`: section keys and why; `unnamed`: refusals that did not fit.
     `addresses`: where clients reach Gateways that name no address. `ready`: the node serves;
-    `bundle`: tag of the trust bundle that it has in force."""
+    `bundle`: tag of the trust bundle that it has in force; `mesh`: it steers and filters its pods
+    (--steer), and refuses policies where it cannot."""
 
     node: str
     ready: bool = False
@@ -39,6 +40,7 @@ class NodeReport(msgspec.Struct, frozen=True, omit_defaults=True):
     unnamed: int = 0
     addresses: tuple[str, ...] = ()
     bundle: str = ""
+    mesh: bool = False
 
 
 _encoder = msgspec.json.Encoder()

@@ -24,6 +24,8 @@ NO_MESH = (
     "there is no mesh on this node, so no policy is enforced; start Weft with --steer CGROUP"
     " (weft validate: with --mesh-address and --node)"
 )
+# Refused where no policy is enforced at all.
+EVERY_POLICY: SectionKey = policy_key("", "*")
 
 
 def status(mesh: bool) -> Callable[[View, PolicyKey], Status]:
@@ -68,14 +70,17 @@ def _refused(view: View, key: PolicyKey, book: Rulebook) -> str:
     refused: set[SectionKey] = set(view.bucket("refused_policies", ""))
     if not refused:
         return ""
-    concerned: set[SectionKey] = set()
+    concerned = refused & {EVERY_POLICY}
     for index, spec in enumerate(book.specs):
         concerned |= refused & set(map(cidr_key, ranges((key, index), spec)))
         for identity in view.get("subjects", (key, index)) or ():
             pods: set[ObjectKey] = set(view.bucket("pods_of_identity", identity))
             concerned |= refused & {policy_key(*pod) for pod in pods}
     return "; ".join(
-        f"the data plane refused {one}: {view.get('refusals', one)}" for one in sorted(concerned)
+        view.get("refusals", one)
+        if one == EVERY_POLICY
+        else f"the data plane refused {one}: {view.get('refusals', one)}"
+        for one in sorted(concerned)
     )
 
 

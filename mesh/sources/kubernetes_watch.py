@@ -97,6 +97,10 @@ class _List(msgspec.Struct):
     items: list[dict[str, Any]] | None = None
 
 
+class WatchError(ServerError):
+    """A watch that was going on has ended with an event that says so."""
+
+
 class Reflector:
     """`path` is that of the collection, read so many objects a `page`; with `metadata` objects come
     without anything else. `run` ends with ServerError 404 when the server does not serve it any
@@ -139,11 +143,11 @@ class Reflector:
             except ServerError as error:
                 if error.status == 404:
                     raise
-                if error.status == 410:
+                if error.status == 410 or isinstance(error, WatchError):
                     # What happened since is known by nobody: all is read again, and only what
                     # differs is told, so nothing flaps.
                     self._version = ""
-                else:
+                if error.status != 410:
                     self._sink.failing(error)
                     pause = error.retry_after_s
             await self._backoff.wait(pause, until=self._client.reachable)
@@ -238,15 +242,15 @@ _decoder = msgspec.json.Decoder(Event)
 
 
 def read_event(line: bytes, path: str) -> Event:
-    """A line of a watch. ServerError: it says that the watch is broken, or is nothing that a server
-    says."""
+    """A line of a watch. WatchError: it says that the watch is broken; ServerError: it is nothing
+    that a server says."""
     try:
         event = _decoder.decode(line)
     except msgspec.DecodeError as error:
         raise bad_answer(f"watch {path}", str(error)) from None
     if event.type == "ERROR":
         why = _converted(event.object, _Error, path)
-        raise ServerError(why.code, why.reason, f"watch {path}: {why.message}")
+        raise WatchError(why.code, why.reason, f"watch {path}: {why.message}")
     return event
 
 

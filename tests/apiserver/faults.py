@@ -21,7 +21,7 @@ class Faults:
     `once`: for a part of a path, the code that the next request for such a path gets.
     `garbage`: for a part of a path, what all requests for such paths get, as a success.
     `gone_as_status`: a watch from a compacted version gets 410 as its answer, not as an event; real
-    servers do either.
+    servers do either. `gone_code`: the code of that event, where the server does not know why.
     """
 
     about: str = ""
@@ -35,6 +35,7 @@ class Faults:
     garbage: dict[str, bytes] = field(default_factory=dict)
     away: bool = False
     gone_as_status: bool = False
+    gone_code: int = 410
     random: random.Random = field(default_factory=lambda: random.Random(1))
     cuts: int = 0
     refused: int = 0

@@ -59,9 +59,8 @@ async def serve_watch(
                 if server.faults.gone_as_status:
                     raise error from None
                 await response.prepare(request)
-                await response.write(
-                    _encoder.encode({"type": "ERROR", "object": error.status}) + b"\n"
-                )
+                status = {**error.status, "code": server.faults.gone_code}
+                await response.write(_encoder.encode({"type": "ERROR", "object": status}) + b"\n")
                 return response
             for event in missed:
                 if line := _line(event, target, chosen, shown):
