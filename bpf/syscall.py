@@ -337,7 +337,7 @@ def update_link(link_fd: int, program: int) -> None:
 
 
 def detach_link(link_fd: int) -> None:
-    """Ends what a link attaches, now: of a link that nobody holds any more it ends a moment later."""
+    """Ends what a link attaches, now; without this it ends a moment after nobody holds the link."""
     _bpf(_LINK_DETACH, "=I", link_fd)
 
 
