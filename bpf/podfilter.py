@@ -119,8 +119,7 @@ def remove(directory: Path, records: Path, interface: str) -> None:
     """Undo `add`, whatever is left of it. Entries of another pod that has the addresses now stay.
     DatapathError."""
     with _locked(records):
-        for name in FILTERS:
-            pins.link_path(directory, _link(interface, name)).unlink(missing_ok=True)
+        _detach(directory, interface)
         _draft(records, interface).unlink(missing_ok=True)
         for pod in _recorded(records):
             if pod.interface == interface:
@@ -156,9 +155,8 @@ def _recorded(records: Path) -> list[Pod]:
 
 
 def _remove(directory: Path, records: Path, pod: Pod) -> None:
-    for name in FILTERS:
-        pins.link_path(directory, _link(pod.interface, name)).unlink(missing_ok=True)
     with _explained(pod, "remove the filter of"):
+        _detach(directory, pod.interface)
         for version in (pins.version(), *pins.other_versions(directory)):
             with contextlib.suppress(DatapathError), _maps(directory, version) as maps:
                 _forget(maps, pod)
@@ -227,6 +225,17 @@ def _attach(directory: Path, pod: Pod, of: str) -> None:
                 path.unlink()
             with opened(syscall.link(program, index, PROGRAMS[name].attach_type)) as link:
                 syscall.pin(link, path)
+
+
+def _detach(directory: Path, interface: str) -> None:
+    """The filters of an interface, which may be attached anew at once: the kernel takes none of two
+    that are the same."""
+    for name in FILTERS:
+        path = pins.link_path(directory, _link(interface, name))
+        with contextlib.suppress(FileNotFoundError):
+            with opened(syscall.pinned(str(path))) as link:
+                syscall.detach_link(link)
+            path.unlink()
 
 
 def _forget(maps: _Maps, pod: Pod) -> None:

@@ -23,7 +23,7 @@ _MAP_TAKE = 21  # BPF_MAP_LOOKUP_AND_DELETE_ELEM
 _MAP_CREATE, _BTF_LOAD = 0, 18
 _INFO_BY_FD = 15
 _MAP_LOOKUP_BATCH, _MAP_UPDATE_BATCH = 24, 26
-_LINK_CREATE, _LINK_UPDATE = 28, 29
+_LINK_CREATE, _LINK_UPDATE, _LINK_DETACH = 28, 29, 34
 _SK_STORAGE = 24  # enum bpf_map_type
 _FUNC_INFO_SIZE = 8  # struct bpf_func_info
 
@@ -334,6 +334,11 @@ def link(program: int, target: int, attach_type: int) -> int:
 def update_link(link_fd: int, program: int) -> None:
     """Puts another program in a link's place at once: nothing passes in between unseen."""
     _bpf(_LINK_UPDATE, "=4I", link_fd, program, 0, 0)
+
+
+def detach_link(link_fd: int) -> None:
+    """Ends what a link attaches, now; without this it ends a moment after nobody holds the link."""
+    _bpf(_LINK_DETACH, "=I", link_fd)
 
 
 class TcxLink(NamedTuple):

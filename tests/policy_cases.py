@@ -25,6 +25,8 @@ OUTSIDE = [
     Outside("192.0.2.1"),
     Outside("192.0.2.200"),
     Outside("198.51.100.7"),
+    Outside("2001:db8::1"),
+    Outside("2001:db8:1::1"),
     Outside("172.18.0.1", "host"),
     Outside("172.18.0.2", "remote-node"),
 ]
@@ -35,7 +37,14 @@ WHAT = [
 ]  # fmt: skip
 
 _APPS = st.sampled_from(["x", "y", "z", "none"])
-_CIDRS = st.sampled_from(["0.0.0.0/0", "192.0.2.0/24", "192.0.2.128/25", "198.51.100.7/32"])
+# Mapped ranges are IPv4's where they hold nothing else, and else IPv6's.
+_CIDRS = st.sampled_from(
+    [
+        "0.0.0.0/0", "192.0.2.0/24", "192.0.2.128/25", "198.51.100.7/32",
+        "::ffff:192.0.2.128/121", "::ffff:198.51.100.7/128", "::ffc0:0:0/90",
+        "::/0", "2001:db8::/32", "2001:db8::1/128",
+    ]
+)  # fmt: skip
 
 
 @st.composite

@@ -290,7 +290,11 @@ def _is(entity: str, other: Party) -> bool:
 
 
 def _inside(address: str, cidr: str) -> bool:
-    return ipaddress.ip_address(address) in ipaddress.ip_network(cidr)
+    """RFC 4291 section 2.5.5.2: a mapped address is one of IPv4."""
+    one, network = ipaddress.ip_address(address), ipaddress.ip_network(cidr, strict=False)
+    if one.version == 4 and network.version == 6 and network.prefixlen >= 96:
+        one = ipaddress.IPv6Address(f"::ffff:{one}")
+    return one in network
 
 
 # --- selectors and ports

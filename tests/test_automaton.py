@@ -338,6 +338,33 @@ def test_published_attacks(table):
     assert 0 < sum(map(bool, judged)) < len(judged)
 
 
+@pytest.mark.parametrize(
+    ("value", "holds", "fields"),
+    [
+        ("2", True, ["x: 2"]),
+        ("2", True, ["y: evil", "X:  2 ", "xx: evil"]),
+        ("2", False, ["x: 2", "x: 2"]),
+        ("2", False, ["x: 2", "X: evil"]),
+        ("2", False, ["X: evil", "y: 2", "x: 2"]),
+        ("2", False, ["x:", "x: 2"]),
+        ("2", False, ["x: 2, evil"]),
+        ("2", False, ["x : 2"]),
+        ("2", False, ["y: 2"]),
+        (None, True, ["x:"]),
+        (None, False, ["y: 2", "xx: 2"]),
+    ],
+)
+def test_a_header_twice_is_not_the_one_that_a_policy_asks_for(real, value, holds, fields):
+    """Nothing passes by the proxy for it, whoever's rules they are."""
+    asked = PolicyRule("p", http=(HttpRule(headers=(HeaderRule("x", value, "DENY"),)),))
+    index = a_table()
+    with contextlib.closing(Judges(real, plan(LISTENERS[0], index, [(asked,)], LIMITS))) as judges:
+        head = lines("GET /a HTTP/1.1", "Host: a", *fields)
+        check(judges, index, LIMITS, head)
+        assert bool(judges.judge(head, egress=1).rule) == holds
+        assert bool(judges.judge(head, ingress=1).rule) == holds
+
+
 def test_a_rule_that_needs_the_proxy_keeps_its_place(real):
     """So does one that no automaton can have: what it wants besides counts."""
     routes = """

@@ -11,6 +11,7 @@ import subprocess
 from ipaddress import ip_address
 from pathlib import Path
 
+import msgspec
 import pytest
 from bpf_world import loader, needs_bpf, new_cgroup, pin_directory
 
@@ -286,6 +287,10 @@ async def check_adoption(node, place, results, tmp_path):
         subprocess.run(["ip", "address", "del", f"{theirs}/32", "dev", "eth0"], check=True)
     found, problems = await asyncio.to_thread(adopted)
     assert (found, problems.keys()) == ({"one", "three"}, {f"ns/two/{UID}"})
+    (pod, *_) = (msgspec.convert(one, podfilter.Pod) for one in node.records())
+    for _ in range(20):  # taken off and put on again at once
+        podfilter.remove(place.pins, place.records, pod.interface)
+        assert podfilter.add(place.pins, place.records, pod)
     about = {"pod": "one", "netns": node.netns["one"], "prevResult": results["one"]}
     for command, more in (("CHECK", about), ("GC", {"cni.dev/valid-attachments": []})):
         assert await asyncio.to_thread(node.weft, command, **more) == (0, None)

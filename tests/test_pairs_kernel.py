@@ -43,6 +43,7 @@ from mesh.model.nodeconfig import (
     Settings,
     WorkloadSection,
 )
+from mesh.model.policyconfig import HeaderRule
 from mesh.model.routeconfig import PathMatch, RouteMatch
 from mesh.model.section import SETTINGS_KEY, cluster_key, policy_key, svid_key
 
@@ -821,10 +822,18 @@ def allowed(*rules: policies.PolicyRule) -> dict[str, Section]:
 def test_policies_judge_every_request(world):
     readers = policies.rule("get", 301, http=policies.http(method="GET", path="/(first|a|slow)"))
     others = policies.rule("other", 301, http=policies.http(method="GET", path="/(first|b)"))
+    header = (HeaderRule("x-a", "2", "DENY"),)
+    named = policies.rule("named", 301, http=policies.http(path="/size/3", headers=header))
 
     async def test(here: Node, backend: Backend) -> None:
-        await change(here, allowed(readers))
+        await change(here, allowed(readers, named))
         async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/size/3", "web", "x-a: 2"))).status == 200
+            assert counts.since == (1, 1, 0)
+            for twice in (("x-a: 2", "X-A: evil"), ("x-a: evil", "x-a: 2"), ("x-a: 2", "x-a: 2")):
+                assert (await own.ask(get("/size/3", "web", *twice))).status == 403
+                await own.pair()
             for _ in range(3):
                 counts = Counts(world)
                 assert (await own.ask(get("/a", "web"))).body == b"/a"

@@ -289,6 +289,9 @@ async def test_in_audit_mode_requests_pass_and_flows_name_the_policy():
         # Twice is not once: nobody knows which of them counts.
         ("DENY", ["x-a: 2", "x-a: 2"], None),
         ("DENY", ["x-a: 2", "X-A: evil"], None),
+        ("DENY", ["x-a: evil", "accept: 2", "X-A: 2"], None),
+        ("DENY", ["x-a:", "x-a: 2"], None),
+        ("DENY", ["x-a: 2, evil"], None),
     ],
 )
 async def test_headers_that_are_not_as_a_rule_asks_are_mended_or_the_request_is_refused(

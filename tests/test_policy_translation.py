@@ -214,6 +214,11 @@ _UNREADABLE = {
         {"ingress": [{"from": [{"ipBlock": {"cidr": "300.0.0.0/8"}}]}], "policyTypes": ["Ingress"]},
         {"ingress": False},
     ),
+    "NetworkPolicy of a newer version": (
+        "NetworkPolicy",
+        {"ingress": [{"fromNew": [{}]}], "policyTypes": ["Ingress"]},
+        {"ingress": False},
+    ),
     "NetworkPolicy's types": (
         "NetworkPolicy",
         {"policyTypes": ["ingress"]},

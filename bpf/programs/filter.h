@@ -337,9 +337,6 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 			goto passes;
 		goto unjudged;
 	}
-	/* On a bridge it may be for all, or for an address that no policy is about. */
-	if (by && interface_of(&packet.tuple.peer) != skb->ifindex && !keeps_link(&packet))
-		goto unjudged;
 	owner = interface_of(&packet.tuple.opener);
 	if (!by && is_made_here(skb, &packet)) {
 		from = FLOW_FROM_NODE;
@@ -349,6 +346,10 @@ static __always_inline int filter_to_pod(struct __sk_buff *skb)
 		count(REASON_FORGED);
 		return TC_ACT_SHOT;
 	}
+	/* On a bridge it may be for all, or for an address that no policy is about. */
+	if (from != FLOW_FROM_NODE && interface_of(&packet.tuple.peer) != skb->ifindex &&
+	    !keeps_link(&packet))
+		goto unjudged;
 	/* Generations are the times of changes. One that came after the packet had left its pod is for
 	 * both ends: it does not pass by the rules of one before it and those of the other after.
 	 * RST may be the filter's own, for the pod that it comes from. */

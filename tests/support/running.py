@@ -77,8 +77,11 @@ class Running:
                 status = self.ask("/status")
                 if holds(status):
                     return status
+            if self.process.poll() is not None:
+                break
             os.sched_yield()
-        raise AssertionError(f"the status never held: {json.dumps(status, indent=1)}")
+        said = "".join(self.said)
+        raise AssertionError(f"never: {json.dumps(status, indent=1)}\nwhat it said:\n{said}")
 
     def stop(self, number=signal.SIGTERM):
         """The exit code."""
