@@ -110,6 +110,26 @@ async def test_watches_cut_at_random_miss_nothing_and_repeat_nothing(server, tmp
     assert len(lists) == 1
 
 
+async def test_a_server_that_was_restored_from_a_backup(server, tmp_path, monkeypatch):
+    """What was seen last is in its future, from where a watch hears nothing, not even bookmarks."""
+    monkeypatch.setattr("mesh.sources.kubernetes_watch._WATCH_S", (1, 1))
+    server.create(config_map("a"))
+    backup = server.store.revision
+    async with following(server, tmp_path, kinds=ONLY) as source:
+        server.change(config_map("a"), {"data": {"ca.crt": "2"}})
+        server.create(config_map("lost"))
+        for number in range(10):
+            server.create(config_map(f"more-{number}"))
+        await source.reached(server, "ConfigMap")
+        server.faults.away = True
+        await server.stop_listening()
+        server.store.restore(backup)
+        server.create(config_map("new"))
+        server.faults.away = False
+        await server.listen()
+        await source.until(lambda: source.values() == {"a": "1", "new": "1"})
+
+
 @pytest.mark.parametrize(("as_status", "code"), [(False, 410), (True, 410), (False, 500)])
 async def test_after_410_only_what_differs_is_told(server, tmp_path, as_status, code):
     """Or after a watch that has ended with another error: what it missed is not known."""

@@ -21,6 +21,8 @@ T = TypeVar("T")
 PAGE = 500
 _WATCH_S = (300, 600)
 _STOOD_S = 5.0
+# A server's clock and ours are as far apart as that, as to when a watch has to end.
+_EARLY_S = 0.5
 # What a list and a watch answer with ("Metadata-only fetches").
 _WHOLE = ("application/json", "application/json")
 _METADATA = (
@@ -205,13 +207,16 @@ class Reflector:
 
     async def _watch(self) -> bool:
         """Until the server ends the stream. Whether it did any good: something came, or it stood
-        for a while; streams that end at once are not to follow each other at once."""
+        for a while; streams that end at once are not to follow each other at once. In one that was
+        silent to its end there was not even a bookmark: the version may be one of the future, as
+        after etcd was restored from a backup, and all is read again."""
+        lasts_s = random.randint(*_WATCH_S)
         query = {
             **self._query,
             "watch": "true",
             "resourceVersion": self._version,
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": random.randint(*_WATCH_S),
+            "timeoutSeconds": lasts_s,
         }
         came = False
         async with self._client.stream(self._path, query, accept=self._watch_as) as lines:
@@ -222,7 +227,10 @@ class Reflector:
                     came = True
                     self._backoff.reset()
                 self._event(line)
-        return came or asyncio.get_running_loop().time() - began > _STOOD_S
+        stood_s = asyncio.get_running_loop().time() - began
+        if not came and stood_s > lasts_s - _EARLY_S:
+            self._version = ""
+        return came or stood_s > _STOOD_S
 
     def _event(self, line: bytes) -> None:
         event = read_event(line, self._path)

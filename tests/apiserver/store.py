@@ -110,6 +110,17 @@ class Store:
             for kept in versions.values():
                 del kept[:-1]
 
+    def restore(self, revision: int) -> None:
+        """As from a backup that was made at a revision: what was written since has never been."""
+        self.revision = revision
+        for log in self._log.values():
+            log[:] = [event for event in log if event.revision <= revision]
+        for versions in self._versions.values():
+            for key, kept in list(versions.items()):
+                kept[:] = [one for one in kept if one[0] <= revision]
+                if not kept:
+                    del versions[key]
+
     def watch(self, resource: str) -> asyncio.Queue[Event]:
         queue: asyncio.Queue[Event] = asyncio.Queue()
         self._watchers.setdefault(resource, set()).add(queue)

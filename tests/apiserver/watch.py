@@ -90,8 +90,10 @@ async def serve_watch(
                     await _cut(server, response, request, b"")
                     return response
                 # "Watch bookmarks": all changes up to it have been sent, also one that has come
-                # since the wait ended.
-                if queue.empty() and query.get("allowWatchBookmarks") in ("true", "1"):
+                # since the wait ended. Who asks from a version that is not there yet hears nothing
+                # until it is (apiserver's cacher: only what is newer than what was asked for).
+                told = queue.empty() and seen <= store.revision
+                if told and query.get("allowWatchBookmarks") in ("true", "1"):
                     lines.append(_bookmark(server, resource.kind, api_version))
                 continue
             if event.revision > seen and (line := _line(event, target, chosen, shown)):
