@@ -81,7 +81,8 @@ def install(kubeconfig: Path | None, dry_run: bool, **values: Any) -> None:
 @_cluster_options
 @click.option("--wait", default=120.0, show_default=True, help="Seconds to wait until it is gone.")
 def uninstall(kubeconfig: Path | None, namespace: str, wait: float) -> None:
-    """Remove Weft from a cluster. Gateways and routes stay, with the statuses that they have.
+    """Remove Weft from a cluster. Gateways and routes stay, with the statuses that they have; their
+    Services of type LoadBalancer go, and with those the addresses that clients know.
 
     Exit codes: 0 removed or not there, 1 it could not be, 2 wrong usage.
     """
