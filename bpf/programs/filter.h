@@ -292,7 +292,7 @@ static __always_inline int filter_from_pod(struct __sk_buff *skb)
 			goto passes;
 		goto spoofed;
 	}
-	/* Neither does what is no IP go on: IP may be hidden in it, such as in VLAN tags. */
+	/* What is no IP does not go on: IP may be hidden in it, such as in VLAN tags. */
 	if (!read_packet(skb, &packet) || misleads(skb, &packet))
 		goto spoofed;
 	if (interface_of(&packet.tuple.opener) != skb->ifindex) {
