@@ -573,6 +573,50 @@ def test_statuses_that_pass(world):
     with_backend(world, test)
 
 
+def test_statuses_that_nobody_has_registered_are_counted_by_class(world):
+    """Past the proxy and through it: a backend cannot fill what is counted with its own ones."""
+    asked = (200, 203, 226, 231, 263, 299, 308, 309, 390, 418, 451, 452, 499, 511, 512, 599)
+
+    async def test(here: Node, backend: Backend) -> None:
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None)
+        passed.start()
+        here.proxy.merge = passed.merged
+        found = []
+        for through in (False, True):
+            async with paired(world) as own:
+                start = await counted(here, len(found) * (len(asked) + 1) + 1)
+                counts = Counts(world)
+                for status in asked:
+                    request = get(f"/status/{status}", "web")
+                    if through:
+                        own.writer.write(request[:9].encode())
+                        await own.offered(stands=False)
+                        request = request[9:]
+                    assert (await own.ask(request)).status == status
+                    await own.offered()
+                assert counts.since[1] == (0 if through else len(asked))
+                end = await counted(here, (len(found) + 1) * (len(asked) + 1))
+            changed = {
+                name: end[name] - start.get(name, 0)
+                for name in end
+                if name.startswith("weft_http_requests_") and end[name] != start.get(name)
+            }
+            found.append(changed)
+        # A connection's first request is through the proxy, and not among them.
+        assert found[0] == found[1]
+        codes = {re.search('code="(...)"', name): value for name, value in found[0].items()}
+        by_code = {one[1]: value for one, value in codes.items() if one is not None}
+        assert by_code == dict.fromkeys(("200", "203", "226", "308", "418", "451", "511"), 1) | {
+            "2xx": 3,
+            "3xx": 2,
+            "4xx": 2,
+            "5xx": 2,
+        }
+        passed.close()
+
+    with_backend(world, test)
+
+
 def test_a_denied_request_behind_a_slow_one_waits_its_turn(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:

@@ -32,6 +32,7 @@ from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
 from l7proxy.series import Series, SeriesReader
 from mesh.agent.flows import FlowStore
 from mesh.model.flow import Flow, HttpFlow, Peer
+from mesh.model.statuses import code
 
 _log = logging.getLogger("weft.agent")
 
@@ -264,7 +265,7 @@ def _samples(one: Counted) -> Iterator[tuple[str, str, dict[str, str], float]]:
     def counter(metric: Any, labels: dict[str, str], value: float) -> Any:
         return metric._name, f"{metric._name}_total", labels, value
 
-    route = place | {"route": series.route, "rule": series.rule, "code": str(key.status)}
+    route = place | {"route": series.route, "rule": series.rule, "code": code(key.status)}
     yield counter(metrics.REQUESTS, route, passed.requests)
     if passed.bytes_in:
         yield counter(metrics.REQUEST_BYTES, place, passed.bytes_in)
