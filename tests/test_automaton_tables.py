@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping
 
 import pytest
 from automaton_world import kernel
 from bpf_world import needs_bpf
 
+from bpf import layout, syscall
 from bpf.automaton import Automata
+from bpf.constants import AUTOMATA
+from bpf.maps import open_pinned
+from bpf.structs import AutomatonPlace, Number
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plan import plan
 from l7proxy.automaton_plans import Plans
@@ -176,6 +181,36 @@ async def test_the_kernel_follows_the_configuration(real):
     following.open()
     assert real.judge(after, get) == Judged()
     following.close()
+
+
+@needs_bpf
+async def test_what_the_kernel_does_not_take_is_not_said_to_be_in_force(real):
+    """It says why, and is tried again when the configuration changes."""
+    places = open_pinned(real.directory, "automata")
+    others = [layout.U64.pack(Number(2 * number)) for number in range(1, AUTOMATA)]  # but one
+    for one in others:
+        syscall.update(places, one, layout.AUTOMATON_PLACE.pack(AutomatonPlace(0, 0)))
+    automata = KernelAutomata(real.directory)
+    automata.open()
+    automata.in_force.clear()  # so that they are not taken away
+    automata.publish(SECTIONS, ())
+    work = asyncio.create_task(automata.run())  # noqa: TID251
+    straight, asked = plan("", RouteIndex(), ((), ()), Settings()).generation, of_worker(SECTIONS)
+    await _until(lambda: automata.refused)
+    assert (automata.in_force, automata.refused.keys()) == ({straight}, {asked})
+    assert real.judge(asked, GET) == Judged()
+    assert automata.rules() == {"HTTPRoute/shop/cart rule 0": automata.refused[asked]}
+
+    for one in others:
+        syscall.delete(places, one)
+    automata.publish({"route/HTTPRoute/shop/cart": route("/a")}, ())
+    await _until(lambda: asked in automata.in_force)
+    assert not automata.refused
+    assert automata.rules() == {"HTTPRoute/shop/cart rule 0": ""}
+    assert real.judge(asked, GET).rule == 1
+    work.cancel()
+    automata.close()
+    os.close(places)
 
 
 async def _until(holds) -> None:

@@ -202,10 +202,16 @@ class Api:
         found = await asyncio.to_thread(describe, sections, *service)
         automata = self._node.automata
         in_force = {f"{one:016x}" for one in automata.in_force} if automata is not None else set()
+        refused = automata.refused if automata is not None else {}
+        why = {f"{number:016x}": text for number, text in refused.items()}
         return _json(
             {
                 "items": [
-                    {**msgspec.to_builtins(one), "in_force": one.generation in in_force}
+                    {
+                        **msgspec.to_builtins(one),
+                        "in_force": one.generation in in_force,
+                        "refused": why.get(one.generation, ""),
+                    }
                     for one in found
                 ]
             }

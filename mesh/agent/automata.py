@@ -24,11 +24,13 @@ _log = logging.getLogger("weft.agent")
 
 
 class KernelAutomata:
-    """`in_force`: generations that the kernel judges by."""
+    """`in_force`: generations that the kernel judges by; `refused`: those that it did not take, and
+    why: not tried again before the configuration changes."""
 
     def __init__(self, directory: Path) -> None:
         """The pin directory."""
         self.in_force: set[int] = set()
+        self.refused: dict[int, str] = {}
         self._directory = directory
         self._plans = Plans()
         self._wanted: dict[int, Plan] = {}
@@ -39,6 +41,7 @@ class KernelAutomata:
         """A step from one version to the next, the first one whole."""
         if self._plans.apply(put, remove) or not self._wanted:
             self._wanted = self._plans.all()
+            self.refused = {}  # what goes may leave room
             self._let_go()
             self._again.set()
 
@@ -46,10 +49,11 @@ class KernelAutomata:
         """The rules of routes between this node's workloads, "<kind>/<ns>/<name> rule <label>", and
         why each is the proxy's; "": it is not."""
         return {
-            f"{one.result.route.label} rule {one.result.rule.label}": one.why
+            f"{one.result.route.label} rule {one.result.rule.label}": one.why or refused
             for plan in self._wanted.values()
             for one in plan.rules
             if plan.listener
+            for refused in (self.refused.get(plan.generation, ""),)
         }
 
     def open(self) -> None:
@@ -82,17 +86,19 @@ class KernelAutomata:
                     self._put(missing.generation, automaton.table)
 
     def _missing(self) -> Plan | None:
-        missing = [one for number, one in self._wanted.items() if number not in self.in_force]
+        there = self.in_force | self.refused.keys()
+        missing = [one for number, one in self._wanted.items() if number not in there]
         return min(missing, key=lambda one: sum(map(len, one.ordered)), default=None)
 
     def _put(self, generation: int, table: bytes) -> None:
         assert self._maps is not None
-        # One that cannot be put is not tried again before the configuration changes.
-        self.in_force.add(generation)
         try:
             self._maps.put(generation, table)
         except (Full, OSError) as error:
+            self.refused[generation] = f"the kernel does not take its table: {error}"
             _log.error("an automaton of requests is not in the kernel: %s", error)
+        else:
+            self.in_force.add(generation)
 
     def _let_go(self) -> None:
         if self._maps is None or not self._wanted:
