@@ -204,7 +204,8 @@ class Pool:
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
         if self._line and not self._connecting:
-            # All are in use; some perhaps only kept for later: the longest so goes first.
+            # All are in use; some perhaps only kept for later: the longest so goes first. Those that
+            # are not kept yet are not to be.
             for connection in tuple(self._held):
                 if connection.recall():
                     break
@@ -275,8 +276,8 @@ class Pool:
                 self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
         else:
             self._ready.pop(connection, None)
-            if self._line:
-                self._connect_more()
+        if self._line:
+            self._connect_more()
 
     def _close_expired(self) -> None:
         self._sweep = None

@@ -1026,6 +1026,30 @@ def test_a_connection_that_others_wait_for_is_held_no_longer(world):
     with_backend(world, test, connect_timeout_s=1)
 
 
+def test_a_connection_that_others_waited_for_before_is_not_held(world):
+    """While it was busy with the first request of who would hold it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        own_port = here.own_port  # type: ignore[attr-defined]
+        endpoints = (Endpoint(NODE, own_port, "web-0"),)
+        one = ClusterSection(endpoints, max_connections_per_endpoint=1)
+        key = cluster_key("Service", "default", "web", 80)
+        await change(here, {key: one})
+        async with paired(world, first=False) as own, paired(world, first=False) as other:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            other.writer.write(get("/a", "web").encode())
+            pending = f'weft_upstream_pending_requests{{backend="{key}"}}'
+            await here.proxy.metric(pending, lambda value: value == 1)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            async with asyncio.timeout(5):
+                assert (await other.answer()).body == b"/a"
+            await other.offered()
+
+    with_backend(world, test)
+
+
 def test_what_an_endpoint_fares_by_is_its_own(world):
     """One of two fails, and is left alone for a while although the other one answers."""
 
