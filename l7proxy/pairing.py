@@ -339,7 +339,7 @@ class Pairing:
         if passed is None or not all(held.follower.current() for held in self._held):
             self._be_due()
             return
-        if passed.forwarded != self._seen.forwarded:
+        if self._used(passed):
             self.active()
         now = time.monotonic()
         if passed != self._seen:
@@ -353,6 +353,15 @@ class Pairing:
         elif passed.unsent and now - self._moved_at > body_timeout_s:
             self._overdue = 408, "body_timeout", "the request's body did not come"
             self._be_due()
+
+    @property
+    def in_use(self) -> bool:
+        """A request passes, or has since `look` noticed any."""
+        passed = self._handles.passed(self._client) if self.offered else None
+        return passed is not None and self._used(passed)
+
+    def _used(self, passed: Exchange) -> bool:
+        return bool(passed.outstanding) or passed.forwarded != self._seen.forwarded
 
     # --- states -----------------------------------------------------------------------------------
 

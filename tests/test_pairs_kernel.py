@@ -791,6 +791,26 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
     with_backend(world, test, idle_timeout_s=0.8)
 
 
+def test_a_request_that_is_outstanding_keeps_its_connection_from_being_idle(world):
+    """As long as the idle timeout, and longer; then it counts from the answer."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1.5):
+                    await own.reader.read(1)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] == 2
+            assert await own.ended()
+
+    with_backend(world, test, idle_timeout_s=0.5)
+
+
 def test_nothing_passes_once_the_worker_is_gone(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
