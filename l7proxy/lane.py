@@ -239,9 +239,9 @@ class Lane:
             self._backend,
             lease,
             lease,
+            self._started,
+            self._policy(),
             told=ClientAddress(self._end.told, self._request_id(), False),
-            started=self._started,
-            policy=self._policy(),
         )
         server.resume(head, partial(self._shared.exchanges.resume, self._entry, sent))
 

@@ -204,8 +204,8 @@ class Pool:
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
         if self._line and not self._connecting:
-            # All are in use; some perhaps only kept for later: the longest so goes first. Others are
-            # not to be kept.
+            # All are in use; some perhaps only kept for later: the longest so goes first. Others
+            # are not to be kept.
             for connection in tuple(self._held):
                 if connection.recall():
                     break

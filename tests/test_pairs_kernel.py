@@ -52,7 +52,7 @@ FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "sho
 # What /denied is not among.
 _PATHS = (
     "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|hint|kept|long|other"
-    "|p|parts|size|slow|stalls|status|two|twice|up|x"
+    "|late|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
 
@@ -127,7 +127,7 @@ class Backend:
             what, _, rest = target[1:].partition("/")
             if self.fails:
                 what, rest = "status", "503"
-            if what == "slow":
+            if what in ("slow", "late"):
                 self.reached.set()
                 await self.go_on.wait()
             if what == "drips":
@@ -170,7 +170,7 @@ class Backend:
                     if method != "HEAD"
                     else ok(body[: int(rest)])[: -int(rest)]
                 )
-            case "chunked":
+            case "chunked" | "late":
                 head += b"transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
                 return [head + b"3\r\nabc\r\n", b"0\r\nx-sum: 1\r\n", b"\r\n"]
             case "body":  # after its head, as by sendfile(2)
@@ -420,6 +420,83 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
         assert lines == others
 
     with_backend(world, test)
+
+
+def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
+    """When it was sent, what its body was, and which policy let it pass are the kernel's to say."""
+    writer = policies.rule("put", 301, http=policies.http(method="PUT"))
+    reader = policies.rule("get", 301, http=policies.http(method="GET"))
+
+    async def test(here: Node, backend: Backend) -> None:
+        await change(here, allowed(reader, writer))
+        async with paired(world) as own:
+            counts = Counts(world)
+            before = time.monotonic()
+            own.writer.write(b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc")
+            await backend.reached.wait()
+            await asyncio.sleep(0.2)
+            backend.go_on.set()
+            held = time.monotonic() - before
+            assert (await own.answer()).body == b"abc"
+            assert counts.since == (1, 0, 1)
+        line = await logged(here, "/late")
+        assert line["duration_ms"] >= 200 and held >= 0.2
+        assert (line["status"], line["bytes_in"], line["bytes_out"]) == (200, 3, 3)
+        flows: list[Flow] = []
+        while len(flows) < 2:
+            flows += (await here.proxy.flows()).records
+        assert flows[1].policy == "put"
+
+    with_backend(world, test)
+
+
+def test_a_client_that_leaves_its_request_behind_is_told_of_once(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.write(get("/slow/1", "web").encode())
+            await backend.reached.wait()
+            sock = own.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line = await logged(here, "/slow/1")
+        assert (line["status"], line["reason"]) == (499, "client_gone")
+        backend.go_on.set()
+        async with paired(world):
+            pass
+        await logged(here, "/first", 2)
+        assert sum(one["path"] == "/slow/1" for one in log_of(here)) == 1
+
+    with_backend(world, test)
+
+
+def test_a_response_that_breaks_off_is_no_whole_one(world, tmp_path):
+    """It is told of by the proxy alone, with what has come of it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        store = FlowStore(Peers())
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), store, None)
+        passed.start()
+        async with paired(world) as own:
+            own.writer.write(get("/stalls", "web").encode())
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                await own.answer()
+        line = await logged(here, "/stalls")
+        assert (line["status"], line["bytes_out"], line["reason"]) == (200, 50, "request_timeout")
+        assert sum(one.passed.requests for one in passed.counted()) == 0
+        passed.close()
+
+    with_backend(world, test, request_timeout_s=0.3)
+
+
+def log_of(here: Node) -> list[dict[str, object]]:
+    return [json.loads(line) for line in here.proxy.access_log().splitlines()]
+
+
+async def logged(here: Node, path: str, count: int = 1) -> dict[str, object]:
+    """The last of so many lines about it."""
+    async with asyncio.timeout(5):
+        while len(found := [one for one in log_of(here) if one["path"] == path]) < count:
+            await asyncio.sleep(0.01)
+    return found[-1]
 
 
 def plainly(flow: Flow) -> Flow:
