@@ -145,10 +145,13 @@ class Pairing:
         proposal, self._proposal = self._proposal, None
         self._missed = False
         if proposal is not None:
-            if proposal[0].held:
+            kept = proposal[0]
+            # A backend that answers what it has not read would be sent more and more: the kernel
+            # looks at the sender's own queue only.
+            if kept.held and not self._handles.queued(kept.cookie):
                 self._held.append(Held(*proposal, parted))
             else:
-                proposal[0].let_go(reusable=True)
+                kept.let_go(reusable=True)
         self._keep(to_offer(self._held))
 
     def _keep(self, held: list[Held]) -> None:
