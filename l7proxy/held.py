@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from bpf.constants import PAIR_SHARES, PAIR_WAYS
 from bpf.structs import Way
+from l7proxy.message import RequestHead
+from l7proxy.series import Series
 from l7proxy.streams import ClientStream, Handler, Kept
 
 
 class Allowed(NamedTuple):
     """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `timeout_s`: how long each may
-    take, with its response."""
+    take, with its response; `meaning`: of the number `series`."""
 
     generation: int
     egress: int
@@ -27,6 +29,7 @@ class Allowed(NamedTuple):
     series: int
     response_max: int
     timeout_s: float | None
+    meaning: Series
 
 
 class Place(NamedTuple):
@@ -39,20 +42,38 @@ class Place(NamedTuple):
     share: float
 
 
+class Begun(NamedTuple):
+    """A request that went past the proxy. `head`: as far as it is known; `started`: by
+    time.monotonic(); `bytes_in`: of its body; `egress`, `ingress`: the numbers of the policy rules
+    that let it pass. Of its response, as far as that went there too: `status` (0: nothing did) and
+    `bytes_out` of its body."""
+
+    head: RequestHead
+    started: float
+    bytes_in: int = 0
+    egress: int = 0
+    ingress: int = 0
+    status: int = 0
+    bytes_out: int = 0
+
+
 class Follower(NamedTuple):
     """How requests that follow one that was answered are treated. `current`: nothing that this was
     decided by has changed. `resume` makes a handler for a response that comes through the proxy
     after all, on this stream; `fail` one for a
     request without a response (status, reason, detail), `broken` for one whose response has begun
-    and will not end (reason, detail). `answered`: requests have been, past the proxy."""
+    and will not end (reason, detail). `over` tells of one that needs no handler any more: all of it
+    is done (""), or nobody waits for it (reason, detail). `answered`: requests have been, past the
+    proxy."""
 
     allowed: Allowed
     place: Place
     authority: bytes
     current: Callable[[], bool]
-    resume: Callable[[ClientStream], Handler]
-    fail: Callable[[int, str, str], Handler]
-    broken: Callable[[str, str], Handler]
+    resume: Callable[[Begun, ClientStream], Handler]
+    fail: Callable[[Begun, int, str, str], Handler]
+    broken: Callable[[Begun, str, str], Handler]
+    over: Callable[[Begun, str, str], None]
     answered: Callable[[], None]
 
 

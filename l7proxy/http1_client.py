@@ -47,7 +47,7 @@ class Http1Client(Link):
         self.answered = False  # a byte came since the request was sent
         self.cookie = 0  # of the far socket, where requests can reach it past the proxy
         self.held = False  # by whoever keeps it: no requests come from the pool
-        self.wanted = False  # while it is kept, by a request that waits
+        self.wanted = False  # by a request that waits: nobody is to hold it
         self._keeper: Callable[[], None] | None = None
         self._last = False  # what it serves
         self._on_change = on_change
@@ -69,7 +69,7 @@ class Http1Client(Link):
         return 0 if self._stream is None and self._lane is None and not self.held else 1
 
     def open(self) -> ClientStream:
-        self.answered = False
+        self.answered = self.wanted = False
         self._stream = _Stream(self, reused=self._streams > 0)
         self._streams += 1
         return self._stream
@@ -85,7 +85,7 @@ class Http1Client(Link):
         """Send a whole request as it is; `lane` gets what comes for it."""
         self._lane = lane
         self._streams += 1
-        self.answered = False
+        self.answered = self.wanted = False
         self.send(request)
 
     def carried(self, *, reusable: bool) -> None:
@@ -107,15 +107,15 @@ class Http1Client(Link):
 
     def keep(self, keeper: Callable[[], None]) -> None:
         self._keeper = keeper
-        self.wanted = False
 
     def recall(self) -> bool:
-        if self._keeper is None or self.wanted:
+        if self.wanted:
             return False
         self.wanted = True
-        if self.held:
-            self._keeper()
-        return True
+        keeper = self._keeper
+        if keeper is not None and self.held:
+            keeper()
+        return keeper is not None
 
     @property
     def unread(self) -> int:
@@ -213,7 +213,7 @@ class Http1Client(Link):
             self.close_now()
         else:
             self.hold_input(0)
-            self.held = self._keeper is not None
+            self.held = self._keeper is not None and not self.wanted
             if self.held:
                 return
         self._on_change(self)

@@ -139,13 +139,16 @@ class Lane:
         if authority and data[found[4] : found[5]] != authority:
             return False
         pool = member.pools.get(end.key)
-        connection = pool.lend(end.client) if pool is not None else None
-        if pool is None or connection is None:
+        if pool is None:
+            return False
+        bodiless = data.startswith(b"HEAD ")
+        connection = pool.lend(end.client, sure=not (bodiless or data.startswith(b"GET ")))
+        if connection is None:
             return False
         member.load += 1
         self._found = found
         self._new_id = ""
-        self._bodiless = data.startswith(b"HEAD ")
+        self._bodiless = bodiless
         self._started = now
         self._chosen, self._backend, self._end = chosen, backend, end
         self._cluster, self._member, self._pool = cluster, member, pool
@@ -236,9 +239,9 @@ class Lane:
             self._backend,
             lease,
             lease,
+            self._started,
+            self._policy(),
             told=ClientAddress(self._end.told, self._request_id(), False),
-            started=self._started,
-            policy=self._policy(),
         )
         server.resume(head, partial(self._shared.exchanges.resume, self._entry, sent))
 

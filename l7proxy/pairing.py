@@ -22,7 +22,7 @@ from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
 from l7proxy.handles import Handles
-from l7proxy.held import Follower, Held, Place, to_offer
+from l7proxy.held import Begun, Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -53,7 +53,7 @@ class Pairing:
         # A response has not come and could still, or a request is not whole: nothing may follow.
         self.lost = False
         self.count = 0  # of requests that have passed while an offer stood, once nothing passes
-        self.head = RequestHead(b"GET", b"http", b"", b"/", None, [])  # of what `take_over` gives
+        self.head = _UNKNOWN  # of what `take_over` gives
         self.wake: Callable[[], None] = lambda: None
         self.active: Callable[[], None] = lambda: None
         self._handles = handles
@@ -145,10 +145,13 @@ class Pairing:
         proposal, self._proposal = self._proposal, None
         self._missed = False
         if proposal is not None:
-            if proposal[0].held:
+            kept = proposal[0]
+            # A backend that answers what it has not read would be sent more and more: the kernel
+            # looks at the sender's own queue only.
+            if kept.held and not self._handles.queued(kept.cookie):
                 self._held.append(Held(*proposal, parted))
             else:
-                proposal[0].let_go(reusable=True)
+                kept.let_go(reusable=True)
         self._keep(to_offer(self._held))
 
     def _keep(self, held: list[Held]) -> None:
@@ -187,12 +190,20 @@ class Pairing:
             self._handles.withdraw(self._client)
             passed = self._handles.passed(self._client)
             self._withdrawn()
-            whole = passed is not None and not passed.outstanding and not passed.left
+            whole = passed is not None and not self._under_way(passed)
+            if passed is not None and not whole:
+                follower = self._last(passed).follower
+                follower.over(self._begun(passed, follower), "client_gone", "the connection ended")
             self._let_go(passed if ended and whole else None)
         else:
             self.decline()
 
     # --- what is outstanding ----------------------------------------------------------------------
+
+    def _under_way(self, passed: Exchange) -> bool:
+        """A request without a response, or one that has begun and is the proxy's to end."""
+        handed = passed.handed != self._before.handed
+        return bool(passed.outstanding or (handed and passed.left))
 
     async def take_over(
         self,
@@ -228,10 +239,10 @@ class Pairing:
                     self.lost = True
                     self._withdrawn()
                     self._let_go(None)
-                    self._tell_head(passed, follower)
-                    if passed is not None and passed.left:
-                        return follower.broken(*failure[1:])
-                    return follower.fail(*failure)
+                    begun = self._begun(passed, follower)
+                    if begun.status:
+                        return follower.broken(begun, *failure[1:])
+                    return follower.fail(begun, *failure)
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
@@ -250,19 +261,26 @@ class Pairing:
             if handed and passed.left:
                 self._held.remove(last)
                 self._let_go(passed)
-                if await self._bring_back(passed, last, give):
+                begun = self._begun(passed, follower)
+                missing = await self._bring_back(passed, last, give)
+                if not missing:
                     last.let_go(passed.parted)
+                    follower.over(begun._replace(bytes_out=passed.bytes_out), "", "")
                     return None
                 self.lost = True
                 kept.let_go(reusable=False)
-                self._tell_head(passed, follower)
-                return follower.broken("upstream_reset", "the response did not end")
+                begun = begun._replace(bytes_out=passed.bytes_out - missing)
+                if self._gone:
+                    follower.over(begun, "client_gone", "the connection ended")
+                    return None
+                return follower.broken(begun, "upstream_reset", "the response did not end")
             if handed:
                 # What is left of the request may pass or come here: nobody could tell it apart.
                 self.lost = passed.unsent != brought
-                self._tell_head(passed, follower)
+                begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
                 self._held.remove(last)
-                return follower.resume(kept.resume(self.head, last=passed.parted != last.parted))
+                last_one = passed.parted != last.parted
+                return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
             if not asked:
@@ -277,8 +295,8 @@ class Pairing:
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
-    ) -> bool:
-        """The rest of a response that has begun past the proxy; whether it has come."""
+    ) -> int:
+        """The rest of a response that has begun past the proxy; how many bytes have not come."""
         left, kept, timeout_s = passed.left, last.kept, last.follower.allowed.timeout_s
         while left:
             more = kept.take(left)
@@ -286,13 +304,13 @@ class Pairing:
                 time.monotonic() - passed.started_ns * _NS > timeout_s
             )
             if late or self._gone or (not more and kept.closed):
-                return False
+                return left
             if more:
                 left -= len(more)
                 await give(more)
             else:
                 await self._wait(_LAST_LOOK_S)
-        return True
+        return 0
 
     async def _delivery(self) -> None:
         """A response that counts as answered is in the client's queue only a moment later, or much
@@ -312,14 +330,25 @@ class Pairing:
             return 502, "upstream_reset", "the backend closed before its response was whole"
         return None
 
-    def _tell_head(self, passed: Exchange | None, follower: Follower) -> None:
-        """As far as the kernel has kept it."""
+    def _begun(self, passed: Exchange | None, follower: Follower) -> Begun:
+        """As far as the kernel knows it; `head` is told."""
         method, target = b"GET", b"/"
         if passed is not None and passed.shown:
             line, _, _ = passed.head[: passed.shown].partition(b"\r\n")
             method, _, rest = line.partition(b" ")
             target = rest.removesuffix(b" HTTP/1.1")
         self.head = RequestHead(method, b"http", follower.authority, target, None, [])
+        if passed is None:
+            return Begun(self.head, time.monotonic())
+        return Begun(
+            self.head,
+            passed.started_ns * _NS,
+            max(passed.bytes_in - passed.unsent, 0),
+            passed.egress,
+            passed.ingress,
+            passed.status if passed.left else 0,
+            passed.bytes_out - passed.left if passed.left else 0,
+        )
 
     async def _wait(self, seconds: float) -> None:
         self._happened.clear()
@@ -339,7 +368,7 @@ class Pairing:
         if passed is None or not all(held.follower.current() for held in self._held):
             self._be_due()
             return
-        if passed.forwarded != self._seen.forwarded:
+        if self._used(passed):
             self.active()
         now = time.monotonic()
         if passed != self._seen:
@@ -353,6 +382,15 @@ class Pairing:
         elif passed.unsent and now - self._moved_at > body_timeout_s:
             self._overdue = 408, "body_timeout", "the request's body did not come"
             self._be_due()
+
+    @property
+    def in_use(self) -> bool:
+        """A request passes, or has since `look` noticed any."""
+        passed = self._handles.passed(self._client) if self.offered else None
+        return passed is not None and self._used(passed)
+
+    def _used(self, passed: Exchange) -> bool:
+        return bool(passed.outstanding) or passed.forwarded != self._seen.forwarded
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -390,3 +428,4 @@ class Pairing:
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))
+_UNKNOWN = RequestHead(b"GET", b"http", b"", b"/", None, [])

@@ -146,6 +146,7 @@ class Pairs:
             counted,
             self._response_max(length),
             min((one for one in times if one is not None), default=None),
+            series,
         )
 
     def _with_policies(

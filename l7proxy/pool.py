@@ -131,12 +131,13 @@ class Pool:
             self._ready[connection] = _BUSY
         return stream
 
-    def lend(self, client: str) -> ClientConnection | None:
-        """The same before a stream is opened; one must be, or what stands for it, at once."""
+    def lend(self, client: str, *, sure: bool = True) -> ClientConnection | None:
+        """The same before a stream is opened; one must be, or what stands for it, at once. Not
+        `sure`: the endpoint may have closed it a moment ago, and the request can be repeated."""
         while self._ready and self._may_take(client):
             connection, _ = self._ready.popitem()
             if connection.capacity > 0:
-                if not self._connections[connection].poll(0):
+                if not sure or not self._connections[connection].poll(0):
                     self._hold(connection, client)
                     return connection
                 # Closed by the endpoint, which the event loop is yet to find out.
@@ -203,7 +204,8 @@ class Pool:
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
         if self._line and not self._connecting:
-            # All are in use; some perhaps only kept for later: the longest so goes first.
+            # All are in use; some perhaps only kept for later: the longest so goes first. Others
+            # are not to be kept.
             for connection in tuple(self._held):
                 if connection.recall():
                     break
@@ -274,8 +276,8 @@ class Pool:
                 self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
         else:
             self._ready.pop(connection, None)
-            if self._line:
-                self._connect_more()
+        if self._line:
+            self._connect_more()
 
     def _close_expired(self) -> None:
         self._sweep = None

@@ -139,8 +139,8 @@ class ClientConnection(Protocol):
         """Streams in flight."""
 
     def recall(self) -> bool:
-        """Whoever keeps it (`ClientStream.keep`) is to let it go soon. False: nobody does, or has
-        been told already."""
+        """Whoever keeps it (`ClientStream.keep`) is to let it go soon, and nobody else is to hold
+        it. False: nobody keeps it, or has been told already."""
 
     def open(self) -> ClientStream:
         """A new stream; only while `capacity` > 0. The stream frees its place when both halves of

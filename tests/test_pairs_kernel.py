@@ -52,7 +52,7 @@ FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "sho
 # What /denied is not among.
 _PATHS = (
     "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|hint|kept|long|other"
-    "|p|parts|size|slow|stalls|status|two|twice|up|x"
+    "|late|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
 
@@ -127,7 +127,7 @@ class Backend:
             what, _, rest = target[1:].partition("/")
             if self.fails:
                 what, rest = "status", "503"
-            if what == "slow":
+            if what in ("slow", "late"):
                 self.reached.set()
                 await self.go_on.wait()
             if what == "drips":
@@ -170,7 +170,7 @@ class Backend:
                     if method != "HEAD"
                     else ok(body[: int(rest)])[: -int(rest)]
                 )
-            case "chunked":
+            case "chunked" | "late":
                 head += b"transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
                 return [head + b"3\r\nabc\r\n", b"0\r\nx-sum: 1\r\n", b"\r\n"]
             case "body":  # after its head, as by sendfile(2)
@@ -420,6 +420,81 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
         assert lines == others
 
     with_backend(world, test)
+
+
+def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
+    """When it was sent, what its body was, and which policy let it pass are the kernel's to say."""
+    writer = policies.rule("put", 301, http=policies.http(method="PUT"))
+    reader = policies.rule("get", 301, http=policies.http(method="GET"))
+
+    async def test(here: Node, backend: Backend) -> None:
+        await change(here, allowed(reader, writer))
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc")
+            await backend.reached.wait()
+            await asyncio.sleep(0.2)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"abc"
+            assert counts.since == (1, 0, 1)
+        line = await logged(here, "/late")
+        assert line["duration_ms"] >= 200
+        assert (line["status"], line["bytes_in"], line["bytes_out"]) == (200, 3, 3)
+        flows: list[Flow] = []
+        while len(flows) < 2:
+            flows += (await here.proxy.flows()).records
+        assert flows[1].policy == "put"
+
+    with_backend(world, test)
+
+
+def test_a_client_that_leaves_its_request_behind_is_told_of_once(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.write(get("/slow/1", "web").encode())
+            await backend.reached.wait()
+            sock = own.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line = await logged(here, "/slow/1")
+        assert (line["status"], line["reason"]) == (499, "client_gone")
+        backend.go_on.set()
+        async with paired(world):
+            pass
+        await logged(here, "/first", 2)
+        assert sum(one["path"] == "/slow/1" for one in log_of(here)) == 1
+
+    with_backend(world, test)
+
+
+def test_a_response_that_breaks_off_is_no_whole_one(world, tmp_path):
+    """It is told of by the proxy alone, with what has come of it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        store = FlowStore(Peers())
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), store, None)
+        passed.start()
+        async with paired(world) as own:
+            own.writer.write(get("/stalls", "web").encode())
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                await own.answer()
+        line = await logged(here, "/stalls")
+        assert (line["status"], line["bytes_out"], line["reason"]) == (200, 50, "request_timeout")
+        assert sum(one.passed.requests for one in passed.counted()) == 0
+        passed.close()
+
+    with_backend(world, test, request_timeout_s=0.3)
+
+
+def log_of(here: Node) -> list[dict[str, object]]:
+    return [json.loads(line) for line in here.proxy.access_log().splitlines()]
+
+
+async def logged(here: Node, path: str, count: int = 1) -> dict[str, object]:
+    """The last of so many lines about it."""
+    async with asyncio.timeout(5):
+        while len(found := [one for one in log_of(here) if one["path"] == path]) < count:
+            await asyncio.sleep(0.01)
+    return found[-1]
 
 
 def plainly(flow: Flow) -> Flow:
@@ -748,6 +823,43 @@ def test_a_response_may_come_in_parts(world):
     with_backend(world, test)
 
 
+def test_a_backend_that_answers_without_reading_is_sent_no_more_than_by_the_proxy(world):
+    async def run(world: World) -> None:
+        loop = asyncio.get_running_loop()
+        listener = socket.create_server((NODE, 0))
+        listener.setblocking(False)
+        async with node(world) as here:
+            await configure(here, listener.getsockname()[1])
+            async with paired(world, first=False) as own:
+                handles = world.handles()
+                body = b"b" * 32768
+                put = b"PUT /a HTTP/1.1\r\nHost: web\r\nContent-Length: %d\r\n\r\n" % len(body)
+                own.writer.write(get("/first", "web").encode())
+                backend, _ = await loop.sock_accept(listener)
+                cookie = int.from_bytes(backend.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+                await loop.sock_recv(backend, 65536)
+                await loop.sock_sendall(backend, ok(b"first"))
+                await own.answer()
+                most = 0
+                with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
+                    for _ in range(60):
+                        before = handles.queued(cookie)
+                        own.writer.write(put + body)
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(0.2):
+                                while handles.queued(cookie) < before + len(body):
+                                    await asyncio.sleep(0.001)
+                        most = max(most, handles.queued(cookie))
+                        await loop.sock_sendall(backend, ok(b"unread"))
+                        async with asyncio.timeout(0.5):
+                            await own.answer()
+                assert 0 < most < 1024 * 1024
+                backend.close()
+        listener.close()
+
+    scenario(world, run)
+
+
 def test_the_client_s_end_of_sending_does_not_lose_the_answer(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
@@ -833,6 +945,26 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
             assert await own.ended()
 
     with_backend(world, test, idle_timeout_s=0.8)
+
+
+def test_a_request_that_is_outstanding_keeps_its_connection_from_being_idle(world):
+    """As long as the idle timeout, and longer; then it counts from the answer."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1.5):
+                    await own.reader.read(1)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] == 2
+            assert await own.ended()
+
+    with_backend(world, test, idle_timeout_s=0.5)
 
 
 def test_nothing_passes_once_the_worker_is_gone(world):
@@ -1068,6 +1200,30 @@ def test_a_connection_that_others_wait_for_is_held_no_longer(world):
             assert (await own.answer()).body == b"/a"
 
     with_backend(world, test, connect_timeout_s=1)
+
+
+def test_a_connection_that_others_waited_for_before_is_not_held(world):
+    """While it was busy with the first request of who would hold it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        own_port = here.own_port  # type: ignore[attr-defined]
+        endpoints = (Endpoint(NODE, own_port, "web-0"),)
+        one = ClusterSection(endpoints, max_connections_per_endpoint=1)
+        key = cluster_key("Service", "default", "web", 80)
+        await change(here, {key: one})
+        async with paired(world, first=False) as own, paired(world, first=False) as other:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            other.writer.write(get("/a", "web").encode())
+            pending = f'weft_upstream_pending_requests{{backend="{key}"}}'
+            await here.proxy.metric(pending, lambda value: value == 1)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            async with asyncio.timeout(5):
+                assert (await other.answer()).body == b"/a"
+            await other.offered()
+
+    with_backend(world, test)
 
 
 def test_what_an_endpoint_fares_by_is_its_own(world):

@@ -264,10 +264,6 @@ static __always_inline int give_back(struct sk_msg_md *message, u32 size,
 			return SK_DROP;
 		}
 		/* Of a response that has begun `left` is what the proxy gives the client, and no more. */
-		if (exchange->left) {
-			measure(exchange, elapsed);
-			tell(exchange, elapsed);
-		}
 		__sync_fetch_and_add(&exchange->handed, 1);
 		count(REASON_PAIR_HANDED);
 		return SK_PASS;
