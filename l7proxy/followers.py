@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from l7proxy.begun import Begun
 from l7proxy.entry import Reply, Selection
-from l7proxy.held import Begun, Follower, Place
+from l7proxy.held import Follower, Place
 from l7proxy.lease import Lease
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.pairs import Pairs, Refusal

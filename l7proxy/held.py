@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bpf.constants import PAIR_SHARES, PAIR_WAYS
 from bpf.structs import Way
-from l7proxy.message import RequestHead
+from l7proxy.begun import Begun
 from l7proxy.series import Series
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -40,21 +40,6 @@ class Place(NamedTuple):
     backend: int
     endpoint: str
     share: float
-
-
-class Begun(NamedTuple):
-    """A request that went past the proxy. `head`: as far as it is known; `started`: by
-    time.monotonic(); `bytes_in`: of its body; `egress`, `ingress`: the numbers of the policy rules
-    that let it pass. Of its response, as far as that went there too: `status` (0: nothing did) and
-    `bytes_out` of its body."""
-
-    head: RequestHead
-    started: float
-    bytes_in: int = 0
-    egress: int = 0
-    ingress: int = 0
-    status: int = 0
-    bytes_out: int = 0
 
 
 class Follower(NamedTuple):

@@ -160,8 +160,11 @@ class Http1Server(Link):
             self.failure = ProtocolError(408, "body_timeout", "the request's body did not come")
         elif not self.codec.between_requests:
             self.failure = ProtocolError(408, "head_timeout", "the request's head did not come")
-        elif self._pairing is not None and self._pairing.in_use:
-            self.timer.set(self.settings.idle_timeout_s)
+        elif self._pairing is not None and self._pairing.offered:
+            if self._pairing.in_use:
+                self.timer.set(self.settings.idle_timeout_s)
+            else:  # a request may be passing just now
+                self.drain()
         else:
             if not self._served:
                 self._on_refused("head_timeout")

@@ -21,9 +21,9 @@ from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
+from l7proxy.begun import Begun, begun
 from l7proxy.handles import Handles
-from l7proxy.held import Begun, Follower, Held, Place, to_offer
-from l7proxy.message import RequestHead
+from l7proxy.held import Follower, Held, Place, to_offer
 from l7proxy.streams import ClientStream, Handler, Kept
 
 # How soon what is outstanding is looked for again, in seconds; doubling from the first to the last.
@@ -53,7 +53,7 @@ class Pairing:
         # A response has not come and could still, or a request is not whole: nothing may follow.
         self.lost = False
         self.count = 0  # of requests that have passed while an offer stood, once nothing passes
-        self.head = _UNKNOWN  # of what `take_over` gives
+        self.head = begun(None, b"").head  # of what `take_over` gives
         self.wake: Callable[[], None] = lambda: None
         self.active: Callable[[], None] = lambda: None
         self._handles = handles
@@ -188,8 +188,9 @@ class Pairing:
         self._gone = True
         if self.offered:
             self._handles.withdraw(self._client)
-            passed = self._handles.passed(self._client)
             self._withdrawn()
+            # Now that no response passes any more: it is told of here, or the kernel has.
+            passed = self._handles.passed(self._client)
             whole = passed is not None and not self._under_way(passed)
             if passed is not None and not whole:
                 follower = self._last(passed).follower
@@ -331,24 +332,10 @@ class Pairing:
         return None
 
     def _begun(self, passed: Exchange | None, follower: Follower) -> Begun:
-        """As far as the kernel knows it; `head` is told."""
-        method, target = b"GET", b"/"
-        if passed is not None and passed.shown:
-            line, _, _ = passed.head[: passed.shown].partition(b"\r\n")
-            method, _, rest = line.partition(b" ")
-            target = rest.removesuffix(b" HTTP/1.1")
-        self.head = RequestHead(method, b"http", follower.authority, target, None, [])
-        if passed is None:
-            return Begun(self.head, time.monotonic())
-        return Begun(
-            self.head,
-            passed.started_ns * _NS,
-            max(passed.bytes_in - passed.unsent, 0),
-            passed.egress,
-            passed.ingress,
-            passed.status if passed.left else 0,
-            passed.bytes_out - passed.left if passed.left else 0,
-        )
+        """The last request; `head` is told."""
+        found = begun(passed, follower.authority)
+        self.head = found.head
+        return found
 
     async def _wait(self, seconds: float) -> None:
         self._happened.clear()
@@ -428,4 +415,3 @@ class Pairing:
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))
-_UNKNOWN = RequestHead(b"GET", b"http", b"", b"/", None, [])

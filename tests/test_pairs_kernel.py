@@ -353,7 +353,7 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
     authority = Authority("cluster.local")
     put = "PUT /p/1 HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\n"
     asked: tuple[str | bytes, ...] = (
-        get("/size/7", "web", "User-Agent: test"),
+        get("/size/7", "web", "User-Agent: test", "X-Request-Id: one-of-mine"),
         get("/status/404", "web"),
         put + "abc",
     )
@@ -415,7 +415,7 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
                 await asyncio.sleep(0.01)
         others = [json.loads(line) for line in written[1:4]]
         for line in (*lines, *others):
-            for name in ("time", "duration_ms", "request_id"):
+            for name in ("time", "duration_ms"):
                 line.pop(name)
         assert lines == others
 
@@ -431,7 +431,9 @@ def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
         await change(here, allowed(reader, writer))
         async with paired(world) as own:
             counts = Counts(world)
-            own.writer.write(b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc")
+            put = b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n"
+            put += b"User-Agent: test\r\nX-Request-Id: one-of-mine\r\n\r\nabc"
+            own.writer.write(put)
             await backend.reached.wait()
             await asyncio.sleep(0.2)
             backend.go_on.set()
@@ -440,6 +442,7 @@ def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
         line = await logged(here, "/late")
         assert line["duration_ms"] >= 200
         assert (line["status"], line["bytes_in"], line["bytes_out"]) == (200, 3, 3)
+        assert (line["user_agent"], line["request_id"]) == ("test", "one-of-mine")
         flows: list[Flow] = []
         while len(flows) < 2:
             flows += (await here.proxy.flows()).records
@@ -500,7 +503,7 @@ async def logged(here: Node, path: str, count: int = 1) -> dict[str, object]:
 def plainly(flow: Flow) -> Flow:
     """Without what is never the same twice."""
     assert flow.http is not None
-    http = msgspec.structs.replace(flow.http, latency_ms=0, request_id="")
+    http = msgspec.structs.replace(flow.http, latency_ms=0)
     there = msgspec.structs.replace(flow.destination, labels={}, identity=0)
     source = msgspec.structs.replace(flow.source, labels={}, identity=0)
     return msgspec.structs.replace(

@@ -29,6 +29,8 @@ from bpf.reasons import Reason
 from bpf.structs import Passed, PassedKey, Passing
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
+from l7proxy.begun import shown
+from l7proxy.forwarding import said_id
 from l7proxy.series import Series, SeriesReader
 from mesh.agent.flows import FlowStore
 from mesh.model.flow import Flow, HttpFlow, Peer
@@ -149,18 +151,15 @@ class _Line:
         self._passing = passing
         self._series = series
         self._time_ns = epoch_ns + passing.started_ns
-        head = passing.head[: passing.shown]
-        line, _, fields = head.partition(b"\r\n")
-        self._method, _, rest = line.partition(b" ")
-        self._path = rest.removesuffix(b" HTTP/1.1")
         # Where no more is known.
-        self._fields = dict[bytes, bytes]()
-        for field in fields.split(b"\r\n")[:-1]:
-            name, _, value = field.partition(b":")
-            self._fields[name.lower()] = value.strip(b" \t")
+        self._shown = shown(passing.head[: passing.shown])
 
     def _field(self, name: bytes) -> str:
-        return cut(self._fields.get(name, b""), MAX_NAME)
+        return cut(self._shown.fields.get(name, b""), MAX_NAME)
+
+    @property
+    def _request_id(self) -> str:
+        return said_id(self._shown.fields.get(b"x-request-id", b""))
 
     def flow(self) -> Flow:
         passing, series = self._passing, self._series
@@ -173,13 +172,14 @@ class _Line:
             ),
             service=series.service,
             http=HttpFlow(
-                method=cut(self._method, MAX_NAME),
+                method=cut(self._shown.method, MAX_NAME),
                 host=self._field(b"host"),
-                path=cut(self._path),
+                path=cut(self._shown.target),
                 status=passing.status,
                 latency_ms=round(passing.elapsed_ns * _MS, 3),
                 bytes_in=passing.bytes_in,
                 bytes_out=passing.bytes_out,
+                request_id=self._request_id,
             ),
             route=series.route,
             policy=series.policy(passing.egress, passing.ingress),
@@ -192,15 +192,15 @@ class _Line:
         return AccessLogEntry(
             time=ended.isoformat(timespec="milliseconds"),
             client=series.client,
-            method=cut(self._method, MAX_NAME),
+            method=cut(self._shown.method, MAX_NAME),
             host=self._field(b"host"),
-            path=cut(self._path),
+            path=cut(self._shown.target),
             protocol="HTTP/1.1",
             status=passing.status,
             duration_ms=round(passing.elapsed_ns * _MS, 3),
             bytes_in=passing.bytes_in,
             bytes_out=passing.bytes_out,
-            request_id="",
+            request_id=self._request_id,
             gateway=series.gateway,
             listener=series.listener,
             route=series.route,
