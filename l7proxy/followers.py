@@ -54,7 +54,7 @@ def follower(
         share /= max(lease.endpoints, 1)
 
     def sent(begun: Begun, answer: Lease | Reply) -> Sent:
-        policy = allowed.meaning.policy(begun.egress, begun.ingress)
+        policy = allowed.series.meaning.policy(begun.egress, begun.ingress)
         facts = begun.bytes_in, begun.status, begun.bytes_out
         return Sent(selected, backend, lease, answer, begun.started, policy, *facts)
 

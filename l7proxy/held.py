@@ -12,13 +12,13 @@ from typing import NamedTuple
 from bpf.constants import PAIR_SHARES, PAIR_WAYS
 from bpf.structs import Way
 from l7proxy.begun import Begun
-from l7proxy.series import Series
+from l7proxy.series import Numbered
 from l7proxy.streams import ClientStream, Handler, Kept
 
 
 class Allowed(NamedTuple):
     """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `timeout_s`: how long each may
-    take, with its response; `meaning`: of the number `series`."""
+    take, with its response."""
 
     generation: int
     egress: int
@@ -26,10 +26,9 @@ class Allowed(NamedTuple):
     rule: int
     expires_ns: int
     made_ns: int
-    series: int
+    series: Numbered
     response_max: int
     timeout_s: float | None
-    meaning: Series
 
 
 class Place(NamedTuple):
@@ -81,7 +80,9 @@ class Held(NamedTuple):
     def way(self) -> Way:
         allowed = self.follower.allowed
         share = round(self.follower.place.share * PAIR_SHARES)
-        return Way(self.kept.cookie, allowed.series, allowed.rule, share, allowed.response_max)
+        return Way(
+            self.kept.cookie, allowed.series.number, allowed.rule, share, allowed.response_max
+        )
 
     def let_go(self, parted: int) -> None:
         """Back to the pool, if it can be used again. `parted`: now."""

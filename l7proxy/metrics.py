@@ -133,6 +133,16 @@ TUNNEL_FAILURES = Counter(
     "Connections with other nodes that were not made, or cut off, by reason",
     ("reason",),
 )
+SERIES = Gauge(
+    "weft_pair_series",
+    "Series (route, both ends) that requests past the proxy are counted under: 20,000 of a worker",
+    multiprocess_mode="livesum",
+)
+SERIES_FULL = Gauge(
+    "weft_pair_series_full",
+    "Workers with no room for another of these: such requests go through them",
+    multiprocess_mode="livesum",
+)
 POLICY = Counter(
     "weft_policy_refusals_total",
     "Requests and connections that policy refused, and (audited) those that it would have",

@@ -25,7 +25,8 @@ from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE
 from l7proxy.routing import CompiledRule, RouteIndex
-from l7proxy.series import Series, SeriesNumbers
+from l7proxy.series import Series
+from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Endpoint, Settings
@@ -52,7 +53,7 @@ class Pairs:
         routes: RouteIndex,
         policies: Policies,
         peers: Peers,
-        numbers: SeriesNumbers,
+        room: SeriesRoom,
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
@@ -61,7 +62,7 @@ class Pairs:
         self._routes = routes
         self._policies = policies
         self._peers = peers
-        self._numbers = numbers
+        self._room = room
         self._open: set[Pairing] = set()
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
         self._looks: list[Pairing] = []  # whose turn it is next
@@ -131,8 +132,7 @@ class Pairs:
                 return Refusal("the rule is not in the kernel")
         if why := found.rules[number - 1].why:
             return Refusal(why)
-        series = self._with_policies(series, asker, endpoint, asked)
-        counted = self._numbers.number(series)
+        counted = self._room.number(self._with_policies(series, asker, endpoint, asked))
         if counted is None:
             return Refusal("there is no room to count them")
         times = (rule.request_timeout_s or self.settings.request_timeout_s, rule.backend_timeout_s)
@@ -146,7 +146,6 @@ class Pairs:
             counted,
             self._response_max(length),
             min((one for one in times if one is not None), default=None),
-            series,
         )
 
     def _with_policies(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
 
+from bpf.structs import Passed, PassedKey
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut, protocol
 from l7proxy.entry import Selection
@@ -73,6 +74,23 @@ def _found(key: _Key) -> _Counted:
     if len(_counted) < _MAX_SERIES:
         _counted[key] = found
     return found
+
+
+def count_passed(series: Series, key: PassedKey, passed: Passed) -> None:
+    """Requests of a series that the kernel has counted, and counts no more."""
+    place = series.gateway, series.backend
+    ends = series.client_identity, series.endpoint_identity
+    policy = series.policy(key.egress, key.ingress)
+    counted = _found((*place, series.route, series.rule, code(key.status), *ends, policy))
+    counted.requests.inc(passed.requests)
+    counted.sum.inc(passed.elapsed_ns * 1e-9)
+    faster = memoryview(passed.faster).cast("Q").tolist()
+    slower = passed.requests - sum(faster)
+    for bucket, count in zip(counted.buckets, (*faster, slower), strict=True):
+        bucket.inc(count)
+    counted.by_policy.inc(passed.requests)
+    _series(_bytes_in, metrics.REQUEST_BYTES, *place)._value.inc(passed.bytes_in)
+    _series(_bytes_out, metrics.RESPONSE_BYTES, *place)._value.inc(passed.bytes_out)
 
 
 class Record:

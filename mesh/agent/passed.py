@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,8 @@ _log = logging.getLogger("weft.agent")
 _TAKE_S = 0.25
 _BATCH = 512
 _NS, _MS = 1e-9, 1e-6
+# So often metrics are read until both sides fit.
+_READS = 3
 
 # By the name of a sample and its labels.
 _Key = tuple[str, frozenset[tuple[str, str]]]
@@ -111,10 +113,18 @@ class PassedBy:
                     self._maps.forget(key)
         return found
 
-    def merged(self, others: Iterable[Metric]) -> Iterator[Metric]:
+    def merged(self, others: Callable[[], Iterable[Metric]]) -> Iterator[Metric]:
         """Metrics of the workers, and the same of what has passed by them."""
         lost: Any = metrics.LOG_LOST
-        return merged(others, self.counted(), lost._value.get())
+        there = {one.key for one in self.counted()}
+        for _ in range(_READS):
+            found = list(others())
+            counted = self.counted()
+            before, there = there, {one.key for one in counted}
+            if before <= there:
+                break
+            # Meanwhile a worker has added what was counted here to what it counts itself.
+        return merged(found, counted, lost._value.get())
 
     # --- single requests --------------------------------------------------------------------------
 
