@@ -210,12 +210,12 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
         assert workload("connect", VIP, 80)["name"] == "one"
 
 
-# In all processes: a kernel that changes responses on their way past the proxy.
+# In all processes: a kernel that changes requests on their way past the proxy.
 _NO_PAIRS = """
 import socket
 received = socket.socket.recv
 def recv(self, *args):
-    return received(self, *args).replace(b"\\r\\n\\r\\nweft", b"\\r\\n\\r\\nleft")
+    return received(self, *args).replace(b"GET /weft", b"GET /left")
 socket.socket.recv = recv
 """
 
