@@ -84,7 +84,7 @@ PAIRS_MAX = 1 << 13
 # out in so many parts.
 PAIR_WAYS, PAIRED_MAX = 8, 1 << 15
 PAIR_SHARES = 1 << 31
-EXCHANGES_MAX = 1 << 14
+EXCHANGES_MAX = SOCKETS_MAX
 RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024
 LARGE_RESPONSE_MAX, LARGE_PAIRS = 2 << 20, 1 << 8
 # A message takes 1 KiB besides its bytes, charged to nobody: after so many of a request or response

@@ -9,7 +9,6 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
@@ -188,8 +187,11 @@ class ProxyHandles:
             return False
         client = layout.U64.pack(Number(offer.client))
         nothing = bytes(layout.EXCHANGE.size)
-        with contextlib.suppress(FileExistsError):
-            syscall.update(maps.exchanges, client, nothing, syscall.BPF_NOEXIST)
+        try:
+            if not self._put(maps.exchanges, client, nothing, syscall.BPF_NOEXIST):
+                return False
+        except FileExistsError:
+            pass  # of an offer before
         return all(
             self._put(
                 maps.paired,
@@ -221,9 +223,9 @@ class ProxyHandles:
         client = layout.U64.pack(Number(offer.client))
         return self._put(maps.pairs, client, layout.PAIR.pack(pair))
 
-    def _put(self, fd: int, key: bytes, value: bytes) -> bool:
+    def _put(self, fd: int, key: bytes, value: bytes, flags: int = syscall.BPF_ANY) -> bool:
         try:
-            syscall.update(fd, key, value)
+            syscall.update(fd, key, value, flags)
         except OSError as error:
             if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import NamedTuple
 
 from bpf.structs import Exchange
@@ -46,11 +45,8 @@ def shown(head: bytes) -> Shown:
     return Shown(method, target.removesuffix(b" HTTP/1.1"), fields)
 
 
-def begun(passed: Exchange | None, authority: bytes) -> Begun:
-    """The last request that was forwarded. None: nothing is known of it but where it went."""
-    if passed is None:
-        head = RequestHead(b"GET", b"http", authority, b"/", None, [])
-        return Begun(head, time.monotonic())
+def begun(passed: Exchange, authority: bytes) -> Begun:
+    """The last request that was forwarded."""
     method, target, fields = shown(passed.head[: passed.shown])
     told = [(name, fields[name]) for name in _TOLD if name in fields]
     return Begun(

@@ -244,6 +244,8 @@ class Http1Server(Link):
         if self.lost:
             return False
         self._served += pairing.count
+        if handler is None and pairing.lost:
+            return False
         if handler is not None:
             self.codec.resume(pairing.head)
             if pairing.lost:

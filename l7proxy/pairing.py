@@ -24,6 +24,7 @@ from bpf.structs import Exchange
 from l7proxy.begun import Begun, begun
 from l7proxy.handles import Handles
 from l7proxy.held import Follower, Held, Place, to_offer
+from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
 # How soon what is outstanding is looked for again, in seconds; doubling from the first to the last.
@@ -53,7 +54,7 @@ class Pairing:
         # A response has not come and could still, or a request is not whole: nothing may follow.
         self.lost = False
         self.count = 0  # of requests that have passed while an offer stood, once nothing passes
-        self.head = begun(None, b"").head  # of what `take_over` gives
+        self.head = _UNKNOWN  # of what `take_over` gives
         self.wake: Callable[[], None] = lambda: None
         self.active: Callable[[], None] = lambda: None
         self._handles = handles
@@ -224,17 +225,22 @@ class Pairing:
         asked = moved
         while self.offered:
             passed = self._handles.passed(self._client)
+            if passed is None:  # nobody can tell what came before and what comes now
+                self.lost = True
+                self._withdrawn()
+                self._let_go(None)
+                return None
             last = self._last(passed)
             kept, follower = last.kept, last.follower
             # What has been received by now was sent after all that has passed of the request: the
             # kernel passes no more of it once something has come here.
-            left = passed.unsent - brought if passed is not None and passed.outstanding else 0
+            left = passed.unsent - brought if passed.outstanding else 0
             if left and (more := take(left)):
                 brought += len(more)
                 kept.bring(more)
                 self._moved_at = time.monotonic()
-            if passed is None or passed.outstanding:
-                failure = self._failure(passed, kept)
+            if passed.outstanding:
+                failure = self._failure(kept)
                 # Where it went is sure only if it was not just then on its way there.
                 if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
@@ -289,10 +295,10 @@ class Pairing:
             return None
         return None  # the client is gone
 
-    def _last(self, passed: Exchange | None) -> Held:
+    def _last(self, passed: Exchange) -> Held:
         """The one that the last request has gone to."""
-        backend = passed.backend if passed is not None else 0
-        return next((held for held in self._held if held.kept.cookie == backend), self._held[-1])
+        cookie = passed.backend
+        return next((held for held in self._held if held.kept.cookie == cookie), self._held[-1])
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
@@ -321,17 +327,15 @@ class Pairing:
             await asyncio.sleep(wait_s)
             wait_s *= 2
 
-    def _failure(self, passed: Exchange | None, kept: Kept) -> tuple[int, str, str] | None:
+    def _failure(self, kept: Kept) -> tuple[int, str, str] | None:
         """Why what is outstanding will not come."""
-        if passed is None:
-            return 502, "pair_lost", "the kernel does not know any more what has passed"
         if self._overdue is not None:
             return self._overdue
         if kept.closed:
             return 502, "upstream_reset", "the backend closed before its response was whole"
         return None
 
-    def _begun(self, passed: Exchange | None, follower: Follower) -> Begun:
+    def _begun(self, passed: Exchange, follower: Follower) -> Begun:
         """The last request; `head` is told."""
         found = begun(passed, follower.authority)
         self.head = found.head
@@ -415,3 +419,4 @@ class Pairing:
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))
+_UNKNOWN = RequestHead(b"GET", b"http", b"", b"/", None, [])

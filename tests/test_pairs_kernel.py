@@ -23,11 +23,13 @@ from support.proxy import Message, get, ok, read_body, read_message, rule, to
 from support.two_nodes import Authority, life
 from test_mesh_kernel import Node, node, scenario, served
 
-from bpf import maps
+from bpf import layout, maps
+from bpf import passed as passed_maps
 from bpf.automaton import Automata
+from bpf.constants import EXCHANGES_MAX
 from bpf.reasons import Reason
 from bpf.settings import Generation
-from bpf.structs import Number, Pair
+from bpf.structs import Exchange, Number, Pair
 from l7proxy.accesslog import AccessLog
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plans import Plans
@@ -48,6 +50,7 @@ from mesh.model.routeconfig import PathMatch, RouteMatch
 from mesh.model.section import SETTINGS_KEY, cluster_key, policy_key, svid_key
 
 pytestmark = needs_bpf
+EMPTY = layout.EXCHANGE.unpack(Exchange, bytes(layout.EXCHANGE.size))
 FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
@@ -1318,6 +1321,42 @@ def test_a_client_that_goes_while_the_proxy_takes_over(world):
         backend.go_on.set()
         async with paired(world):
             pass  # the worker serves others, and nothing has failed: see its `stop`
+
+    with_backend(world, test)
+
+
+def test_what_is_left_of_sockets_that_are_gone_is_swept_away(world):
+    """And of no others; a map that is full of it lets nothing pass, and loses nothing."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        leftovers = passed_maps.Leftovers(world.pin)
+        exchanges = maps.PinnedMap(world.pin, "exchanges", Number, Exchange)
+        leftovers.sweep()
+        leftovers.sweep()
+        async with paired(world) as own:
+            async with paired(world) as other:
+                leftovers.sweep()
+                assert leftovers.sweep() == 0
+            assert exchanges.get(Number(other.cookie)) is not None
+            async with asyncio.timeout(5):
+                while leftovers.sweep() == 0:
+                    await asyncio.sleep(0.01)
+            assert exchanges.get(Number(other.cookie)) is None
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            with contextlib.suppress(OSError):
+                exchanges.put_all((Number(one), EMPTY) for one in range(1, EXCHANGES_MAX + 1))
+            async with paired(world, first=False) as other:
+                for _ in range(3):
+                    assert (await other.ask(get("/b", "web"))).body == b"/b"
+            assert counts.since == (1, 1, 0)
+            leftovers.sweep()
+            assert leftovers.sweep() > EXCHANGES_MAX / 2
+            async with paired(world):
+                pass
+        exchanges.close()
+        leftovers.close()
 
     with_backend(world, test)
 

@@ -137,6 +137,7 @@ class Api:
                 **_steered(node.datapath),
                 "kernelRules": node.automata.rules() if node.automata is not None else None,
                 "pairSeriesFull": now.series_full,
+                "notInKernel": node.datapath.through if node.datapath is not None else None,
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {

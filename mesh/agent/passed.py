@@ -24,7 +24,7 @@ from prometheus_client.utils import floatToGoString
 from bpf import maps
 from bpf.constants import PAIR_BOUNDS
 from bpf.errors import DatapathError
-from bpf.passed import PassedMaps
+from bpf.passed import Leftovers, PassedMaps
 from bpf.reasons import Reason
 from bpf.structs import Passed, PassedKey, Passing
 from l7proxy import metrics
@@ -41,6 +41,8 @@ _log = logging.getLogger("weft.agent")
 # How often single requests are taken, in seconds, and how many at once: what this costs is bounded.
 _TAKE_S = 0.25
 _BATCH = 512
+# How often what is left of sockets that are gone is looked for, in seconds.
+_SWEEP_S = 5.0
 _NS, _MS = 1e-9, 1e-6
 # So often metrics are read until both sides fit.
 _READS = 3
@@ -68,10 +70,12 @@ class PassedBy:
         self._store = store
         self._log = log
         self._maps: PassedMaps | None = None
+        self._leftovers: Leftovers | None = None
         self._reader = SeriesReader(metrics_dir)
         # Metrics are collected in threads.
         self._lock = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._untold = 0  # in all, when somebody last looked
 
     def start(self) -> None:
@@ -80,22 +84,33 @@ class PassedBy:
             return
         try:
             self._untold = maps.counters(self._pins)[Reason.PAIR_UNTOLD]
+            self._leftovers = Leftovers(self._pins)
             self._maps = PassedMaps(self._pins)
         except DatapathError as error:
             _log.error("requests that pass by the proxy are not seen: %s", error)
             return
         self._take()
+        self._sweep()
 
     def close(self) -> None:
         """What was not taken stays for the next agent."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._sweep_timer):
+            if timer is not None:
+                timer.cancel()
+        if self._leftovers is not None:
+            self._leftovers.close()
+            self._leftovers = None
         if self._log is not None:
             self._log.close()
         with self._lock:
             if self._maps is not None:
                 self._maps.close()
                 self._maps = None
+
+    def _sweep(self) -> None:
+        assert self._leftovers is not None
+        self._leftovers.sweep()
+        self._sweep_timer = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     # --- counters ---------------------------------------------------------------------------------
 

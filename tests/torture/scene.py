@@ -81,6 +81,11 @@ class Target(NamedTuple):
     def host(self) -> str:
         return self.text.partition("/")[0]
 
+    def passes(self, pod: str) -> bool:
+        """Whether requests to a pod of its own node may pass by the proxy, as what reaches it by
+        redirect may."""
+        return self.redirected is True and pod in self.pods
+
 
 class Scene(NamedTuple):
     """`config` is a lab.yaml; `clients` are pods, NAMESPACE/NAME."""
