@@ -54,7 +54,7 @@ EMPTY = layout.EXCHANGE.unpack(Exchange, bytes(layout.EXCHANGE.size))
 FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
-    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|hint|kept|long|other"
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|held|hint|kept|long|other"
     "|late|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
@@ -130,7 +130,7 @@ class Backend:
             what, _, rest = target[1:].partition("/")
             if self.fails:
                 what, rest = "status", "503"
-            if what in ("slow", "late"):
+            if what in ("slow", "late", "held"):
                 self.reached.set()
                 await self.go_on.wait()
             if what == "drips":
@@ -148,6 +148,9 @@ class Backend:
                 writer.write(ok(b"x" * 100)[: int(rest)])
                 await writer.drain()
                 return
+            if what == "held":
+                writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+                continue
             answer = self._answer(method, what, rest, target, message)
             if isinstance(answer, list):
                 for part in answer:
@@ -463,6 +466,17 @@ def test_a_client_that_leaves_its_request_behind_is_told_of_once(world):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         line = await logged(here, "/slow/1")
         assert (line["status"], line["reason"]) == (499, "client_gone")
+        found = await counted(here, 2)
+        codes = [name for name in found if 'code="499"' in name]
+        assert [found[name] for name in codes] == [1]
+        flows: list[Flow] = []
+        while len(flows) < 2:
+            flows += (await here.proxy.flows()).records
+        assert (flows[1].reason, flows[1].verdict, flows[1].http.path) == (  # type: ignore[union-attr]
+            "client_gone",
+            "ERROR",
+            "/slow/1",
+        )
         backend.go_on.set()
         async with paired(world):
             pass
@@ -533,6 +547,35 @@ def test_routes_have_timeouts_past_the_proxy_too(world):
                         await own.answer()
                 assert counts.since[0] == 1
                 assert await own.ended()
+
+    with_backend(world, test)
+
+
+def test_timeouts_are_counted_from_when_the_kernel_has_sent_a_request(world):
+    """Not from when its response came to the proxy."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        for name, reason in (
+            ("request_timeout_ms", "request_timeout"),
+            ("backend_timeout_ms", "backend_timeout"),
+        ):
+            await change(here, mesh_route("r", rule(to("web"), matches=MATCHES, **{name: 1000})))
+            async with paired(world) as own:
+                counts = Counts(world)
+                backend.reached.clear()
+                backend.go_on.clear()
+                own.writer.write(get(f"/held/{name}", "web").encode())
+                began = time.monotonic()
+                await backend.reached.wait()
+                await asyncio.sleep(0.5)
+                handed = (time.monotonic() - began) * 1000
+                backend.go_on.set()  # its head comes, and nothing else
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await own.answer()
+                assert counts.since == (1, 0, 1)
+            line = await logged(here, f"/held/{name}")
+            assert (line["status"], line["reason"]) == (200, reason)
+            assert handed < line["duration_ms"] < 1000 + handed
 
     with_backend(world, test)
 
