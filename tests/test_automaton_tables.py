@@ -155,7 +155,9 @@ async def test_the_kernel_follows_the_configuration(real):
 
     changed = {"route/HTTPRoute/shop/cart": route("/b")}
     automata.publish(changed, ())
-    # At once, though nothing is compiled yet.
+    # It is planned in a thread: what others have to do meanwhile is not kept waiting.
+    assert real.judge(before, GET).rule == 1
+    await _until(lambda: before not in automata.in_force)
     assert real.judge(before, GET) == Judged()
     after = of_worker({**SECTIONS, **changed})
     await _until(lambda: after in automata.in_force)
@@ -170,7 +172,10 @@ async def test_the_kernel_follows_the_configuration(real):
     assert real.judge(judging, get, 0, 1) == Judged(1, 0, 1, len(get))
     assert real.judge(judging, post, 0, 1) == Judged()
     automata.publish({"policy/shop/cart-0": policy("POST")}, ())
+    await _until(lambda: judging not in automata.in_force)
     assert real.judge(judging, get, 0, 1) == Judged()
+    rejudging = of_worker({**SECTIONS, **changed}, (), policy("POST").ingress.rules)
+    await _until(lambda: rejudging in automata.in_force)
 
     work.cancel()
     automata.close()
@@ -179,8 +184,31 @@ async def test_the_kernel_follows_the_configuration(real):
     following = KernelAutomata(real.directory)
     following.publish({}, ())
     following.open()
+    assert real.judge(after, get).rule == 1
+    work = asyncio.create_task(following.run())  # noqa: TID251
+    await _until(lambda: after not in following.in_force)
     assert real.judge(after, get) == Judged()
+    work.cancel()
     following.close()
+
+
+@needs_bpf
+async def test_steps_that_come_while_plans_are_made_are_all_taken_in_order(real):
+    """Also those that change nothing here, and what is compiled meanwhile for what was planned."""
+    automata = KernelAutomata(real.directory)
+    automata.open()
+    work = asyncio.create_task(automata.run())  # noqa: TID251
+    automata.publish(SECTIONS, ())
+    for number in range(20):
+        automata.publish({"route/HTTPRoute/shop/cart": route(f"/{number}")}, ())
+        automata.publish({}, ("node/other",))
+        await asyncio.sleep(0)
+    last = {**SECTIONS, "route/HTTPRoute/shop/cart": route("/19")}
+    asked = {of_worker(last), plan("", RouteIndex(), ((), ()), Settings()).generation}
+    await _until(lambda: automata.in_force == asked)
+    assert real.judge(of_worker(last), GET.replace(b"/a", b"/19")).rule == 1
+    work.cancel()
+    automata.close()
 
 
 @needs_bpf

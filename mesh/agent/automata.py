@@ -1,16 +1,21 @@
 """The automata of requests in the kernel, kept in step with the configuration.
 
-A generation that is no longer planned is taken out at once, before anything is compiled: what names
-it is the proxy's then. New ones are compiled one by one in a thread, the smallest lists first, and
-put in force as they are done; until then their requests go through the proxy as well.
+Plans are made in a thread, of one step of the configuration after the other. A generation that is
+no longer planned is taken out then, before anything new is compiled: what names it is the proxy's.
+Until then it judges by what it was made of, for workers that have not taken the step yet: it never
+means anything else, and workers offer nothing by an old one once they have (l7proxy.pairs), or are
+thought to (`bpf.settings.Generation.end_offers`). New ones are compiled one by one in a thread, the
+smallest lists first, and put in force as they are done; until then their requests go through the
+proxy as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from bpf.automaton import Automata, Full
 from bpf.errors import DatapathError
@@ -21,6 +26,8 @@ from mesh.model.nodeconfig import Section
 from mesh.model.section import SectionKey
 
 _log = logging.getLogger("weft.agent")
+
+_Step: TypeAlias = tuple[Mapping[SectionKey, Section], tuple[SectionKey, ...]]
 
 
 class KernelAutomata:
@@ -35,15 +42,14 @@ class KernelAutomata:
         self._plans = Plans()
         self._wanted: dict[int, Plan] = {}
         self._maps: Automata | None = None
+        self._steps: list[_Step] = []
+        self._stepped = asyncio.Event()
         self._again = asyncio.Event()
 
     def publish(self, put: Mapping[SectionKey, Section], remove: tuple[SectionKey, ...]) -> None:
         """A step from one version to the next, the first one whole."""
-        if self._plans.apply(put, remove) or not self._wanted:
-            self._wanted = self._plans.all()
-            self.refused = {}  # what goes may leave room
-            self._let_go()
-            self._again.set()
+        self._steps.append((put, remove))
+        self._stepped.set()
 
     def rules(self) -> dict[str, str]:
         """The rules of routes between this node's workloads, "<kind>/<ns>/<name> rule <label>", and
@@ -73,7 +79,29 @@ class KernelAutomata:
             self._maps.close()
 
     async def run(self) -> None:
-        """For ever: compile what is planned."""
+        """For ever: plan, and compile what is planned."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._plan(), name="plans")
+            group.create_task(self._compile(), name="compile")
+
+    async def _plan(self) -> None:
+        while True:
+            await self._stepped.wait()
+            self._stepped.clear()
+            steps, self._steps = self._steps, []
+            planned = await asyncio.to_thread(self._planned, steps)
+            if planned is not None:
+                self._wanted = planned
+                self.refused = {}  # what goes may leave room
+                self._let_go()
+                self._again.set()
+
+    def _planned(self, steps: Sequence[_Step]) -> dict[int, Plan] | None:
+        """None: as before. In a thread: nobody else has the plans."""
+        changed = [self._plans.apply(*step) for step in steps]
+        return self._plans.all() if any(changed) or not self._wanted else None
+
+    async def _compile(self) -> None:
         while True:
             await self._again.wait()
             self._again.clear()
