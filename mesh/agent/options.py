@@ -121,7 +121,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--cni-conf-dir", type=Path)
     parser.add_argument("--netns-dir", type=Path, default=NETNS_DIR)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
-    parser.add_argument("--http-in-kernel", choices=("auto", "on", "off"), default="off")
+    parser.add_argument("--http-in-kernel", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     parser.add_argument("--authority", type=Path)
     parser.add_argument("--policy-audit", choices=("on", "off"), default="off")
@@ -183,7 +183,7 @@ def _cni(args: argparse.Namespace) -> CniDirectories | None:
 
 def _http_in_kernel(args: argparse.Namespace) -> Literal["auto", "on", "off"]:
     """OptionError: it is insisted on, and there is nothing that requests could pass by."""
-    wanted: Literal["auto", "on", "off"] = getattr(args, "http_in_kernel", "off")
+    wanted: Literal["auto", "on", "off"] = getattr(args, "http_in_kernel", "auto")
     if wanted == "on" and (not _steered(args) or args.datapath == "proxy"):
         raise OptionError("--http-in-kernel=on goes with --steer, and not with --datapath=proxy")
     return wanted

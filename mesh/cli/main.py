@@ -121,11 +121,11 @@ def cli() -> None:
 @click.option(
     "--http-in-kernel",
     type=click.Choice(["auto", "on", "off"]),
-    default="off",
+    default="auto",
     show_default=True,
     help="Whether after a connection's first request later ones go straight from workload to"
     " workload of this node, routed and judged in the kernel, with --steer: if this kernel passes"
-    " the self-test and --datapath is not proxy, always, or never. Experimental.",
+    " the self-test and --datapath is not proxy, always, or never.",
 )
 @click.option(
     "--authority",

@@ -183,7 +183,6 @@ def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
     )
     config = {
         "name": name,
-        "httpInKernel": True,
         "nodes": [{"name": "a"}, {"name": "b"}],
         "pods": scene.pods,
         "services": scene.services,
