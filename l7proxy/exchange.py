@@ -149,6 +149,8 @@ class _Exchange:
         self._stream = stream
         self.info = info
         self._went = sent
+        # Of what follows: the configuration may change before the response is there.
+        self._version = shared.pairs.version if sent is None else sent.version
         self._body = RequestBody(stream, sent.body if sent is not None else b"")
         self._responded = False
         self.record = shared.record(entry, info, stream.head, sent)
@@ -301,6 +303,7 @@ class _Exchange:
             return
         found = follower(
             shared.pairs,
+            self._version,
             selected,
             backend,
             self._entry.caller(self.record.client),

@@ -22,6 +22,7 @@ from l7proxy.streams import Handler
 
 def follower(
     pairs: Pairs,
+    version: int,
     selected: Selection,
     backend: CompiledBackend,
     caller: Caller,
@@ -32,9 +33,10 @@ def follower(
     tell: Callable[[Sent, RequestHead, str, str], None],
 ) -> Follower | None:
     """For requests like the one that `backend` has answered so, by `lease`, to the same endpoint.
-    `resume`: what serves one; `tell`: as `Exchanges.tell`. None: they come to the proxy."""
+    `version`: `pairs` had it when that was chosen. `resume`: what serves one; `tell`: as
+    `Exchanges.tell`. None: they come to the proxy."""
     match = selected.match
-    if match is None or not lease.endpoint.name:
+    if match is None or not lease.endpoint.name or pairs.version != version:
         return None
     rule = match.rule
     allowed = pairs.allowed(
@@ -48,7 +50,6 @@ def follower(
     )
     if isinstance(allowed, Refusal):
         return None
-    version = pairs.version
     share = backend.weight / rule.total_weight if rule.total_weight else 1.0
     if lease.endpoint_id != selected.prefer:
         share /= max(lease.endpoints, 1)
@@ -56,7 +57,7 @@ def follower(
     def sent(begun: Begun, answer: Lease | Reply) -> Sent:
         policy = allowed.series.meaning.policy(begun.egress, begun.ingress)
         facts = begun.bytes_in, begun.status, begun.bytes_out
-        return Sent(selected, backend, lease, answer, begun.started, policy, *facts)
+        return Sent(selected, backend, lease, answer, begun.started, policy, *facts, version)
 
     return Follower(
         allowed,

@@ -1141,6 +1141,28 @@ def test_an_endpoint_that_leaves_gets_no_more_requests(world):
     with_backend(world, test)
 
 
+def test_what_was_chosen_before_a_change_is_not_offered_after_it(world):
+    """The response to a request that was under way meanwhile, through the proxy or past it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        key = cluster_key("Service", "default", "web", 80)
+        own = ClusterSection((Endpoint(NODE, here.own_port, "web-0"),))  # type: ignore[attr-defined]
+        for first, target in ((False, "/slow"), (True, "/slow"), (True, "/late")):
+            backend.go_on.clear()
+            backend.reached.clear()
+            async with paired(world, first=first) as client:
+                client.writer.write(get(target, "web").encode())
+                await backend.reached.wait()
+                await change(here, {key: ClusterSection(())})
+                backend.go_on.set()
+                assert (await client.answer()).status == 200
+                assert (await client.ask(get("/a", "web"))).status == 503
+                assert "/a" not in backend.targets
+                await change(here, {key: own})
+
+    with_backend(world, test)
+
+
 @contextlib.asynccontextmanager
 async def second(here: Node) -> AsyncIterator[tuple[Backend, dict[str, Section]]]:
     """Service shop/second's backend, and the sections for it."""
