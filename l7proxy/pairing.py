@@ -21,6 +21,7 @@ from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
+from l7proxy import metrics
 from l7proxy.handles import Handles
 from l7proxy.held import Begun, Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
@@ -127,9 +128,12 @@ class Pairing:
             made_ns=newest.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
-        ready = not passed.outstanding and self._handles.prepare(offer)
-        sent = ready and send()
-        if not sent or not self._handles.offer(offer):
+        ready = not passed.outstanding
+        room = ready and self._handles.prepare(offer)
+        sent = room and send()
+        if not sent or not (room := self._handles.offer(offer)):
+            if ready and not room:
+                metrics.PAIRS_REFUSED.inc()
             self._forget()
             self._let_go(passed if not passed.outstanding else None)
             return sent
