@@ -149,7 +149,7 @@ class _Exchange:
         self._stream = stream
         self.info = info
         self._went = sent
-        self._body = RequestBody(stream)
+        self._body = RequestBody(stream, sent.body if sent is not None else b"")
         self._responded = False
         self.record = shared.record(entry, info, stream.head, sent)
 

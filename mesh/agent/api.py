@@ -132,6 +132,7 @@ class Api:
                 "ready": not not_ready,
                 **_steered(node.datapath),
                 "kernelRules": node.automata.rules() if node.automata is not None else None,
+                "notInKernel": node.datapath.through if node.datapath is not None else None,
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {

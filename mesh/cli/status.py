@@ -37,7 +37,9 @@ def _show(status: dict[str, Any]) -> None:
         click.echo(f"steered:    workloads in {status['steered']}")
     elif status["notSteered"] is not None:
         click.echo(f"steered:    {status['notSteered']}")
-    if status["kernelRules"] is not None:
+    if status["notInKernel"] is not None:
+        click.echo(f"kernel:     no requests: {status['notInKernel']}")
+    elif status["kernelRules"] is not None:
         _show_rules(status["kernelRules"])
     objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
     click.echo(f"objects:    {objects or 'none'}")
