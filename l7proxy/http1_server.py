@@ -233,7 +233,9 @@ class Http1Server(Link):
         goes on."""
         self.timer.clear()
         moved = self.eof or not self.codec.between_requests
-        handler = await pairing.take_over(moved=moved, take=self._take, give=self._give)
+        handler = await pairing.take_over(
+            moved=moved, ended=lambda: self.eof, take=self._take, give=self._give
+        )
         if self.lost:
             return False
         self._served += pairing.count

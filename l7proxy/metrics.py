@@ -88,6 +88,10 @@ UPSTREAM_EJECTED = Gauge(
     multiprocess_mode="livemax",
 )
 RETRIES = Counter("weft_upstream_retries_total", "Requests sent again", ("backend",))
+PAIRS_REFUSED = Counter(
+    "weft_http_pairs_refused_total",
+    "Times that requests could have passed by the proxy, had there been room in the kernel's maps",
+)
 MIRRORED = Counter(
     "weft_mirrored_requests_total",
     "Requests also sent to a mirror, by backend and outcome",

@@ -21,6 +21,7 @@ from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
+from l7proxy import metrics
 from l7proxy.begun import Begun, begun
 from l7proxy.handles import Handles
 from l7proxy.held import Follower, Held, Place, to_offer
@@ -128,9 +129,12 @@ class Pairing:
             made_ns=newest.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
-        ready = not passed.outstanding and self._handles.prepare(offer)
-        sent = ready and send()
-        if not sent or not self._handles.offer(offer):
+        ready = not passed.outstanding
+        room = ready and self._handles.prepare(offer)
+        sent = room and send()
+        if not sent or not (room := self._handles.offer(offer)):
+            if ready and not room:
+                metrics.PAIRS_REFUSED.inc()
             self._forget()
             self._let_go(passed if not passed.outstanding else None)
             return sent
@@ -211,14 +215,15 @@ class Pairing:
         self,
         *,
         moved: bool,
+        ended: Callable[[], bool],
         take: Callable[[int], bytes],
         give: Callable[[bytes], Awaitable[None]],
     ) -> Handler | None:
         """From now on everything comes here. When nothing passes by the proxy any more: None, or
         what answers the request that is outstanding (`head`), and nothing else may be answered
-        before. `moved`: the client has sent something here since the offer, or its end. `take`
-        gives what it has sent, up to so many bytes: the rest of a request that has begun; what
-        `give` is told is sent to it: the rest of a response."""
+        before. `moved`: the client has sent something here since the offer, or its end; `ended`:
+        its end. `take` gives what it has sent, up to so many bytes: the rest of a request that has
+        begun; what `give` is told is sent to it: the rest of a response."""
         self._handles.withdraw(self._client)
         wait_s = _FIRST_LOOK_S
         brought = 0
@@ -240,13 +245,16 @@ class Pairing:
                 kept.bring(more)
                 self._moved_at = time.monotonic()
             if passed.outstanding:
-                failure = self._failure(kept)
+                failure = self._failure(kept, cut=ended() and passed.unsent != brought)
                 # Where it went is sure only if it was not just then on its way there.
                 if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
                     self._withdrawn()
                     self._let_go(None)
                     begun = self._begun(passed, follower)
+                    if not failure[0]:
+                        follower.over(begun, *failure[1:])
+                        return None
                     if begun.status:
                         return follower.broken(begun, *failure[1:])
                     return follower.fail(begun, *failure)
@@ -327,8 +335,11 @@ class Pairing:
             await asyncio.sleep(wait_s)
             wait_s *= 2
 
-    def _failure(self, kept: Kept) -> tuple[int, str, str] | None:
-        """Why what is outstanding will not come."""
+    def _failure(self, kept: Kept, *, cut: bool) -> tuple[int, str, str] | None:
+        """Why what is outstanding will not come; with status 0 nobody waits for it. `cut`: there
+        will be no more of the request."""
+        if cut:
+            return 0, "client_gone", "the client ended in the middle of its request"
         if self._overdue is not None:
             return self._overdue
         if kept.closed:
