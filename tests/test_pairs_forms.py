@@ -204,15 +204,11 @@ def with_node(world: World, test: Test) -> None:
     scenario(world, run)
 
 
-# In pieces the proxy gives the backend a second each time to say that it shall go on.
-EXPECTS = with_length(30, "Expect: 100-continue")
-
-
 @pytest.mark.parametrize("at_once", [True, False], ids=["one-message", "message-by-message"])
 def test_any_form_behind_any_other(world, at_once):
     async def test(own: Paired, backend: Backend) -> None:
         counts = Counts(world)
-        for two in itertools.product((*FORMS.values(), EXPECTS), repeat=2):
+        for two in itertools.product(FORMS.values(), repeat=2):
             await pair(own)
             if at_once:
                 own.writer.write(b"".join(one.sent for one in two))
@@ -243,6 +239,20 @@ def test_any_form_in_pieces(world, name):
                 own.writer.write(one.sent[begin:end])
             own.writer.write(DENIED.sent + behind.sent)
             await check(own, backend, (one, DENIED, behind))
+
+    with_node(world, test)
+
+
+def test_a_request_that_expects_to_be_told_to_go_on(world):
+    """The proxy gives the backend a second to say so."""
+
+    async def test(own: Paired, backend: Backend) -> None:
+        await pair(own)
+        some = (FORMS["get"], with_length(30, "Expect: 100-continue"), DENIED)
+        for one in some:
+            own.writer.write(one.sent)
+            await asyncio.sleep(0)
+        await check(own, backend, some)
 
     with_node(world, test)
 
