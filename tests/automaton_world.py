@@ -155,7 +155,7 @@ def _same(
     assert [one for one in given if one[0] not in own] == asked.headers, head
     assert [value for name, value in given if name == b"host"] == [asked.authority], head
     # It says what the proxy's own way would, in the same words, but that persistence is each hop's.
-    # (The proxy has the fields in another order, their names in lower case, one blank before values.)
+    # (The proxy has the fields in another order, names in lower case, one blank before values.)
     theirs, *written = ClientCodec(Settings()).request(asked)[:-4].split(b"\r\n")
     assert line == theirs, head
     said = [name + b": " + value for name, value in given if name != b"connection"]
