@@ -18,7 +18,7 @@ from l7proxy.streams import ClientStream, Handler, Kept
 
 class Allowed(NamedTuple):
     """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `timeout_s`: how long each may
-    take, with its response."""
+    take, with its response; `late`: what is said then, as of `Follower.fail`."""
 
     generation: int
     egress: int
@@ -29,6 +29,7 @@ class Allowed(NamedTuple):
     series: Numbered
     response_max: int
     timeout_s: float | None
+    late: tuple[int, str, str]
 
 
 class Place(NamedTuple):

@@ -377,9 +377,10 @@ class Pairing:
             self._seen, self._moved_at = passed, now
         if not passed.outstanding:
             return
-        timeout_s = self._last(passed).follower.allowed.timeout_s
+        allowed = self._last(passed).follower.allowed
+        timeout_s = allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
-            self._overdue = 504, "request_timeout", "the request timeout has passed"
+            self._overdue = allowed.late
             self._be_due()
         elif passed.unsent and now - self._moved_at > body_timeout_s:
             self._overdue = 408, "body_timeout", "the request's body did not come"

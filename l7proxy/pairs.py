@@ -36,6 +36,9 @@ _LOOK_S, _LEAST_LOOK_S = 0.25, 0.01
 # So many at once, then others have their turn: each takes some 10 µs.
 _AT_ONCE = 128
 _FOR_EVER_NS = 2**63
+# As the proxy answers.
+_REQUEST_LATE = 504, "request_timeout", "the route's request timeout has passed"
+_BACKEND_LATE = 504, "backend_timeout", "no response in the route's backend timeout"
 
 
 class Refusal(NamedTuple):
@@ -135,7 +138,11 @@ class Pairs:
         counted = self._room.number(self._with_policies(series, asker, endpoint, asked))
         if counted is None:
             return Refusal("there is no room to count them")
-        times = (rule.request_timeout_s or self.settings.request_timeout_s, rule.backend_timeout_s)
+        times = (
+            (rule.request_timeout_s or self.settings.request_timeout_s, _REQUEST_LATE),
+            (rule.backend_timeout_s, _BACKEND_LATE),
+        )
+        limits = [(seconds, late) for seconds, late in times if seconds is not None]
         return Allowed(
             found.generation,
             egress,
@@ -145,7 +152,7 @@ class Pairs:
             self._made_ns,
             counted,
             self._response_max(length),
-            min((one for one in times if one is not None), default=None),
+            *min(limits, default=(None, _REQUEST_LATE)),
         )
 
     def _with_policies(

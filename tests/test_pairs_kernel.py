@@ -531,11 +531,14 @@ def plainly(flow: Flow) -> Flow:
 def test_routes_have_timeouts_past_the_proxy_too(world):
 
     async def test(here: Node, backend: Backend) -> None:
-        for name, target, status in (
-            ("request_timeout_ms", "/slow", 504),
-            ("backend_timeout_ms", "/slow", 504),
-            ("request_timeout_ms", "/stalls", 0),
+        key = cluster_key("Service", "default", "web", 80)
+        for name, target, status, number in (
+            ("request_timeout_ms", "/slow", 504, 1),
+            ("backend_timeout_ms", "/slow", 504, 2),
+            ("request_timeout_ms", "/stalls", 0, 1),
+            ("backend_timeout_ms", "/stalls", 0, 2),
         ):
+            reason = name.removesuffix("_ms")
             await change(here, mesh_route("r", rule(to("web"), matches=MATCHES, **{name: 200})))
             async with paired(world) as own:
                 counts = Counts(world)
@@ -547,6 +550,9 @@ def test_routes_have_timeouts_past_the_proxy_too(world):
                         await own.answer()
                 assert counts.since[0] == 1
                 assert await own.ended()
+            assert (await logged(here, target, number))["reason"] == reason
+        failed = f'weft_upstream_failures_total{{backend="{key}",reason="timeout"}}'
+        assert here.proxy.metrics()[failed] == 1
 
     with_backend(world, test)
 
