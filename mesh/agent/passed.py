@@ -72,7 +72,7 @@ class PassedBy:
         self._maps: PassedMaps | None = None
         self._leftovers: Leftovers | None = None
         self._reader = SeriesReader(metrics_dir)
-        # Metrics are collected in threads.
+        # Metrics are collected, and leftovers swept, in threads.
         self._lock = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -97,20 +97,29 @@ class PassedBy:
         for timer in (self._timer, self._sweep_timer):
             if timer is not None:
                 timer.cancel()
-        if self._leftovers is not None:
-            self._leftovers.close()
-            self._leftovers = None
         if self._log is not None:
             self._log.close()
         with self._lock:
+            if self._leftovers is not None:
+                self._leftovers.close()
+                self._leftovers = None
             if self._maps is not None:
                 self._maps.close()
                 self._maps = None
 
     def _sweep(self) -> None:
-        assert self._leftovers is not None
-        self._leftovers.sweep()
-        self._sweep_timer = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, self._sweep_now)
+        self._sweep_timer = loop.call_later(_SWEEP_S, self._sweep)
+
+    def _sweep_now(self) -> None:
+        """In a thread: there may be very many."""
+        with self._lock:
+            if self._leftovers is not None:
+                try:
+                    self._leftovers.sweep()
+                except OSError as error:
+                    _log.error("what sockets have left in the maps of pairs: %s", error.strerror)
 
     # --- counters ---------------------------------------------------------------------------------
 
