@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class Http1Client(Link):
     """A backend's connection.
 
-    `on_change` is told when a stream gave its place back, and when the connection closes of itself.
+    `on_change` is told when a stream gave its place back, be it to a keeper, and when the connection
+    closes of itself.
     Bytes that nobody asked for close it: they are no response to any request of ours. `unread` as
     in `Link`.
     """
@@ -107,7 +108,6 @@ class Http1Client(Link):
 
     def keep(self, keeper: Callable[[], None]) -> None:
         self._keeper = keeper
-        self.wanted = False
 
     def recall(self) -> bool:
         if self._keeper is None or self.wanted:
@@ -213,9 +213,9 @@ class Http1Client(Link):
             self.close_now()
         else:
             self.hold_input(0)
+            # Who waits may have come before there was anybody to recall it from: it is told of too.
             self.held = self._keeper is not None
-            if self.held:
-                return
+        self.wanted = self.wanted and self.held
         self._on_change(self)
 
 

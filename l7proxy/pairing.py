@@ -130,7 +130,7 @@ class Pairing:
         ready = not passed.outstanding and self._handles.prepare(offer)
         sent = ready and send()
         if not sent or not self._handles.offer(offer):
-            self._forget()
+            self._forget(self._held)
             self._let_go(passed if not passed.outstanding else None)
             return sent
         self._before = self._seen = passed
@@ -153,14 +153,16 @@ class Pairing:
 
     def _keep(self, held: list[Held]) -> None:
         """Of what is held, and not offered, these; the others are let go."""
-        if len(held) == len(self._held):
-            return
-        passed = self._handles.passed(self._client) or _NOTHING
-        gone, self._held = [one for one in self._held if one not in held], held
-        for one in gone:
-            one.let_go(passed.parted)
+        if len(held) != len(self._held):
+            passed = self._handles.passed(self._client) or _NOTHING
+            gone, self._held = [one for one in self._held if one not in held], held
+            for one in gone:
+                one.let_go(passed.parted)
         if not held:
             self._closed(self)
+
+    def _keep_good(self) -> None:
+        self._keep([held for held in self._held if held.good])
 
     def decline(self) -> None:
         """There will be no offer after this request."""
@@ -232,6 +234,10 @@ class Pairing:
                     if passed is not None and passed.left:
                         return follower.broken(*failure[1:])
                     return follower.fail(*failure)
+                if any(held is not last and not held.good for held in self._held):
+                    await self._settled()
+                    self._drop_others()
+                    continue
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
@@ -262,10 +268,13 @@ class Pairing:
                 self.lost = passed.unsent != brought
                 self._tell_head(passed, follower)
                 self._held.remove(last)
+                self._keep_good()
                 return follower.resume(kept.resume(self.head, last=passed.parted != last.parted))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
-            if not asked:
+            if asked:
+                self._keep_good()
+            else:
                 self._let_go(passed)
             return None
         return None  # the client is gone
@@ -274,6 +283,19 @@ class Pairing:
         """The one that the last request has gone to."""
         backend = passed.backend if passed is not None else 0
         return next((held for held in self._held if held.kept.cookie == backend), self._held[-1])
+
+    def _drop_others(self) -> None:
+        """Let go what cannot be offered any more and what is outstanding has not gone to; nothing
+        passes by the offer any more."""
+        passed = self._handles.passed(self._client)
+        if passed is None or not self.offered:
+            return
+        last = self._last(passed)
+        gone = [held for held in self._held if held is not last and not held.good]
+        self._held = [held for held in self._held if held not in gone]
+        self._forget(gone)
+        for held in gone:
+            held.let_go(passed.parted)
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
@@ -333,7 +355,7 @@ class Pairing:
         """Notice what has passed; a request that has been outstanding for too long is given up, or
         whose body has not gone on for so long."""
         if not self.offered:
-            self._keep([held for held in self._held if held.good])
+            self._keep_good()
             return
         passed = self._handles.passed(self._client)
         if passed is None or not all(held.follower.current() for held in self._held):
@@ -362,7 +384,7 @@ class Pairing:
         if self.offered:
             self._be_due()
         else:
-            self._keep([held for held in self._held if held.good])
+            self._keep_good()
 
     def _be_due(self) -> None:
         self.due = True
@@ -371,10 +393,10 @@ class Pairing:
 
     def _withdrawn(self) -> None:
         self.offered = self.due = False
-        self._forget()
+        self._forget(self._held)
 
-    def _forget(self) -> None:
-        for held in self._held:
+    def _forget(self, gone: Collection[Held]) -> None:
+        for held in gone:
             if self._handles.forget(held.kept.cookie):
                 held.follower.answered()
 

@@ -274,8 +274,8 @@ class Pool:
                 self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
         else:
             self._ready.pop(connection, None)
-            if self._line:
-                self._connect_more()
+        if self._line:
+            self._connect_more()
 
     def _close_expired(self) -> None:
         self._sweep = None

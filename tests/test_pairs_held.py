@@ -1,0 +1,141 @@
+"""The backends' connections that are held for clients whose requests pass by the proxy: others may
+need them, and they get old. A real worker, real programs, workloads' real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from bpf_world import needs_bpf
+from redirect_world import NODE, World, redirect_world
+from support.mesh import mesh_route
+from support.proxy import get, rule, to
+from test_mesh_kernel import Node
+from test_pairs_kernel import Backend, Counts, Paired, change, paired, second, with_backend
+
+from mesh.model.nodeconfig import ClusterSection, Endpoint
+from mesh.model.routeconfig import PathMatch, RouteMatch
+from mesh.model.section import cluster_key
+
+pytestmark = needs_bpf
+# For what would never come.
+_PATIENCE_S = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with redirect_world(tmp_path_factory.mktemp("held"), "--pairs") as made:
+        yield made
+
+
+async def limit(here: Node, connections: int) -> None:
+    """The endpoint may have so many."""
+    endpoints = (Endpoint(NODE, here.own_port, "web-0"),)  # type: ignore[attr-defined]
+    section = ClusterSection(endpoints, max_connections_per_endpoint=connections)
+    await change(here, {cluster_key("Service", "default", "web", 80): section})
+
+
+async def pending(here: Node, requests: int) -> None:
+    """So many wait for a connection."""
+    async with asyncio.timeout(_PATIENCE_S):
+        while True:
+            found = here.proxy.metrics().items()
+            if requests == sum(value for name, value in found if "upstream_pending" in name):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def answered(own: Paired, target: str) -> None:
+    async with asyncio.timeout(_PATIENCE_S):
+        assert (await own.answer()).body == target.encode()
+
+
+def test_who_waits_gets_a_connection_that_would_be_held_from_now_on(world):
+    async def test(here: Node, backend: Backend) -> None:
+        await limit(here, 1)
+        async with paired(world, first=False) as own, paired(world, first=False) as other:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            other.writer.write(get("/a", "web").encode())
+            await pending(here, 1)
+            backend.go_on.set()
+            await answered(own, "/slow")
+            await answered(other, "/a")
+
+    with_backend(world, test)
+
+
+def test_who_waits_does_not_wait_for_the_rest_of_another_one_s_request(world):
+    async def test(here: Node, backend: Backend) -> None:
+        await limit(here, 1)
+        async with paired(world) as own, paired(world, first=False) as other:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            own.writer.write(get("/a", "web").encode()[:9])
+            await own.offered(stands=False)
+            other.writer.write(get("/b", "web").encode())
+            await pending(here, 1)
+            backend.go_on.set()
+            await answered(own, "/slow")
+            await answered(other, "/b")
+            own.writer.write(get("/a", "web").encode()[9:])
+            await answered(own, "/a")
+
+    with_backend(world, test, head_timeout_s=60)
+
+
+def test_who_waits_does_not_wait_for_what_another_endpoint_answers(world):
+    """A client's connection is held while its request, past the proxy, is with another endpoint."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with second(here) as (slow, put):
+            await limit(here, 1)
+            paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/slow", "/")]
+            rules = (rule(to("second"), matches=paths[:1]), rule(to("web"), matches=paths[1:]))
+            await change(here, put | mesh_route("r", *rules))
+            slow.go_on.set()
+            async with paired(world) as own, paired(world, first=False) as other:
+                own.writer.write(get("/slow", "web").encode())
+                await answered(own, "/slow")
+                await own.offered()
+                slow.go_on.clear()
+                slow.reached.clear()
+                own.writer.write(get("/slow", "web").encode())
+                await slow.reached.wait()
+                other.writer.write(get("/a", "web").encode())
+                await answered(other, "/a")
+                slow.go_on.set()
+                await answered(own, "/slow")
+
+    with_backend(world, test)
+
+
+def test_many_clients_and_few_connections(world):
+    async def test(here: Node, backend: Backend) -> None:
+        await limit(here, 4)
+
+        async def ask(own: Paired, number: int) -> None:
+            for turn in range(10):
+                own.writer.write(get(f"/a/{number}/{turn}", "web").encode())
+                await answered(own, f"/a/{number}/{turn}")
+
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(paired(world, first=False)) for _ in range(200)
+            ]
+            async with asyncio.TaskGroup() as group:
+                for number, own in enumerate(clients):
+                    group.create_task(ask(own, number))
+            assert len(backend.targets) == len(set(backend.targets)) == 2000
+            # And who comes alone may have its requests pass.
+            counts = Counts(world)
+            for own in clients:
+                for _ in "ab":
+                    own.writer.write(get("/b", "web").encode())
+                    await answered(own, "/b")
+                    await own.offered()
+            assert counts.since == (200, 200, 0)
+
+    with_backend(world, test)
