@@ -30,10 +30,9 @@ if TYPE_CHECKING:
 class Http1Client(Link):
     """A backend's connection.
 
-    `on_change` is told when a stream gave its place back, be it to a keeper, and when the connection
-    closes of itself.
-    Bytes that nobody asked for close it: they are no response to any request of ours. `unread` as
-    in `Link`.
+    `on_change` is told when a stream gave its place back, be it to a keeper, and when the
+    connection closes of itself. Bytes that nobody asked for close it: they are no response to any
+    request of ours. `unread` as in `Link`.
     """
 
     def __init__(
