@@ -48,6 +48,7 @@ class Http1Client(Link):
         self.cookie = 0  # of the far socket, where requests can reach it past the proxy
         self.held = False  # by whoever keeps it: no requests come from the pool
         self.wanted = False  # while it is kept, by a request that waits
+        self.used: float | None = None
         self._keeper: Callable[[], None] | None = None
         self._last = False  # what it serves
         self._on_change = on_change
@@ -70,6 +71,7 @@ class Http1Client(Link):
 
     def open(self) -> ClientStream:
         self.answered = False
+        self.used = None
         self._stream = _Stream(self, reused=self._streams > 0)
         self._streams += 1
         return self._stream
@@ -86,6 +88,7 @@ class Http1Client(Link):
         self._lane = lane
         self._streams += 1
         self.answered = False
+        self.used = None
         self.send(request)
 
     def carried(self, *, reusable: bool) -> None:
@@ -144,11 +147,12 @@ class Http1Client(Link):
         self.hold_input(buffer.left)
         return data
 
-    def let_go(self, *, reusable: bool) -> None:
+    def let_go(self, *, reusable: bool, used: float | None = None) -> None:
         """Back to the pool, or closed; also if it is not held (any more)."""
         self._keeper = None
         if self.held:
             self.held = False
+            self.used = used
             self.release(reusable=reusable)
 
     # --- from the event loop ---------------------------------------------------------------------

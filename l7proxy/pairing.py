@@ -134,6 +134,8 @@ class Pairing:
             self._let_go(passed if not passed.outstanding else None)
             return sent
         self._before = self._seen = passed
+        for held in self._held:
+            held.answered = 0
         self.offered = True
         self.due = False
         self._overdue = None
@@ -353,7 +355,8 @@ class Pairing:
 
     def look(self, body_timeout_s: float) -> None:
         """Notice what has passed; a request that has been outstanding for too long is given up, or
-        whose body has not gone on for so long."""
+        whose body has not gone on for so long; what nothing has passed over for too long is not
+        held any more."""
         if not self.offered:
             self._keep_good()
             return
@@ -366,9 +369,15 @@ class Pairing:
         now = time.monotonic()
         if passed != self._seen:
             self._seen, self._moved_at = passed, now
+            for held in self._held:
+                held.note(self._handles.answered(held.kept.cookie))
         if not passed.outstanding:
+            if any(held.old for held in self._held):
+                self._be_due()
             return
-        timeout_s = self._last(passed).follower.allowed.timeout_s
+        last = self._last(passed)
+        last.used = now
+        timeout_s = last.follower.allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
             self._overdue = 504, "request_timeout", "the request timeout has passed"
             self._be_due()
@@ -397,7 +406,8 @@ class Pairing:
 
     def _forget(self, gone: Collection[Held]) -> None:
         for held in gone:
-            if self._handles.forget(held.kept.cookie):
+            held.note(self._handles.forget(held.kept.cookie))
+            if held.answered:
                 held.follower.answered()
 
     def _let_go(self, passed: Exchange | None) -> None:

@@ -20,7 +20,7 @@ from l7proxy.tasks import spawn
 # Apache httpd and uvicorn, so that they rarely close one just as it is used again.
 IDLE_S = 4.0
 # Of an idle connection's time: one that is in use has none.
-_BUSY = float("inf")
+_BUSY = _NEVER = float("inf")
 
 
 class UpstreamError(Exception):
@@ -79,6 +79,7 @@ class Pool:
         "_shared",
         "_shares",
         "_sweep",
+        "_sweep_due",
     )
 
     def __init__(
@@ -107,6 +108,7 @@ class Pool:
         self._held: dict[ClientConnection, str] = {}
         self._retired = False
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_due = _NEVER
 
     @property
     def connections(self) -> int:
@@ -269,16 +271,19 @@ class Pool:
         if connection.capacity > 0:
             # Moves to the end: used last, used first.
             self._ready.pop(connection, None)
-            self._ready[connection] = _BUSY if connection.active else self._loop.time()
-            if self._sweep is None and not connection.active:
-                self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
+            if connection.active:
+                self._ready[connection] = _BUSY
+            else:
+                since = self._loop.time() if connection.used is None else connection.used
+                self._ready[connection] = since
+                self._sweep_at(since + IDLE_S)
         else:
             self._ready.pop(connection, None)
         if self._line:
             self._connect_more()
 
     def _close_expired(self) -> None:
-        self._sweep = None
+        self._stop_sweep()
         now = self._loop.time()
         oldest = _BUSY
         for connection, since in tuple(self._ready.items()):
@@ -288,12 +293,19 @@ class Pool:
             elif since < oldest:
                 oldest = since
         if oldest != _BUSY:
-            self._sweep = self._loop.call_at(oldest + IDLE_S, self._close_expired)
+            self._sweep_at(oldest + IDLE_S)
+
+    def _sweep_at(self, when: float) -> None:
+        """By the event loop's time, at the latest."""
+        if when < self._sweep_due:
+            self._stop_sweep()
+            self._sweep_due = when
+            self._sweep = self._loop.call_at(when, self._close_expired)
 
     def _stop_sweep(self) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
-            self._sweep = None
+            self._sweep, self._sweep_due = None, _NEVER
 
     def _check_empty(self) -> None:
         if not self._connections and not self._connecting and not self._line:

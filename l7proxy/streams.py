@@ -118,12 +118,15 @@ class Kept(Protocol):
     def take(self, count: int) -> bytes:
         """Of what has come while it was held, up to so many bytes."""
 
-    def let_go(self, *, reusable: bool) -> None:
-        """Back to the pool, or closed."""
+    def let_go(self, *, reusable: bool, used: float | None = None) -> None:
+        """Back to the pool, or closed. `used`: as in `ClientConnection`."""
 
 
 class ClientConnection(Protocol):
-    """An established connection to an endpoint, kept in a pool."""
+    """An established connection to an endpoint, kept in a pool. `used`: when it was last, by
+    time.monotonic(), if that was before it was given back."""
+
+    used: float | None
 
     @property
     def capacity(self) -> int:

@@ -11,11 +11,20 @@ import pytest
 from bpf_world import needs_bpf
 from redirect_world import NODE, World, redirect_world
 from support.mesh import mesh_route
-from support.proxy import get, rule, to
-from test_mesh_kernel import Node
-from test_pairs_kernel import Backend, Counts, Paired, change, paired, second, with_backend
+from support.proxy import get, ok, read_message, rule, to
+from test_mesh_kernel import Node, node, scenario, served
+from test_pairs_kernel import (
+    Backend,
+    Counts,
+    Paired,
+    change,
+    configure,
+    paired,
+    second,
+    with_backend,
+)
 
-from mesh.model.nodeconfig import ClusterSection, Endpoint
+from mesh.model.nodeconfig import ClusterSection, Endpoint, EntryBackend
 from mesh.model.routeconfig import PathMatch, RouteMatch
 from mesh.model.section import cluster_key
 
@@ -139,3 +148,67 @@ def test_many_clients_and_few_connections(world):
             assert counts.since == (200, 200, 0)
 
     with_backend(world, test)
+
+
+class Impatient:
+    """A backend that closes what has been idle for as long as with Node.js, httpd and uvicorn."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(5):
+                    message = await read_message(reader)
+            except TimeoutError:
+                self.closed += 1
+                return
+            if message is None:
+                return
+            writer.write(ok(message.start.split(" ")[1].encode()))
+
+
+def test_what_is_held_is_not_held_until_its_backend_closes_it(world):
+    """Clients pause, or go on with another endpoint."""
+
+    async def run(world: World) -> None:
+        backend, other = Impatient(), Impatient()
+        async with node(world) as here, served(backend) as port, served(other) as its:
+            own_backend = EntryBackend(NODE, its, sockmap=True)
+            world.frontend(NODE, its, own_backend, http=True, sockmap=True)
+            paths = [RouteMatch(PathMatch("PathPrefix", one)) for one in ("/b", "/")]
+            rules = (rule(to("second"), matches=paths[:1]), rule(to("web"), matches=paths[1:]))
+            section = ClusterSection((Endpoint(NODE, its, "web-0"),))
+            key = cluster_key("Service", "default", "second", 80)
+            await configure(here, port, {key: section}, mesh_route("r", *rules))
+
+            async def pauses(seconds: float) -> None:
+                async with paired(world) as own:
+                    await asyncio.sleep(seconds)
+                    own.writer.write(get("/a", "web").encode())
+                    await answered(own, "/a")
+
+            async def leaves() -> None:
+                async with paired(world) as own:
+                    await asyncio.sleep(3)
+                    own.writer.write_eof()
+                    assert await own.ended()
+
+            async def goes_on() -> None:
+                async with paired(world) as own:
+                    own.writer.write(get("/b", "web").encode())
+                    await answered(own, "/b")
+                    for _ in range(60):
+                        own.writer.write(get("/a", "web").encode())
+                        await answered(own, "/a")
+                        await asyncio.sleep(0.1)
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(goes_on())
+                group.create_task(leaves())
+                for number in range(16):
+                    group.create_task(pauses(3.6 + number / 8))
+            assert (backend.closed, other.closed) == (0, 0)
+
+    scenario(world, run)
