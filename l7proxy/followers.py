@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from l7proxy import metrics
 from l7proxy.entry import Reply, Selection
 from l7proxy.held import Follower, Place
 from l7proxy.lease import Lease
@@ -16,7 +17,7 @@ from l7proxy.peers import Caller
 from l7proxy.record import Record
 from l7proxy.routing import CompiledBackend
 from l7proxy.sent import Sent
-from l7proxy.streams import Handler
+from l7proxy.streams import ClientStream, Handler
 
 
 def follower(
@@ -34,7 +35,9 @@ def follower(
     match = selected.match
     if match is None or not lease.endpoint.name:
         return None
-    rule = match.rule
+    rule, ends = match.rule, (caller.client, lease.endpoint_id)
+    if pairs.handed.left(ends):
+        return None
     allowed = pairs.allowed(
         selected,
         rule,
@@ -54,13 +57,22 @@ def follower(
     def handler(answer: Lease | Reply, *, responded: bool = False) -> Handler:
         return resume(Sent(selected, backend, lease, answer, responded))
 
+    def resumed(stream: ClientStream) -> Handler:
+        if pairs.handed.failed(ends):
+            metrics.PAIRS_PAUSED.labels(backend.label).inc()
+        return handler(lease.again(stream))
+
+    def answered() -> None:
+        pairs.handed.passed(ends)
+        lease.succeeded(200)
+
     return Follower(
         allowed,
         Place((match.route, rule.index), rule.backends.index(backend), lease.endpoint_id, share),
         record.head.authority,
         current=lambda: pairs.version == version and not lease.ejected,
-        resume=lambda stream: handler(lease.again(stream)),
+        resume=resumed,
         fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
         broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
-        answered=lambda: lease.succeeded(200),
+        answered=answered,
     )

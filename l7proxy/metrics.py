@@ -88,6 +88,12 @@ UPSTREAM_EJECTED = Gauge(
     multiprocess_mode="livemax",
 )
 RETRIES = Counter("weft_upstream_retries_total", "Requests sent again", ("backend",))
+PAIRS_PAUSED = Counter(
+    "weft_http_pairs_paused_total",
+    "Times that a client's requests were not let pass by the proxy for a while, as their responses "
+    "could not: chunked, with Keep-Alive, too long, 502 to 504",
+    ("backend",),
+)
 MIRRORED = Counter(
     "weft_mirrored_requests_total",
     "Requests also sent to a mirror, by backend and outcome",

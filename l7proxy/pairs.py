@@ -20,6 +20,7 @@ from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
 from l7proxy.held import Allowed
+from l7proxy.holdoff import HoldOff
 from l7proxy.pairing import Pairing
 from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
@@ -56,6 +57,8 @@ class Pairs:
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
+        # By client and endpoint id: whose responses the kernel leaves to the proxy.
+        self.handed = HoldOff()
         self._made_ns = 0  # as in Delta
         self._kernel = kernel
         self._routes = routes

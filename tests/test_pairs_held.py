@@ -24,6 +24,8 @@ from test_pairs_kernel import (
     with_backend,
 )
 
+from l7proxy.holdoff import IN_A_ROW
+from l7proxy.normalise import HOP_BY_HOP
 from mesh.model.nodeconfig import ClusterSection, Endpoint, EntryBackend
 from mesh.model.routeconfig import PathMatch, RouteMatch
 from mesh.model.section import cluster_key
@@ -210,5 +212,53 @@ def test_what_is_held_is_not_held_until_its_backend_closes_it(world):
                 for number in range(16):
                     group.create_task(pauses(3.6 + number / 8))
             assert (backend.closed, other.closed) == (0, 0)
+
+    scenario(world, run)
+
+
+def test_responses_that_cannot_pass_are_not_tried_again_and_again(world):
+    """By number of those that came to the proxy after their requests had passed by it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own, paired(world) as other:
+            counts = Counts(world)
+            for _ in range(IN_A_ROW):  # in a row these are not
+                for target in ("/chunked", "/a"):
+                    assert (await own.ask(get(target, "web"))).status == 200
+                    await own.offered()
+            assert counts.since == (2 * IN_A_ROW, IN_A_ROW, IN_A_ROW)
+            for _ in range(IN_A_ROW):
+                await own.offered()
+                assert (await own.ask(get("/chunked", "web"))).body == b"abc"
+            for asker in (own, other):
+                for _ in range(100):
+                    assert (await asker.ask(get("/chunked", "web"))).body == b"abc"
+            # The other one's pair stood already.
+            assert counts.since == (3 * IN_A_ROW + 1, IN_A_ROW, 2 * IN_A_ROW + 1)
+            found = here.proxy.metrics()
+            assert [v for k, v in found.items() if k.startswith("weft_http_pairs_paused")] == [1]
+
+    with_backend(world, test)
+
+
+def test_what_a_backend_says_of_its_connection_does_not_pass(world):
+    fields = sorted(HOP_BY_HOP - {b"connection", b"transfer-encoding", b"upgrade"})
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while (message := await read_message(reader)) is not None:
+            field = message.start.split(" ")[1].removeprefix("/a").removeprefix("/")
+            writer.write(ok(b"/first", *((f"{field}: timeout=5",) if field else ())))
+
+    async def run(world: World) -> None:
+        async with node(world) as here, served(serve) as port:
+            await configure(here, port)
+            async with paired(world) as own:
+                counts = Counts(world)
+                for number, field in enumerate(fields, 1):
+                    for name in (field, field.title()):
+                        message = await own.ask(get(f"/a/{name.decode()}", "web"))
+                        assert field.decode() not in dict(message.headers)
+                        await own.pair()
+                    assert counts.since[2] == 2 * number
 
     scenario(world, run)
