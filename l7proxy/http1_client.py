@@ -47,7 +47,7 @@ class Http1Client(Link):
         self.answered = False  # a byte came since the request was sent
         self.cookie = 0  # of the far socket, where requests can reach it past the proxy
         self.held = False  # by whoever keeps it: no requests come from the pool
-        self.wanted = False  # while it is kept, by a request that waits
+        self.wanted = False  # while it is held, by a request that waits
         self.used: float | None = None
         self._keeper: Callable[[], None] | None = None
         self._last = False  # what it serves
@@ -112,11 +112,10 @@ class Http1Client(Link):
         self._keeper = keeper
 
     def recall(self) -> bool:
-        if self._keeper is None or self.wanted:
+        if self._keeper is None or self.wanted or not self.held:
             return False
         self.wanted = True
-        if self.held:
-            self._keeper()
+        self._keeper()
         return True
 
     @property

@@ -70,6 +70,7 @@ class Pool:
         "_connections",
         "_endpoint",
         "_held",
+        "_kept",
         "_line",
         "_loop",
         "_on_empty",
@@ -106,6 +107,8 @@ class Pool:
         self._line: Line[_Waiter] = Line()
         # By which client those in use are held; not those that are shared.
         self._held: dict[ClientConnection, str] = {}
+        # Of those in use the ones that are kept for later, and have not been recalled.
+        self._kept: dict[ClientConnection, None] = {}
         self._retired = False
         self._sweep: asyncio.TimerHandle | None = None
         self._sweep_due = _NEVER
@@ -195,20 +198,26 @@ class Pool:
     def _connect_more(self) -> None:
         """As many connects as requests wait that may have one; one at a time where a connection
         serves many."""
+        lengths = tuple(self._line.lengths())
         if self._shared:
-            wanted = int(bool(self._line))
+            wanted = int(bool(lengths))
         else:
             room_for = self._shares.room_for
-            wanted = sum(min(count, room_for(client)) for client, count in self._line.lengths())
+            wanted = sum(min(count, room_for(client)) for client, count in lengths)
         room = self._shares.limit - len(self._connections)
         while self._connecting < min(wanted, room):
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
-        if self._line and not self._connecting:
-            # All are in use; some perhaps only kept for later: the longest so goes first.
-            for connection in tuple(self._held):
-                if connection.recall():
-                    break
+        if sum(count for _, count in lengths) > self._connecting:
+            self._recall()
+
+    def _recall(self) -> None:
+        """Of the connections that are only kept for later the one that has been so for longest."""
+        while self._kept:
+            connection = next(iter(self._kept))
+            del self._kept[connection]
+            if connection.recall():
+                return
 
     async def _add(self) -> None:
         try:
@@ -246,6 +255,9 @@ class Pool:
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
         active = connection.active
+        self._kept.pop(connection, None)
+        if connection.held:
+            self._kept[connection] = None
         if not active:
             if (holder := self._held.pop(connection, None)) is not None:
                 self._shares.give(holder)

@@ -123,9 +123,11 @@ class Kept(Protocol):
 
 
 class ClientConnection(Protocol):
-    """An established connection to an endpoint, kept in a pool. `used`: when it was last, by
-    time.monotonic(), if that was before it was given back."""
+    """An established connection to an endpoint, kept in a pool. `held`: by whoever keeps it
+    (`ClientStream.keep`), and nothing is on its way; `used`: when it was last, by time.monotonic(),
+    if that was before it was given back."""
 
+    held: bool
     used: float | None
 
     @property
@@ -142,8 +144,7 @@ class ClientConnection(Protocol):
         """Streams in flight."""
 
     def recall(self) -> bool:
-        """Whoever keeps it (`ClientStream.keep`) is to let it go soon. False: nobody does, or has
-        been told already."""
+        """Whoever holds it is to let it go soon. False: nobody does, or has been told already."""
 
     def open(self) -> ClientStream:
         """A new stream; only while `capacity` > 0. The stream frees its place when both halves of
