@@ -9,25 +9,34 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import constants, layout, pins, syscall
+from bpf import constants, layout, passed, pins, syscall
 from bpf.attach import open_program
 from bpf.errors import DatapathError
 from bpf.maps import open_pinned
-from bpf.structs import Exchange, Number, Pair, Paired, Proxied, Target, Way
+from bpf.structs import (
+    Exchange,
+    Number,
+    Pair,
+    Paired,
+    Passed,
+    PassedKey,
+    Proxied,
+    Target,
+    Way,
+)
 
 # Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
 # Of this version only.
-PAIR_HANDLES = ("pairs", "paired", "exchanges", "holders")
+PAIR_HANDLES = ("pairs", "paired", "exchanges", "holders", "passed")
 _PROGRAMS = frozenset(("queue", "holders"))
 
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
@@ -83,6 +92,7 @@ class _PairMaps(NamedTuple):
     paired: int
     exchanges: int
     holders: int
+    passed: int
 
 
 class Offer(NamedTuple):
@@ -177,8 +187,11 @@ class ProxyHandles:
             return False
         client = layout.U64.pack(Number(offer.client))
         nothing = bytes(layout.EXCHANGE.size)
-        with contextlib.suppress(FileExistsError):
-            syscall.update(maps.exchanges, client, nothing, syscall.BPF_NOEXIST)
+        try:
+            if not self._put(maps.exchanges, client, nothing, syscall.BPF_NOEXIST):
+                return False
+        except FileExistsError:
+            pass  # of an offer before
         return all(
             self._put(
                 maps.paired,
@@ -210,9 +223,9 @@ class ProxyHandles:
         client = layout.U64.pack(Number(offer.client))
         return self._put(maps.pairs, client, layout.PAIR.pack(pair))
 
-    def _put(self, fd: int, key: bytes, value: bytes) -> bool:
+    def _put(self, fd: int, key: bytes, value: bytes, flags: int = syscall.BPF_ANY) -> bool:
         try:
-            syscall.update(fd, key, value)
+            syscall.update(fd, key, value, flags)
         except OSError as error:
             if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
                 raise
@@ -257,6 +270,14 @@ class ProxyHandles:
         key = layout.U64.pack(Number(client))
         data = syscall.lookup(self._pairs.exchanges, key, layout.EXCHANGE.size)
         return None if data is None else layout.EXCHANGE.unpack(Exchange, data)
+
+    def counted(self, series: Container[int]) -> list[PassedKey]:
+        """What has passed is counted under, of these series. Reads all there is."""
+        return passed.keys(self._pairs.passed, series) if self._pairs is not None else []
+
+    def take_counted(self, key: PassedKey) -> Passed | None:
+        """What is counted there, and it is not any more."""
+        return passed.take(self._pairs.passed, key) if self._pairs is not None else None
 
     def _look(self, fd: int) -> tuple[_Version, Proxied] | tuple[None, None]:
         key = layout.U32.pack(Number(fd))

@@ -96,8 +96,43 @@ class Exchanges:
         try:
             await exchange.run()
         finally:
-            exchange.record.close(self.log)
-            self.flows.request(exchange.record, exchange.info)
+            self._close(exchange.record, exchange.info)
+
+    def tell(
+        self,
+        entry: Entry,
+        info: ConnectionInfo,
+        sent: Sent,
+        head: RequestHead,
+        reason: str,
+        detail: str,
+    ) -> None:
+        """Of a request that went past the proxy, and its response too (""), or nobody waits for
+        it."""
+        record = self.record(entry, info, head, sent)
+        if reason:
+            record.broke_off(reason, detail)
+        self._close(record, info)
+
+    def record(
+        self, entry: Entry, info: ConnectionInfo, head: RequestHead, sent: Sent | None
+    ) -> Record:
+        told = sent.told if sent is not None else None
+        record = Record(head, told or entry.arrive(head, info, self.settings), entry.gateway)
+        record.encryption = entry.encryption
+        if sent is not None:
+            record.started, record.policy = sent.started, sent.policy
+            record.status = sent.status
+            record.bytes_in, record.bytes_out = sent.bytes_in, sent.bytes_out
+            record.selected(sent.selected)
+            record.backend, record.attempts = sent.backend.label, 1
+            record.endpoint, record.destination = sent.before.endpoint_id, sent.before.endpoint
+            record.way = sent.before.way
+        return record
+
+    def _close(self, record: Record, info: ConnectionInfo) -> None:
+        record.close(self.log)
+        self.flows.request(record, info)
 
 
 class _Exchange:
@@ -114,14 +149,9 @@ class _Exchange:
         self._stream = stream
         self.info = info
         self._went = sent
-        self._body = RequestBody(stream)
+        self._body = RequestBody(stream, sent.body if sent is not None else b"")
         self._responded = False
-        told = sent.told if sent is not None else None
-        client = told or entry.arrive(stream.head, info, shared.settings)
-        self.record = Record(stream.head, client, entry.gateway)
-        if sent is not None and told is not None:
-            self.record.started, self.record.policy = sent.started, sent.policy
-        self.record.encryption = entry.encryption
+        self.record = shared.record(entry, info, stream.head, sent)
 
     async def run(self) -> None:
         try:
@@ -146,7 +176,7 @@ class _Exchange:
             await self._reply(500, "internal", "a fault of the proxy's; its log has it")
         finally:
             await self._body.close()
-            self.record.bytes_in = self._body.received
+            self.record.bytes_in += self._body.received
 
     async def _reply(self, status: int, reason: str, detail: str) -> None:
         self.record.replied(status, reason, detail, whole=not self._responded)
@@ -278,49 +308,51 @@ class _Exchange:
             self.record,
             response,
             lambda sent: partial(shared.resume, self._entry, sent),
+            partial(shared.tell, self._entry, self.info),
         )
         if found is not None:
             pairing.propose(lease.stream, found)
 
     async def _resume(self, sent: Sent) -> None:
         """Relay the response to a request that was judged, and sent, by the kernel."""
-        record, before = self.record, sent.before
         match = sent.selected.match
         assert match is not None
+        rule = match.rule
         self._sent = self._forwarded = self._stream.head
-        record.selected(sent.selected)
-        record.backend, record.attempts = sent.backend.label, 1
-        record.endpoint, record.destination = before.endpoint_id, before.endpoint
-        record.way = before.way
         if isinstance(sent.lease, Reply):
-            self._responded = sent.responded
+            self._responded = sent.status != 0
             raise sent.lease
-        if sent.told is not None:
-            await self._go_on(sent, sent.lease, match)
-            return
-        attempt = Attempt(sent.lease, self._stream, self._body, None)
-        timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
-        async with within(timeout) as self._timeout:
-            response = await attempt.response(self._sent, sent=True)
-            if isinstance(response, Failure):
-                raise Reply(response.status, response.reason, response.detail)
+        elapsed = time.monotonic() - sent.started
+        timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
+        async with within(timeout - elapsed if timeout is not None else None) as self._timeout:
+            if sent.told is not None:
+                # The first attempt was made; all else is as usual.
+                prefer = sent.selected.prefer
+                await self._attempt(
+                    self._sent, sent.selected, rule, sent.backend, prefer, sent=sent.lease
+                )
+                return
+            limit = None
+            if rule.backend_timeout_s is not None:
+                limit = asyncio.get_running_loop().time() + rule.backend_timeout_s - elapsed
+            attempt = Attempt(sent.lease, self._stream, self._body, limit)
+            response = await self._response(attempt)
             self._propose(sent.selected, sent.backend, sent.lease, response)
-            await self._relay(attempt, response, match.rule, sent.backend)
+            await self._relay(attempt, response, rule, sent.backend)
 
-    async def _go_on(self, sent: Sent, lease: Lease, match: RouteMatchResult) -> None:
-        """The first attempt was made; all else is as usual."""
-        timeout = match.rule.request_timeout_s or self._shared.settings.request_timeout_s
-        if timeout is not None:
-            timeout -= time.monotonic() - sent.started
-        async with within(timeout) as self._timeout:
-            await self._attempt(
-                self._sent,
-                sent.selected,
-                match.rule,
-                sent.backend,
-                sent.selected.prefer,
-                sent=lease,
-            )
+    async def _response(self, attempt: Attempt) -> ResponseHead:
+        """To a request of which nothing is known but that it was sent: it is not repeated."""
+        try:
+            async with until(attempt.limit):
+                response = await attempt.response(self._sent, sent=True)
+        except TimeoutError:  # the backend's; the request's comes as a cancellation
+            attempt.lease.failed("timeout")
+            raise Reply(
+                504, "backend_timeout", "no response in the route's backend timeout"
+            ) from None
+        if isinstance(response, Failure):
+            raise Reply(response.status, response.reason, response.detail)
+        return response
 
     def _client_certificate(self) -> tuple[SectionKey, CertificateSection] | None:
         key = self._entry.client_certificate

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from l7proxy import metrics
+from l7proxy.begun import Begun
 from l7proxy.entry import Reply, Selection
 from l7proxy.held import Follower, Place
 from l7proxy.lease import Lease
-from l7proxy.message import ResponseHead
+from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.pairs import Pairs, Refusal
 from l7proxy.peers import Caller
 from l7proxy.record import Record
@@ -29,9 +30,10 @@ def follower(
     record: Record,
     response: ResponseHead,
     resume: Callable[[Sent], Handler],
+    tell: Callable[[Sent, RequestHead, str, str], None],
 ) -> Follower | None:
     """For requests like the one that `backend` has answered so, by `lease`, to the same endpoint.
-    `resume`: what serves one. None: they come to the proxy."""
+    `resume`: what serves one; `tell`: as `Exchanges.tell`. None: they come to the proxy."""
     match = selected.match
     if match is None or not lease.endpoint.name:
         return None
@@ -54,13 +56,15 @@ def follower(
     if lease.endpoint_id != selected.prefer:
         share /= max(lease.endpoints, 1)
 
-    def handler(answer: Lease | Reply, *, responded: bool = False) -> Handler:
-        return resume(Sent(selected, backend, lease, answer, responded))
+    def sent(begun: Begun, answer: Lease | Reply) -> Sent:
+        policy = allowed.series.meaning.policy(begun.egress, begun.ingress)
+        facts = begun.bytes_in, begun.status, begun.bytes_out
+        return Sent(selected, backend, lease, answer, begun.started, policy, *facts)
 
-    def resumed(stream: ClientStream) -> Handler:
+    def resumed(begun: Begun, stream: ClientStream) -> Handler:
         if pairs.handed.failed(ends):
             metrics.PAIRS_PAUSED.labels(backend.label).inc()
-        return handler(lease.again(stream))
+        return resume(sent(begun, lease.again(stream)))
 
     def answered() -> None:
         pairs.handed.passed(ends)
@@ -72,7 +76,8 @@ def follower(
         record.head.authority,
         current=lambda: pairs.version == version and not lease.ejected,
         resume=resumed,
-        fail=lambda status, reason, detail: handler(Reply(status, reason, detail)),
-        broken=lambda reason, detail: handler(Reply(502, reason, detail), responded=True),
+        fail=lambda begun, *why: resume(sent(begun, Reply(*why))),
+        broken=lambda begun, *why: resume(sent(begun, Reply(502, *why))),
+        over=lambda begun, *why: tell(sent(begun, lease), begun.head, *why),
         answered=answered,
     )

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from bpf.constants import PAIR_SHARES, PAIR_WAYS
 from bpf.structs import Way
+from l7proxy.begun import Begun
 from l7proxy.pool import IDLE_S
+from l7proxy.series import Numbered
 from l7proxy.streams import ClientStream, Handler, Kept
 
 
@@ -27,7 +29,7 @@ class Allowed(NamedTuple):
     rule: int
     expires_ns: int
     made_ns: int
-    series: int
+    series: Numbered
     response_max: int
     timeout_s: float | None
 
@@ -47,15 +49,18 @@ class Follower(NamedTuple):
     decided by has changed. `resume` makes a handler for a response that comes through the proxy
     after all, on this stream; `fail` one for a
     request without a response (status, reason, detail), `broken` for one whose response has begun
-    and will not end (reason, detail). `answered`: requests have been, past the proxy."""
+    and will not end (reason, detail). `over` tells of one that needs no handler any more: all of it
+    is done (""), or nobody waits for it (reason, detail). `answered`: requests have been, past the
+    proxy."""
 
     allowed: Allowed
     place: Place
     authority: bytes
     current: Callable[[], bool]
-    resume: Callable[[ClientStream], Handler]
-    fail: Callable[[int, str, str], Handler]
-    broken: Callable[[str, str], Handler]
+    resume: Callable[[Begun, ClientStream], Handler]
+    fail: Callable[[Begun, int, str, str], Handler]
+    broken: Callable[[Begun, str, str], Handler]
+    over: Callable[[Begun, str, str], None]
     answered: Callable[[], None]
 
 
@@ -92,7 +97,9 @@ class Held:
     def way(self) -> Way:
         allowed = self.follower.allowed
         share = round(self.follower.place.share * PAIR_SHARES)
-        return Way(self.kept.cookie, allowed.series, allowed.rule, share, allowed.response_max)
+        return Way(
+            self.kept.cookie, allowed.series.number, allowed.rule, share, allowed.response_max
+        )
 
     def let_go(self, parted: int) -> None:
         """Back to the pool, if it can be used again. `parted`: now."""

@@ -6,6 +6,7 @@ It moves bytes between a transport and `ClientCodec`. It never repeats anything:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,11 @@ class Http1Client(Link):
         self.release(reusable=reusable)
 
     def take_over(self, head: RequestHead, received: bytes) -> ClientStream:
-        """A stream for the request that was carried, of whose response this has come. ValueError:
-        as `request`."""
+        """A stream for the request that was carried, of whose response this has come; its body has
+        gone. ValueError: as `request`."""
         self._lane = None
         self.answered = bool(received)
-        self.codec.request(head)
+        self.codec.request(dataclasses.replace(head, body=Framing.NONE))
         self.codec.receive(received)
         self._stream = _Stream(self, reused=self._streams > 1, sent=True)
         return self._stream

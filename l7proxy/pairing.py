@@ -21,6 +21,8 @@ from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
+from l7proxy import metrics
+from l7proxy.begun import Begun, begun
 from l7proxy.handles import Handles
 from l7proxy.held import Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
@@ -53,7 +55,7 @@ class Pairing:
         # A response has not come and could still, or a request is not whole: nothing may follow.
         self.lost = False
         self.count = 0  # of requests that have passed while an offer stood, once nothing passes
-        self.head = RequestHead(b"GET", b"http", b"", b"/", None, [])  # of what `take_over` gives
+        self.head = _UNKNOWN  # of what `take_over` gives
         self.wake: Callable[[], None] = lambda: None
         self.active: Callable[[], None] = lambda: None
         self._handles = handles
@@ -127,15 +129,18 @@ class Pairing:
             made_ns=newest.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
-        ready = not passed.outstanding and self._handles.prepare(offer)
-        sent = ready and send()
-        if not sent or not self._handles.offer(offer):
+        for held in self._held:
+            held.answered = 0
+        ready = not passed.outstanding
+        room = ready and self._handles.prepare(offer)
+        sent = room and send()
+        if not sent or not (room := self._handles.offer(offer)):
+            if ready and not room:
+                metrics.PAIRS_REFUSED.inc()
             self._forget(self._held)
             self._let_go(passed if not passed.outstanding else None)
             return sent
         self._before = self._seen = passed
-        for held in self._held:
-            held.answered = 0
         self.offered = True
         self.due = False
         self._overdue = None
@@ -147,10 +152,13 @@ class Pairing:
         proposal, self._proposal = self._proposal, None
         self._missed = False
         if proposal is not None:
-            if proposal[0].held:
+            kept = proposal[0]
+            # A backend that answers what it has not read would be sent more and more: the kernel
+            # looks at the sender's own queue only.
+            if kept.held and not self._handles.queued(kept.cookie):
                 self._held.append(Held(*proposal, parted))
             else:
-                proposal[0].let_go(reusable=True)
+                kept.let_go(reusable=True)
         self._keep(to_offer(self._held))
 
     def _keep(self, held: list[Held]) -> None:
@@ -189,53 +197,71 @@ class Pairing:
         self._gone = True
         if self.offered:
             self._handles.withdraw(self._client)
-            passed = self._handles.passed(self._client)
             self._withdrawn()
-            whole = passed is not None and not passed.outstanding and not passed.left
+            # Now that no response passes any more: it is told of here, or the kernel has.
+            passed = self._handles.passed(self._client)
+            whole = passed is not None and not self._under_way(passed)
+            if passed is not None and not whole:
+                follower = self._last(passed).follower
+                follower.over(self._begun(passed, follower), "client_gone", "the connection ended")
             self._let_go(passed if ended and whole else None)
         else:
             self.decline()
 
     # --- what is outstanding ----------------------------------------------------------------------
 
+    def _under_way(self, passed: Exchange) -> bool:
+        """A request without a response, or one that has begun and is the proxy's to end."""
+        handed = passed.handed != self._before.handed
+        return bool(passed.outstanding or (handed and passed.left))
+
     async def take_over(
         self,
         *,
         moved: bool,
+        ended: Callable[[], bool],
         take: Callable[[int], bytes],
         give: Callable[[bytes], Awaitable[None]],
     ) -> Handler | None:
         """From now on everything comes here. When nothing passes by the proxy any more: None, or
         what answers the request that is outstanding (`head`), and nothing else may be answered
-        before. `moved`: the client has sent something here since the offer, or its end. `take`
-        gives what it has sent, up to so many bytes: the rest of a request that has begun; what
-        `give` is told is sent to it: the rest of a response."""
+        before. `moved`: the client has sent something here since the offer, or its end; `ended`:
+        its end. `take` gives what it has sent, up to so many bytes: the rest of a request that has
+        begun; what `give` is told is sent to it: the rest of a response."""
         self._handles.withdraw(self._client)
         wait_s = _FIRST_LOOK_S
         brought = 0
         asked = moved
         while self.offered:
             passed = self._handles.passed(self._client)
+            if passed is None:  # nobody can tell what came before and what comes now
+                self.lost = True
+                self._withdrawn()
+                self._let_go(None)
+                return None
             last = self._last(passed)
             kept, follower = last.kept, last.follower
             # What has been received by now was sent after all that has passed of the request: the
             # kernel passes no more of it once something has come here.
-            left = passed.unsent - brought if passed is not None and passed.outstanding else 0
+            left = passed.unsent - brought if passed.outstanding else 0
             if left and (more := take(left)):
                 brought += len(more)
                 kept.bring(more)
                 self._moved_at = time.monotonic()
-            if passed is None or passed.outstanding:
-                failure = self._failure(passed, kept)
+            if passed.outstanding:
+                failure = self._failure(kept, cut=ended() and passed.unsent != brought)
                 # Where it went is sure only if it was not just then on its way there.
                 if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
                     self._withdrawn()
                     self._let_go(None)
-                    self._tell_head(passed, follower)
-                    if passed is not None and passed.left:
-                        return follower.broken(*failure[1:])
-                    return follower.fail(*failure)
+                    begun = self._begun(passed, follower)
+                    if not failure[0]:
+                        follower.over(begun, *failure[1:])
+                        return None
+                    if begun.status:
+                        return follower.broken(begun, *failure[1:])
+                    return follower.fail(begun, *failure)
                 if any(held is not last and not held.good for held in self._held):
                     await self._settled()
                     self._drop_others()
@@ -258,20 +284,27 @@ class Pairing:
             if handed and passed.left:
                 self._held.remove(last)
                 self._let_go(passed)
-                if await self._bring_back(passed, last, give):
+                begun = self._begun(passed, follower)
+                missing = await self._bring_back(passed, last, give)
+                if not missing:
                     last.let_go(passed.parted)
+                    follower.over(begun._replace(bytes_out=passed.bytes_out), "", "")
                     return None
                 self.lost = True
                 kept.let_go(reusable=False)
-                self._tell_head(passed, follower)
-                return follower.broken("upstream_reset", "the response did not end")
+                begun = begun._replace(bytes_out=passed.bytes_out - missing)
+                if self._gone:
+                    follower.over(begun, "client_gone", "the connection ended")
+                    return None
+                return follower.broken(begun, "upstream_reset", "the response did not end")
             if handed:
                 # What is left of the request may pass or come here: nobody could tell it apart.
                 self.lost = passed.unsent != brought
-                self._tell_head(passed, follower)
+                begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
                 self._held.remove(last)
                 self._keep_good()
-                return follower.resume(kept.resume(self.head, last=passed.parted != last.parted))
+                last_one = passed.parted != last.parted
+                return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
             if asked:
@@ -281,10 +314,10 @@ class Pairing:
             return None
         return None  # the client is gone
 
-    def _last(self, passed: Exchange | None) -> Held:
+    def _last(self, passed: Exchange) -> Held:
         """The one that the last request has gone to."""
-        backend = passed.backend if passed is not None else 0
-        return next((held for held in self._held if held.kept.cookie == backend), self._held[-1])
+        cookie = passed.backend
+        return next((held for held in self._held if held.kept.cookie == cookie), self._held[-1])
 
     def _drop_others(self) -> None:
         """Let go what cannot be offered any more and what is outstanding has not gone to; nothing
@@ -301,8 +334,8 @@ class Pairing:
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
-    ) -> bool:
-        """The rest of a response that has begun past the proxy; whether it has come."""
+    ) -> int:
+        """The rest of a response that has begun past the proxy; how many bytes have not come."""
         left, kept, timeout_s = passed.left, last.kept, last.follower.allowed.timeout_s
         while left:
             more = kept.take(left)
@@ -310,13 +343,13 @@ class Pairing:
                 time.monotonic() - passed.started_ns * _NS > timeout_s
             )
             if late or self._gone or (not more and kept.closed):
-                return False
+                return left
             if more:
                 left -= len(more)
                 await give(more)
             else:
                 await self._wait(_LAST_LOOK_S)
-        return True
+        return 0
 
     async def _delivery(self) -> None:
         """A response that counts as answered is in the client's queue only a moment later, or much
@@ -326,24 +359,22 @@ class Pairing:
             await asyncio.sleep(wait_s)
             wait_s *= 2
 
-    def _failure(self, passed: Exchange | None, kept: Kept) -> tuple[int, str, str] | None:
-        """Why what is outstanding will not come."""
-        if passed is None:
-            return 502, "pair_lost", "the kernel does not know any more what has passed"
+    def _failure(self, kept: Kept, *, cut: bool) -> tuple[int, str, str] | None:
+        """Why what is outstanding will not come; with status 0 nobody waits for it. `cut`: there
+        will be no more of the request."""
+        if cut:
+            return 0, "client_gone", "the client ended in the middle of its request"
         if self._overdue is not None:
             return self._overdue
         if kept.closed:
             return 502, "upstream_reset", "the backend closed before its response was whole"
         return None
 
-    def _tell_head(self, passed: Exchange | None, follower: Follower) -> None:
-        """As far as the kernel has kept it."""
-        method, target = b"GET", b"/"
-        if passed is not None and passed.shown:
-            line, _, _ = passed.head[: passed.shown].partition(b"\r\n")
-            method, _, rest = line.partition(b" ")
-            target = rest.removesuffix(b" HTTP/1.1")
-        self.head = RequestHead(method, b"http", follower.authority, target, None, [])
+    def _begun(self, passed: Exchange, follower: Follower) -> Begun:
+        """The last request; `head` is told."""
+        found = begun(passed, follower.authority)
+        self.head = found.head
+        return found
 
     async def _wait(self, seconds: float) -> None:
         self._happened.clear()
@@ -364,7 +395,7 @@ class Pairing:
         if passed is None or not all(held.follower.current() for held in self._held):
             self._be_due()
             return
-        if passed.forwarded != self._seen.forwarded:
+        if self._used(passed):
             self.active()
         now = time.monotonic()
         if passed != self._seen:
@@ -384,6 +415,15 @@ class Pairing:
         elif passed.unsent and now - self._moved_at > body_timeout_s:
             self._overdue = 408, "body_timeout", "the request's body did not come"
             self._be_due()
+
+    @property
+    def in_use(self) -> bool:
+        """A request passes, or has since `look` noticed any."""
+        passed = self._handles.passed(self._client) if self.offered else None
+        return passed is not None and self._used(passed)
+
+    def _used(self, passed: Exchange) -> bool:
+        return bool(passed.outstanding) or passed.forwarded != self._seen.forwarded
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -422,3 +462,4 @@ class Pairing:
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))
+_UNKNOWN = RequestHead(b"GET", b"http", b"", b"/", None, [])

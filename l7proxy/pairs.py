@@ -26,7 +26,8 @@ from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE
 from l7proxy.routing import CompiledRule, RouteIndex
-from l7proxy.series import Series, SeriesNumbers
+from l7proxy.series import Series
+from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
 from l7proxy.turns import Turns
@@ -53,7 +54,7 @@ class Pairs:
         routes: RouteIndex,
         policies: Policies,
         peers: Peers,
-        numbers: SeriesNumbers,
+        room: SeriesRoom,
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
@@ -64,7 +65,7 @@ class Pairs:
         self._routes = routes
         self._policies = policies
         self._peers = peers
-        self._numbers = numbers
+        self._room = room
         self._open: set[Pairing] = set()
         self._large: set[Pairing] = set()  # as in Pairing
         self._turns = Turns(self._look)
@@ -134,8 +135,7 @@ class Pairs:
                 return Refusal("the rule is not in the kernel")
         if why := found.rules[number - 1].why:
             return Refusal(why)
-        series = self._with_policies(series, asker, endpoint, asked)
-        counted = self._numbers.number(series)
+        counted = self._room.number(self._with_policies(series, asker, endpoint, asked))
         if counted is None:
             return Refusal("there is no room to count them")
         times = (rule.request_timeout_s or self.settings.request_timeout_s, rule.backend_timeout_s)

@@ -136,12 +136,13 @@ class Pool:
             self._ready[connection] = _BUSY
         return stream
 
-    def lend(self, client: str) -> ClientConnection | None:
-        """The same before a stream is opened; one must be, or what stands for it, at once."""
+    def lend(self, client: str, *, sure: bool = True) -> ClientConnection | None:
+        """The same before a stream is opened; one must be, or what stands for it, at once. Not
+        `sure`: the endpoint may have closed it a moment ago, and the request can be repeated."""
         while self._ready and self._may_take(client):
             connection, _ = self._ready.popitem()
             if connection.capacity > 0:
-                if not self._connections[connection].poll(0):
+                if not sure or not self._connections[connection].poll(0):
                     self._hold(connection, client)
                     return connection
                 # Closed by the endpoint, which the event loop is yet to find out.

@@ -12,14 +12,19 @@ from l7proxy.routing import CompiledBackend
 
 class Sent(NamedTuple):
     """A request that has gone to its backend past the exchange, as one before it. `lease`: for its
-    response, or the reply if there will be none; `responded`: a part has come. `told`: who asks,
-    where its head is known; then also when it `started`, and by which `policy` it was let pass."""
+    response, or the reply if there will be none. It `started` then, by time.monotonic(), and
+    `policy` let it pass; of its body `bytes_in` have gone; of its response `status` (0: nothing
+    has come) and `bytes_out` of the body. `told`: who asks, where all of it is known, its `body`
+    too, so that it could be sent again."""
 
     selected: Selection
     backend: CompiledBackend
     before: Lease
     lease: Lease | Reply
-    responded: bool = False
-    told: ClientAddress | None = None
-    started: float = 0.0
+    started: float
     policy: str = ""
+    bytes_in: int = 0
+    status: int = 0
+    bytes_out: int = 0
+    told: ClientAddress | None = None
+    body: bytes = b""

@@ -4,7 +4,9 @@ for: the proxy's own parser, normaliser and matchers."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from bpf import pins, syscall
 from bpf.automaton import Automata
 from l7proxy.automaton import Automaton, compile_rules
 from l7proxy.automaton_plan import Plan
+from l7proxy.http1_codec import ClientCodec
 from l7proxy.http1_head import Request, parse_request
 from l7proxy.message import ProtocolError
 from l7proxy.native import Judged, Native
@@ -149,10 +152,14 @@ def _same(
     line, *fields = block[:-4].split(b"\r\n")
     assert line == asked.method + b" " + asked.target + b" HTTP/1.1", head
     split = [field.partition(b":") for field in fields]
-    given = [(name.lower(), value.strip(b" \t")) for name, _, value in split]
+    given = [(name.lower(), value.strip(b" ")) for name, _, value in split]
     own = (b"host", b"content-length", b"connection")
     assert [one for one in given if one[0] not in own] == asked.headers, head
     assert [value for name, value in given if name == b"host"] == [asked.authority], head
+    # What the proxy would say of its own accord has been said.
+    written = ClientCodec(Settings()).request(dataclasses.replace(asked))
+    lengths = [value for name, value in given if name == b"content-length"]
+    assert lengths == re.findall(rb"\r\ncontent-length: ([^\r]*)", written), head
     assert {value.lower() for name, value in given if name == b"connection"} <= {b"keep-alive"}
     assert request.keep_alive, head
     assert (asked.upgrade, asked.expect_continue, asked.trailers_ok) == (None, False, False), head

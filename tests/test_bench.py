@@ -28,6 +28,7 @@ def test_rows_of_one_hop(tmp_path: Path) -> None:
     assert [(row["scenario"], row["hop"], row["connections"]) for row in published] == [
         ("http-45", "nginx", 2),
         ("http-650", "nginx", 2),
+        ("http-file", "nginx", 2),
         ("http-1m", "nginx", 2),
     ]
     for row in published:

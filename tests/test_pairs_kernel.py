@@ -23,11 +23,13 @@ from support.proxy import Message, get, ok, read_body, read_message, rule, to
 from support.two_nodes import Authority, life
 from test_mesh_kernel import Node, node, scenario, served
 
-from bpf import maps
+from bpf import layout, maps
+from bpf import passed as passed_maps
 from bpf.automaton import Automata
+from bpf.constants import EXCHANGES_MAX
 from bpf.reasons import Reason
 from bpf.settings import Generation
-from bpf.structs import Number, Pair
+from bpf.structs import Exchange, Number, Pair
 from l7proxy.accesslog import AccessLog
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plans import Plans
@@ -48,11 +50,12 @@ from mesh.model.routeconfig import PathMatch, RouteMatch
 from mesh.model.section import SETTINGS_KEY, cluster_key, policy_key, svid_key
 
 pytestmark = needs_bpf
+EMPTY = layout.EXCHANGE.unpack(Exchange, bytes(layout.EXCHANGE.size))
 FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
-    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|hint|kept|long|other"
-    "|p|parts|size|slow|stalls|status|two|twice|up|x"
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|held|hint|kept|long|other"
+    "|late|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
 
@@ -127,7 +130,7 @@ class Backend:
             what, _, rest = target[1:].partition("/")
             if self.fails:
                 what, rest = "status", "503"
-            if what == "slow":
+            if what in ("slow", "late", "held"):
                 self.reached.set()
                 await self.go_on.wait()
             if what == "drips":
@@ -145,6 +148,9 @@ class Backend:
                 writer.write(ok(b"x" * 100)[: int(rest)])
                 await writer.drain()
                 return
+            if what == "held":
+                writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+                continue
             answer = self._answer(method, what, rest, target, message)
             if isinstance(answer, list):
                 for part in answer:
@@ -170,7 +176,7 @@ class Backend:
                     if method != "HEAD"
                     else ok(body[: int(rest)])[: -int(rest)]
                 )
-            case "chunked":
+            case "chunked" | "late":
                 head += b"transfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n"
                 return [head + b"3\r\nabc\r\n", b"0\r\nx-sum: 1\r\n", b"\r\n"]
             case "body":  # after its head, as by sendfile(2)
@@ -353,7 +359,7 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
     authority = Authority("cluster.local")
     put = "PUT /p/1 HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\n"
     asked: tuple[str | bytes, ...] = (
-        get("/size/7", "web", "User-Agent: test"),
+        get("/size/7", "web", "User-Agent: test", "X-Request-Id: one-of-mine"),
         get("/status/404", "web"),
         put + "abc",
     )
@@ -415,17 +421,106 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
                 await asyncio.sleep(0.01)
         others = [json.loads(line) for line in written[1:4]]
         for line in (*lines, *others):
-            for name in ("time", "duration_ms", "request_id"):
+            for name in ("time", "duration_ms"):
                 line.pop(name)
         assert lines == others
 
     with_backend(world, test)
 
 
+def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
+    """When it was sent, what its body was, and which policy let it pass are the kernel's to say."""
+    writer = policies.rule("put", 301, http=policies.http(method="PUT"))
+    reader = policies.rule("get", 301, http=policies.http(method="GET"))
+
+    async def test(here: Node, backend: Backend) -> None:
+        await change(here, allowed(reader, writer))
+        async with paired(world) as own:
+            counts = Counts(world)
+            put = b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n"
+            put += b"User-Agent: test\r\nX-Request-Id: one-of-mine\r\n\r\nabc"
+            own.writer.write(put)
+            await backend.reached.wait()
+            await asyncio.sleep(0.2)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"abc"
+            assert counts.since == (1, 0, 1)
+        line = await logged(here, "/late")
+        assert line["duration_ms"] >= 200
+        assert (line["status"], line["bytes_in"], line["bytes_out"]) == (200, 3, 3)
+        assert (line["user_agent"], line["request_id"]) == ("test", "one-of-mine")
+        flows: list[Flow] = []
+        while len(flows) < 2:
+            flows += (await here.proxy.flows()).records
+        assert flows[1].policy == "put"
+
+    with_backend(world, test)
+
+
+def test_a_client_that_leaves_its_request_behind_is_told_of_once(world):
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            own.writer.write(get("/slow/1", "web").encode())
+            await backend.reached.wait()
+            sock = own.writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        line = await logged(here, "/slow/1")
+        assert (line["status"], line["reason"]) == (499, "client_gone")
+        found = await counted(here, 2)
+        codes = [name for name in found if 'code="499"' in name]
+        assert [found[name] for name in codes] == [1]
+        flows: list[Flow] = []
+        while len(flows) < 2:
+            flows += (await here.proxy.flows()).records
+        assert (flows[1].reason, flows[1].verdict, flows[1].http.path) == (  # type: ignore[union-attr]
+            "client_gone",
+            "ERROR",
+            "/slow/1",
+        )
+        backend.go_on.set()
+        async with paired(world):
+            pass
+        await logged(here, "/first", 2)
+        assert sum(one["path"] == "/slow/1" for one in log_of(here)) == 1
+
+    with_backend(world, test)
+
+
+def test_a_response_that_breaks_off_is_no_whole_one(world, tmp_path):
+    """It is told of by the proxy alone, with what has come of it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        store = FlowStore(Peers())
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), store, None)
+        passed.start()
+        async with paired(world) as own:
+            own.writer.write(get("/stalls", "web").encode())
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                await own.answer()
+        line = await logged(here, "/stalls")
+        assert (line["status"], line["bytes_out"], line["reason"]) == (200, 50, "request_timeout")
+        assert sum(one.passed.requests for one in passed.counted()) == 0
+        passed.close()
+
+    with_backend(world, test, request_timeout_s=0.3)
+
+
+def log_of(here: Node) -> list[dict[str, object]]:
+    return [json.loads(line) for line in here.proxy.access_log().splitlines()]
+
+
+async def logged(here: Node, path: str, count: int = 1) -> dict[str, object]:
+    """The last of so many lines about it."""
+    async with asyncio.timeout(5):
+        while len(found := [one for one in log_of(here) if one["path"] == path]) < count:
+            await asyncio.sleep(0.01)
+    return found[-1]
+
+
 def plainly(flow: Flow) -> Flow:
     """Without what is never the same twice."""
     assert flow.http is not None
-    http = msgspec.structs.replace(flow.http, latency_ms=0, request_id="")
+    http = msgspec.structs.replace(flow.http, latency_ms=0)
     there = msgspec.structs.replace(flow.destination, labels={}, identity=0)
     source = msgspec.structs.replace(flow.source, labels={}, identity=0)
     return msgspec.structs.replace(
@@ -452,6 +547,35 @@ def test_routes_have_timeouts_past_the_proxy_too(world):
                         await own.answer()
                 assert counts.since[0] == 1
                 assert await own.ended()
+
+    with_backend(world, test)
+
+
+def test_timeouts_are_counted_from_when_the_kernel_has_sent_a_request(world):
+    """Not from when its response came to the proxy."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        for name, reason in (
+            ("request_timeout_ms", "request_timeout"),
+            ("backend_timeout_ms", "backend_timeout"),
+        ):
+            await change(here, mesh_route("r", rule(to("web"), matches=MATCHES, **{name: 1000})))
+            async with paired(world) as own:
+                counts = Counts(world)
+                backend.reached.clear()
+                backend.go_on.clear()
+                own.writer.write(get(f"/held/{name}", "web").encode())
+                began = time.monotonic()
+                await backend.reached.wait()
+                await asyncio.sleep(0.5)
+                handed = (time.monotonic() - began) * 1000
+                backend.go_on.set()  # its head comes, and nothing else
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await own.answer()
+                assert counts.since == (1, 0, 1)
+            line = await logged(here, f"/held/{name}")
+            assert (line["status"], line["reason"]) == (200, reason)
+            assert handed < line["duration_ms"] < 1000 + handed
 
     with_backend(world, test)
 
@@ -569,6 +693,50 @@ def test_statuses_that_pass(world):
                 assert (await own.ask(get(f"/status/{status}", "web"))).status == status
                 await own.pair()
             assert counts.since[2] == 3
+
+    with_backend(world, test)
+
+
+def test_statuses_that_nobody_has_registered_are_counted_by_class(world):
+    """Past the proxy and through it: a backend cannot fill what is counted with its own ones."""
+    asked = (200, 203, 226, 231, 263, 299, 308, 309, 390, 418, 451, 452, 499, 511, 512, 599)
+
+    async def test(here: Node, backend: Backend) -> None:
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None)
+        passed.start()
+        here.proxy.merge = passed.merged
+        found = []
+        for through in (False, True):
+            async with paired(world) as own:
+                start = await counted(here, len(found) * (len(asked) + 1) + 1)
+                counts = Counts(world)
+                for status in asked:
+                    request = get(f"/status/{status}", "web")
+                    if through:
+                        own.writer.write(request[:9].encode())
+                        await own.offered(stands=False)
+                        request = request[9:]
+                    assert (await own.ask(request)).status == status
+                    await own.offered()
+                assert counts.since[1] == (0 if through else len(asked))
+                end = await counted(here, (len(found) + 1) * (len(asked) + 1))
+            changed = {
+                name: end[name] - start.get(name, 0)
+                for name in end
+                if name.startswith("weft_http_requests_") and end[name] != start.get(name)
+            }
+            found.append(changed)
+        # A connection's first request is through the proxy, and not among them.
+        assert found[0] == found[1]
+        codes = {re.search('code="(...)"', name): value for name, value in found[0].items()}
+        by_code = {one[1]: value for one, value in codes.items() if one is not None}
+        assert by_code == dict.fromkeys(("200", "203", "226", "308", "418", "451", "511"), 1) | {
+            "2xx": 3,
+            "3xx": 2,
+            "4xx": 2,
+            "5xx": 2,
+        }
+        passed.close()
 
     with_backend(world, test)
 
@@ -704,6 +872,43 @@ def test_a_response_may_come_in_parts(world):
     with_backend(world, test)
 
 
+def test_a_backend_that_answers_without_reading_is_sent_no_more_than_by_the_proxy(world):
+    async def run(world: World) -> None:
+        loop = asyncio.get_running_loop()
+        listener = socket.create_server((NODE, 0))
+        listener.setblocking(False)
+        async with node(world) as here:
+            await configure(here, listener.getsockname()[1])
+            async with paired(world, first=False) as own:
+                handles = world.handles()
+                body = b"b" * 32768
+                put = b"PUT /a HTTP/1.1\r\nHost: web\r\nContent-Length: %d\r\n\r\n" % len(body)
+                own.writer.write(get("/first", "web").encode())
+                backend, _ = await loop.sock_accept(listener)
+                cookie = int.from_bytes(backend.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+                await loop.sock_recv(backend, 65536)
+                await loop.sock_sendall(backend, ok(b"first"))
+                await own.answer()
+                most = 0
+                with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
+                    for _ in range(60):
+                        before = handles.queued(cookie)
+                        own.writer.write(put + body)
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(0.2):
+                                while handles.queued(cookie) < before + len(body):
+                                    await asyncio.sleep(0.001)
+                        most = max(most, handles.queued(cookie))
+                        await loop.sock_sendall(backend, ok(b"unread"))
+                        async with asyncio.timeout(0.5):
+                            await own.answer()
+                assert 0 < most < 1024 * 1024
+                backend.close()
+        listener.close()
+
+    scenario(world, run)
+
+
 def test_the_client_s_end_of_sending_does_not_lose_the_answer(world):
     async def test(here: Node, backend: Backend) -> None:
         async with paired(world) as own:
@@ -789,6 +994,26 @@ def test_an_idle_connection_is_closed_and_a_busy_one_is_not(world):
             assert await own.ended()
 
     with_backend(world, test, idle_timeout_s=0.8)
+
+
+def test_a_request_that_is_outstanding_keeps_its_connection_from_being_idle(world):
+    """As long as the idle timeout, and longer; then it counts from the answer."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1.5):
+                    await own.reader.read(1)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since[0] == 2
+            assert await own.ended()
+
+    with_backend(world, test, idle_timeout_s=0.5)
 
 
 def test_nothing_passes_once_the_worker_is_gone(world):
@@ -1026,6 +1251,30 @@ def test_a_connection_that_others_wait_for_is_held_no_longer(world):
     with_backend(world, test, connect_timeout_s=1)
 
 
+def test_a_connection_that_others_waited_for_before_is_not_held(world):
+    """While it was busy with the first request of who would hold it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        own_port = here.own_port  # type: ignore[attr-defined]
+        endpoints = (Endpoint(NODE, own_port, "web-0"),)
+        one = ClusterSection(endpoints, max_connections_per_endpoint=1)
+        key = cluster_key("Service", "default", "web", 80)
+        await change(here, {key: one})
+        async with paired(world, first=False) as own, paired(world, first=False) as other:
+            own.writer.write(get("/slow", "web").encode())
+            await backend.reached.wait()
+            other.writer.write(get("/a", "web").encode())
+            pending = f'weft_upstream_pending_requests{{backend="{key}"}}'
+            await here.proxy.metric(pending, lambda value: value == 1)
+            backend.go_on.set()
+            assert (await own.answer()).body == b"/slow"
+            async with asyncio.timeout(5):
+                assert (await other.answer()).body == b"/a"
+            await other.offered()
+
+    with_backend(world, test)
+
+
 def test_what_an_endpoint_fares_by_is_its_own(world):
     """One of two fails, and is left alone for a while although the other one answers."""
 
@@ -1115,6 +1364,42 @@ def test_a_client_that_goes_while_the_proxy_takes_over(world):
         backend.go_on.set()
         async with paired(world):
             pass  # the worker serves others, and nothing has failed: see its `stop`
+
+    with_backend(world, test)
+
+
+def test_what_is_left_of_sockets_that_are_gone_is_swept_away(world):
+    """And of no others; a map that is full of it lets nothing pass, and loses nothing."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        leftovers = passed_maps.Leftovers(world.pin)
+        exchanges = maps.PinnedMap(world.pin, "exchanges", Number, Exchange)
+        leftovers.sweep()
+        leftovers.sweep()
+        async with paired(world) as own:
+            async with paired(world) as other:
+                leftovers.sweep()
+                assert leftovers.sweep() == 0
+            assert exchanges.get(Number(other.cookie)) is not None
+            async with asyncio.timeout(5):
+                while leftovers.sweep() == 0:
+                    await asyncio.sleep(0.01)
+            assert exchanges.get(Number(other.cookie)) is None
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            with contextlib.suppress(OSError):
+                exchanges.put_all((Number(one), EMPTY) for one in range(1, EXCHANGES_MAX + 1))
+            async with paired(world, first=False) as other:
+                for _ in range(3):
+                    assert (await other.ask(get("/b", "web"))).body == b"/b"
+            assert counts.since == (1, 1, 0)
+            leftovers.sweep()
+            assert leftovers.sweep() > EXCHANGES_MAX / 2
+            async with paired(world):
+                pass
+        exchanges.close()
+        leftovers.close()
 
     with_backend(world, test)
 

@@ -58,9 +58,10 @@ BPF_SK_STORAGE(workload, struct workload);
 BPF_F_TABLE("hash", u64, struct pair, pairs, PAIRS_MAX, BPF_F_NO_PREALLOC);
 /* By the backend's socket's cookie; the proxy writes. */
 BPF_F_TABLE("hash", u64, struct paired, paired, PAIRED_MAX, BPF_F_NO_PREALLOC);
-/* By the client's socket's cookie; the proxy makes them, then only the programs write. Evicted when
- * long unused, never deleted: a program may still count in one. */
-BPF_F_TABLE("lru_hash", u64, struct exchange, exchanges, EXCHANGES_MAX, 0);
+/* By the client's socket's cookie; the proxy makes them, then only the programs write. Deleted when
+ * that socket has been gone for a while, and no sooner: a program may still count in one, and its
+ * memory would be another's at once. */
+BPF_F_TABLE("hash", u64, struct exchange, exchanges, EXCHANGES_MAX, BPF_F_NO_PREALLOC);
 /* What has passed by the proxy. User space deletes what it knows nobody to count in any more. */
 BPF_F_TABLE("percpu_hash", struct passed_key, struct passed, passed, PASSED_MAX, BPF_F_NO_PREALLOC);
 /* Each of them, as long as somebody takes them out. */

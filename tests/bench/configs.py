@@ -31,7 +31,9 @@ class Command(NamedTuple):
 
 
 def nginx_backend(directory: Path, port: int, files: Path) -> Command:
-    """Serves `files`, opened once."""
+    """Serves `files`, opened once: head and body in two calls. `small` it has in memory and answers
+    in one, as most applications do."""
+    small = (files / "small").read_text()
     return _nginx(
         directory / "backend.conf",
         f"""
@@ -41,6 +43,7 @@ def nginx_backend(directory: Path, port: int, files: Path) -> Command:
     server {{
         listen {port} backlog=1024;
         root {files};
+        location = /small {{ return 200 {small}; }}
     }}""",
     )
 

@@ -54,10 +54,12 @@ class Work(NamedTuple):
     headers: tuple[str, ...] = ()
 
 
-# By the bytes of a request's head, and of a response's body.
+# By the bytes of a head, and of a body; `http-file` is `http-45` to a backend that sends head and
+# body of a response apart.
 WORKS = (
     Work("http-45", "small"),
     Work("http-650", "small", (f"x-filler: {'y' * 590}",)),
+    Work("http-file", "file"),
     Work("http-1m", "1MiB"),
 )
 

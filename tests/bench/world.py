@@ -59,7 +59,7 @@ WEFT = {"weft-kernel": "kernel", "weft-proxy": "proxy"}
 WEFT_NODES = {node: node for node in WEFT.values()}
 HOPS = ("direct", *WEFT, *PEERS)
 # Files, and their bytes.
-FILES = {"small": 300, "1MiB": 2**20}
+FILES = {"small": 300, "file": 300, "1MiB": 2**20}
 PROGRAMS = ("wrk", "nginx", "haproxy", "curl")
 
 _PLAIN = "plain"
@@ -173,7 +173,7 @@ def _rules(hops: Sequence[str]) -> Iterator[dict[str, object]]:
                     "rules": rules[first : first + _RULES_MAX],
                 },
             }
-        allowed = {"method": "GET", "path": "/(small|1MiB)"}
+        allowed = {"method": "GET", "path": "/(small|file|1MiB)"}
         to_ports = {
             "ports": [{"port": str(_PORT), "protocol": "TCP"}],
             "rules": {"http": [allowed, {"method": "HEAD"}]},
