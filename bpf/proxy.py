@@ -237,6 +237,14 @@ class ProxyHandles:
         if self._pairs is not None:
             syscall.delete(self._pairs.pairs, layout.U64.pack(Number(client)))
 
+    def answered(self, backend: int) -> int:
+        """Responses of this socket that have passed since the offer."""
+        if self._pairs is None:
+            return 0
+        key = layout.U64.pack(Number(backend))
+        data = syscall.lookup(self._pairs.paired, key, layout.PAIRED.size)
+        return 0 if data is None else layout.PAIRED.unpack(Paired, data).answered
+
     def forget(self, backend: int) -> int:
         """Responses do not pass any more either; how many have since the offer."""
         if self._pairs is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from l7proxy import metrics
 from l7proxy.begun import Begun
 from l7proxy.entry import Reply, Selection
 from l7proxy.held import Follower, Place
@@ -17,7 +18,7 @@ from l7proxy.peers import Caller
 from l7proxy.record import Record
 from l7proxy.routing import CompiledBackend
 from l7proxy.sent import Sent
-from l7proxy.streams import Handler
+from l7proxy.streams import ClientStream, Handler
 
 
 def follower(
@@ -38,7 +39,9 @@ def follower(
     match = selected.match
     if match is None or not lease.endpoint.name or pairs.version != version:
         return None
-    rule = match.rule
+    rule, ends = match.rule, (caller.client, lease.endpoint_id)
+    if pairs.handed.left(ends):
+        return None
     allowed = pairs.allowed(
         selected,
         rule,
@@ -59,14 +62,23 @@ def follower(
         facts = begun.bytes_in, begun.status, begun.bytes_out
         return Sent(selected, backend, lease, answer, begun.started, policy, *facts, version)
 
+    def resumed(begun: Begun, stream: ClientStream) -> Handler:
+        if pairs.handed.failed(ends):
+            metrics.PAIRS_PAUSED.labels(backend.label).inc()
+        return resume(sent(begun, lease.again(stream)))
+
+    def answered() -> None:
+        pairs.handed.passed(ends)
+        lease.succeeded(200)
+
     return Follower(
         allowed,
         Place((match.route, rule.index), rule.backends.index(backend), lease.endpoint_id, share),
         record.head.authority,
         current=lambda: pairs.version == version and not lease.ejected,
-        resume=lambda begun, stream: resume(sent(begun, lease.again(stream))),
+        resume=resumed,
         fail=lambda begun, *why: resume(sent(begun, Reply(*why))),
         broken=lambda begun, *why: resume(sent(begun, Reply(502, *why))),
         over=lambda begun, *why: tell(sent(begun, lease), begun.head, *why),
-        answered=lambda: lease.succeeded(200),
+        answered=answered,
     )

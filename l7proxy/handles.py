@@ -48,6 +48,9 @@ class Handles(Protocol):
     def withdraw(self, client: int) -> None:
         """No request of this socket passes any more."""
 
+    def answered(self, backend: int) -> int:
+        """Requests that this socket has answered past the proxy since it was offered."""
+
     def forget(self, backend: int) -> int:
         """No response of this socket passes any more."""
 

@@ -88,6 +88,12 @@ UPSTREAM_EJECTED = Gauge(
     multiprocess_mode="livemax",
 )
 RETRIES = Counter("weft_upstream_retries_total", "Requests sent again", ("backend",))
+PAIRS_PAUSED = Counter(
+    "weft_http_pairs_paused_total",
+    "Times that a client's requests were not let pass by the proxy for a while, as their responses "
+    "could not: chunked, with Keep-Alive, too long, 502 to 504",
+    ("backend",),
+)
 PAIRS_REFUSED = Counter(
     "weft_http_pairs_refused_total",
     "Times that requests could have passed by the proxy, had there been room in the kernel's maps",

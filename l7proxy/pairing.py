@@ -129,13 +129,15 @@ class Pairing:
             made_ns=newest.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
+        for held in self._held:
+            held.answered = 0
         ready = not passed.outstanding
         room = ready and self._handles.prepare(offer)
         sent = room and send()
         if not sent or not (room := self._handles.offer(offer)):
             if ready and not room:
                 metrics.PAIRS_REFUSED.inc()
-            self._forget()
+            self._forget(self._held)
             self._let_go(passed if not passed.outstanding else None)
             return sent
         self._before = self._seen = passed
@@ -161,14 +163,16 @@ class Pairing:
 
     def _keep(self, held: list[Held]) -> None:
         """Of what is held, and not offered, these; the others are let go."""
-        if len(held) == len(self._held):
-            return
-        passed = self._handles.passed(self._client) or _NOTHING
-        gone, self._held = [one for one in self._held if one not in held], held
-        for one in gone:
-            one.let_go(passed.parted)
+        if len(held) != len(self._held):
+            passed = self._handles.passed(self._client) or _NOTHING
+            gone, self._held = [one for one in self._held if one not in held], held
+            for one in gone:
+                one.let_go(passed.parted)
         if not held:
             self._closed(self)
+
+    def _keep_good(self) -> None:
+        self._keep([held for held in self._held if held.good])
 
     def decline(self) -> None:
         """There will be no offer after this request."""
@@ -258,6 +262,10 @@ class Pairing:
                     if begun.status:
                         return follower.broken(begun, *failure[1:])
                     return follower.fail(begun, *failure)
+                if any(held is not last and not held.good for held in self._held):
+                    await self._settled()
+                    self._drop_others()
+                    continue
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
@@ -294,11 +302,14 @@ class Pairing:
                 self.lost = passed.unsent != brought
                 begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
                 self._held.remove(last)
+                self._keep_good()
                 last_one = passed.parted != last.parted
                 return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
-            if not asked:
+            if asked:
+                self._keep_good()
+            else:
                 self._let_go(passed)
             return None
         return None  # the client is gone
@@ -307,6 +318,19 @@ class Pairing:
         """The one that the last request has gone to."""
         cookie = passed.backend
         return next((held for held in self._held if held.kept.cookie == cookie), self._held[-1])
+
+    def _drop_others(self) -> None:
+        """Let go what cannot be offered any more and what is outstanding has not gone to; nothing
+        passes by the offer any more."""
+        passed = self._handles.passed(self._client)
+        if passed is None or not self.offered:
+            return
+        last = self._last(passed)
+        gone = [held for held in self._held if held is not last and not held.good]
+        self._held = [held for held in self._held if held not in gone]
+        self._forget(gone)
+        for held in gone:
+            held.let_go(passed.parted)
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
@@ -362,9 +386,10 @@ class Pairing:
 
     def look(self, body_timeout_s: float) -> None:
         """Notice what has passed; a request that has been outstanding for too long is given up, or
-        whose body has not gone on for so long."""
+        whose body has not gone on for so long; what nothing has passed over for too long is not
+        held any more."""
         if not self.offered:
-            self._keep([held for held in self._held if held.good])
+            self._keep_good()
             return
         passed = self._handles.passed(self._client)
         if passed is None or not all(held.follower.current() for held in self._held):
@@ -375,9 +400,15 @@ class Pairing:
         now = time.monotonic()
         if passed != self._seen:
             self._seen, self._moved_at = passed, now
+            for held in self._held:
+                held.note(self._handles.answered(held.kept.cookie))
         if not passed.outstanding:
+            if any(held.old for held in self._held):
+                self._be_due()
             return
-        allowed = self._last(passed).follower.allowed
+        last = self._last(passed)
+        last.used = now
+        allowed = last.follower.allowed
         timeout_s = allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
             self._overdue = allowed.late
@@ -403,7 +434,7 @@ class Pairing:
         if self.offered:
             self._be_due()
         else:
-            self._keep([held for held in self._held if held.good])
+            self._keep_good()
 
     def _be_due(self) -> None:
         self.due = True
@@ -412,11 +443,12 @@ class Pairing:
 
     def _withdrawn(self) -> None:
         self.offered = self.due = False
-        self._forget()
+        self._forget(self._held)
 
-    def _forget(self) -> None:
-        for held in self._held:
-            if self._handles.forget(held.kept.cookie):
+    def _forget(self, gone: Collection[Held]) -> None:
+        for held in gone:
+            held.note(self._handles.forget(held.kept.cookie))
+            if held.answered:
                 held.follower.answered()
 
     def _let_go(self, passed: Exchange | None) -> None:

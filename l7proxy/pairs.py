@@ -20,6 +20,7 @@ from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
 from l7proxy.held import Allowed
+from l7proxy.holdoff import HoldOff
 from l7proxy.pairing import Pairing
 from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
@@ -29,12 +30,12 @@ from l7proxy.series import Series
 from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
+from l7proxy.turns import Turns
 from mesh.model.nodeconfig import Endpoint, Settings
 
 # How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
+# Each look takes some 10 µs.
 _LOOK_S, _LEAST_LOOK_S = 0.25, 0.01
-# So many at once, then others have their turn: each takes some 10 µs.
-_AT_ONCE = 128
 _FOR_EVER_NS = 2**63
 # As the proxy answers.
 _REQUEST_LATE = 504, "request_timeout", "the route's request timeout has passed"
@@ -60,6 +61,8 @@ class Pairs:
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
+        # By client and endpoint id: whose responses the kernel leaves to the proxy.
+        self.handed = HoldOff()
         self._made_ns = 0  # as in Delta
         self._kernel = kernel
         self._routes = routes
@@ -67,9 +70,9 @@ class Pairs:
         self._peers = peers
         self._room = room
         self._open: set[Pairing] = set()
+        self._large: set[Pairing] = set()  # as in Pairing
+        self._turns = Turns(self._look)
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
-        self._looks: list[Pairing] = []  # whose turn it is next
-        self._look_at: asyncio.TimerHandle | None = None
         self._settling: asyncio.Task[None] | None = None
 
     def pairing(self, info: ConnectionInfo) -> Pairing | None:
@@ -79,7 +82,7 @@ class Pairs:
             return None
         if handles is None or info.tls:
             return None
-        return Pairing(handles, steered.cookie, self._opened, self._open.discard, self._settled)
+        return Pairing(handles, steered.cookie, self._opened, self._closed, self._settled)
 
     def changed(self, made_ns: int) -> None:
         """Another configuration is in force: all requests come to the proxy again."""
@@ -171,11 +174,8 @@ class Pairs:
 
     def _response_max(self, length: int) -> int:
         """A few connections may have long responses, if they have had some."""
-        if RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX - RESPONSE_HEAD_MAX and (
-            sum(pairing.large for pairing in self._open) < LARGE_PAIRS
-        ):
-            return LARGE_RESPONSE_MAX
-        return RESPONSE_MAX
+        large = RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX - RESPONSE_HEAD_MAX
+        return LARGE_RESPONSE_MAX if large and len(self._large) < LARGE_PAIRS else RESPONSE_MAX
 
     def _expiry_ns(self, caller: Caller, way: Direct) -> int | Refusal:
         """Until when, by CLOCK_MONOTONIC, both ends have valid identities."""
@@ -216,29 +216,24 @@ class Pairs:
 
     def _opened(self, pairing: Pairing) -> None:
         self._open.add(pairing)
-        self._look_within(self._soonest(pairing))
+        self._large.discard(pairing)
+        if pairing.large:
+            self._large.add(pairing)
+        self._look_again(pairing)
 
-    def _look_within(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        if self._look_at is not None:
-            if self._look_at.when() <= loop.time() + seconds:
-                return
-            self._look_at.cancel()
-        self._look_at = loop.call_later(seconds, self._look)
+    def _closed(self, pairing: Pairing) -> None:
+        self._open.discard(pairing)
+        self._large.discard(pairing)
+        self._turns.drop(pairing)
 
-    def _look(self) -> None:
-        self._look_at = None
-        if not self._looks:
-            self._looks = list(self._open)
-        some, self._looks = self._looks[:_AT_ONCE], self._looks[_AT_ONCE:]
-        for pairing in some:
+    def _look(self, pairing: Pairing) -> None:
+        try:
+            pairing.look(self.settings.body_timeout_s)
+        finally:
             if pairing in self._open:
-                pairing.look(self.settings.body_timeout_s)
-        if self._open:
-            turns = -(-len(self._open) // _AT_ONCE)
-            self._look_within(min(map(self._soonest, self._open)) / turns)
+                self._look_again(pairing)
 
-    @staticmethod
-    def _soonest(pairing: Pairing) -> float:
+    def _look_again(self, pairing: Pairing) -> None:
         timeout_s = pairing.timeout_s
-        return _LOOK_S if timeout_s is None else max(min(timeout_s / 4, _LOOK_S), _LEAST_LOOK_S)
+        seconds = _LOOK_S if timeout_s is None else min(timeout_s / 4, _LOOK_S)
+        self._turns.within(pairing, max(seconds, _LEAST_LOOK_S))
