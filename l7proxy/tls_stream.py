@@ -113,6 +113,15 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         if self.lost:
             protocol.connection_lost(self._failure)
 
+    def release(self) -> None:
+        """Take the protocol away: what comes is kept again, until there is another."""
+        self._above = None
+
+    @property
+    def silent(self) -> bool:
+        """It is open both ways, and nothing has come that nobody has got."""
+        return not (self._early or self._peer_ended or self.is_closing())
+
     def get_protocol(self) -> asyncio.BaseProtocol:
         assert self._above is not None
         return self._above
@@ -233,8 +242,23 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
     # --- from above -------------------------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not data or self._ended or self.is_closing():
-            return
+        if self._encrypt(data):
+            self._flush()
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Pieces get records of their own where that is cheaper than to join them."""
+        pieces = tuple(list_of_data)
+        if sum(map(len, pieces)) <= _RECORD:
+            pieces = (b"".join(pieces),)
+        if all(self._encrypt(piece) for piece in pieces):
+            self._flush()
+
+    def _encrypt(self, data: bytes | bytearray | memoryview) -> bool:
+        """False: nothing can be written any more."""
+        if self._ended or self.is_closing():
+            return False
+        if not data:
+            return True
         size = len(data)
         try:
             sent = self.ssl.write(data)
@@ -243,11 +267,8 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLError as error:
             self._failure = error
             self.abort()
-            return
-        self._flush()
-
-    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
-        self.write(b"".join(list_of_data))
+            return False
+        return True
 
     def half_close(self) -> None:
         """Nothing more will be written; the peer may still send."""
