@@ -180,10 +180,16 @@ class Relay:
 
     def pass_end_on(self, side: Side) -> None:
         """`side` has ended its half."""
-        spawn(self._pass_end_on(side.other), name="relay half-close")
+        if side.other.half_closed():
+            self._passed_on()
+        else:
+            spawn(self._pass_end_on(side.other), name="relay half-close")
 
     async def _pass_end_on(self, to: Side) -> None:
         await to.half_close()
+        self._passed_on()
+
+    def _passed_on(self) -> None:
         self._halves -= 1
         if not self._halves:
             for side in (self.client, self.backend):

@@ -113,9 +113,11 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         if self.lost:
             protocol.connection_lost(self._failure)
 
-    def release(self) -> None:
-        """Take the protocol away: what comes is kept again, until there is another."""
+    def release(self, rest: bytes) -> None:
+        """Take the protocol away: what comes is kept again until there is another, and `rest`,
+        which came last, is the first of it."""
         self._above = None
+        self._early += rest
 
     @property
     def silent(self) -> bool:

@@ -96,8 +96,7 @@ class Digger:
         return tunnel
 
     def _begin_turn(self, key: TurnKey, tunnel: Tunnel) -> None:
-        over = partial(self.rests.put, key, tunnel)
-        tunnel.turn = Turn(tunnel.stream, over, answers=False)
+        tunnel.turn = Turn(tunnel.stream, partial(self.rests.put, key, tunnel))
 
     async def _next_turn(self, key: TurnKey, way: Tunnelled, preface: Preface) -> Tunnel | None:
         """None: no tunnel rests that can be had. DialFailed."""

@@ -323,7 +323,7 @@ class _Incoming(Relay):
             port.open.add(self)
             self._tunnel = port.watch(self, client.address[0], peer, own, source, destination)
             self.watch(port.policies, caller, preface.address, preface.port)
-            end = Turn(stream, self._over, answers=True) if preface.turns else stream
+            end = Turn(stream, self._over) if preface.turns else stream
             await self.join(end, backend)
 
     def _over(self) -> None:

@@ -1,12 +1,10 @@
 """A turn on a tunnel: one relayed connection inside of TLS, after which others may follow.
 
-What a connection sends goes as pieces, each behind its length (four bytes, big-endian); a length of
-0 ends its half. When both halves have ended, and all of it is passed on, the end that was connected
-to says DONE: from then on the other may ask for the next turn, with another preface. Whatever is no
-such end breaks the tunnel off, so that a reset is seen as one and nobody takes a turn after it.
-
-Once both halves have ended a turn is whole: what becomes of the tunnel is no matter to it any more.
-Knows framing, neither identities nor policies.
+What a connection sends goes as pieces, each behind its length (four bytes, big-endian). A length of
+0 ends its half. When both halves have ended the turn is whole: the stream is free, and what comes
+next is the next turn's preface. What becomes of the tunnel then is no matter to the turn. Whatever
+else ends a turn breaks the tunnel off, so that a reset is seen as one and nobody takes a turn after
+it. Knows framing, neither identities nor policies.
 """
 
 from __future__ import annotations
@@ -19,38 +17,29 @@ from l7proxy.tls_stream import TLSStream
 
 _HEAD_BYTES = 4
 _END = bytes(_HEAD_BYTES)
-_DONE_LENGTH = 0xFFFF_FFFF
-_DONE = _DONE_LENGTH.to_bytes(_HEAD_BYTES, "big")
 # No piece is longer: what is longer goes as several.
 _MAX_PIECE = 1 << 24
-# How long DONE is waited for, once this end's turn is over, seconds.
-_DONE_WAIT_S = 5.0
 
 
 class Turn(asyncio.Transport, asyncio.Protocol):
-    """The transport of one connection, over a stream whose protocol it is until the turn is over:
-    then nobody has the stream, and `over` is told. `answers`: of the end that says DONE.
+    """The transport of one connection, over a stream whose protocol it is until the turn is whole:
+    then nobody has the stream, and `over` is told.
 
-    It closes in good order only (`half_close`, then `close`); else `abort`.
+    `half_close` and then `close` end it in good order, anything else is a reset.
     """
 
-    def __init__(self, stream: TLSStream, over: Callable[[], None], *, answers: bool) -> None:
+    def __init__(self, stream: TLSStream, over: Callable[[], None]) -> None:
         super().__init__()
         self._stream = stream
         self._over = over
-        self._answers = answers
         self._above: asyncio.Protocol
         self._head = b""  # a part of one
         self._left = 0  # bytes of the piece that is coming
         self._ended = False  # our half
         self._peer_ended = False
-        self._closed = False  # by whoever is above, in good order
-        self._done = False  # the peer has said so
-        self._told = False  # above, of its end
-        self._lost = False
-        self._aborted = False
+        self._whole = False  # and the stream is somebody else's
+        self._closed = False  # by whoever is above
         self._paused = False
-        self._wait: asyncio.TimerHandle | None = None
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Who gets the bytes; once."""
@@ -75,58 +64,54 @@ class Turn(asyncio.Transport, asyncio.Protocol):
                 self._left -= len(piece)
                 self._above.data_received(piece)
                 continue
+            if self._peer_ended:
+                self._stream.abort()  # only what follows a turn may come then
+                return
             head = self._head + data[at : at + _HEAD_BYTES - len(self._head)]
             at += len(head) - len(self._head)
             self._head = head
-            if len(head) == _HEAD_BYTES:
-                self._head = b""
-                if not self._begins(int.from_bytes(head, "big"), last=at == end):
-                    self._stream.abort()
+            if len(head) < _HEAD_BYTES:
+                return
+            self._head, self._left = b"", int.from_bytes(head, "big")
+            if self._left > _MAX_PIECE:
+                self._stream.abort()
+                return
+            if not self._left:
+                self._peer_ended = True
+                self._release_if_whole(data[at:])
+                self._above.eof_received()
+                if self._whole:
                     return
-        if self._done and self._closed:
-            self._end()
-
-    def _begins(self, length: int, *, last: bool) -> bool:
-        """What such a length begins. False: nothing that may come now."""
-        if length == _DONE_LENGTH:
-            self._done = self._ended and self._peer_ended and not self._answers and last
-            return self._done
-        if self._peer_ended or length > _MAX_PIECE:
-            return False
-        self._left = length
-        if not length:
-            self._peer_ended = True
-            self._above.eof_received()
-        return True
 
     def eof_received(self) -> bool | None:
-        """The peer closes the tunnel."""
-        if not self._whole:
-            self._stream.abort()
-        elif self._closed:
-            self._stream.close()
+        """The peer closes the tunnel in the middle."""
+        self._stream.abort()
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = True
-        if self._wait is not None:
-            self._wait.cancel()
-        if self._whole and not self._aborted:
-            self._above.resume_writing()  # nothing waits to be written
-        else:
-            self._tell_lost(exc)
+        self._closed = True
+        self._above.connection_lost(exc)
 
     def pause_writing(self) -> None:
         self._above.pause_writing()
 
     def resume_writing(self) -> None:
         self._above.resume_writing()
+        self._release_if_whole()
+
+    def _release_if_whole(self, rest: bytes = b"") -> None:
+        """`rest` is what has come behind the peer's end. Our own counts once it has gone out."""
+        if self._whole or not (self._ended and self._peer_ended):
+            return
+        if self._stream.is_closing() or self._stream.get_write_buffer_size():
+            return
+        self._whole = True
+        if self._paused:
+            self._stream.resume_reading()
+        self._stream.release(rest)
+        self._over()
 
     # --- from above -------------------------------------------------------------------------------
-
-    @property
-    def _whole(self) -> bool:
-        return self._ended and self._peer_ended
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._ended or self.is_closing():
@@ -148,69 +133,40 @@ class Turn(asyncio.Transport, asyncio.Protocol):
         if not self._ended and not self.is_closing():
             self._ended = True
             self._stream.write(_END)
+            self._release_if_whole()
 
     def close(self) -> None:
-        """All that came is passed on, both halves have ended."""
-        if self._closed:
-            return
-        if not self._whole:
-            self.abort()
-            return
-        self._closed = True
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._tell_lost, None)
-        if self._paused:
-            self._stream.resume_reading()
-        if self._lost:
-            return
-        if self._answers:
-            self._stream.write(_DONE)
-            self._end()
-        elif self._done:
-            self._end()
-        else:
-            self._wait = loop.call_later(_DONE_WAIT_S, self._stream.close)
-
-    def _end(self) -> None:
-        if self._wait is not None:
-            self._wait.cancel()
-        self._stream.release()
-        self._over()
-
-    def _tell_lost(self, exc: Exception | None) -> None:
-        if not self._told:
-            self._told = True
-            self._above.connection_lost(exc)
+        self.abort()
 
     def abort(self) -> None:
-        """Of a turn that is over nothing is left to be broken off."""
+        """A reset, of a turn that is not whole."""
         if self._closed:
             return
-        self._aborted = True
-        if self._lost:
-            asyncio.get_running_loop().call_soon(self._tell_lost, None)
+        if self._whole:
+            self._closed = True
+            asyncio.get_running_loop().call_soon(self._above.connection_lost, None)
         else:
             self._stream.abort()
 
     def is_closing(self) -> bool:
-        return self._closed or self._lost or self._stream.is_closing()
+        return self._closed or self._whole or self._stream.is_closing()
 
     def pause_reading(self) -> None:
-        if not self._closed:
+        if not self.is_closing():
             self._paused = True
             self._stream.pause_reading()
 
     def resume_reading(self) -> None:
-        if not self._closed:
+        if not self.is_closing():
             self._paused = False
             self._stream.resume_reading()
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        if not self._closed:
+        if not self.is_closing():
             self._stream.set_write_buffer_limits(high, low)
 
     def get_write_buffer_size(self) -> int:
-        return 0 if self._closed or self._lost else self._stream.get_write_buffer_size()
+        return 0 if self._closed or self._whole else self._stream.get_write_buffer_size()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._stream.get_extra_info(name, default)
