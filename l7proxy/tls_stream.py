@@ -20,7 +20,11 @@ _RECORD = 16 * 1024
 _EARLY = 64 * 1024
 
 
-class TLSStream(asyncio.Transport, asyncio.Protocol):
+# What transports receive into, of all connections: nothing stays there.
+_RECEIVED = memoryview(bytearray(256 * 1024))
+
+
+class TLSStream(asyncio.Transport, asyncio.BufferedProtocol):
     """One connection. The protocol of a transport below, and the transport of a protocol above,
     which may come later: until then what arrives is kept for it, and for `read_exactly`.
 
@@ -134,7 +138,14 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         self._below = cast(asyncio.Transport, transport)
         self._shake()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _RECEIVED
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(_RECEIVED[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        """Also where another of these is below."""
         if self._peer_ended:
             return  # it has nothing more to say
         self._incoming.write(data)
