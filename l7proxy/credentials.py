@@ -211,6 +211,12 @@ class Credentials:
     def _load(self, context: ssl.SSLContext, spiffe_id: str) -> None:
         tls.load_certificate(context, self._svids[spiffe_id], svid_key(spiffe_id))
 
+    def in_force(self, ssl_object: ssl.SSLObject, own: str, peer: Peer) -> bool:
+        """Whether SVID and roots are those with which this end made its handshake, as `own`."""
+        if isinstance(ssl_object, _ServerObject):
+            return self._servers.get(own) is ssl_object.context
+        return self._clients.get((own, peer.trust_domain)) is ssl_object.context
+
     # --- sessions ---------------------------------------------------------------------------------
 
     def session(self, key: SessionKey) -> ssl.SSLSession | None:

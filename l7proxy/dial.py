@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import struct
 
@@ -46,8 +48,7 @@ async def dial(
             # Ports are shared between peers, as without an address of our own (ip(7)).
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((source, 0))
-        async with asyncio.timeout(timeout_s):
-            await asyncio.get_running_loop().sock_connect(sock, (address, port))
+        await _connect(sock, (address, port), timeout_s)
     except BaseException as error:
         sock.close()
         match error:
@@ -60,6 +61,17 @@ async def dial(
                 raise DialFailed("connect_failed", error.strerror or str(error)) from None
         raise
     return sock
+
+
+async def _connect(sock: socket.socket, to: tuple[str, int], timeout_s: float) -> None:
+    """OSError, TimeoutError."""
+    # On one node it has mostly been decided by the time that the first call returns.
+    error = sock.connect_ex(to) and sock.connect_ex(to)
+    if error in (errno.EINPROGRESS, errno.EALREADY):
+        async with asyncio.timeout(timeout_s):
+            await asyncio.get_running_loop().sock_connect(sock, to)
+    elif error:
+        raise OSError(error, os.strerror(error))
 
 
 def bound_unread(sock: socket.socket) -> None:

@@ -8,11 +8,12 @@ import os
 import socket
 
 from l7proxy.tls_stream import TLSStream
+from l7proxy.turn import Turn
 
 
 def end_half(transport: asyncio.Transport) -> None:
     """Tell the peer that no more will come. Only once the transport has nothing left to write."""
-    if isinstance(transport, TLSStream):
+    if isinstance(transport, TLSStream | Turn):
         transport.half_close()
         return
     own = transport.get_extra_info("socket")

@@ -251,23 +251,35 @@ class Link(asyncio.Protocol):
     async def flush(self) -> None:
         """Wait until the kernel has every byte, or the connection is lost. Nothing may be written
         afterwards. Not for TLS, whose transports cannot tell; their `close` flushes."""
+        if not self._flushed():
+            await self.room()
+
+    def _flushed(self) -> bool:
+        """As far as it goes without waiting: whether that was all."""
         if self.transport is None or self.gone or self.tls:
-            return
+            return True
         self._write_soon()
         if self._redirect is not None:  # it gets no more, so it need not have read
             self._redirect.close()
             self._check_room()
         self.transport.set_write_buffer_limits(0)  # pauses unless there is nothing to wait for
-        await self.room()
+        return not self.write_paused
 
     async def half_close(self) -> None:
         """Tell the peer that no more will come, once it has everything. TLS has no half-close
         here: nothing happens then."""
         await self.flush()
+        while not self.half_closed():
+            await self.flush()
+
+    def half_closed(self) -> bool:
+        """The same as far as it goes without waiting: whether that was all."""
+        if not self._flushed():
+            return False
         if self.transport is None or self.gone or self.tls:
-            return
+            return True
         end_half(self.transport)
-        await self.flush()  # close_notify is written like any other byte
+        return self._flushed()  # close_notify is written like any other byte
 
     def reset_on_close(self, on: bool) -> None:
         """Whether every close, a killed worker's too, is a reset (see `dial.reset_on_close`): so

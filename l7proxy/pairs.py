@@ -30,7 +30,7 @@ from l7proxy.series import Series
 from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
-from l7proxy.turns import Turns
+from l7proxy.schedule import Schedule
 from mesh.model.nodeconfig import Endpoint, Settings
 
 # How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
@@ -71,7 +71,7 @@ class Pairs:
         self._room = room
         self._open: set[Pairing] = set()
         self._large: set[Pairing] = set()  # as in Pairing
-        self._turns = Turns(self._look)
+        self._schedule = Schedule(self._look)
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
         self._settling: asyncio.Task[None] | None = None
 
@@ -224,7 +224,7 @@ class Pairs:
     def _closed(self, pairing: Pairing) -> None:
         self._open.discard(pairing)
         self._large.discard(pairing)
-        self._turns.drop(pairing)
+        self._schedule.drop(pairing)
 
     def _look(self, pairing: Pairing) -> None:
         try:
@@ -236,4 +236,4 @@ class Pairs:
     def _look_again(self, pairing: Pairing) -> None:
         timeout_s = pairing.timeout_s
         seconds = _LOOK_S if timeout_s is None else min(timeout_s / 4, _LOOK_S)
-        self._turns.within(pairing, max(seconds, _LEAST_LOOK_S))
+        self._schedule.within(pairing, max(seconds, _LEAST_LOOK_S))

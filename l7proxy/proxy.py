@@ -406,6 +406,7 @@ class Proxy:
             served.acceptor.drain()
         for acceptor in self._state.mesh.values():
             acceptor.drain()
+        self._digger.rests.drain()
         if self._admission.total:
             try:
                 async with asyncio.timeout(

@@ -26,6 +26,7 @@ from l7proxy.pool import DENIED_THERE
 from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
 from l7proxy.tunnel import Digger
+from l7proxy.turn import Turn
 from mesh.model.flow import Peer, Verdict
 from mesh.model.nodeconfig import Settings
 
@@ -78,7 +79,7 @@ class RelayAcceptor(Acceptor):
 
     async def _connect(
         self, relay: _Steered, client: Client, backend: Destination
-    ) -> socket.socket | TLSStream | None:
+    ) -> socket.socket | TLSStream | Turn | None:
         """To the backend; None: it may not be connected to. DialFailed."""
         timeout_s = client.settings.connect_timeout_s
         caller = Caller(client.address[0])
@@ -92,10 +93,10 @@ class RelayAcceptor(Acceptor):
         relay.way = way
         if isinstance(way, Tunnelled):
             tunnel = await self._digger.open(
-                caller, way, *backend, "tcp", own_port=client.address[1]
+                caller, way, *backend, "tcp", own_port=client.address[1], turns=True
             )
             tunnel.cut = relay.cut_off
-            return tunnel.stream
+            return tunnel.end
         upstream = await dial(*backend, timeout_s)
         reset_on_close(upstream)
         keep_alive(upstream)
@@ -107,11 +108,11 @@ class RelayAcceptor(Acceptor):
                 connection.cut_off("drain_deadline")
 
 
-def _abandon(upstream: socket.socket | TLSStream) -> None:
-    if isinstance(upstream, TLSStream):
-        upstream.abort()
-    else:
+def _abandon(upstream: socket.socket | TLSStream | Turn) -> None:
+    if isinstance(upstream, socket.socket):
         upstream.close()
+    else:
+        upstream.abort()
 
 
 class Relay:
@@ -133,7 +134,7 @@ class Relay:
         self.client.other, self.backend.other = self.backend, self.client
 
     async def join(
-        self, client: socket.socket | TLSStream, backend: socket.socket | TLSStream
+        self, client: socket.socket | TLSStream | Turn, backend: socket.socket | TLSStream | Turn
     ) -> None:
         self.joined = True  # from now on the sockets are the transports'
         for side, end in ((self.client, client), (self.backend, backend)):
@@ -179,10 +180,16 @@ class Relay:
 
     def pass_end_on(self, side: Side) -> None:
         """`side` has ended its half."""
-        spawn(self._pass_end_on(side.other), name="relay half-close")
+        if side.other.half_closed():
+            self._passed_on()
+        else:
+            spawn(self._pass_end_on(side.other), name="relay half-close")
 
     async def _pass_end_on(self, to: Side) -> None:
         await to.half_close()
+        self._passed_on()
+
+    def _passed_on(self) -> None:
         self._halves -= 1
         if not self._halves:
             for side in (self.client, self.backend):
@@ -259,12 +266,12 @@ class Side(Link):
         self._relay = relay
         self._early = bytearray()
 
-    async def take(self, end: socket.socket | TLSStream) -> None:
+    async def take(self, end: socket.socket | TLSStream | Turn) -> None:
         """Be the protocol of a connection. OSError."""
-        if isinstance(end, TLSStream):
-            end.set_protocol(self)
-        else:
+        if isinstance(end, socket.socket):
             await self.loop.create_connection(lambda: self, sock=end)
+        else:
+            end.set_protocol(self)
 
     def data_received(self, data: bytes) -> None:
         self.received += len(data)

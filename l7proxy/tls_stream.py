@@ -20,7 +20,11 @@ _RECORD = 16 * 1024
 _EARLY = 64 * 1024
 
 
-class TLSStream(asyncio.Transport, asyncio.Protocol):
+# What transports receive into, of all connections: nothing stays there.
+_RECEIVED = memoryview(bytearray(256 * 1024))
+
+
+class TLSStream(asyncio.Transport, asyncio.BufferedProtocol):
     """One connection. The protocol of a transport below, and the transport of a protocol above,
     which may come later: until then what arrives is kept for it, and for `read_exactly`.
 
@@ -113,6 +117,17 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         if self.lost:
             protocol.connection_lost(self._failure)
 
+    def release(self, rest: bytes) -> None:
+        """Take the protocol away: what comes is kept again until there is another, and `rest`,
+        which came last, is the first of it."""
+        self._above = None
+        self._early += rest
+
+    @property
+    def silent(self) -> bool:
+        """It is open both ways, and nothing has come that nobody has got."""
+        return not (self._early or self._peer_ended or self.is_closing())
+
     def get_protocol(self) -> asyncio.BaseProtocol:
         assert self._above is not None
         return self._above
@@ -123,7 +138,14 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         self._below = cast(asyncio.Transport, transport)
         self._shake()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _RECEIVED
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(_RECEIVED[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
+        """Also where another of these is below."""
         if self._peer_ended:
             return  # it has nothing more to say
         self._incoming.write(data)
@@ -233,8 +255,23 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
     # --- from above -------------------------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not data or self._ended or self.is_closing():
-            return
+        if self._encrypt(data):
+            self._flush()
+
+    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Pieces get records of their own where that is cheaper than to join them."""
+        pieces = tuple(list_of_data)
+        if sum(map(len, pieces)) <= _RECORD:
+            pieces = (b"".join(pieces),)
+        if all(self._encrypt(piece) for piece in pieces):
+            self._flush()
+
+    def _encrypt(self, data: bytes | bytearray | memoryview) -> bool:
+        """False: nothing can be written any more."""
+        if self._ended or self.is_closing():
+            return False
+        if not data:
+            return True
         size = len(data)
         try:
             sent = self.ssl.write(data)
@@ -243,11 +280,8 @@ class TLSStream(asyncio.Transport, asyncio.Protocol):
         except ssl.SSLError as error:
             self._failure = error
             self.abort()
-            return
-        self._flush()
-
-    def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
-        self.write(b"".join(list_of_data))
+            return False
+        return True
 
     def half_close(self) -> None:
         """Nothing more will be written; the peer may still send."""

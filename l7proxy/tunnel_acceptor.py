@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import time
 from collections.abc import Callable
 
 from certs.errors import NotTrusted
@@ -28,23 +29,22 @@ from l7proxy.handles import Destination, Kernel, Steered
 from l7proxy.peers import Caller, Peers, Source, keys_of
 from l7proxy.reach import reach
 from l7proxy.relay import Relay, Side
+from l7proxy.rests import REST_S
+from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
+from l7proxy.tunnel_rules import Refusal, judge, tells
 from l7proxy.tunnel_wire import Answer, Preface, WireError
 from l7proxy.tunnels import Pair, Tunnel, Tunnels
+from l7proxy.turn import Turn
 from mesh.model.flow import Peer
 from mesh.model.nodeconfig import Settings, WorkloadSection
 from mesh.model.section import node_key
 
 # What this node may be about to be told: the sender's node may have heard of a pod first.
 _PASSING = frozenset(("node_unknown", "pod_unknown", "pod_node", "target_unknown"))
-
-
-class Refusal(Exception):
-    """`reason` is counted, snake case."""
-
-    def __init__(self, reason: str, why: str) -> None:
-        super().__init__(why)
-        self.reason = reason
+# How long the next turn is waited for, seconds, and how many tunnels of a worker do so at once.
+_NEXT_TURN_S = 4 * REST_S
+_MAX_RESTS = 1024
 
 
 class TunnelAcceptor(Acceptor):
@@ -71,6 +71,7 @@ class TunnelAcceptor(Acceptor):
         self._kernel = kernel
         self._peers = peers
         self.tunnels = tunnels
+        self.resting: set[TLSStream] = set()
 
     async def begin(self, sock: socket.socket, client: Client) -> None:
         local = plain(sock.getsockname())
@@ -153,20 +154,20 @@ class TunnelAcceptor(Acceptor):
         own: str,
         source: Source,
         destination: WorkloadSection,
-    ) -> None:
+    ) -> Tunnel:
         """Cut it off when it would not be let in any more."""
 
         node = self._peers.node_at(address)
         assert node is not None  # it was let in
         port = incoming.preface.port
-        told = _tells(destination, port)
+        told = tells(destination, port)
 
         def still() -> str | None:
             try:
                 _, now = judge(self._peers, address, peer.spiffe_id, own, incoming.preface)
             except Refusal as refusal:
                 return refusal.reason
-            return None if _tells(now, port) == told else "destination_changed"
+            return None if tells(now, port) == told else "destination_changed"
 
         tunnel = Tunnel(
             "in",
@@ -180,6 +181,29 @@ class TunnelAcceptor(Acceptor):
         )
         tunnel.cut = incoming.revoke
         self.tunnels.add(tunnel)
+        return tunnel
+
+    def admit_again(
+        self, client: Client, stream: TLSStream, peer: VerifiedPeer, own: str
+    ) -> Client | None:
+        """For another turn; None: let it make a new tunnel, or hear there why not."""
+        credentials, settings = self._peers.credentials, self._settings()
+        if self.draining or stream.is_closing() or not credentials.in_force(stream.ssl, own, peer):
+            return None
+        try:
+            credentials.judge(peer.chain)
+        except NotTrusted:
+            return None
+        if credentials.problem(own, time.time()) is not None:
+            return None
+        if self._admission.enter(client.address[0], settings) is not None:
+            return None
+        return client._replace(settings=settings)
+
+    def drain(self) -> None:
+        super().drain()
+        for stream in tuple(self.resting):
+            stream.close()
 
     def cut_off(self) -> None:
         for connection in tuple(self.open):
@@ -209,21 +233,51 @@ class _Incoming(Relay):
         super().__init__()
         self.stream = stream
         self._port = port
-        self._client = client
+        self._node = self._client = client
+        self._local = local
         self._settings = client.settings
         self._from = Peer(*client.address)
         self._to = Peer(*local)
-        self._verified = False
+        self._verified: VerifiedPeer | None = None
+        self._again = False  # it is not the tunnel's first turn
+        self._tunnel: Tunnel
         self._serving: ArrivalPort | None = None
+
+    async def run_again(self, peer: VerifiedPeer) -> None:
+        """Wait for the tunnel's next turn. There is nothing to tell before it has begun: whoever
+        asks for it makes a new tunnel if this one is closed."""
+        port, stream = self._port, self.stream
+        if port.draining or len(port.resting) >= _MAX_RESTS:
+            stream.close()
+            return
+        port.resting.add(stream)
+        try:
+            async with asyncio.timeout(_NEXT_TURN_S):
+                self.preface = await tunnel_wire.receive(stream, Preface)
+        except (TimeoutError, OSError, WireError):
+            stream.close()
+            return
+        finally:
+            port.resting.discard(stream)
+        own = port._peers.credentials.asked_for(stream.ssl)
+        client = port.admit_again(self._node, stream, peer, own)
+        if client is None or not self.preface.turns:
+            stream.close()
+            return
+        self._client, self._settings = client, client.settings
+        self._verified, self._again = peer, True
+        await self.run()
 
     async def run(self) -> None:
         port, stream, client = self._port, self.stream, self._client
         try:
             async with asyncio.timeout(self._settings.head_timeout_s):
-                peer = await port.verify(stream)
-                self._verified = True
+                if not self._again:
+                    self._verified = await port.verify(stream)
+                    self.preface = await tunnel_wire.receive(stream, Preface)
+                peer, preface = self._verified, self.preface
+                assert peer is not None
                 own = port._peers.credentials.asked_for(stream.ssl)
-                self.preface = preface = await tunnel_wire.receive(stream, Preface)
                 source, destination = await port.admit(client, peer, own, preface)
             if preface.kind == "proof":
                 if stream.ssl.session_reused:
@@ -234,7 +288,10 @@ class _Incoming(Relay):
             self._client = port.count_for(source, client)
             self._tell(peer, source, destination)
             caller = self._caller(source)
-            if self._is_for_requests(caller) or _tells(destination, preface.port):
+            if self._is_for_requests(caller) or tells(destination, preface.port):
+                if self._again:  # they are read from a tunnel's beginning
+                    self._leave()
+                    return
                 stream.write(tunnel_wire.encode(Answer()))
                 port.open.add(self)
                 port.watch(self, client.address[0], peer, own, source, destination)
@@ -242,7 +299,7 @@ class _Incoming(Relay):
                 return
             backend = await port.connect(self, preface)
         except TimeoutError:
-            self.refuse("preface_timeout" if self._verified else "handshake_timeout")
+            self.refuse("preface_timeout" if self._verified is not None else "handshake_timeout")
         except ssl.SSLError as error:
             self.refuse(handshake_failure(error)[0])
         except ConnectionError:
@@ -257,13 +314,25 @@ class _Incoming(Relay):
         else:
             if stream.is_closing() or port.draining:
                 backend.close()
-                self.refuse("draining" if port.draining else "broken_off")
+                if self._again:
+                    self._leave()
+                else:
+                    self.refuse("draining" if port.draining else "broken_off")
                 return
-            stream.write(tunnel_wire.encode(Answer()))
+            stream.write(tunnel_wire.encode(Answer(turns=preface.turns)))
             port.open.add(self)
-            port.watch(self, client.address[0], peer, own, source, destination)
+            self._tunnel = port.watch(self, client.address[0], peer, own, source, destination)
             self.watch(port.policies, caller, preface.address, preface.port)
-            await self.join(stream, backend)
+            end = Turn(stream, self._over) if preface.turns else stream
+            await self.join(end, backend)
+
+    def _over(self) -> None:
+        """The turn: the tunnel is free for the next."""
+        port, peer = self._port, self._verified
+        assert peer is not None
+        port.tunnels.remove(self._tunnel)
+        following = _Incoming(port, self.stream, self._node, self._local)
+        spawn(following.run_again(peer), name="next turn of a tunnel")
 
     def _caller(self, source: Source) -> Caller:
         if source.gateway:
@@ -300,7 +369,7 @@ class _Incoming(Relay):
         """It does not become a tunnel."""
         self.failed("DROPPED", reason)
         metrics.TUNNEL_FAILURES.labels(reason).inc()
-        if self._verified:
+        if self._verified is not None:
             self.stream.write(tunnel_wire.refusal(reason, why))
             self.stream.close()
         elif not self.stream.is_closing():
@@ -308,8 +377,12 @@ class _Incoming(Relay):
         self.end()
 
     def answer_proof(self) -> None:
-        """There is nothing else to it, and nothing to tell."""
+        """There is nothing else to it."""
         self.stream.write(tunnel_wire.encode(Answer()))
+        self._leave()
+
+    def _leave(self) -> None:
+        """There is nothing to tell, and no reason to give."""
         self.stream.close()
         self._port.left(self, self._client)
 
@@ -351,40 +424,6 @@ class _Incoming(Relay):
             self.reason,
             self.client.received,
             self.backend.received,
-            "mtls" if self._verified else "none",
+            "mtls" if self._verified is not None else "none",
             self.policy,
         )
-
-
-def _tells(pod: WorkloadSection, port: int) -> bool:
-    """Requests to it tell the pod who their client is, which the client's node cannot be left to
-    say."""
-    return pod.client_headers and port in pod.http_ports
-
-
-def judge(
-    peers: Peers, address: str, spiffe_id: str, own: str, preface: Preface
-) -> tuple[Source, WorkloadSection]:
-    """Whether the peer at `address` that has proved to be `spiffe_id` and asked for `own` may have
-    the tunnel that it asks for. Refusal."""
-    node = peers.node_at(address)
-    if node is None:
-        raise Refusal("node_unknown", f"{address} is no node's address")
-    name = preface.source
-    if preface.gateway:
-        allowed = peers.settings.gateway_spiffe_id
-    else:
-        pod = peers.pod(name)
-        if pod is None:
-            raise Refusal("pod_unknown", f"there is no pod {name}")
-        if pod.node != node.name:
-            raise Refusal("pod_node", f"pod {name} runs on {pod.node}, not on {node.name}")
-        allowed = pod.spiffe_id
-    if spiffe_id != allowed:
-        raise Refusal("pod_identity", f"{spiffe_id} cannot speak for {name}")
-    destination = peers.at(preface.address)
-    if destination is None or not destination.local:
-        raise Refusal("target_unknown", f"{preface.address} is no pod's of this node")
-    if destination.spiffe_id != own:
-        raise Refusal("target_identity", f"{preface.address} is not {own}'s")
-    return Source(name, spiffe_id, preface.gateway, preface.told), destination

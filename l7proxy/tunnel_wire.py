@@ -30,7 +30,7 @@ class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
     ("": neither); `address` and `port`: the endpoint to connect to. `kind` "http": requests that
     the sender has read, in clear; "proof": nothing is connected to, for tunnels between the two
     that are open already (see `tunnels`). `port_of_source`: of the pod's own connection, for flow
-    records; 0: there are several, or none."""
+    records; 0: there are several, or none. `turns`: the sender knows turns (see `turn`)."""
 
     source: str
     address: str
@@ -39,14 +39,16 @@ class Preface(msgspec.Struct, frozen=True, omit_defaults=True):
     gateway: bool = False
     port_of_source: int = 0
     told: str = ""
+    turns: bool = False
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     """`reason` "": bytes may follow. Else the connection ends; snake case, counted; `why` is for
-    people."""
+    people. `turns`: what follows is a turn. Who knows nothing of turns neither asks nor says so."""
 
     reason: str = ""
     why: str = ""
+    turns: bool = False
 
 
 class WireError(Exception):

@@ -22,6 +22,7 @@ from l7proxy.dial import DialFailed
 from l7proxy.peers import Source
 from l7proxy.tasks import spawn
 from l7proxy.tls_stream import TLSStream
+from l7proxy.turn import Turn
 from mesh.model.channel import Proof
 from mesh.model.section import SectionKey, bundle_key, svid_key
 
@@ -50,7 +51,7 @@ class Tunnel:
     """One end of an open tunnel. `own`: the SPIFFE ID it has shown, until `shown_until`; `judge`:
     why it would not be made now, a reason to count, or None; `cut` ends it for a reason; `grow_old`
     is told when it is old. `prove`, at the end that made it: who the other end still is;
-    DialFailed."""
+    DialFailed. `turn`: the connection that has it now, where connections take turns."""
 
     def __init__(
         self,
@@ -81,12 +82,20 @@ class Tunnel:
             pair,
         )
         self.outlives = False
+        self.turn: Turn | None = None
+        now = time.time()
+        self.as_new_until = now + (self.until - now) / 2
         self._timers: list[asyncio.TimerHandle] = []
 
     @property
     def until(self) -> int:
         """When the first certificate ends, seconds since 1970 UTC."""
         return min(self.peer.until, self.shown_until)
+
+    @property
+    def end(self) -> TLSStream | Turn:
+        """What bytes go through."""
+        return self.turn or self.stream
 
     def call_later(self, delay_s: float, callback: Callable[..., object], *args: object) -> None:
         """Unless it has ended by then."""
@@ -114,7 +123,7 @@ class Tunnels:
         self._shown: dict[Pair, tuple[Proof, int]] = {}
 
     def add(self, tunnel: Tunnel) -> None:
-        """Until its stream is lost."""
+        """Until its stream is lost, or it is removed."""
         if tunnel.stream.lost:
             return
         for key in tunnel.keys:
@@ -124,6 +133,12 @@ class Tunnels:
         self._wake_at_end(tunnel)
         if tunnel.prove is not None:
             self._wake_when_old(tunnel)
+
+    def remove(self, tunnel: Tunnel) -> None:
+        """Its stream goes on as something else."""
+        if not tunnel.stream.lost:
+            tunnel.stream.on_lost = None
+            self._remove(tunnel)
 
     def _remove(self, tunnel: Tunnel) -> None:
         for key in tunnel.keys:
@@ -162,6 +177,14 @@ class Tunnels:
         except NotTrusted as error:
             return "not_renewed" if error.reason == "expired" else error.reason
         return tunnel.judge()
+
+    def as_new(self, tunnel: Tunnel) -> bool:
+        """Whether one that was made now would be the same."""
+        return (
+            time.time() < tunnel.as_new_until
+            and self._credentials.in_force(tunnel.stream.ssl, tunnel.own, tunnel.peer)
+            and self._reason(tunnel) is None
+        )
 
     # --- time -------------------------------------------------------------------------------------
 

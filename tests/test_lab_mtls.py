@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import pytest
 from bpf_world import needs_bpf
 from lab_world import LIMIT_S, Lab, lab_of, needs_root, until
+from torture.kills import kill, until_served
+
+from mesh.lab.state import LabDir
 
 pytestmark = [needs_root, needs_bpf]
 
@@ -54,6 +57,18 @@ try:
     print("same" if back == text else "other", len(back))
 except OSError as error:
     print(type(error).__name__)
+"""
+# A connection in use, until its input says that something has happened: how it has ended.
+_HOLD = """
+import socket, sys
+with socket.create_connection((sys.argv[1], 9000), timeout=60) as connection:
+    connection.sendall(b"half of it")
+    print(len(connection.recv(10, socket.MSG_WAITALL)), flush=True)
+    sys.stdin.readline()
+    try:
+        print("ended" if not connection.recv(1) else "bytes")
+    except OSError as error:
+        print(type(error).__name__)
 """
 # All packets on an interface, from when it says so until its input ends; as hexadecimal.
 _CAPTURE = """
@@ -280,6 +295,28 @@ def test_pods_of_one_node_are_told_to_be_proven(lab: Lab) -> None:
     assert ends == tuple(
         f"spiffe://cluster.local/ns/default/sa/{one}" for one in ("default", "echo")
     )
+
+
+@pytest.mark.parametrize("node", ["a", "b"])
+def test_a_worker_that_is_killed_ends_nothing_in_good_order(lab: Lab, node: str) -> None:
+    """Neither the connection whose turn it is nor any that would have had the next."""
+    whole = f"same {len(MARKER)}"
+    assert say(lab, "client", "echo") == whole  # its tunnel rests
+    one = next(
+        one for one in LabDir(lab.run_dir, lab.name).existing_plan().nodes if one.name == node
+    )
+    with subprocess.Popen(
+        lab.arguments("exec", "client", "--", "python3", "-c", _HOLD, "echo"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "10\n"
+        assert kill(one, "weft-worker") is not None
+        assert process.communicate("\n", LIMIT_S)[0] == "ConnectionResetError\n"
+    until_served(one)
+    until(lambda: say(lab, "client", "echo") == whole)
 
 
 def test_an_identity_that_goes_takes_its_connections_with_it(lab: Lab) -> None:

@@ -26,6 +26,7 @@ from cryptography.x509.oid import NameOID
 from certs.issue import Issuer, Life
 from certs.spiffe import parse
 from l7proxy.tls import load_certificate
+from l7proxy.tunnel_acceptor import TunnelAcceptor
 from mesh.model.nodeconfig import (
     MESH_TUNNEL_PORT,
     MeshPort,
@@ -161,6 +162,19 @@ class TwoNodes:
             while tunnels._proving:
                 await asyncio.sleep(0)
 
+    def open_tunnels(self) -> tuple[int, int]:
+        """Those of either node, with what rests between two turns."""
+        resting = [
+            acceptor.resting
+            for acceptor in self.b.proxy._state.mesh.values()
+            if isinstance(acceptor, TunnelAcceptor)
+        ]
+        ours, theirs = (
+            {one for found in node.proxy.tunnels._by_key.values() for one in found}
+            for node in (self.a, self.b)
+        )
+        return len(ours), len(theirs) + sum(map(len, resting))
+
     def http(self, *backends: int, **rest: Any) -> int:
         """A port of node a at which shop/client asks Service shop/web."""
         return self.a.serve(service(), cluster("web", *backends, **rest))
@@ -185,6 +199,8 @@ async def two_nodes(settings: Settings | None = None) -> AsyncIterator[TwoNodes]
         for proxy in (nodes.a, nodes.b):
             await proxy.close()
             proxy._log.close()
+        while any(nodes.open_tunnels()):
+            await asyncio.sleep(0)
         await asyncio.sleep(0)
 
 

@@ -18,7 +18,7 @@ _AT_ONCE = 128
 _NEVER = float("inf")
 
 
-class Turns(Generic[T]):
+class Schedule(Generic[T]):
     """`look` is called when something's time has come; it is looked at again only if `within` says
     so."""
 
