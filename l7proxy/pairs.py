@@ -26,11 +26,11 @@ from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE
 from l7proxy.routing import CompiledRule, RouteIndex
+from l7proxy.schedule import Schedule
 from l7proxy.series import Series
 from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
-from l7proxy.schedule import Schedule
 from mesh.model.nodeconfig import Endpoint, Settings
 
 # How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
