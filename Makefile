@@ -50,7 +50,7 @@ rotation: setup-dev
 
 torture: setup-dev
 	@WEFT_STRESS_S=60 .venv/bin/pytest -q tests/test_pairs_stress.py
-	@WEFT_STRESS_S=3 .venv/bin/pytest -q tests/pairs_ended.py
+	@WEFT_STRESS_S=3 .venv/bin/pytest -q tests/test_pairs_ended.py
 	@PYTHONPATH=tests .venv/bin/python -m torture $(ARGS)
 
 matrix: setup-dev

@@ -39,12 +39,17 @@ def attach(
         if pairs:
             _attach_to_sockets(directory, "exchange", "workload_sockets")
         else:
-            _path(directory, "exchange").unlink(missing_ok=True)
+            detach_pairs(directory)
     for path in cgroups.values():
         check_cgroup(path)
     for name, program in sorted(PROGRAMS.items(), key=lambda one: not one[1].stays):
         if program.place in cgroups:
             _attach(directory, name, cgroups[program.place])
+
+
+def detach_pairs(directory: Path) -> None:
+    """What workloads send goes past no proxy any more, if it did."""
+    _path(directory, "exchange").unlink(missing_ok=True)
 
 
 def adopt(directory: Path, proxy_cgroup: Path) -> None:

@@ -6,6 +6,7 @@ Every one that is an int is a #define of its name in the programs (bpf/layout.py
 from mesh.model.identity import FIRST_CIDR as FIRST_CIDR
 from mesh.model.identity import FIRST_WORKLOAD as FIRST_WORKLOAD
 from mesh.model.identity import Reserved
+from mesh.model.statuses import REGISTERED
 
 # A frontend's connections go to this node's proxy; and it may answer them by redirect.
 FRONTEND_HTTP, FRONTEND_SOCKMAP = 1, 2
@@ -91,6 +92,11 @@ LARGE_RESPONSE_MAX, LARGE_PAIRS = 2 << 20, 1 << 8
 MESSAGES_MAX = 1 << 10
 # What is counted under is by route, ends, policy rules and status: 200 bytes for each CPU.
 PASSED_MAX = 1 << 16
+# Of each class of statuses those that are registered, by their last two digits; others are counted
+# as the class's last one.
+STATUSES_2XX, STATUSES_3XX, STATUSES_4XX, STATUSES_5XX = (
+    sum(1 << one % 100 for one in REGISTERED if one // 100 == of) for of in (2, 3, 4, 5)
+)
 # Of 4 KiB; a power of two: requests that have passed, until somebody looks, each with so many bytes
 # of how it began.
 PASSING_PAGES, PASSING_HEAD = 32, 160

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -91,6 +91,21 @@ class Leftovers:
         old = gone & self._gone
         self._gone = gone - old
         return sum(syscall.delete(self._fds[name], key) for name, key in old)
+
+
+def keys(counted: int, series: Container[int]) -> list[PassedKey]:
+    """Those of these series, in the map of this descriptor."""
+    size = layout.PASSED.size * possible_cpus()
+    found = syscall.entries(counted, layout.PASSED_KEY.size, size)
+    all_of_them = (layout.PASSED_KEY.unpack(PassedKey, key) for key, _ in found)
+    return [key for key in all_of_them if key.series in series]
+
+
+def take(counted: int, key: PassedKey) -> Passed | None:
+    """What is counted there, and it is not any more."""
+    packed, size = layout.PASSED_KEY.pack(key), layout.PASSED.size * possible_cpus()
+    values = syscall.take(counted, packed, size)
+    return None if values is None else _sum(values)
 
 
 def _sum(values: bytes) -> Passed:

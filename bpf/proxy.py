@@ -13,20 +13,30 @@ import errno
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import constants, layout, pins, syscall
+from bpf import constants, layout, passed, pins, syscall
 from bpf.attach import open_program
 from bpf.errors import DatapathError
 from bpf.maps import open_pinned
-from bpf.structs import Exchange, Number, Pair, Paired, Proxied, Target, Way
+from bpf.structs import (
+    Exchange,
+    Number,
+    Pair,
+    Paired,
+    Passed,
+    PassedKey,
+    Proxied,
+    Target,
+    Way,
+)
 
 # Names of maps and of the program, as pinned.
 HANDLES = ("proxied", "accepted", "plain", "queue")
 # Of this version only.
-PAIR_HANDLES = ("pairs", "paired", "exchanges", "holders")
+PAIR_HANDLES = ("pairs", "paired", "exchanges", "holders", "passed")
 _PROGRAMS = frozenset(("queue", "holders"))
 
 # The frame that the program `queue` is run with: a cookie and padding; at least an Ethernet header.
@@ -82,6 +92,7 @@ class _PairMaps(NamedTuple):
     paired: int
     exchanges: int
     holders: int
+    passed: int
 
 
 class Offer(NamedTuple):
@@ -226,6 +237,14 @@ class ProxyHandles:
         if self._pairs is not None:
             syscall.delete(self._pairs.pairs, layout.U64.pack(Number(client)))
 
+    def answered(self, backend: int) -> int:
+        """Responses of this socket that have passed since the offer."""
+        if self._pairs is None:
+            return 0
+        key = layout.U64.pack(Number(backend))
+        data = syscall.lookup(self._pairs.paired, key, layout.PAIRED.size)
+        return 0 if data is None else layout.PAIRED.unpack(Paired, data).answered
+
     def forget(self, backend: int) -> int:
         """Responses do not pass any more either; how many have since the offer."""
         if self._pairs is None:
@@ -251,6 +270,14 @@ class ProxyHandles:
         key = layout.U64.pack(Number(client))
         data = syscall.lookup(self._pairs.exchanges, key, layout.EXCHANGE.size)
         return None if data is None else layout.EXCHANGE.unpack(Exchange, data)
+
+    def counted(self, series: Container[int]) -> list[PassedKey]:
+        """What has passed is counted under, of these series. Reads all there is."""
+        return passed.keys(self._pairs.passed, series) if self._pairs is not None else []
+
+    def take_counted(self, key: PassedKey) -> Passed | None:
+        """What is counted there, and it is not any more."""
+        return passed.take(self._pairs.passed, key) if self._pairs is not None else None
 
     def _look(self, fd: int) -> tuple[_Version, Proxied] | tuple[None, None]:
         key = layout.U32.pack(Number(fd))

@@ -24,12 +24,15 @@ _TOKEN = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR
 _TEXT = bytes([9, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _REFUSED = 0
 _DIGITS = 7
-# What a hop says to the next one, or what the proxy would have to look at.
+# What a hop says to the next one (RFC 9110 §7.6.1: the proxy takes it out, so it does not pass, not
+# even Keep-Alive: that is about the backend's connection), or what the proxy would have to look at.
 _UNUSUAL = (
     b"transfer-encoding",
     b"keep-alive",
     b"proxy-connection",
     b"proxy-authenticate",
+    b"proxy-authentication-info",
+    b"proxy-authorization",
     b"trailer",
     b"te",
     b"upgrade",

@@ -51,7 +51,7 @@ FACTS = {
     "backend": "a backend's socket is enrolled before the proxy sends to it, and found",
     "deferred": "a backend with TCP_DEFER_ACCEPT is noticed before anything is sent to it",
     "miss": "a redirect that misses fails, and never goes by TCP",
-    "pairs": "a workload's message goes to another workload's socket or to the proxy, by numbers",
+    "pairs": "requests that a table lets pass go to a workload, their responses back, by numbers",
     "filter": "a program can be attached to an interface, both ways",
     "refusals": "a refused connection is answered at once, and the longest prefix decides which is",
     "own_stack": "a packet of the node's own is told from one that came in by an interface",

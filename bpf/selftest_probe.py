@@ -170,10 +170,13 @@ def main() -> int:
     cgroup, proxy_cgroup, pin = map(Path, sys.argv[1:4])
     enter(cgroup)
     # They take what is here.
-    from bpf import selftest_filter, selftest_redirect
+    from bpf import selftest_filter, selftest_pairs, selftest_redirect
 
     def redirected() -> dict[str, str]:
-        checks = selftest_redirect.checks(cgroup, proxy_cgroup, pin) | selftest_filter.checks(pin)
+        world = selftest_redirect.World(cgroup, proxy_cgroup, pin)
+        checks = selftest_redirect.checks(world)
+        checks["pairs"] = lambda: selftest_pairs.check(world)
+        checks |= selftest_filter.checks(pin)
         return {name: _tried(check) for name, check in checks.items()}
 
     commands: dict[str, Callable[[], dict[str, int] | dict[str, str]]] = {

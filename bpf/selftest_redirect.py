@@ -21,11 +21,10 @@ from typing import NamedTuple
 from bpf import maps, pins, settings, syscall
 from bpf.attach import open_program
 from bpf.balancer import Balancer
-from bpf.constants import RESPONSE_MAX
-from bpf.proxy import Offer, Origin, ProxyHandles, descriptors
+from bpf.proxy import Origin, ProxyHandles, descriptors
 from bpf.reasons import Reason
 from bpf.selftest_probe import TIMEOUT_S, connected, family_of
-from bpf.structs import Exchange, Number, Target, Way
+from bpf.structs import Target
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
     MESH_RELAY_PORT,
@@ -40,14 +39,13 @@ NODE = {"4": "198.51.100.1", "6": "2001:db8:1::1"}
 _SERVICE = {"4": "192.0.2.2", "6": "2001:db8::2"}
 _HTTP, _TCP = 80, 5432
 _MANY = bytes(range(251)) * 4000
-_RESPONSE = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nweft"
 _SIOCSIFADDR, _FIONREAD = 0x8916, 0x541B
 _TCX_INGRESS, _TCX_EGRESS = 46, 47
 _LOOPBACK_INDEX = 1
 _NOBODY = 65534
 
 
-class _Pair(NamedTuple):
+class Taken(NamedTuple):
     """Both ends of a connection, and what the proxy knows of it."""
 
     workload: socket.socket
@@ -59,7 +57,7 @@ class _Pair(NamedTuple):
         self.proxy.close()
 
 
-class _World:
+class World:
     """The sockets' world: two cgroups, one network namespace, the real maps."""
 
     def __init__(self, cgroup: Path, proxy_cgroup: Path, pin: Path) -> None:
@@ -75,10 +73,10 @@ class _World:
         for version, address in NODE.items():
             self.frontend(_SERVICE[version], _HTTP, http=True, sockmap=True)
             with self.as_proxy():
-                self._servers[version, _HTTP] = _server(address, MESH_HTTP_PORT)
+                self._servers[version, _HTTP] = server(address, MESH_HTTP_PORT)
         self.frontend(_SERVICE["4"], _TCP, EntryBackend("198.51.100.77", _TCP, remote=True))
         with self.as_proxy():
-            self._servers["4", _TCP] = _server(NODE["4"], MESH_RELAY_PORT)
+            self._servers["4", _TCP] = server(NODE["4"], MESH_RELAY_PORT)
         ports = [(one, port) for one in NODE.values() for port in (MESH_HTTP_PORT, MESH_RELAY_PORT)]
         settings.steer_to_proxy(pin, ports, sockmap=True)
 
@@ -95,7 +93,7 @@ class _World:
         for why in self._entries.apply({entry_key(address, port, "TCP"): entry}).values():
             raise OSError(0, why)
 
-    def taken(self, version: str, port: int = _HTTP) -> _Pair:
+    def taken(self, version: str, port: int = _HTTP) -> Taken:
         """A workload's connection, accepted by the proxy."""
         workload = connected(_SERVICE[version], port)
         proxy, _ = self._servers[version, port].accept()
@@ -103,12 +101,11 @@ class _World:
         origin = self.handles.origin(proxy.fileno())
         if origin is None:
             raise OSError(0, "nothing is known of a connection that was steered to the proxy")
-        return _Pair(workload, proxy, origin)
+        return Taken(workload, proxy, origin)
 
 
-def checks(cgroup: Path, proxy_cgroup: Path, pin: Path) -> dict[str, Callable[[], str]]:
+def checks(world: World) -> dict[str, Callable[[], str]]:
     """By fact, in order."""
-    world = _World(cgroup, proxy_cgroup, pin)
     return {
         "relay": lambda: _relay(world),
         "redirect4": lambda: _redirect(world, "4"),
@@ -119,13 +116,12 @@ def checks(cgroup: Path, proxy_cgroup: Path, pin: Path) -> dict[str, Callable[[]
         "backend": lambda: _backend(world),
         "deferred": lambda: _deferred(world),
         "miss": lambda: _miss(world),
-        "pairs": lambda: _pairs(world),
         "filter": lambda: _filter(world),
         "events": lambda: _events(world),
     }
 
 
-def _relay(world: _World) -> str:
+def _relay(world: World) -> str:
     with contextlib.closing(world.taken("4", _TCP)) as pair:
         os.seteuid(_NOBODY)
         try:
@@ -137,50 +133,50 @@ def _relay(world: _World) -> str:
         return "" if origin.backend else "the proxy was not told which backend was chosen"
 
 
-def _redirect(world: _World, version: str) -> str:
+def _redirect(world: World, version: str) -> str:
     with contextlib.closing(world.taken(version)) as pair:
         if not pair.origin.enrolled:
             return "the sockets were not enrolled"
         before = maps.counters(world.pin)[Reason.REDIRECTED]
         pair.proxy.sendall(_MANY)
-        if _received(pair.workload, len(_MANY)) != _MANY:
+        if received(pair.workload, len(_MANY)) != _MANY:
             return "other bytes arrived than were sent"
         if maps.counters(world.pin)[Reason.REDIRECTED] == before:
             return "the bytes came by TCP"
         pair.workload.sendall(_MANY[:1000])
-        return "" if _received(pair.proxy, 1000) == _MANY[:1000] else "and other bytes came back"
+        return "" if received(pair.proxy, 1000) == _MANY[:1000] else "and other bytes came back"
 
 
-def _fionread(world: _World) -> str:
+def _fionread(world: World) -> str:
     with contextlib.closing(world.taken("4")) as pair:
         pair.proxy.sendall(b"weft")
         select.select([pair.workload], [], [], TIMEOUT_S)
-        found = _unread(pair.workload)
+        found = unread(pair.workload)
         return "" if found == 4 else f"4 bytes wait, and FIONREAD says {found}"
 
 
-def _queue(world: _World) -> str:
+def _queue(world: World) -> str:
     with contextlib.closing(world.taken("4")) as pair:
         before = world.handles.queued(pair.origin.cookie)
         pair.proxy.sendall(_MANY)
         full = world.handles.queued(pair.origin.cookie)
-        _received(pair.workload, len(_MANY))
+        received(pair.workload, len(_MANY))
         after = world.handles.queued(pair.origin.cookie)
         if before or after or full < len(_MANY):
             return f"{len(_MANY)} bytes waited, and {before}, {full}, {after} were counted"
         return ""
 
 
-def _half_close(world: _World) -> str:
+def _half_close(world: World) -> str:
     with contextlib.closing(world.taken("4")) as pair:
         pair.proxy.sendall(b"weft")
         pair.proxy.shutdown(socket.SHUT_WR)
-        found = _received(pair.workload, 5)
+        found = received(pair.workload, 5)
         return "" if found == b"weft" else f"{len(found)} of 4 bytes came before the end"
 
 
-def _backend(world: _World) -> str:
-    with _server(NODE["4"]) as backend:
+def _backend(world: World) -> str:
+    with server(NODE["4"]) as backend:
         port = backend.getsockname()[1]
         world.frontend(NODE["4"], port, EntryBackend(NODE["4"], port, sockmap=True))
         with world.as_proxy():
@@ -194,13 +190,13 @@ def _backend(world: _World) -> str:
                     return "the backend's socket was not enrolled"
                 proxy.sendall(b"weft")
                 select.select([taken], [], [], TIMEOUT_S)
-                if _unread(taken) != 4 or not world.handles.queued(cookie):
+                if unread(taken) != 4 or not world.handles.queued(cookie):
                     return "what was sent to it did not come by redirect"
-                return "" if _received(taken, 4) == b"weft" else "other bytes arrived"
+                return "" if received(taken, 4) == b"weft" else "other bytes arrived"
 
 
-def _deferred(world: _World) -> str:
-    with _server(NODE["4"]) as backend:
+def _deferred(world: World) -> str:
+    with server(NODE["4"]) as backend:
         backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
         port = backend.getsockname()[1]
         target = Target.of(NODE["4"], port, "TCP")
@@ -215,7 +211,7 @@ def _deferred(world: _World) -> str:
         return "" if found == 0 else "a connection to it is enrolled although it was ruled out"
 
 
-def _miss(world: _World) -> str:
+def _miss(world: World) -> str:
     with contextlib.closing(world.taken("4")) as pair:
         pair.workload.close()
         deadline = time.monotonic() + TIMEOUT_S
@@ -227,52 +223,7 @@ def _miss(world: _World) -> str:
         return "what is sent to a socket that is gone is not refused"
 
 
-def _pairs(world: _World) -> str:
-    """Without requests, which take tables: their responses go the same way."""
-    with contextlib.closing(world.taken("4")) as pair, _server(NODE["4"]) as backend:
-        port = backend.getsockname()[1]
-        world.frontend(NODE["4"], port, EntryBackend(NODE["4"], port, sockmap=True))
-        with world.as_proxy():
-            proxy = connected(NODE["4"], port)
-        with proxy, backend.accept()[0] as taken:
-            for sock in (proxy, taken):
-                sock.settimeout(TIMEOUT_S)
-            handles, client = world.handles, pair.origin.cookie
-            cookie = handles.pair(proxy.fileno()) or 0
-            if not handles.prepare(
-                Offer(client, 0, 0, 0, (Way(cookie, *[0] * 4),), 0, (0,), *[0] * 4)
-            ):
-                return "there is no room for a pair"
-            _forward(world, client, cookie, 1)
-            taken.sendall(_RESPONSE)
-            if _received(pair.workload, len(_RESPONSE)) != _RESPONSE:
-                return "a response did not come to its client as it was"
-            if not handles.delivered(client):
-                return "a response that was read counts as being on its way"
-            taken.sendall(b"weft")
-            if _received(proxy, 4) != b"weft":
-                return "what was no response did not come to the proxy"
-            # Four bytes that nobody is done with.
-            _forward(world, client, cookie, 2)
-            taken.sendall(_RESPONSE)
-            if _received(proxy, len(_RESPONSE)) != _RESPONSE:
-                return "a response behind something else passed the proxy by"
-            passed = handles.passed(client)
-            right = passed is not None and (passed.answered, passed.handed) == (1, 1)
-            return "" if right else f"it was counted wrongly: {passed}"
-
-
-def _forward(world: _World, client: int, backend: int, requests: int) -> None:
-    """As if so many had been."""
-    exchanges = maps.PinnedMap(world.pin, "exchanges", Number, Exchange)
-    with contextlib.closing(exchanges):
-        before = exchanges.get(Number(client))
-        if before is not None:
-            now = before._replace(forwarded=requests, backend=backend, response_max=RESPONSE_MAX)
-            exchanges.put(Number(client), now)
-
-
-def _filter(world: _World) -> str:
+def _filter(world: World) -> str:
     """On the loopback interface of the namespace, with a program that does nothing to a packet."""
     program = open_program(world.pin, "queue")
     try:
@@ -285,11 +236,11 @@ def _filter(world: _World) -> str:
     return ""
 
 
-def _events(world: _World) -> str:
+def _events(world: World) -> str:
     fd = syscall.pinned(str(pins.map_path(world.pin, "events")))
     try:
-        with _server(NODE["4"]) as server:
-            connected(*server.getsockname()).close()
+        with server(NODE["4"]) as listening:
+            connected(*listening.getsockname()).close()
         ready = select.poll()
         ready.register(fd, select.POLLIN)
         return "" if ready.poll(TIMEOUT_S * 1000) else "a connection was opened, and none came"
@@ -319,13 +270,13 @@ def _add_addresses() -> None:
                 time.sleep(0.001)
 
 
-def _server(address: str, port: int = 0) -> socket.socket:
-    server = socket.create_server((address, port), family=family_of(address))
-    server.settimeout(TIMEOUT_S)
-    return server
+def server(address: str, port: int = 0) -> socket.socket:
+    made = socket.create_server((address, port), family=family_of(address))
+    made.settimeout(TIMEOUT_S)
+    return made
 
 
-def _received(sock: socket.socket, size: int) -> bytes:
+def received(sock: socket.socket, size: int) -> bytes:
     """So many bytes, or fewer at the end."""
     found = bytearray()
     while len(found) < size and (data := sock.recv(size - len(found))):
@@ -333,6 +284,6 @@ def _received(sock: socket.socket, size: int) -> bytes:
     return bytes(found)
 
 
-def _unread(sock: socket.socket) -> int:
+def unread(sock: socket.socket) -> int:
     (found,) = struct.unpack("i", fcntl.ioctl(sock, _FIONREAD, bytes(4)))
     return int(found)

@@ -149,9 +149,7 @@ class ControlPlane:
         remove: list[SectionKey] = []
         if not self._started:
             self._started = True
-            put[SETTINGS_KEY] = msgspec.structs.replace(
-                self._options.settings, gateway_spiffe_id=self._options.mesh.gateway_spiffe_id
-            )
+            put[SETTINGS_KEY] = self.settings
             put.update(self._options.mesh.sections())
         for table, section_key in _SECTIONS.items():
             for key, change in changed.get(table, {}).items():
@@ -169,6 +167,12 @@ class ControlPlane:
             self._options.mesh.ports.union(self._derivation.tables["ports"]),  # type: ignore[arg-type]
             dict(self._derivation.failures),
         )
+
+    @property
+    def settings(self) -> Settings:
+        """The proxies'."""
+        gateway = self._options.mesh.gateway_spiffe_id
+        return msgspec.structs.replace(self._options.settings, gateway_spiffe_id=gateway)
 
     def wanted_secrets(self) -> frozenset[ObjectKey]:
         """The Secrets that Gateways refer to and may."""

@@ -60,7 +60,7 @@ class Attempt:
         try:
             if not sent:
                 await upstream.request(head)
-            if head.body is not Framing.NONE:
+            if head.body is not Framing.NONE and not sent:
                 if head.expect_continue:
                     self._go_on = asyncio.Event()
                 self._upload = self._body.pump(self._send_body(self._body.attempt()), name="upload")

@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from l7proxy.automaton_head import END, HOST_SEEN, NOTHING, Action, HeadMachine, State
+from l7proxy.automaton_head import (
+    END,
+    HOST_SEEN,
+    LENGTH_WANTED,
+    NOTHING,
+    Action,
+    HeadMachine,
+    State,
+)
 from l7proxy.automaton_nfa import Nfa, Unsupported
 from l7proxy.automaton_rules import PUNT, Condition, Limits, Rule
 from l7proxy.automaton_table import (
@@ -89,7 +97,7 @@ class _Compiler:
         )
         # Bits of the mask, by numbers of conditions; of the mask of what was seen; path classes.
         self._facts: dict[int, int] = {}
-        self._seen: dict[object, int] = {HOST_SEEN: 0}
+        self._seen: dict[object, int] = {HOST_SEEN: 0, LENGTH_WANTED: 1}
         self._path_classes: dict[frozenset[int], int] = {}
 
     # --- conditions -------------------------------------------------------------------------------

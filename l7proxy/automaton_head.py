@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 from l7proxy.automaton_nfa import Bytes, Nfa, States, byte_set
+from l7proxy.http1_codec import NO_BODY_MEANS_EMPTY
 from l7proxy.normalise import HOP_BY_HOP
 
 _ALPHA = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -21,7 +22,8 @@ TOKEN = byte_set(b"!#$%&'*+-.^_`|~" + _DIGITS + _ALPHA)
 # l7proxy.normalise: paths that are their own normal form.
 _SEGMENT = byte_set(b"-._~!$&'()*+,;=:@" + _ALPHA + _DIGITS)
 _QUERY = byte_set(b for b in range(0x21, 0x7F) if b != ord("#"))
-_VALUE = byte_set(range(0x20, 0x7F)) | 1 << 9
+# Tabs would be spaces, or go, on the proxy's way: of those round a length a backend may think else.
+_VALUE = byte_set(range(0x20, 0x7F))
 _HOST = byte_set(b"_~-" + _ALPHA[:26] + _DIGITS)
 
 # Heads with these are the proxy's: they speak of the connection, of framing other than a plain
@@ -57,7 +59,8 @@ class Action(NamedTuple):
 
 
 NOTHING = Action()
-HOST_SEEN = "host"
+# Of `seen`, what C has to know of: there is a host; the proxy would say of no body that it is none.
+HOST_SEEN, LENGTH_WANTED = "host", "length wanted"
 END: State = ("end",)
 
 Step: TypeAlias = tuple[State, Action] | None
@@ -80,7 +83,7 @@ class HeadMachine:
         self._hosts = hosts
         self._headers = headers
         self._parameters = parameters
-        self._method_starts = _starts(_METHODS_FORBIDDEN)
+        self._method_starts = _starts((*_METHODS_FORBIDDEN, *NO_BODY_MEANS_EMPTY))
         self.start: State = ("method", b"", methods.start)
         special = (b"host", b"content-length", b"connection", *_FORBIDDEN)
         self._names = _starts((*headers, *special))
@@ -96,7 +99,7 @@ class HeadMachine:
 
     def single_bytes(self) -> bytes:
         """Bytes that are told apart one by one."""
-        words = (*_METHODS_FORBIDDEN, *self._names, *self._parameter_names)
+        words = (*self._method_starts, *self._names, *self._parameter_names)
         lower = set(b"".join(words))
         upper = set(bytes(lower).upper())
         return bytes(lower | upper | set(b" /?&=:.%+0123456789\r\n\tHTTP1keep-alivKA"))
@@ -112,7 +115,8 @@ class HeadMachine:
         assert text is None or isinstance(text, bytes)
         assert isinstance(reached, frozenset)
         if byte == 0x20 and text != b"" and text not in _METHODS_FORBIDDEN:
-            return ("target",), Action(self._methods.holding(reached))
+            seen = LENGTH_WANTED if text in NO_BODY_MEANS_EMPTY else None
+            return ("target",), Action(self._methods.holding(reached), seen)
         if not TOKEN >> byte & 1:
             return None
         text = _further(text, byte, self._method_starts)
@@ -238,7 +242,7 @@ class HeadMachine:
             return ("line",), _read("header", name, nfa, ended)
         if not _VALUE >> byte & 1:
             return None
-        if byte in b" \t":
+        if byte == 0x20:
             return (
                 state if before is None else ("value", name, before, nfa.step(now, byte))
             ), NOTHING
@@ -256,7 +260,7 @@ class HeadMachine:
             if part == "after":
                 return ("line",), NOTHING
             return (("line",), holding) if ended else None
-        if byte in b" \t":
+        if byte == 0x20:
             if part in ("before", "after"):
                 return state, NOTHING
             return (("host", "after", frozenset()), holding) if ended else None
@@ -280,7 +284,7 @@ class HeadMachine:
     def _in_length(self, state: State, byte: int) -> Step:
         _, part, digits = state
         assert isinstance(digits, int)
-        if byte in b" \t":
+        if byte == 0x20:
             if part == "before":
                 return state, NOTHING
             return ("length", "after", 0), NOTHING
@@ -298,14 +302,14 @@ class HeadMachine:
         assert isinstance(at, int)
         text = b"keep-alive"
         if at == -1:
-            if byte in b" \t":
+            if byte == 0x20:
                 return state, NOTHING
             at = 0
         if at < len(text):
             if bytes((byte,)).lower()[0] != text[at]:
                 return None
             return ("connection", at + 1), NOTHING
-        if byte in b" \t":
+        if byte == 0x20:
             return state, NOTHING
         return (("line",), NOTHING) if byte == 13 else None
 

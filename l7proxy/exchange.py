@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from l7proxy import cors, filters, session
+from l7proxy import cors, filters, metrics, session
 from l7proxy.accesslog import AccessLog
 from l7proxy.attempt import Attempt, Failure
 from l7proxy.attempts import Attempts
@@ -149,7 +149,9 @@ class _Exchange:
         self._stream = stream
         self.info = info
         self._went = sent
-        self._body = RequestBody(stream)
+        # Of what follows: the configuration may change before the response is there.
+        self._version = shared.pairs.version if sent is None else sent.version
+        self._body = RequestBody(stream, sent.body if sent is not None else b"")
         self._responded = False
         self.record = shared.record(entry, info, stream.head, sent)
 
@@ -301,6 +303,7 @@ class _Exchange:
             return
         found = follower(
             shared.pairs,
+            self._version,
             selected,
             backend,
             self._entry.caller(self.record.client),
@@ -321,6 +324,8 @@ class _Exchange:
         self._sent = self._forwarded = self._stream.head
         if isinstance(sent.lease, Reply):
             self._responded = sent.status != 0
+            if sent.lease.reason == "backend_timeout":
+                self._timed_out(sent.before, sent.backend)
             raise sent.lease
         elapsed = time.monotonic() - sent.started
         timeout = rule.request_timeout_s or self._shared.settings.request_timeout_s
@@ -336,21 +341,27 @@ class _Exchange:
             if rule.backend_timeout_s is not None:
                 limit = asyncio.get_running_loop().time() + rule.backend_timeout_s - elapsed
             attempt = Attempt(sent.lease, self._stream, self._body, limit)
-            response = await self._response(attempt)
+            response = await self._response(attempt, sent.backend)
             self._propose(sent.selected, sent.backend, sent.lease, response)
             await self._relay(attempt, response, rule, sent.backend)
 
-    async def _response(self, attempt: Attempt) -> ResponseHead:
+    def _timed_out(self, lease: Lease, backend: CompiledBackend) -> None:
+        lease.failed("timeout")
+        if not self._responded:
+            metrics.UPSTREAM_FAILURES.labels(backend.label, "timeout").inc()
+
+    async def _response(self, attempt: Attempt, backend: CompiledBackend) -> ResponseHead:
         """To a request of which nothing is known but that it was sent: it is not repeated."""
         try:
             async with until(attempt.limit):
                 response = await attempt.response(self._sent, sent=True)
         except TimeoutError:  # the backend's; the request's comes as a cancellation
-            attempt.lease.failed("timeout")
+            self._timed_out(attempt.lease, backend)
             raise Reply(
                 504, "backend_timeout", "no response in the route's backend timeout"
             ) from None
         if isinstance(response, Failure):
+            metrics.UPSTREAM_FAILURES.labels(backend.label, response.reason).inc()
             raise Reply(response.status, response.reason, response.detail)
         return response
 

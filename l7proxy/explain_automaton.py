@@ -85,7 +85,7 @@ def kernel_words(
         return f"no: {why}"
     settings = sections.get(SETTINGS_KEY)
     on = isinstance(settings, Settings) and settings.http_in_kernel
-    return f"{'yes' if on else 'it could (--http-in-kernel is off)'}, between pods of one node"
+    return f"{'yes' if on else 'it could (HTTP in the kernel is off)'}, between pods of one node"
 
 
 def _services(sections: Mapping[SectionKey, Section]) -> list[ServiceSection]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ from bpf.structs import Target
 
 if TYPE_CHECKING:
     from bpf.proxy import Offer, Origin
-    from bpf.structs import Exchange
+    from bpf.structs import Exchange, Passed, PassedKey
 
 
 _log = logging.getLogger("weft.handles")
@@ -48,6 +48,9 @@ class Handles(Protocol):
     def withdraw(self, client: int) -> None:
         """No request of this socket passes any more."""
 
+    def answered(self, backend: int) -> int:
+        """Requests that this socket has answered past the proxy since it was offered."""
+
     def forget(self, backend: int) -> int:
         """No response of this socket passes any more."""
 
@@ -59,6 +62,12 @@ class Handles(Protocol):
 
     def passed(self, client: int) -> Exchange | None:
         """What has passed by the proxy; None: nothing is known."""
+
+    def counted(self, series: Container[int]) -> list[PassedKey]:
+        """What has passed is counted under, of these series. Takes long; in any thread."""
+
+    def take_counted(self, key: PassedKey) -> Passed | None:
+        """What is counted there, which then it is not any more."""
 
 
 class Destination(NamedTuple):

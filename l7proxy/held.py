@@ -6,19 +6,22 @@ kernel together; nothing of what passes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bpf.constants import PAIR_SHARES, PAIR_WAYS
 from bpf.structs import Way
-from l7proxy.message import RequestHead
-from l7proxy.series import Series
+from l7proxy.begun import Begun
+from l7proxy.pool import IDLE_S
+from l7proxy.series import Numbered
 from l7proxy.streams import ClientStream, Handler, Kept
 
 
 class Allowed(NamedTuple):
     """Which requests may pass by the proxy: see `bpf.proxy.Offer`. `timeout_s`: how long each may
-    take, with its response; `meaning`: of the number `series`."""
+    take, with its response; `late`: what is said then, as of `Follower.fail`."""
 
     generation: int
     egress: int
@@ -26,10 +29,10 @@ class Allowed(NamedTuple):
     rule: int
     expires_ns: int
     made_ns: int
-    series: int
+    series: Numbered
     response_max: int
     timeout_s: float | None
-    meaning: Series
+    late: tuple[int, str, str]
 
 
 class Place(NamedTuple):
@@ -40,21 +43,6 @@ class Place(NamedTuple):
     backend: int
     endpoint: str
     share: float
-
-
-class Begun(NamedTuple):
-    """A request that went past the proxy. `head`: as far as it is known; `started`: by
-    time.monotonic(); `bytes_in`: of its body; `egress`, `ingress`: the numbers of the policy rules
-    that let it pass. Of its response, as far as that went there too: `status` (0: nothing did) and
-    `bytes_out` of its body."""
-
-    head: RequestHead
-    started: float
-    bytes_in: int = 0
-    egress: int = 0
-    ingress: int = 0
-    status: int = 0
-    bytes_out: int = 0
 
 
 class Follower(NamedTuple):
@@ -77,31 +65,48 @@ class Follower(NamedTuple):
     answered: Callable[[], None]
 
 
-class Held(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Held:
     """A backend's connection. `parted`: as in `Exchange`, when it began to be held: of a request in
     parts one may have been lost on its way since, when memory is short; who waits for it would take
-    the next request for it, which may be another client's."""
+    the next request for it, which may be another client's. `answered`: requests since it was
+    offered; `used`: when the last one was known to be on it, by time.monotonic()."""
 
     kept: Kept
     follower: Follower
     parted: int
+    answered: int = 0
+    used: float = field(default_factory=time.monotonic)
 
     @property
     def good(self) -> bool:
         """It can be offered (again)."""
         kept = self.kept
-        return not (kept.closed or kept.unread or kept.wanted) and self.follower.current()
+        useless = kept.closed or kept.unread or kept.wanted or self.old
+        return not useless and self.follower.current()
+
+    @property
+    def old(self) -> bool:
+        """Its backend may be about to close it, as one that is kept in a pool."""
+        return time.monotonic() - self.used >= IDLE_S
+
+    def note(self, answered: int) -> None:
+        if answered != self.answered:
+            self.answered, self.used = answered, time.monotonic()
 
     @property
     def way(self) -> Way:
         allowed = self.follower.allowed
         share = round(self.follower.place.share * PAIR_SHARES)
-        return Way(self.kept.cookie, allowed.series, allowed.rule, share, allowed.response_max)
+        return Way(
+            self.kept.cookie, allowed.series.number, allowed.rule, share, allowed.response_max
+        )
 
     def let_go(self, parted: int) -> None:
         """Back to the pool, if it can be used again. `parted`: now."""
         kept = self.kept
-        kept.let_go(reusable=not kept.closed and not kept.unread and parted == self.parted)
+        useless = kept.closed or kept.unread or parted != self.parted or self.old
+        kept.let_go(reusable=not useless, used=self.used)
 
 
 def to_offer(held: Sequence[Held]) -> list[Held]:

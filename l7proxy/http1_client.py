@@ -6,6 +6,7 @@ It moves bytes between a transport and `ClientCodec`. It never repeats anything:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 class Http1Client(Link):
     """A backend's connection.
 
-    `on_change` is told when a stream gave its place back, and when the connection closes of itself.
-    Bytes that nobody asked for close it: they are no response to any request of ours. `unread` as
-    in `Link`.
+    `on_change` is told when a stream gave its place back, be it to a keeper, and when the
+    connection closes of itself. Bytes that nobody asked for close it: they are no response to any
+    request of ours. `unread` as in `Link`.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Http1Client(Link):
         self.answered = False  # a byte came since the request was sent
         self.cookie = 0  # of the far socket, where requests can reach it past the proxy
         self.held = False  # by whoever keeps it: no requests come from the pool
-        self.wanted = False  # by a request that waits: nobody is to hold it
+        self.wanted = False  # while it is held, by a request that waits
+        self.used: float | None = None
         self._keeper: Callable[[], None] | None = None
         self._last = False  # what it serves
         self._on_change = on_change
@@ -69,7 +71,8 @@ class Http1Client(Link):
         return 0 if self._stream is None and self._lane is None and not self.held else 1
 
     def open(self) -> ClientStream:
-        self.answered = self.wanted = False
+        self.answered = False
+        self.used = None
         self._stream = _Stream(self, reused=self._streams > 0)
         self._streams += 1
         return self._stream
@@ -85,7 +88,8 @@ class Http1Client(Link):
         """Send a whole request as it is; `lane` gets what comes for it."""
         self._lane = lane
         self._streams += 1
-        self.answered = self.wanted = False
+        self.answered = False
+        self.used = None
         self.send(request)
 
     def carried(self, *, reusable: bool) -> None:
@@ -94,11 +98,11 @@ class Http1Client(Link):
         self.release(reusable=reusable)
 
     def take_over(self, head: RequestHead, received: bytes) -> ClientStream:
-        """A stream for the request that was carried, of whose response this has come. ValueError:
-        as `request`."""
+        """A stream for the request that was carried, of whose response this has come; its body has
+        gone. ValueError: as `request`."""
         self._lane = None
         self.answered = bool(received)
-        self.codec.request(head)
+        self.codec.request(dataclasses.replace(head, body=Framing.NONE))
         self.codec.receive(received)
         self._stream = _Stream(self, reused=self._streams > 1, sent=True)
         return self._stream
@@ -109,13 +113,11 @@ class Http1Client(Link):
         self._keeper = keeper
 
     def recall(self) -> bool:
-        if self.wanted:
+        if self._keeper is None or self.wanted or not self.held:
             return False
         self.wanted = True
-        keeper = self._keeper
-        if keeper is not None and self.held:
-            keeper()
-        return keeper is not None
+        self._keeper()
+        return True
 
     @property
     def unread(self) -> int:
@@ -145,11 +147,12 @@ class Http1Client(Link):
         self.hold_input(buffer.left)
         return data
 
-    def let_go(self, *, reusable: bool) -> None:
+    def let_go(self, *, reusable: bool, used: float | None = None) -> None:
         """Back to the pool, or closed; also if it is not held (any more)."""
         self._keeper = None
         if self.held:
             self.held = False
+            self.used = used
             self.release(reusable=reusable)
 
     # --- from the event loop ---------------------------------------------------------------------
@@ -213,9 +216,9 @@ class Http1Client(Link):
             self.close_now()
         else:
             self.hold_input(0)
-            self.held = self._keeper is not None and not self.wanted
-            if self.held:
-                return
+            # Who waits may have come before there was anybody to recall it from: it is told of too.
+            self.held = self._keeper is not None
+        self.wanted = self.wanted and self.held
         self._on_change(self)
 
 

@@ -46,7 +46,7 @@ _STATUS_LINES = {
     status: b"HTTP/1.1 %d %b\r\n" % (status, _PHRASES.get(status, b""))
     for status in range(100, 1000)
 }
-_NO_BODY_MEANS_EMPTY = frozenset((b"POST", b"PUT", b"PATCH"))
+NO_BODY_MEANS_EMPTY = frozenset((b"POST", b"PUT", b"PATCH"))
 
 
 class ServerCodec:
@@ -262,7 +262,7 @@ class ClientCodec:
         self._writer = BodyWriter(head.body)
         own = [(b"host", head.authority)]
         if head.body is Framing.NONE:
-            if head.method in _NO_BODY_MEANS_EMPTY:  # RFC 9110 §8.6
+            if head.method in NO_BODY_MEANS_EMPTY:  # RFC 9110 §8.6
                 own.append((b"content-length", b"0"))
         else:
             own += _framing_fields(head.body)

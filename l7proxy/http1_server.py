@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 
 from l7proxy.http1_codec import ServerCodec
+from l7proxy.http1_linger import LINGER_S, Linger
 from l7proxy.http1_link import Deadline, Link
 from l7proxy.http1_request import Http1Request
 from l7proxy.lane import Lane
@@ -24,12 +25,6 @@ _log = logging.getLogger("weft.http1")
 
 # A request body that nobody read is taken off the connection up to this size, so that it can go on.
 _DISCARD_BYTES = 64 * 1024
-# After the last response the client may have more on its way; were it met by a closed socket, the
-# reset could destroy the response before the client has read it (RFC 9112 §9.6).
-_LINGER_S = 2.0
-_LINGER_BYTES = 1024 * 1024
-# A TLS connection cannot be half-closed here, so that the client may wait for this to pass.
-_LINGER_SHORT_S = 0.2
 # An idle connection being drained may have a request in its socket that was not read yet.
 _DRAIN_GRACE_S = 0.05
 
@@ -67,7 +62,7 @@ class Http1Server(Link):
         self._head_started = True  # the first head is due from the connection's start
         self._draining = False
         self._grace_over = False
-        self._lingering: int | None = None
+        self._lingering: Linger | None = None
         self._pairing = info.pairing
         if self._pairing is not None:
             self._pairing.wake = self.wake
@@ -89,9 +84,7 @@ class Http1Server(Link):
     def data_received(self, data: bytes) -> None:
         self.received += len(data)
         if self._lingering is not None:
-            self._lingering -= len(data)
-            if self._lingering < 0:
-                self.wake()
+            self._lingering.receive(len(data))
             return
         if self._resting and self._lane is not None and self._carry(self._lane, data):
             return
@@ -153,15 +146,18 @@ class Http1Server(Link):
     def _expired(self) -> None:
         """The client took too long over a head, over a body, between requests, or to go away."""
         if self._lingering is not None:
-            self._lingering = -1
+            self._lingering.end()
         elif self._lane is not None and self._lane.busy:
             self._lane.expired()
         elif self._stream is not None:
             self.failure = ProtocolError(408, "body_timeout", "the request's body did not come")
         elif not self.codec.between_requests:
             self.failure = ProtocolError(408, "head_timeout", "the request's head did not come")
-        elif self._pairing is not None and self._pairing.in_use:
-            self.timer.set(self.settings.idle_timeout_s)
+        elif self._pairing is not None and self._pairing.offered:
+            if self._pairing.in_use:
+                self.timer.set(self.settings.idle_timeout_s)
+            else:  # a request may be passing just now
+                self.drain()
         else:
             if not self._served:
                 self._on_refused("head_timeout")
@@ -237,7 +233,9 @@ class Http1Server(Link):
         goes on."""
         self.timer.clear()
         moved = self.eof or not self.codec.between_requests
-        handler = await pairing.take_over(moved=moved, take=self._take, give=self._give)
+        handler = await pairing.take_over(
+            moved=moved, ended=lambda: self.eof, take=self._take, give=self._give
+        )
         if self.lost:
             return False
         self._served += pairing.count
@@ -360,7 +358,7 @@ class Http1Server(Link):
         """Take what is left of the request off the connection; whether that came to its end."""
         left = _DISCARD_BYTES
         if not self.codec.request_complete:
-            self.timer.set(_LINGER_S)
+            self.timer.set(LINGER_S)
         while not self.codec.request_complete:
             if self.failure is not None:
                 return False
@@ -389,20 +387,15 @@ class Http1Server(Link):
     async def _linger(self) -> None:
         """Close so that the client gets the last response, whatever it is still sending."""
         self._stream = None
-        self._lingering = _LINGER_BYTES
+        linger = self._lingering = Linger(self)
         self.timer.clear()
         self.hold_input(0)
         await self.half_close()
         if self.codec.ends_by_close:
             self.reset_on_close(False)
         if self.tls and self.failure is None and self.codec.request_complete:
-            self._lingering = -1
-        elif self.tls or (self._grace_over and self.codec.between_requests):
-            self.timer.set(_LINGER_SHORT_S)
-        else:
-            self.timer.set(_LINGER_S)
-        while not self.eof and self._lingering >= 0:
-            await self.more_input()
-        self.timer.close()
+            linger.end()
+        short = self.tls or (self._grace_over and self.codec.between_requests)
+        await linger.run(self.timer, short=short)
         if self.transport is not None:
             self.transport.close()

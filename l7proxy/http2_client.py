@@ -131,6 +131,8 @@ class Http2Client(Http2Connection[Http2ClientStream]):
     ) -> None:
         super().__init__(settings, unread)
         self.scheme = scheme
+        self.held = False  # ever
+        self.used: float | None = None  # given back as soon as it is not
         self._on_change = on_change
         self._waiting: set[Http2ClientStream] = set()  # opened, but nothing sent yet
         self._opened = 0

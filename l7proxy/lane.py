@@ -1,10 +1,10 @@
 """The fast lane of a client's connection over HTTP/1.1: requests and responses that go on as their
 own bytes, and of which nothing is read here but what C says.
 
-A request is taken if the destination's automaton allows it (`lanes`), it is nothing but a head, and
-a kept connection to the endpoint is free; everything else is the exchange's. What turns out to need
-it later (an unusual response, none at all, a drain, a timeout) is handed over to the exchange, as a
-request that was sent. Counted, logged and told of like any other. Knows no sockets.
+A request is taken if the destination's automaton allows it (`lanes`), it has come whole at once,
+and a kept connection to the endpoint is free; everything else is the exchange's. What turns out to
+need it later (an unusual response, none at all, a drain, a timeout) is handed over to the exchange,
+as a request that was sent. Counted, logged and told of like any other. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Lane:
     """`busy`: a request is on its way. `server` is the connection, set by itself."""
 
     __slots__ = (
-        "_aims", "_backend", "_bodiless", "_chosen", "_cluster", "_connection", "_end", "_ends",
-        "_entry", "_found", "_left", "_member", "_new_id", "_out", "_pool", "_request",
+        "_aims", "_backend", "_bodiless", "_body", "_chosen", "_cluster", "_connection", "_end",
+        "_ends", "_entry", "_found", "_left", "_member", "_new_id", "_out", "_pool", "_request",
         "_reusable", "_shared", "_started", "_status", "_until", "_version", "busy", "info",
         "server",
     )  # fmt: skip
@@ -59,6 +59,7 @@ class Lane:
     server: Http1Server
     _backend: CompiledBackend
     _bodiless: bool
+    _body: int
     _chosen: Chosen
     _cluster: Cluster
     _connection: Http1Client
@@ -147,6 +148,7 @@ class Lane:
             return False
         member.load += 1
         self._found = found
+        self._body = len(data) - found[9]
         self._new_id = ""
         self._bodiless = bodiless
         self._started = now
@@ -158,7 +160,8 @@ class Lane:
         self.busy = True
         if aim.adds:
             self._new_id = new_request_id()
-            data = b"%b%b%b\r\n\r\n" % (data[:-2], aim.adds, self._new_id.encode())
+            size, told = found[9] - 2, aim.adds + self._new_id.encode()
+            data = b"%b%b\r\n%b" % (data[:size], told, data[size:])
         self._request = data
         self.server.carrying(chosen.timeout_s)
         self._connection.carry(self, data)
@@ -230,7 +233,8 @@ class Lane:
     def hand_over(self, received: bytes = b"") -> None:
         """Let the exchange go on. `received` is what has come of the response."""
         server = self.server
-        head, _ = parse_request(self._request, server.scheme, server.settings)
+        size = len(self._request) - self._body
+        head, _ = parse_request(self._request[:size], server.scheme, server.settings)
         self.busy = False
         stream = self._connection.take_over(head, received)
         lease = Lease(self._cluster, self._member, self._pool, stream, self._end.way, reused=True)
@@ -242,6 +246,7 @@ class Lane:
             self._started,
             self._policy(),
             told=ClientAddress(self._end.told, self._request_id(), False),
+            body=self._request[size:],
         )
         server.resume(head, partial(self._shared.exchanges.resume, self._entry, sent))
 
@@ -302,7 +307,7 @@ class Lane:
         record.backend, record.attempts = self._backend.label, 1
         record.endpoint, record.destination = self._member.id, self._member.endpoint
         record.way, record.policy = end.way, self._policy()
-        record.status, record.bytes_out = self._status, self._out
+        record.status, record.bytes_in, record.bytes_out = self._status, self._body, self._out
         return record
 
     def _request_id(self) -> str:

@@ -210,8 +210,12 @@ class Lanes:
         workload = way.destination
         if workload is not None and workload.client_headers:
             return None
+        until = self._until(caller, way)
         if info.pairing is not None and workload is not None and workload.local:
-            return None  # soon they need not come here at all
+            left = self.exchanges.pairs.handed.left((caller.client, member.id))
+            if not left:
+                return None  # soon they need not come here at all
+            until = min(until, time.monotonic() + left)
         asker = self._policies.asker(caller)
         asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port, pod=pod)
         if asked is None:
@@ -219,7 +223,6 @@ class Lanes:
         unasked = self._policies.unasked(asker, endpoint.address, endpoint.port, pod=pod)
         if any(one is None and not rules for one, rules in zip(unasked, asked, strict=True)):
             return None
-        until = self._until(caller, way)
         key = pool_key(way, certificate)
         return End(way, key, caller.client, aim.standing.client, asked, unasked, until)
 

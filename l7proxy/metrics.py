@@ -88,6 +88,16 @@ UPSTREAM_EJECTED = Gauge(
     multiprocess_mode="livemax",
 )
 RETRIES = Counter("weft_upstream_retries_total", "Requests sent again", ("backend",))
+PAIRS_PAUSED = Counter(
+    "weft_http_pairs_paused_total",
+    "Times that a client's requests were not let pass by the proxy for a while, as their responses "
+    "could not: chunked, with Keep-Alive, too long, 502 to 504",
+    ("backend",),
+)
+PAIRS_REFUSED = Counter(
+    "weft_http_pairs_refused_total",
+    "Times that requests could have passed by the proxy, had there been room in the kernel's maps",
+)
 MIRRORED = Counter(
     "weft_mirrored_requests_total",
     "Requests also sent to a mirror, by backend and outcome",
@@ -132,6 +142,16 @@ TUNNEL_FAILURES = Counter(
     "weft_tunnel_failures_total",
     "Connections with other nodes that were not made, or cut off, by reason",
     ("reason",),
+)
+SERIES = Gauge(
+    "weft_pair_series",
+    "Series (route, both ends) that requests past the proxy are counted under: 20,000 of a worker",
+    multiprocess_mode="livesum",
+)
+SERIES_FULL = Gauge(
+    "weft_pair_series_full",
+    "Workers with no room for another of these: such requests go through them",
+    multiprocess_mode="livesum",
 )
 POLICY = Counter(
     "weft_policy_refusals_total",

@@ -61,7 +61,7 @@ struct request {
 	struct part host;
 	struct part request_id;
 	u32 method_end;
-	u32 pad;
+	u32 size; /* of the head */
 };
 
 static int is_named(const u8 *line, const u8 *colon, const char *name, size_t size)
@@ -93,20 +93,19 @@ static int is_claim(const u8 *line, const u8 *colon)
 	return colon - line >= 12 && !strncasecmp((const char *)line, "x-forwarded-", 12);
 }
 
-/* The rule of a request that is nothing but its head, all of `data`; 0: it is for slower eyes. */
+/* The rule of a request that is whole, all of `data`; 0: it is for slower eyes. */
 u32 weft_request(struct request *request, const u8 *data, size_t size)
 {
-	const u8 *end = data + size, *line, *next, *colon;
+	const u8 *end, *line, *next, *colon;
 	struct automaton_facts facts;
 	struct judged judged;
 
 	judge(request->table, data, size, request->lists[0], request->lists[1], &facts, &judged);
-	if (!judged.rule || facts.at[AUTOMATON_LENGTH] || judged.size != size)
+	if (!judged.rule || judged.size + judged.length != size)
 		return 0;
-	/* Without a body these are sent on with a length of 0 (RFC 9110 §8.6). */
-	if (!strncmp((const char *)data, "POST ", 5) || !strncmp((const char *)data, "PUT ", 4) ||
-	    !strncmp((const char *)data, "PATCH ", 6))
-		return 0;
+	request->size = judged.size;
+	size = judged.size;
+	end = data + size;
 	request->egress = judged.egress;
 	request->ingress = judged.ingress;
 	request->host = (struct part){facts.at[AUTOMATON_HOST], facts.at[AUTOMATON_HOST_END]};

@@ -31,7 +31,7 @@ _QUIET = ("-Wno-unknown-pragmas", "-Wno-override-init")
 
 # struct request: table, lists, told; then policy rules, target, host, request id, method's end.
 _QUESTION = struct.Struct("=Q3I4x")
-_FOUND = struct.Struct("=9I4x")
+_FOUND = struct.Struct("=10I")
 # struct response: limits; size of the head, whether it is dated, bytes left, what is dropped.
 _LIMITS = struct.Struct("=II")
 _HEAD = struct.Struct("=IIqII")
@@ -103,14 +103,15 @@ class Requests:
         _QUESTION.pack_into(self._memory, 0, table.address, egress, ingress, told)
 
     def judge(self, data: bytes) -> int:
-        """The number of the rule for a request that is nothing but this head; 0: none that may go
+        """The number of the rule for a request that is whole, and all of this; 0: none that may go
         on as it is."""
         found: int = self._request(self._address, data, len(data))
         return found
 
-    def found(self) -> tuple[int, int, int, int, int, int, int, int, int]:
+    def found(self) -> tuple[int, int, int, int, int, int, int, int, int, int]:
         """Of the request that was judged last: the policy rules' numbers; where target, host and
-        the value of X-Request-Id begin and end (0, 0: nowhere); where the method ends."""
+        the value of X-Request-Id begin and end (0, 0: nowhere); where the method and the head
+        end."""
         return _FOUND.unpack_from(self._memory, _QUESTION.size)
 
 

@@ -21,8 +21,10 @@ from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
+from l7proxy import metrics
+from l7proxy.begun import Begun, begun
 from l7proxy.handles import Handles
-from l7proxy.held import Begun, Follower, Held, Place, to_offer
+from l7proxy.held import Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -127,10 +129,15 @@ class Pairing:
             made_ns=newest.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
-        ready = not passed.outstanding and self._handles.prepare(offer)
-        sent = ready and send()
-        if not sent or not self._handles.offer(offer):
-            self._forget()
+        for held in self._held:
+            held.answered = 0
+        ready = not passed.outstanding
+        room = ready and self._handles.prepare(offer)
+        sent = room and send()
+        if not sent or not (room := self._handles.offer(offer)):
+            if ready and not room:
+                metrics.PAIRS_REFUSED.inc()
+            self._forget(self._held)
             self._let_go(passed if not passed.outstanding else None)
             return sent
         self._before = self._seen = passed
@@ -156,14 +163,16 @@ class Pairing:
 
     def _keep(self, held: list[Held]) -> None:
         """Of what is held, and not offered, these; the others are let go."""
-        if len(held) == len(self._held):
-            return
-        passed = self._handles.passed(self._client) or _NOTHING
-        gone, self._held = [one for one in self._held if one not in held], held
-        for one in gone:
-            one.let_go(passed.parted)
+        if len(held) != len(self._held):
+            passed = self._handles.passed(self._client) or _NOTHING
+            gone, self._held = [one for one in self._held if one not in held], held
+            for one in gone:
+                one.let_go(passed.parted)
         if not held:
             self._closed(self)
+
+    def _keep_good(self) -> None:
+        self._keep([held for held in self._held if held.good])
 
     def decline(self) -> None:
         """There will be no offer after this request."""
@@ -188,8 +197,9 @@ class Pairing:
         self._gone = True
         if self.offered:
             self._handles.withdraw(self._client)
-            passed = self._handles.passed(self._client)
             self._withdrawn()
+            # Now that no response passes any more: it is told of here, or the kernel has.
+            passed = self._handles.passed(self._client)
             whole = passed is not None and not self._under_way(passed)
             if passed is not None and not whole:
                 follower = self._last(passed).follower
@@ -209,14 +219,15 @@ class Pairing:
         self,
         *,
         moved: bool,
+        ended: Callable[[], bool],
         take: Callable[[int], bytes],
         give: Callable[[bytes], Awaitable[None]],
     ) -> Handler | None:
         """From now on everything comes here. When nothing passes by the proxy any more: None, or
         what answers the request that is outstanding (`head`), and nothing else may be answered
-        before. `moved`: the client has sent something here since the offer, or its end. `take`
-        gives what it has sent, up to so many bytes: the rest of a request that has begun; what
-        `give` is told is sent to it: the rest of a response."""
+        before. `moved`: the client has sent something here since the offer, or its end; `ended`:
+        its end. `take` gives what it has sent, up to so many bytes: the rest of a request that has
+        begun; what `give` is told is sent to it: the rest of a response."""
         self._handles.withdraw(self._client)
         wait_s = _FIRST_LOOK_S
         brought = 0
@@ -238,16 +249,23 @@ class Pairing:
                 kept.bring(more)
                 self._moved_at = time.monotonic()
             if passed.outstanding:
-                failure = self._failure(kept)
+                failure = self._failure(kept, cut=ended() and passed.unsent != brought)
                 # Where it went is sure only if it was not just then on its way there.
                 if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
                     self._withdrawn()
                     self._let_go(None)
                     begun = self._begun(passed, follower)
+                    if not failure[0]:
+                        follower.over(begun, *failure[1:])
+                        return None
                     if begun.status:
                         return follower.broken(begun, *failure[1:])
                     return follower.fail(begun, *failure)
+                if any(held is not last and not held.good for held in self._held):
+                    await self._settled()
+                    self._drop_others()
+                    continue
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
@@ -284,11 +302,14 @@ class Pairing:
                 self.lost = passed.unsent != brought
                 begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
                 self._held.remove(last)
+                self._keep_good()
                 last_one = passed.parted != last.parted
                 return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
-            if not asked:
+            if asked:
+                self._keep_good()
+            else:
                 self._let_go(passed)
             return None
         return None  # the client is gone
@@ -297,6 +318,19 @@ class Pairing:
         """The one that the last request has gone to."""
         cookie = passed.backend
         return next((held for held in self._held if held.kept.cookie == cookie), self._held[-1])
+
+    def _drop_others(self) -> None:
+        """Let go what cannot be offered any more and what is outstanding has not gone to; nothing
+        passes by the offer any more."""
+        passed = self._handles.passed(self._client)
+        if passed is None or not self.offered:
+            return
+        last = self._last(passed)
+        gone = [held for held in self._held if held is not last and not held.good]
+        self._held = [held for held in self._held if held not in gone]
+        self._forget(gone)
+        for held in gone:
+            held.let_go(passed.parted)
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
@@ -325,8 +359,11 @@ class Pairing:
             await asyncio.sleep(wait_s)
             wait_s *= 2
 
-    def _failure(self, kept: Kept) -> tuple[int, str, str] | None:
-        """Why what is outstanding will not come."""
+    def _failure(self, kept: Kept, *, cut: bool) -> tuple[int, str, str] | None:
+        """Why what is outstanding will not come; with status 0 nobody waits for it. `cut`: there
+        will be no more of the request."""
+        if cut:
+            return 0, "client_gone", "the client ended in the middle of its request"
         if self._overdue is not None:
             return self._overdue
         if kept.closed:
@@ -334,22 +371,10 @@ class Pairing:
         return None
 
     def _begun(self, passed: Exchange, follower: Follower) -> Begun:
-        """As far as the kernel knows it; `head` is told."""
-        method, target = b"GET", b"/"
-        if passed.shown:
-            line, _, _ = passed.head[: passed.shown].partition(b"\r\n")
-            method, _, rest = line.partition(b" ")
-            target = rest.removesuffix(b" HTTP/1.1")
-        self.head = RequestHead(method, b"http", follower.authority, target, None, [])
-        return Begun(
-            self.head,
-            passed.started_ns * _NS,
-            max(passed.bytes_in - passed.unsent, 0),
-            passed.egress,
-            passed.ingress,
-            passed.status if passed.left else 0,
-            passed.bytes_out - passed.left if passed.left else 0,
-        )
+        """The last request; `head` is told."""
+        found = begun(passed, follower.authority)
+        self.head = found.head
+        return found
 
     async def _wait(self, seconds: float) -> None:
         self._happened.clear()
@@ -361,9 +386,10 @@ class Pairing:
 
     def look(self, body_timeout_s: float) -> None:
         """Notice what has passed; a request that has been outstanding for too long is given up, or
-        whose body has not gone on for so long."""
+        whose body has not gone on for so long; what nothing has passed over for too long is not
+        held any more."""
         if not self.offered:
-            self._keep([held for held in self._held if held.good])
+            self._keep_good()
             return
         passed = self._handles.passed(self._client)
         if passed is None or not all(held.follower.current() for held in self._held):
@@ -374,11 +400,18 @@ class Pairing:
         now = time.monotonic()
         if passed != self._seen:
             self._seen, self._moved_at = passed, now
+            for held in self._held:
+                held.note(self._handles.answered(held.kept.cookie))
         if not passed.outstanding:
+            if any(held.old for held in self._held):
+                self._be_due()
             return
-        timeout_s = self._last(passed).follower.allowed.timeout_s
+        last = self._last(passed)
+        last.used = now
+        allowed = last.follower.allowed
+        timeout_s = allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
-            self._overdue = 504, "request_timeout", "the request timeout has passed"
+            self._overdue = allowed.late
             self._be_due()
         elif passed.unsent and now - self._moved_at > body_timeout_s:
             self._overdue = 408, "body_timeout", "the request's body did not come"
@@ -401,7 +434,7 @@ class Pairing:
         if self.offered:
             self._be_due()
         else:
-            self._keep([held for held in self._held if held.good])
+            self._keep_good()
 
     def _be_due(self) -> None:
         self.due = True
@@ -410,11 +443,12 @@ class Pairing:
 
     def _withdrawn(self) -> None:
         self.offered = self.due = False
-        self._forget()
+        self._forget(self._held)
 
-    def _forget(self) -> None:
-        for held in self._held:
-            if self._handles.forget(held.kept.cookie):
+    def _forget(self, gone: Collection[Held]) -> None:
+        for held in gone:
+            held.note(self._handles.forget(held.kept.cookie))
+            if held.answered:
                 held.follower.answered()
 
     def _let_go(self, passed: Exchange | None) -> None:

@@ -20,21 +20,26 @@ from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
 from l7proxy.held import Allowed
+from l7proxy.holdoff import HoldOff
 from l7proxy.pairing import Pairing
 from l7proxy.peers import Caller, Direct, Peers, Tunnelled
 from l7proxy.policies import Asker, Policies
 from l7proxy.route_compile import NO_ROUTE
 from l7proxy.routing import CompiledRule, RouteIndex
-from l7proxy.series import Series, SeriesNumbers
+from l7proxy.schedule import Schedule
+from l7proxy.series import Series
+from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
 from mesh.model.nodeconfig import Endpoint, Settings
 
 # How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
+# Each look takes some 10 µs.
 _LOOK_S, _LEAST_LOOK_S = 0.25, 0.01
-# So many at once, then others have their turn: each takes some 10 µs.
-_AT_ONCE = 128
 _FOR_EVER_NS = 2**63
+# As the proxy answers.
+_REQUEST_LATE = 504, "request_timeout", "the route's request timeout has passed"
+_BACKEND_LATE = 504, "backend_timeout", "no response in the route's backend timeout"
 
 
 class Refusal(NamedTuple):
@@ -52,20 +57,22 @@ class Pairs:
         routes: RouteIndex,
         policies: Policies,
         peers: Peers,
-        numbers: SeriesNumbers,
+        room: SeriesRoom,
     ) -> None:
         self.settings = Settings()
         self.version = 0  # of all that pairs are decided by
+        # By client and endpoint id: whose responses the kernel leaves to the proxy.
+        self.handed = HoldOff()
         self._made_ns = 0  # as in Delta
         self._kernel = kernel
         self._routes = routes
         self._policies = policies
         self._peers = peers
-        self._numbers = numbers
+        self._room = room
         self._open: set[Pairing] = set()
+        self._large: set[Pairing] = set()  # as in Pairing
+        self._schedule = Schedule(self._look)
         self._plans: dict[tuple[str, HttpRules, HttpRules], Plan] = {}
-        self._looks: list[Pairing] = []  # whose turn it is next
-        self._look_at: asyncio.TimerHandle | None = None
         self._settling: asyncio.Task[None] | None = None
 
     def pairing(self, info: ConnectionInfo) -> Pairing | None:
@@ -75,7 +82,7 @@ class Pairs:
             return None
         if handles is None or info.tls:
             return None
-        return Pairing(handles, steered.cookie, self._opened, self._open.discard, self._settled)
+        return Pairing(handles, steered.cookie, self._opened, self._closed, self._settled)
 
     def changed(self, made_ns: int) -> None:
         """Another configuration is in force: all requests come to the proxy again."""
@@ -131,11 +138,14 @@ class Pairs:
                 return Refusal("the rule is not in the kernel")
         if why := found.rules[number - 1].why:
             return Refusal(why)
-        series = self._with_policies(series, asker, endpoint, asked)
-        counted = self._numbers.number(series)
+        counted = self._room.number(self._with_policies(series, asker, endpoint, asked))
         if counted is None:
             return Refusal("there is no room to count them")
-        times = (rule.request_timeout_s or self.settings.request_timeout_s, rule.backend_timeout_s)
+        times = (
+            (rule.request_timeout_s or self.settings.request_timeout_s, _REQUEST_LATE),
+            (rule.backend_timeout_s, _BACKEND_LATE),
+        )
+        limits = [(seconds, late) for seconds, late in times if seconds is not None]
         return Allowed(
             found.generation,
             egress,
@@ -145,8 +155,7 @@ class Pairs:
             self._made_ns,
             counted,
             self._response_max(length),
-            min((one for one in times if one is not None), default=None),
-            series,
+            *min(limits, default=(None, _REQUEST_LATE)),
         )
 
     def _with_policies(
@@ -165,11 +174,8 @@ class Pairs:
 
     def _response_max(self, length: int) -> int:
         """A few connections may have long responses, if they have had some."""
-        if RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX - RESPONSE_HEAD_MAX and (
-            sum(pairing.large for pairing in self._open) < LARGE_PAIRS
-        ):
-            return LARGE_RESPONSE_MAX
-        return RESPONSE_MAX
+        large = RESPONSE_MAX // 2 < length <= LARGE_RESPONSE_MAX - RESPONSE_HEAD_MAX
+        return LARGE_RESPONSE_MAX if large and len(self._large) < LARGE_PAIRS else RESPONSE_MAX
 
     def _expiry_ns(self, caller: Caller, way: Direct) -> int | Refusal:
         """Until when, by CLOCK_MONOTONIC, both ends have valid identities."""
@@ -210,29 +216,24 @@ class Pairs:
 
     def _opened(self, pairing: Pairing) -> None:
         self._open.add(pairing)
-        self._look_within(self._soonest(pairing))
+        self._large.discard(pairing)
+        if pairing.large:
+            self._large.add(pairing)
+        self._look_again(pairing)
 
-    def _look_within(self, seconds: float) -> None:
-        loop = asyncio.get_running_loop()
-        if self._look_at is not None:
-            if self._look_at.when() <= loop.time() + seconds:
-                return
-            self._look_at.cancel()
-        self._look_at = loop.call_later(seconds, self._look)
+    def _closed(self, pairing: Pairing) -> None:
+        self._open.discard(pairing)
+        self._large.discard(pairing)
+        self._schedule.drop(pairing)
 
-    def _look(self) -> None:
-        self._look_at = None
-        if not self._looks:
-            self._looks = list(self._open)
-        some, self._looks = self._looks[:_AT_ONCE], self._looks[_AT_ONCE:]
-        for pairing in some:
+    def _look(self, pairing: Pairing) -> None:
+        try:
+            pairing.look(self.settings.body_timeout_s)
+        finally:
             if pairing in self._open:
-                pairing.look(self.settings.body_timeout_s)
-        if self._open:
-            turns = -(-len(self._open) // _AT_ONCE)
-            self._look_within(min(map(self._soonest, self._open)) / turns)
+                self._look_again(pairing)
 
-    @staticmethod
-    def _soonest(pairing: Pairing) -> float:
+    def _look_again(self, pairing: Pairing) -> None:
         timeout_s = pairing.timeout_s
-        return _LOOK_S if timeout_s is None else max(min(timeout_s / 4, _LOOK_S), _LEAST_LOOK_S)
+        seconds = _LOOK_S if timeout_s is None else min(timeout_s / 4, _LOOK_S)
+        self._schedule.within(pairing, max(seconds, _LEAST_LOOK_S))

@@ -20,7 +20,7 @@ from l7proxy.tasks import spawn
 # Apache httpd and uvicorn, so that they rarely close one just as it is used again.
 IDLE_S = 4.0
 # Of an idle connection's time: one that is in use has none.
-_BUSY = float("inf")
+_BUSY = _NEVER = float("inf")
 
 
 class UpstreamError(Exception):
@@ -70,6 +70,7 @@ class Pool:
         "_connections",
         "_endpoint",
         "_held",
+        "_kept",
         "_line",
         "_loop",
         "_on_empty",
@@ -79,6 +80,7 @@ class Pool:
         "_shared",
         "_shares",
         "_sweep",
+        "_sweep_due",
     )
 
     def __init__(
@@ -105,8 +107,11 @@ class Pool:
         self._line: Line[_Waiter] = Line()
         # By which client those in use are held; not those that are shared.
         self._held: dict[ClientConnection, str] = {}
+        # Of those in use the ones that are kept for later, and have not been recalled.
+        self._kept: dict[ClientConnection, None] = {}
         self._retired = False
         self._sweep: asyncio.TimerHandle | None = None
+        self._sweep_due = _NEVER
 
     @property
     def connections(self) -> int:
@@ -194,21 +199,26 @@ class Pool:
     def _connect_more(self) -> None:
         """As many connects as requests wait that may have one; one at a time where a connection
         serves many."""
+        lengths = tuple(self._line.lengths())
         if self._shared:
-            wanted = int(bool(self._line))
+            wanted = int(bool(lengths))
         else:
             room_for = self._shares.room_for
-            wanted = sum(min(count, room_for(client)) for client, count in self._line.lengths())
+            wanted = sum(min(count, room_for(client)) for client, count in lengths)
         room = self._shares.limit - len(self._connections)
         while self._connecting < min(wanted, room):
             self._connecting += 1
             spawn(self._add(), name="connect upstream")
-        if self._line and not self._connecting:
-            # All are in use; some perhaps only kept for later: the longest so goes first. Others
-            # are not to be kept.
-            for connection in tuple(self._held):
-                if connection.recall():
-                    break
+        if sum(count for _, count in lengths) > self._connecting:
+            self._recall()
+
+    def _recall(self) -> None:
+        """Of the connections that are only kept for later the one that has been so for longest."""
+        while self._kept:
+            connection = next(iter(self._kept))
+            del self._kept[connection]
+            if connection.recall():
+                return
 
     async def _add(self) -> None:
         try:
@@ -246,6 +256,9 @@ class Pool:
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
         active = connection.active
+        self._kept.pop(connection, None)
+        if connection.held:
+            self._kept[connection] = None
         if not active:
             if (holder := self._held.pop(connection, None)) is not None:
                 self._shares.give(holder)
@@ -271,16 +284,19 @@ class Pool:
         if connection.capacity > 0:
             # Moves to the end: used last, used first.
             self._ready.pop(connection, None)
-            self._ready[connection] = _BUSY if connection.active else self._loop.time()
-            if self._sweep is None and not connection.active:
-                self._sweep = self._loop.call_later(IDLE_S, self._close_expired)
+            if connection.active:
+                self._ready[connection] = _BUSY
+            else:
+                since = self._loop.time() if connection.used is None else connection.used
+                self._ready[connection] = since
+                self._sweep_at(since + IDLE_S)
         else:
             self._ready.pop(connection, None)
         if self._line:
             self._connect_more()
 
     def _close_expired(self) -> None:
-        self._sweep = None
+        self._stop_sweep()
         now = self._loop.time()
         oldest = _BUSY
         for connection, since in tuple(self._ready.items()):
@@ -290,12 +306,19 @@ class Pool:
             elif since < oldest:
                 oldest = since
         if oldest != _BUSY:
-            self._sweep = self._loop.call_at(oldest + IDLE_S, self._close_expired)
+            self._sweep_at(oldest + IDLE_S)
+
+    def _sweep_at(self, when: float) -> None:
+        """By the event loop's time, at the latest."""
+        if when < self._sweep_due:
+            self._stop_sweep()
+            self._sweep_due = when
+            self._sweep = self._loop.call_at(when, self._close_expired)
 
     def _stop_sweep(self) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
-            self._sweep = None
+            self._sweep, self._sweep_due = None, _NEVER
 
     def _check_empty(self) -> None:
         if not self._connections and not self._connecting and not self._line:

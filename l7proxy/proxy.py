@@ -34,6 +34,7 @@ from l7proxy.policies import Policies
 from l7proxy.relay import RelayAcceptor
 from l7proxy.routing import Refused, RouteIndex
 from l7proxy.series import SeriesNumbers
+from l7proxy.series_room import SeriesRoom
 from l7proxy.tls_server import ServerTLS, TLSRefused
 from l7proxy.tunnel import Digger
 from l7proxy.tunnel_acceptor import TunnelAcceptor
@@ -121,7 +122,7 @@ class Proxy:
             self._routes,
             self._policies,
             self._peers,
-            SeriesNumbers(os.environ.get("PROMETHEUS_MULTIPROC_DIR")),
+            SeriesRoom(SeriesNumbers(os.environ.get("PROMETHEUS_MULTIPROC_DIR")), self._kernel),
         )
         self._exchanges = Exchanges(
             self._routes,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TypeAlias
 
+from bpf.structs import Passed, PassedKey
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut, protocol
 from l7proxy.entry import Selection
@@ -18,6 +19,7 @@ from l7proxy.route_compile import NO_ROUTE
 from l7proxy.series import Series
 from mesh.model.flow import Encryption, Verdict
 from mesh.model.nodeconfig import Endpoint
+from mesh.model.statuses import code
 
 # Series live as long as the process, also when their route has gone. Further ones are counted
 # together, by gateway and code, under this name.
@@ -53,15 +55,15 @@ class _Counted(NamedTuple):
 
 
 # Gateway, backend, route, rule, code, both ends' identities, policy.
-_Key: TypeAlias = tuple[str, str, str, str, int, str, str, str]
+_Key: TypeAlias = tuple[str, str, str, str, str, str, str, str]
 _counted: dict[_Key, _Counted] = {}
 
 
 def _found(key: _Key) -> _Counted:
-    gateway, backend, route, rule, code, own, other, policy = key
-    requests = _series(_requests, metrics.REQUESTS, gateway, route, rule, backend, str(code))
+    gateway, backend, route, rule, status, own, other, policy = key
+    requests = _series(_requests, metrics.REQUESTS, gateway, route, rule, backend, status)
     durations = _series(_durations, metrics.DURATION, gateway, backend)
-    by_policy = _series(_by_policy, metrics.BY_POLICY, own, other, policy, f"{code // 100}xx")
+    by_policy = _series(_by_policy, metrics.BY_POLICY, own, other, policy, f"{status[0]}xx")
     found = _Counted(
         requests._value,
         durations._sum,
@@ -72,6 +74,23 @@ def _found(key: _Key) -> _Counted:
     if len(_counted) < _MAX_SERIES:
         _counted[key] = found
     return found
+
+
+def count_passed(series: Series, key: PassedKey, passed: Passed) -> None:
+    """Requests of a series that the kernel has counted, and counts no more."""
+    place = series.gateway, series.backend
+    ends = series.client_identity, series.endpoint_identity
+    policy = series.policy(key.egress, key.ingress)
+    counted = _found((*place, series.route, series.rule, code(key.status), *ends, policy))
+    counted.requests.inc(passed.requests)
+    counted.sum.inc(passed.elapsed_ns * 1e-9)
+    faster = memoryview(passed.faster).cast("Q").tolist()
+    slower = passed.requests - sum(faster)
+    for bucket, count in zip(counted.buckets, (*faster, slower), strict=True):
+        bucket.inc(count)
+    counted.by_policy.inc(passed.requests)
+    _series(_bytes_in, metrics.REQUEST_BYTES, *place)._value.inc(passed.bytes_in)
+    _series(_bytes_out, metrics.RESPONSE_BYTES, *place)._value.inc(passed.bytes_out)
 
 
 class Record:
@@ -155,11 +174,10 @@ class Record:
     def close(self, log: AccessLog) -> None:
         """Count the request, write its line. A client gone before a response counts as code 499."""
         self.elapsed = elapsed = time.monotonic() - self.started
-        code = self.status or 499
         way = self.way
         own, other = identities(way)
         place = self.gateway, self.backend
-        key = (*place, self.route, self.rule, code, own, other, self.policy)
+        key = (*place, self.route, self.rule, code(self.status), own, other, self.policy)
         counted = _counted.get(key)
         if counted is None:
             counted = _found(key)
@@ -183,7 +201,7 @@ class Record:
                 host=cut(self.host, MAX_NAME),
                 path=cut(self.path),
                 protocol=protocol(self.head.version),
-                status=code,
+                status=self.status or 499,
                 duration_ms=round(elapsed * 1000, 3),
                 bytes_in=self.bytes_in,
                 bytes_out=self.bytes_out,

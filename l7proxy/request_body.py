@@ -52,18 +52,17 @@ class MirrorFeed:
 
 
 class RequestBody:
-    """Reads a stream's body on behalf of one attempt at a time."""
+    """Reads a stream's body on behalf of one attempt at a time; `whole`: it has been read."""
 
-    def __init__(self, stream: ServerStream) -> None:
+    def __init__(self, stream: ServerStream, whole: bytes = b"") -> None:
         self._stream = stream
         self._length = stream.head.body if isinstance(stream.head.body, int) else None
-        self._kept: list[bytes] = []
-        self._kept_size = 0
-        self._whole = False
+        self._kept = [whole] if whole else []
+        self._kept_size = self.received = len(whole)
+        self._whole = bool(whole)
         self._feeds: list[MirrorFeed] = []
         self._reading: asyncio.Task[None] | None = None
         self.repeatable = True
-        self.received = 0
 
     def feed(self) -> MirrorFeed:
         """A copy of the body for a mirror; only before the first attempt."""

@@ -7,10 +7,12 @@ the agent can tell what the kernel has counted, also when the worker is gone. No
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -18,7 +20,7 @@ from mesh.model.flow import Encryption
 
 _log = logging.getLogger("weft.series")
 
-# Of a worker, in its life: past that requests go through the proxy.
+# Of a worker, at once: past that requests go through the proxy.
 _MAX_SERIES = 20_000
 _FILES = "passed_*.jsonl"
 
@@ -59,23 +61,62 @@ class _Line(msgspec.Struct, frozen=True):
     series: Series
 
 
+class Numbered:
+    """A number, for as long as somebody holds this. `meaning`: its series."""
+
+    __slots__ = ("__weakref__", "meaning", "number")
+
+    def __init__(self, number: int, meaning: Series) -> None:
+        self.number = number
+        self.meaning = meaning
+
+
 class SeriesNumbers:
     """A worker's. Numbers are nobody else's, of other versions and nodes' lives neither."""
 
-    def __init__(self, directory: str | None) -> None:
+    def __init__(self, directory: str | None, limit: int = _MAX_SERIES) -> None:
         """`directory`: of the metrics; None: nothing is counted, and nothing passes."""
         self._path = f"{directory}/passed_{os.getpid()}.jsonl" if directory is not None else ""
-        self._known: dict[Series, int] = {}
+        self._limit = limit
+        self._numbers: dict[Series, int] = {}
+        self._held = WeakValueDictionary[int, Numbered]()
+        self._unused: set[int] = set()  # when this was last asked for
         self._fd = -1
-        self._base = int.from_bytes(os.urandom(5), "big") << 24
+        self._next = int.from_bytes(os.urandom(5), "big") << 24
+        self.full = False
 
-    def number(self, series: Series) -> int | None:
-        """None: it cannot be written down."""
-        known = self._known.get(series)
-        if known is not None or not self._path or len(self._known) >= _MAX_SERIES:
-            return known
-        number = self._base + len(self._known)
-        line = msgspec.json.encode(_Line(number, series)) + b"\n"
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def many(self) -> bool:
+        """It is time to look for some that nobody uses."""
+        return len(self._numbers) >= self._limit // 2
+
+    def number(self, series: Series) -> Numbered | None:
+        """None: it cannot be written down, or there are too many (`full`)."""
+        number = self._numbers.get(series)
+        if number is None:
+            if len(self._numbers) >= self._limit:
+                if not self.full:
+                    _log.warning(
+                        "there are %d series already to count requests in the kernel under: "
+                        "further ones go through the proxy until some have ended",
+                        self._limit,
+                    )
+                self.full = True
+                return None
+            number = self._next
+            if not self._path or not self._write(_line(number, series)):
+                return None
+            self._next += 1
+            self._numbers[series] = number
+        found = self._held.get(number)
+        if found is None:
+            found = self._held[number] = Numbered(number, series)
+        return found
+
+    def _write(self, line: bytes) -> bool:
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -86,9 +127,60 @@ class SeriesNumbers:
             whole = False
         if not whole:
             self._path = ""
-            return None
-        self._known[series] = number
-        return number
+        return whole
+
+    def unused(self) -> dict[int, Series]:
+        """Those that nobody has held, now and when this was last asked for."""
+        unused = {one for one in self._numbers.values() if one not in self._held}
+        before, self._unused = self._unused, unused
+        return {
+            number: series
+            for series, number in self._numbers.items()
+            if number in before and number in unused
+        }
+
+    async def forget(self, unused: Collection[int]) -> None:
+        """Let numbers go that still nobody holds, and on which nothing is counted any more."""
+        if not self._path:
+            return
+        self._numbers = {
+            series: number
+            for series, number in self._numbers.items()
+            if number not in unused or number in self._held
+        }
+        self.full = len(self._numbers) >= self._limit
+        kept = list(self._numbers.items())
+        new = f"{self._path}.new"
+        try:
+            await asyncio.to_thread(_write_all, new, kept)
+            fd = os.open(new, os.O_WRONLY | os.O_APPEND)
+            more = list(self._numbers.items())[len(kept) :]
+            os.write(fd, b"".join(_line(number, series) for series, number in more))
+            os.rename(new, self._path)
+        except OSError as error:  # the others stay in the file as well
+            _log.error("cannot write %s: %s", new, error.strerror)
+            return
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+
+
+def _line(number: int, series: Series) -> bytes:
+    return msgspec.json.encode(_Line(number, series)) + b"\n"
+
+
+def _write_all(path: str, numbers: Iterable[tuple[Series, int]]) -> None:
+    with open(path, "wb") as file:
+        file.writelines(_line(number, series) for series, number in numbers)
+
+
+class _Read:
+    """A file, as far as it was read. `number`: its inode's."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.size = 0
+        self.known: dict[int, Series] = {}
 
 
 class SeriesReader:
@@ -96,30 +188,36 @@ class SeriesReader:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._known: dict[int, Series] = {}
-        self._read: dict[Path, int] = {}
+        self._files: dict[Path, _Read] = {}
         self._decoder = msgspec.json.Decoder(_Line)
 
     def get(self, number: int) -> Series | None:
         """None: nobody has it (any more)."""
-        found = self._known.get(number)
+        found = self._find(number)
         if found is None:
-            self._known.update(self._new())
-            found = self._known.get(number)
+            for path in self._directory.glob(_FILES):
+                self._read(path)
+            found = self._find(number)
         return found
 
-    def _new(self) -> Iterator[tuple[int, Series]]:
-        for path in self._directory.glob(_FILES):
-            at = self._read.get(path, 0)
-            with open(path, "rb") as file:
-                file.seek(at)
-                text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._read[path] = at + len(whole)
-            for line in whole.splitlines():
-                try:
-                    read = self._decoder.decode(line)
-                except msgspec.DecodeError as error:
-                    _log.error("%s: a line is not a series: %s", path, error)
-                    continue
-                yield read.number, read.series
+    def _find(self, number: int) -> Series | None:
+        known = (one.known.get(number) for one in self._files.values())
+        return next((one for one in known if one is not None), None)
+
+    def _read(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            read = self._files.get(path)
+            if read is None or read.number != number:
+                read = self._files[path] = _Read(number)
+            file.seek(read.size)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        read.size += len(whole)
+        for line in whole.splitlines():
+            try:
+                one = self._decoder.decode(line)
+            except msgspec.DecodeError as error:
+                _log.error("%s: a line is not a series: %s", path, error)
+                continue
+            read.known[one.number] = one.series

@@ -118,12 +118,17 @@ class Kept(Protocol):
     def take(self, count: int) -> bytes:
         """Of what has come while it was held, up to so many bytes."""
 
-    def let_go(self, *, reusable: bool) -> None:
-        """Back to the pool, or closed."""
+    def let_go(self, *, reusable: bool, used: float | None = None) -> None:
+        """Back to the pool, or closed. `used`: as in `ClientConnection`."""
 
 
 class ClientConnection(Protocol):
-    """An established connection to an endpoint, kept in a pool."""
+    """An established connection to an endpoint, kept in a pool. `held`: by whoever keeps it
+    (`ClientStream.keep`), and nothing is on its way; `used`: when it was last, by time.monotonic(),
+    if that was before it was given back."""
+
+    held: bool
+    used: float | None
 
     @property
     def capacity(self) -> int:
@@ -139,8 +144,7 @@ class ClientConnection(Protocol):
         """Streams in flight."""
 
     def recall(self) -> bool:
-        """Whoever keeps it (`ClientStream.keep`) is to let it go soon, and nobody else is to hold
-        it. False: nobody keeps it, or has been told already."""
+        """Whoever holds it is to let it go soon. False: nobody does, or has been told already."""
 
     def open(self) -> ClientStream:
         """A new stream; only while `capacity` > 0. The stream frees its place when both halves of

@@ -16,6 +16,7 @@ from bpf import pins, syscall
 from bpf.automaton import Automata
 from l7proxy.automaton import Automaton, compile_rules
 from l7proxy.automaton_plan import Plan
+from l7proxy.http1_codec import ClientCodec
 from l7proxy.http1_head import Request, parse_request
 from l7proxy.message import ProtocolError
 from l7proxy.native import Judged, Native
@@ -149,10 +150,16 @@ def _same(
     line, *fields = block[:-4].split(b"\r\n")
     assert line == asked.method + b" " + asked.target + b" HTTP/1.1", head
     split = [field.partition(b":") for field in fields]
-    given = [(name.lower(), value.strip(b" \t")) for name, _, value in split]
+    given = [(name.lower(), value.strip(b" ")) for name, _, value in split]
     own = (b"host", b"content-length", b"connection")
     assert [one for one in given if one[0] not in own] == asked.headers, head
     assert [value for name, value in given if name == b"host"] == [asked.authority], head
+    # It says what the proxy's own way would, in the same words, but that persistence is each hop's.
+    # (The proxy has the fields in another order, names in lower case, one blank before values.)
+    theirs, *written = ClientCodec(Settings()).request(asked)[:-4].split(b"\r\n")
+    assert line == theirs, head
+    said = [name + b": " + value for name, value in given if name != b"connection"]
+    assert sorted(said) == sorted(written), head
     assert {value.lower() for name, value in given if name == b"connection"} <= {b"keep-alive"}
     assert request.keep_alive, head
     assert (asked.upgrade, asked.expect_continue, asked.trailers_ok) == (None, False, False), head

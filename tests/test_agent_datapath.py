@@ -210,6 +210,76 @@ def test_a_kernel_that_redirects_no_more_is_told_at_once(tmp_path, world):
         assert workload("connect", VIP, 80)["name"] == "one"
 
 
+# In all processes: a kernel that changes requests on their way past the proxy.
+_NO_PAIRS = """
+import socket
+received = socket.socket.recv
+def recv(self, *args):
+    return received(self, *args).replace(b"GET /weft", b"GET /left")
+socket.socket.recv = recv
+"""
+
+
+def exchange_attached(arguments) -> bool:
+    pin = Path(arguments[-1].removeprefix("--pins="))
+    return pins.link_path(pin, "exchange", pins.version()).exists()
+
+
+def settings(weft) -> bool:
+    return bool(weft.ask("/config")["sections"]["settings"].get("http_in_kernel"))
+
+
+def test_requests_pass_by_the_proxy_where_the_kernel_does_it_right(tmp_path, world):
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    with running(tmp_path / "run", *arguments, "--http-in-kernel=auto") as weft:
+        weft.await_line("are steered")
+        status = weft.await_status(lambda status: status["ready"] and status["steered"])
+        assert (status["notInKernel"], status["degraded"]) == (None, [])
+        assert status["kernelRules"] == {}
+        assert settings(weft)
+        assert exchange_attached(arguments)
+    # Nor is that an error where it was not asked for, or cannot be.
+    for more, why in (("off", None), ("auto --datapath=proxy", "--datapath=proxy")):
+        options = (*arguments, *f"--http-in-kernel={more}".split())
+        with running(tmp_path / "run", *options) as weft:
+            weft.await_line("are steered")
+            status = weft.await_status(lambda status: status["ready"] and status["steered"])
+            assert (status["notInKernel"], status["degraded"]) == (why, [])
+            assert status["kernelRules"] is None
+            assert not settings(weft)
+            assert not exchange_attached(arguments)
+
+
+def test_all_requests_go_through_the_proxy_where_the_kernel_does_it_wrong(tmp_path, world):
+    """Sending by redirect goes on."""
+    manifests, workload, arguments = world
+    write(manifests, workload("serve_tcp", "127.0.0.1", "one"))
+    env = patched(tmp_path, _NO_PAIRS)
+    with running(tmp_path / "run", *arguments, "--http-in-kernel=auto", env=env) as weft:
+        weft.await_line("self-test: pairs")
+        weft.await_line("proxies answer them by redirect")
+        status = weft.await_status(lambda status: status["ready"] and status["steered"])
+        assert status["notInKernel"].startswith("pairs: ")
+        assert status["degraded"] == [
+            f"all requests go through the proxy: {status['notInKernel']}",
+        ]
+        weft.await_status(lambda _: not settings(weft))
+        assert not exchange_attached(arguments)
+        assert workload("connect", VIP, 80)["name"] == "one"
+
+
+def test_nothing_is_steered_where_the_kernel_does_wrong_what_is_insisted_on(tmp_path, world):
+    manifests, _, arguments = world
+    write(manifests, 9)
+    env = patched(tmp_path, _NO_PAIRS)
+    with running(tmp_path / "run", *arguments, "--http-in-kernel=on", env=env) as weft:
+        status = weft.await_status(lambda status: status["ready"])
+        assert status["notSteered"].startswith("no: --http-in-kernel=on, and pairs: ")
+        assert status["notInKernel"].startswith("pairs: ")
+        assert not settings(weft)
+
+
 def test_programs_are_attached_once_the_workers_can_ask_about_their_sockets(tmp_path, world):
     manifests, workload, arguments = world
     one, two = (workload("serve_tcp", "127.0.0.1", name) for name in ("one", "two"))

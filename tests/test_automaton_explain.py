@@ -111,7 +111,7 @@ def test_no_such_service(weft):
     assert CliRunner().invoke(cli, ["bpf", "automaton", "a/b/c"]).exit_code == 2
 
 
-COULD = "it could (--http-in-kernel is off), between pods of one node"
+COULD = "it could (HTTP in the kernel is off), between pods of one node"
 HEAD = "no: something in this request's head is the proxy's to read"
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping
 
 import pytest
 from automaton_world import kernel
 from bpf_world import needs_bpf
 
+from bpf import layout, syscall
 from bpf.automaton import Automata
+from bpf.constants import AUTOMATA
+from bpf.maps import open_pinned
+from bpf.structs import AutomatonPlace, Number
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plan import plan
 from l7proxy.automaton_plans import Plans
@@ -150,7 +155,9 @@ async def test_the_kernel_follows_the_configuration(real):
 
     changed = {"route/HTTPRoute/shop/cart": route("/b")}
     automata.publish(changed, ())
-    # At once, though nothing is compiled yet.
+    # It is planned in a thread: what others have to do meanwhile is not kept waiting.
+    assert real.judge(before, GET).rule == 1
+    await _until(lambda: before not in automata.in_force)
     assert real.judge(before, GET) == Judged()
     after = of_worker({**SECTIONS, **changed})
     await _until(lambda: after in automata.in_force)
@@ -165,7 +172,10 @@ async def test_the_kernel_follows_the_configuration(real):
     assert real.judge(judging, get, 0, 1) == Judged(1, 0, 1, len(get))
     assert real.judge(judging, post, 0, 1) == Judged()
     automata.publish({"policy/shop/cart-0": policy("POST")}, ())
+    await _until(lambda: judging not in automata.in_force)
     assert real.judge(judging, get, 0, 1) == Judged()
+    rejudging = of_worker({**SECTIONS, **changed}, (), policy("POST").ingress.rules)
+    await _until(lambda: rejudging in automata.in_force)
 
     work.cancel()
     automata.close()
@@ -174,8 +184,61 @@ async def test_the_kernel_follows_the_configuration(real):
     following = KernelAutomata(real.directory)
     following.publish({}, ())
     following.open()
+    assert real.judge(after, get).rule == 1
+    work = asyncio.create_task(following.run())  # noqa: TID251
+    await _until(lambda: after not in following.in_force)
     assert real.judge(after, get) == Judged()
+    work.cancel()
     following.close()
+
+
+@needs_bpf
+async def test_steps_that_come_while_plans_are_made_are_all_taken_in_order(real):
+    """Also those that change nothing here, and what is compiled meanwhile for what was planned."""
+    automata = KernelAutomata(real.directory)
+    automata.open()
+    work = asyncio.create_task(automata.run())  # noqa: TID251
+    automata.publish(SECTIONS, ())
+    for number in range(20):
+        automata.publish({"route/HTTPRoute/shop/cart": route(f"/{number}")}, ())
+        automata.publish({}, ("node/other",))
+        await asyncio.sleep(0)
+    last = {**SECTIONS, "route/HTTPRoute/shop/cart": route("/19")}
+    asked = {of_worker(last), plan("", RouteIndex(), ((), ()), Settings()).generation}
+    await _until(lambda: automata.in_force == asked)
+    assert real.judge(of_worker(last), GET.replace(b"/a", b"/19")).rule == 1
+    work.cancel()
+    automata.close()
+
+
+@needs_bpf
+async def test_what_the_kernel_does_not_take_is_not_said_to_be_in_force(real):
+    """It says why, and is tried again when the configuration changes."""
+    places = open_pinned(real.directory, "automata")
+    others = [layout.U64.pack(Number(2 * number)) for number in range(1, AUTOMATA)]  # but one
+    for one in others:
+        syscall.update(places, one, layout.AUTOMATON_PLACE.pack(AutomatonPlace(0, 0)))
+    automata = KernelAutomata(real.directory)
+    automata.open()
+    automata.in_force.clear()  # so that they are not taken away
+    automata.publish(SECTIONS, ())
+    work = asyncio.create_task(automata.run())  # noqa: TID251
+    straight, asked = plan("", RouteIndex(), ((), ()), Settings()).generation, of_worker(SECTIONS)
+    await _until(lambda: automata.refused)
+    assert (automata.in_force, automata.refused.keys()) == ({straight}, {asked})
+    assert real.judge(asked, GET) == Judged()
+    assert automata.rules() == {"HTTPRoute/shop/cart rule 0": automata.refused[asked]}
+
+    for one in others:
+        syscall.delete(places, one)
+    automata.publish({"route/HTTPRoute/shop/cart": route("/a")}, ())
+    await _until(lambda: asked in automata.in_force)
+    assert not automata.refused
+    assert automata.rules() == {"HTTPRoute/shop/cart rule 0": ""}
+    assert real.judge(asked, GET).rule == 1
+    work.cancel()
+    automata.close()
+    os.close(places)
 
 
 async def _until(holds) -> None:

@@ -8,7 +8,8 @@ import sys
 
 from bpf_world import ROOT, TIMEOUT_S, loader, needs_bpf, new_cgroup
 
-from bpf import selftest
+from bpf import selftest, selftest_pairs
+from l7proxy.native import Native
 
 STEERING = {
     "connect4",
@@ -34,6 +35,15 @@ def test_this_kernel_passes_and_nothing_stays(tmp_path):
         assert failed(selftest.run(tmp_path, cgroup)) == {}
         assert not (cgroup / "selftest").exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_table_is_one():
+    native = Native(selftest_pairs.table())
+    for head, rule in ((selftest_pairs.REQUEST, 1), (selftest_pairs.DENIED, 0)):
+        assert native.judge(head).rule == rule
+        assert native.judge(head).size == (len(head) if rule else 0)
+        assert native.judge(head[:-1]).rule == 0
+        assert native.judge(head.replace(b"GET", b"PUT")).rule == 0
 
 
 @needs_bpf

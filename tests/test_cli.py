@@ -166,7 +166,7 @@ def test_explain_from_a_pod_offline(tmp_path):
     assert text.splitlines() == [
         "service:  default/s:80",
         "way:      producer routes, of the Service's namespace",
-        "kernel:   it could (--http-in-kernel is off), between pods of one node",
+        "kernel:   it could (HTTP in the kernel is off), between pods of one node",
         "listener: Service/default/s/80",
         "route:    HTTPRoute/default/r",
         "rule:     spec.rules[0], matches[0]",

@@ -597,7 +597,7 @@ def test_a_reader_that_is_given_up_leaves_the_connection_in_order(
     run: Run, rest_comes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when a backend answers before the upload has ended."""
-    monkeypatch.setattr("l7proxy.http1_server._LINGER_S", 0.1)
+    monkeypatch.setattr("l7proxy.http1_server.LINGER_S", 0.1)
 
     async def main() -> None:
         async def answer_early(stream: ServerStream, info: ConnectionInfo) -> None:

@@ -119,6 +119,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.heads: list[bytes] = []
+        self.bodies: list[bytes] = []
         self.port = 0
         self.gate = asyncio.Event()
         self.begun = b""
@@ -129,10 +130,14 @@ class Backend:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             self.heads.append(head)
+            if (length := re.search(rb"\r\ncontent-length: *(\d+)", head.lower())) is not None:
+                self.bodies.append(await reader.readexactly(int(length[1])))
             name = head.split()[1].partition(b"?")[0].strip(b"/").decode()
             if name == "gated":
                 await self._answer_later(reader, writer)
                 continue
+            if name == "nothing-once" and len(self.bodies) == 2:
+                return
             if name == "endless":
                 await self._answer_at_length(writer)
                 continue
@@ -174,6 +179,7 @@ class Backend:
 class Seen(NamedTuple):
     answers: list[Any]
     heads: list[Any]
+    bodies: list[bytes]
     log: list[dict[str, Any]]
     flows: list[Any]
     counted: dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -266,7 +272,7 @@ async def conversation(request: bytes, port: int, door: str) -> Any:
             writer.write(one)
             while True:
                 try:
-                    bodiless = one.startswith((b"HEAD ", b"GET /not-modified"))
+                    bodiless = one.startswith(b"HEAD ") or b" /not-modified" in one
                     message = await read_message(reader, head_only=bodiless)
                 except (ConnectionError, asyncio.IncompleteReadError) as error:
                     partial = getattr(error, "partial", b"")
@@ -306,6 +312,7 @@ async def observe(requests: list[bytes], *, fast: bool, door: str) -> Seen:
     return Seen(
         answers,
         [read(head) for head in backend.heads],
+        backend.bodies,
         log,
         [told(flow) for flow in flows],
         {key: value for key, value in counted.items() if value},
@@ -353,6 +360,15 @@ REQUESTS = [
     b"DELETE /plain HTTP/1.1\r\nHost: web\r\nContent-Length: 0\r\n\r\n",
     b"DELETE /plain HTTP/1.1\r\nHost: web\r\nContent-Length: 2\r\n\r\nok",
     b"POST /plain HTTP/1.1\r\nHost: web\r\n\r\n",
+    b"POST /plain HTTP/1.1\r\nHost: web\r\nContent-Length: 70000\r\n\r\n" + b"b" * 70000,
+    b"POST /plain HTTP/1.1\r\nContent-Length: 4\r\nX-Request-Id: a\r\nHost: web\r\n\r\n"
+    b"\r\n\r\n",
+    b"PUT /plain HTTP/1.1\r\nHost: web\r\nContent-Length: 2\r\n\r\nok",
+    *(
+        f"{method} /{name} HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc".encode()
+        for method in ("POST", "DELETE")
+        for name in SCRIPTS
+    ),
     b"GET /plain HTTP/1.0\r\nHost: web\r\n\r\n",
     b"GET /plain HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n",
 ]  # fmt: skip
@@ -365,6 +381,7 @@ async def test_whatever_is_asked_and_answered_all_see_the_same(door):
     for one, other, request in zip(slow.answers, fast.answers, REQUESTS, strict=True):
         assert one == other, request
     assert slow.heads == fast.heads
+    assert slow.bodies == fast.bodies
     assert slow.log == fast.log
     assert slow.flows == fast.flows
     assert slow.counted == fast.counted
@@ -429,6 +446,21 @@ async def test_a_pod_that_is_gone_is_no_part_of_the_world(fast):
                 writer.write(get("/plain", "web").encode())
                 assert (await read_message(reader)).status == status
                 await asyncio.sleep(0.002)
+
+
+@both
+async def test_a_body_goes_along_and_is_kept_for_another_try(fast):
+    """The second finds its connection closed, and is sent again over a new one."""
+    async with scene(fast=fast) as (_, port, backend), connected(port) as (reader, writer):
+        for name in ("plain", "nothing-once"):
+            head = f"DELETE /{name} HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\n".encode()
+            writer.write(head + b"abc")
+            message = await read_message(reader)
+            assert message is not None
+            assert message.status == 200
+            assert backend.bodies[-1] == b"abc"
+            assert (backend.heads[-1] == head) is (fast and name == "plain")
+        assert backend.bodies == [b"abc"] * 3
 
 
 @both

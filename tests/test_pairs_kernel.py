@@ -54,7 +54,7 @@ EMPTY = layout.EXCHANGE.unpack(Exchange, bytes(layout.EXCHANGE.size))
 FRONT, SHOP = (f"spiffe://cluster.local/ns/{one}/sa/x" for one in ("front", "shop"))
 # What /denied is not among.
 _PATHS = (
-    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|hint|kept|long|other"
+    "first|body|more|over|a|after|again|b|busy|bye|chunked|claims|close|drips|early|held|hint|kept|long|other"
     "|late|p|parts|size|slow|stalls|status|two|twice|up|x"
 )
 MATCHES = (RouteMatch(PathMatch("RegularExpression", f"/({_PATHS})(/.*)?")),)
@@ -130,7 +130,7 @@ class Backend:
             what, _, rest = target[1:].partition("/")
             if self.fails:
                 what, rest = "status", "503"
-            if what in ("slow", "late"):
+            if what in ("slow", "late", "held"):
                 self.reached.set()
                 await self.go_on.wait()
             if what == "drips":
@@ -148,6 +148,9 @@ class Backend:
                 writer.write(ok(b"x" * 100)[: int(rest)])
                 await writer.drain()
                 return
+            if what == "held":
+                writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+                continue
             answer = self._answer(method, what, rest, target, message)
             if isinstance(answer, list):
                 for part in answer:
@@ -356,7 +359,7 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
     authority = Authority("cluster.local")
     put = "PUT /p/1 HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\n"
     asked: tuple[str | bytes, ...] = (
-        get("/size/7", "web", "User-Agent: test"),
+        get("/size/7", "web", "User-Agent: test", "X-Request-Id: one-of-mine"),
         get("/status/404", "web"),
         put + "abc",
     )
@@ -418,7 +421,7 @@ def test_what_passes_is_counted_and_told_as_what_the_proxy_serves(world, tmp_pat
                 await asyncio.sleep(0.01)
         others = [json.loads(line) for line in written[1:4]]
         for line in (*lines, *others):
-            for name in ("time", "duration_ms", "request_id"):
+            for name in ("time", "duration_ms"):
                 line.pop(name)
         assert lines == others
 
@@ -434,7 +437,9 @@ def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
         await change(here, allowed(reader, writer))
         async with paired(world) as own:
             counts = Counts(world)
-            own.writer.write(b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n\r\nabc")
+            put = b"PUT /late HTTP/1.1\r\nHost: web\r\nContent-Length: 3\r\n"
+            put += b"User-Agent: test\r\nX-Request-Id: one-of-mine\r\n\r\nabc"
+            own.writer.write(put)
             await backend.reached.wait()
             await asyncio.sleep(0.2)
             backend.go_on.set()
@@ -443,6 +448,7 @@ def test_what_is_left_to_the_proxy_is_told_from_its_beginning(world):
         line = await logged(here, "/late")
         assert line["duration_ms"] >= 200
         assert (line["status"], line["bytes_in"], line["bytes_out"]) == (200, 3, 3)
+        assert (line["user_agent"], line["request_id"]) == ("test", "one-of-mine")
         flows: list[Flow] = []
         while len(flows) < 2:
             flows += (await here.proxy.flows()).records
@@ -460,6 +466,17 @@ def test_a_client_that_leaves_its_request_behind_is_told_of_once(world):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         line = await logged(here, "/slow/1")
         assert (line["status"], line["reason"]) == (499, "client_gone")
+        found = await counted(here, 2)
+        codes = [name for name in found if 'code="499"' in name]
+        assert [found[name] for name in codes] == [1]
+        flows: list[Flow] = []
+        while len(flows) < 2:
+            flows += (await here.proxy.flows()).records
+        assert (flows[1].reason, flows[1].verdict, flows[1].http.path) == (  # type: ignore[union-attr]
+            "client_gone",
+            "ERROR",
+            "/slow/1",
+        )
         backend.go_on.set()
         async with paired(world):
             pass
@@ -503,7 +520,7 @@ async def logged(here: Node, path: str, count: int = 1) -> dict[str, object]:
 def plainly(flow: Flow) -> Flow:
     """Without what is never the same twice."""
     assert flow.http is not None
-    http = msgspec.structs.replace(flow.http, latency_ms=0, request_id="")
+    http = msgspec.structs.replace(flow.http, latency_ms=0)
     there = msgspec.structs.replace(flow.destination, labels={}, identity=0)
     source = msgspec.structs.replace(flow.source, labels={}, identity=0)
     return msgspec.structs.replace(
@@ -514,11 +531,14 @@ def plainly(flow: Flow) -> Flow:
 def test_routes_have_timeouts_past_the_proxy_too(world):
 
     async def test(here: Node, backend: Backend) -> None:
-        for name, target, status in (
-            ("request_timeout_ms", "/slow", 504),
-            ("backend_timeout_ms", "/slow", 504),
-            ("request_timeout_ms", "/stalls", 0),
+        key = cluster_key("Service", "default", "web", 80)
+        for name, target, status, number in (
+            ("request_timeout_ms", "/slow", 504, 1),
+            ("backend_timeout_ms", "/slow", 504, 2),
+            ("request_timeout_ms", "/stalls", 0, 1),
+            ("backend_timeout_ms", "/stalls", 0, 2),
         ):
+            reason = name.removesuffix("_ms")
             await change(here, mesh_route("r", rule(to("web"), matches=MATCHES, **{name: 200})))
             async with paired(world) as own:
                 counts = Counts(world)
@@ -530,6 +550,38 @@ def test_routes_have_timeouts_past_the_proxy_too(world):
                         await own.answer()
                 assert counts.since[0] == 1
                 assert await own.ended()
+            assert (await logged(here, target, number))["reason"] == reason
+        failed = f'weft_upstream_failures_total{{backend="{key}",reason="timeout"}}'
+        assert here.proxy.metrics()[failed] == 1
+
+    with_backend(world, test)
+
+
+def test_timeouts_are_counted_from_when_the_kernel_has_sent_a_request(world):
+    """Not from when its response came to the proxy."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        for name, reason in (
+            ("request_timeout_ms", "request_timeout"),
+            ("backend_timeout_ms", "backend_timeout"),
+        ):
+            await change(here, mesh_route("r", rule(to("web"), matches=MATCHES, **{name: 1000})))
+            async with paired(world) as own:
+                counts = Counts(world)
+                backend.reached.clear()
+                backend.go_on.clear()
+                own.writer.write(get(f"/held/{name}", "web").encode())
+                began = time.monotonic()
+                await backend.reached.wait()
+                await asyncio.sleep(0.5)
+                handed = (time.monotonic() - began) * 1000
+                backend.go_on.set()  # its head comes, and nothing else
+                with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
+                    await own.answer()
+                assert counts.since == (1, 0, 1)
+            line = await logged(here, f"/held/{name}")
+            assert (line["status"], line["reason"]) == (200, reason)
+            assert handed < line["duration_ms"] < 1000 + handed
 
     with_backend(world, test)
 
@@ -647,6 +699,50 @@ def test_statuses_that_pass(world):
                 assert (await own.ask(get(f"/status/{status}", "web"))).status == status
                 await own.pair()
             assert counts.since[2] == 3
+
+    with_backend(world, test)
+
+
+def test_statuses_that_nobody_has_registered_are_counted_by_class(world):
+    """Past the proxy and through it: a backend cannot fill what is counted with its own ones."""
+    asked = (200, 203, 226, 231, 263, 299, 308, 309, 390, 418, 451, 452, 499, 511, 512, 599)
+
+    async def test(here: Node, backend: Backend) -> None:
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None)
+        passed.start()
+        here.proxy.merge = passed.merged
+        found = []
+        for through in (False, True):
+            async with paired(world) as own:
+                start = await counted(here, len(found) * (len(asked) + 1) + 1)
+                counts = Counts(world)
+                for status in asked:
+                    request = get(f"/status/{status}", "web")
+                    if through:
+                        own.writer.write(request[:9].encode())
+                        await own.offered(stands=False)
+                        request = request[9:]
+                    assert (await own.ask(request)).status == status
+                    await own.offered()
+                assert counts.since[1] == (0 if through else len(asked))
+                end = await counted(here, (len(found) + 1) * (len(asked) + 1))
+            changed = {
+                name: end[name] - start.get(name, 0)
+                for name in end
+                if name.startswith("weft_http_requests_") and end[name] != start.get(name)
+            }
+            found.append(changed)
+        # A connection's first request is through the proxy, and not among them.
+        assert found[0] == found[1]
+        codes = {re.search('code="(...)"', name): value for name, value in found[0].items()}
+        by_code = {one[1]: value for one, value in codes.items() if one is not None}
+        assert by_code == dict.fromkeys(("200", "203", "226", "308", "418", "451", "511"), 1) | {
+            "2xx": 3,
+            "3xx": 2,
+            "4xx": 2,
+            "5xx": 2,
+        }
+        passed.close()
 
     with_backend(world, test)
 
@@ -782,7 +878,15 @@ def test_a_response_may_come_in_parts(world):
     with_backend(world, test)
 
 
+def cookie_of(sock: socket.socket) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+
 def test_a_backend_that_answers_without_reading_is_sent_no_more_than_by_the_proxy(world):
+    """It reads only once nothing more comes, or takes the next connection: all its answers arrive,
+    and it never holds much."""
+    size, requests = 32_768, 60
+
     async def run(world: World) -> None:
         loop = asyncio.get_running_loop()
         listener = socket.create_server((NODE, 0))
@@ -791,28 +895,36 @@ def test_a_backend_that_answers_without_reading_is_sent_no_more_than_by_the_prox
             await configure(here, listener.getsockname()[1])
             async with paired(world, first=False) as own:
                 handles = world.handles()
-                body = b"b" * 32768
-                put = b"PUT /a HTTP/1.1\r\nHost: web\r\nContent-Length: %d\r\n\r\n" % len(body)
+                head = b"PUT /a HTTP/1.1\r\nHost: web\r\nContent-Length: %d\r\n\r\n" % size
                 own.writer.write(get("/first", "web").encode())
                 backend, _ = await loop.sock_accept(listener)
-                cookie = int.from_bytes(backend.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+                cookie = cookie_of(backend)
                 await loop.sock_recv(backend, 65536)
                 await loop.sock_sendall(backend, ok(b"first"))
                 await own.answer()
-                most = 0
-                with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
-                    for _ in range(60):
-                        before = handles.queued(cookie)
-                        own.writer.write(put + body)
-                        with contextlib.suppress(TimeoutError):
-                            async with asyncio.timeout(0.2):
-                                while handles.queued(cookie) < before + len(body):
-                                    await asyncio.sleep(0.001)
-                        most = max(most, handles.queued(cookie))
-                        await loop.sock_sendall(backend, ok(b"unread"))
-                        async with asyncio.timeout(0.5):
-                            await own.answer()
+                most = read = times = 0
+                for number in range(1, requests + 1):
+                    before = handles.queued(cookie)
+                    own.writer.write(head + bytes(size))
+                    try:
+                        async with asyncio.timeout(0.1):
+                            while handles.queued(cookie) < before + size:
+                                await asyncio.sleep(0.001)
+                    except TimeoutError:
+                        times += 1
+                        while read < number * size:
+                            data = await loop.sock_recv(backend, 65536)
+                            read += data.count(0)
+                            if not data:
+                                backend.close()
+                                backend, _ = await loop.sock_accept(listener)
+                                cookie = cookie_of(backend)
+                                read = (number - 1) * size
+                    most = max(most, handles.queued(cookie))
+                    await loop.sock_sendall(backend, ok(b"unread"))
+                    assert (await own.answer()).body == b"unread"
                 assert 0 < most < 1024 * 1024
+                assert times > 1
                 backend.close()
         listener.close()
 
@@ -1047,6 +1159,28 @@ def test_an_endpoint_that_leaves_gets_no_more_requests(world):
                     assert (await own.ask(get("/a", "web"))).body == b"/a"
                 assert (len(backend.targets), len(other.targets)) == (before, 5)
             assert counts.since[0] >= 1
+
+    with_backend(world, test)
+
+
+def test_what_was_chosen_before_a_change_is_not_offered_after_it(world):
+    """The response to a request that was under way meanwhile, through the proxy or past it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        key = cluster_key("Service", "default", "web", 80)
+        own = ClusterSection((Endpoint(NODE, here.own_port, "web-0"),))  # type: ignore[attr-defined]
+        for first, target in ((False, "/slow"), (True, "/slow"), (True, "/late")):
+            backend.go_on.clear()
+            backend.reached.clear()
+            async with paired(world, first=first) as client:
+                client.writer.write(get(target, "web").encode())
+                await backend.reached.wait()
+                await change(here, {key: ClusterSection(())})
+                backend.go_on.set()
+                assert (await client.answer()).status == 200
+                assert (await client.ask(get("/a", "web"))).status == 503
+                assert "/a" not in backend.targets
+                await change(here, {key: own})
 
     with_backend(world, test)
 

@@ -303,6 +303,7 @@ def test_every_answer_is_the_one_to_its_request(world):
             print(sum(one.asked for one in clients), "asked,", counts.since)
             assert not wrong, wrong[:3]
             assert not backend.wrong, backend.wrong[:3]
-            assert counts.since[1] > 50
+            passed, answered, _ = counts.since
+            assert passed >= answered > 50, f"hardly a request has passed by the proxy: {passed}"
 
     scenario(world, test)

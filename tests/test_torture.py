@@ -197,7 +197,11 @@ GOOD = Evidence(
     pairs={"r/echo": 10},
     queue=(QUEUE_BOUND, "r/echo"),
     redirect_queue=(REDIRECT_BOUND, "r/echo"),
-    counts={"a": {**dict.fromkeys(Reason, 0), Reason.REDIRECT_MISSED: 1}},
+    counts={
+        "a": {**dict.fromkeys(Reason, 0), Reason.REDIRECT_MISSED: 1, Reason.PAIR_REQUEST: 1},
+        "b": dict.fromkeys(Reason, 0),
+    },
+    passing={"a"},
 )
 TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), False))
 
@@ -218,9 +222,10 @@ TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), Fa
         ({"paths": {**GOOD.paths, "r/off": Paths(1, 6)}}, "off/80 is not kept off the fast path"),
         ({"pairs": {"r/echo": 0}}, "the loopback pair of r/echo has not run"),
         (
-            {"counts": {"a": {**GOOD.counts["a"], Reason.UNPAIRED: 2}}},
+            {"counts": {**GOOD.counts, "a": {**GOOD.counts["a"], Reason.UNPAIRED: 2}}},
             "node a: UNPAIRED 2: a message of the proxy came before",
         ),
+        ({"passing": {"a", "b"}}, "node b: no request has passed by the proxy"),
     ],
 )
 def test_what_is_not_as_it_should_be_is_told(change: dict[str, Any], problem: str | None) -> None:

@@ -69,8 +69,9 @@ struct automaton_rule {
 	u32 zero;
 };
 
-/* In facts[0]: there is a Host field. */
+/* In facts[0]: there is a Host field; without a length there would be one on the proxy's way. */
 #define AUTOMATON_HOST_SEEN 1
+#define AUTOMATON_LENGTH_WANTED 2
 /* A longer one matches other patterns (l7proxy/routing.py). */
 #define AUTOMATON_HOST_MAX 253
 
@@ -212,6 +213,7 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 		facts->at[found->what & (AUTOMATON_MARKS - 1)] = entry & 0x1fff;
 	}
 	if (twice || !facts->at[AUTOMATON_END] || !(facts->facts[0] & AUTOMATON_HOST_SEEN) ||
+	    (facts->facts[0] & AUTOMATON_LENGTH_WANTED && !facts->at[AUTOMATON_LENGTH]) ||
 	    facts->at[AUTOMATON_HOST_END] - facts->at[AUTOMATON_HOST] > AUTOMATON_HOST_MAX ||
 	    facts->at[AUTOMATON_END] >= automaton->head_max ||
 	    ((walk->count >> AUTOMATON_FIELD_SHIFT) & 0xfff) > automaton->fields_max)

@@ -190,7 +190,7 @@ struct passed_key {
 	u64 series;
 	u32 egress;
 	u32 ingress;
-	u32 status;
+	u32 status; /* x99: any of its class that is not registered */
 	u32 zero;
 };
 

@@ -172,6 +172,8 @@ class Agent:
 
     def _datapath_changed(self) -> None:
         node = self._node
+        if node.datapath is not None:
+            node.let_pass(node.datapath.pairs)
         if node.datapath is not None and node.datapath.opened:
             for teller in (node.kernel, node.passed):
                 if teller is not None:

@@ -116,10 +116,14 @@ class Api:
         if not node.synced:
             degraded += [problem.message for problem in node.problems]
         address = self._admin.address
+        now = await asyncio.to_thread(metrics.workers_now, self._run_dir.metrics)
         tunnels = None
         if node.svids is not None:
-            found = await asyncio.to_thread(metrics.tunnels, self._run_dir.metrics)
-            tunnels = {"out": found.out, "in": found.in_, "outliving": found.outliving}
+            tunnels = {
+                "out": now.tunnels_out,
+                "in": now.tunnels_in,
+                "outliving": now.tunnels_outliving,
+            }
         return _json(
             {
                 "agent": {"pid": os.getpid(), "started": self._started},
@@ -132,6 +136,8 @@ class Api:
                 "ready": not not_ready,
                 **_steered(node.datapath),
                 "kernelRules": node.automata.rules() if node.automata is not None else None,
+                "pairSeriesFull": now.series_full,
+                "notInKernel": node.datapath.through if node.datapath is not None else None,
                 "notReady": not_ready,
                 "degraded": degraded,
                 "config": {
@@ -202,10 +208,16 @@ class Api:
         found = await asyncio.to_thread(describe, sections, *service)
         automata = self._node.automata
         in_force = {f"{one:016x}" for one in automata.in_force} if automata is not None else set()
+        refused = automata.refused if automata is not None else {}
+        why = {f"{number:016x}": text for number, text in refused.items()}
         return _json(
             {
                 "items": [
-                    {**msgspec.to_builtins(one), "in_force": one.generation in in_force}
+                    {
+                        **msgspec.to_builtins(one),
+                        "in_force": one.generation in in_force,
+                        "refused": why.get(one.generation, ""),
+                    }
                     for one in found
                 ]
             }

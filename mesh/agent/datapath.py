@@ -38,7 +38,8 @@ _log = logging.getLogger("weft.agent")
 # What failed is tried again after this long, then twice that, ...
 _RETRY_S = 1.0
 _MAX_RETRY_S = 60.0
-# A kernel whose redirects have failed their checks this often is one that cannot do them.
+# A kernel whose redirects, or requests that pass by the proxy, have failed their checks this often
+# is one that cannot do them.
 _REDIRECT_TESTS = 6
 # Workers take descriptors at once; one that does not must not hold up the others.
 _TAKE_S = 3.0
@@ -56,7 +57,8 @@ class _Maps(NamedTuple):
 
 class Datapath:
     """`loading`: until it was tried to load it. `why_not`: why this agent has put nothing in force,
-    in words; None: it has. `refused`: sections not in force. `hand_over` gives descriptors to the
+    in words; None: it has. `pairs`: requests may pass by the proxy. `refused`: sections not in
+    force. `hand_over` gives descriptors to the
     proxies; `changed` is called after each attempt; `node` is this one's name."""
 
     def __init__(
@@ -71,6 +73,7 @@ class Datapath:
         self.pins = options.pins
         self.loading = True
         self.why_not: str | None = _NOT_YET
+        self.pairs = False
         self._options = options
         self._addresses = addresses
         self._hand_over = hand_over
@@ -89,7 +92,7 @@ class Datapath:
         self._unfiltered: list[str] = []
         self._tests = 0
         self._tested = False
-        self._redirects = self._pairs = False
+        self._redirects = False
         self._loaded = False
         # Everything that the kernel is to send to is there; it was told so.
         self._ready = False
@@ -159,8 +162,12 @@ class Datapath:
         self._tests += 1
         mode = self._options.mode
         self._redirects = mode != "proxy" and verdict.redirect is None
-        self._pairs = self._options.pairs and self._redirects and verdict.pairs is None
-        self._through = verdict.pairs if self._options.pairs else None
+        self.pairs = self._options.pairs and verdict.pairs is None
+        before, self._through = self._through, verdict.pairs if self._options.pairs else None
+        if self._through is not None and self._through != before:
+            _log.error("all requests go through the proxy: %s", self._through)
+        if not self.pairs:
+            attach.detach_pairs(self.pins)
         if not self._redirects:
             # Programs that are attached by now may have been told otherwise.
             left = pins.other_versions(self.pins)
@@ -169,7 +176,10 @@ class Datapath:
             raise DatapathError(verdict.steering)
         if mode == "kernel" and verdict.redirect is not None:
             raise DatapathError(f"--datapath=kernel, and {verdict.redirect}")
-        self._tested = mode == "proxy" or verdict.redirect is None or self._tests >= _REDIRECT_TESTS
+        if self._options.http == "on" and verdict.pairs is not None:
+            raise DatapathError(f"--http-in-kernel=on, and {verdict.pairs}")
+        right = mode == "proxy" or (verdict.redirect is None and self._through is None)
+        self._tested = right or self._tests >= _REDIRECT_TESTS
         before, self._by_tcp = self._by_tcp, verdict.redirect if mode == "auto" else None
         if self._by_tcp is not None and self._by_tcp != before:
             _log.error("%s", self.failures[-1])
@@ -219,6 +229,14 @@ class Datapath:
     def left(self) -> bool:
         """Programs are attached, by this agent or by one before it."""
         return pins.link_path(self.pins, "connect4").exists()
+
+    @property
+    def through(self) -> str | None:
+        """Why all requests go through the proxy although they may pass by it; None: they need
+        not."""
+        if self._options.http == "auto" and self._options.mode == "proxy":
+            return "--datapath=proxy"
+        return self._through
 
     @property
     def failures(self) -> list[str]:
@@ -317,7 +335,7 @@ class Datapath:
                 self.pins,
                 self._options.cgroup,
                 self._options.proxy_cgroup,
-                pairs=self._pairs,
+                pairs=self.pairs,
             )
             # What came meanwhile, by what another version has.
             self._filter()

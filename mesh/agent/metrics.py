@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from mesh.agent.node import Node
 
 
-class TunnelCounts(NamedTuple):
-    """Open connections with other nodes by mutual TLS, of all workers; `outliving`: those that are
-    older than a certificate they were made with."""
+class WorkersNow(NamedTuple):
+    """Of all workers: open connections with other nodes by mutual TLS, `outliving`: those that are
+    older than a certificate they were made with; `series_full`: workers with no room to count
+    further series of requests past the proxy."""
 
-    out: int
-    in_: int
-    outliving: int
+    tunnels_out: int
+    tunnels_in: int
+    tunnels_outliving: int
+    series_full: int
 
 
 class _AgentCollector:
@@ -104,8 +106,8 @@ class _WorkersCollector:
         self._files = collector(None, path=str(metrics_dir))
 
     def collect(self) -> Iterable[Metric]:
-        passed, found = self._node.passed, self._files.collect()
-        return found if passed is None else passed.merged(found)
+        passed = self._node.passed
+        return self._files.collect() if passed is None else passed.merged(self._files.collect)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -144,8 +146,8 @@ def samples(node: Node, metrics_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def tunnels(metrics_dir: Path) -> TunnelCounts:
-    """The workers' count of them now, read from their files of such gauges alone."""
+def workers_now(metrics_dir: Path) -> WorkersNow:
+    """Read from their files of such gauges alone."""
     files = [str(path) for path in metrics_dir.glob("gauge_livesum_*.db")]
     merge: Any = MultiProcessCollector.merge
     found = {
@@ -153,8 +155,9 @@ def tunnels(metrics_dir: Path) -> TunnelCounts:
         for metric in merge(files)
         for sample in metric.samples
     }
-    return TunnelCounts(
+    return WorkersNow(
         found.get(("weft_tunnels", "out"), 0),
         found.get(("weft_tunnels", "in"), 0),
         found.get(("weft_tunnels_outliving", None), 0),
+        found.get(("weft_pair_series_full", None), 0),
     )

@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import msgspec
+
 from gateway.control import ControlPlane
 from gateway.keys import PortKey
 from mesh.agent.automata import KernelAutomata
@@ -29,7 +31,7 @@ from mesh.model.channel import Bound, PortAddress
 from mesh.model.decode import Object
 from mesh.model.meta import ObjectKey
 from mesh.model.nodeconfig import Section
-from mesh.model.section import SectionKey
+from mesh.model.section import SETTINGS_KEY, SectionKey
 from mesh.policy.report import Row
 from mesh.sources.documents import Problem
 from mesh.sources.update import SourceUpdate
@@ -141,6 +143,14 @@ class Node:
         self._awaited.append(self._loop.create_future())
         self._wake.set()
         return self._awaited[-1]
+
+    def let_pass(self, pairs: bool) -> None:
+        """Whether requests may pass by the proxies, as the workers are to know."""
+        settings = self._plane.settings
+        now = self._more_put.get(SETTINGS_KEY, self.rollout.config.sections.get(SETTINGS_KEY))
+        settings = msgspec.structs.replace(settings, http_in_kernel=pairs)
+        if settings != (now or self._plane.settings):
+            self.sections_changed({SETTINGS_KEY: settings}, ())
 
     def look_again(self) -> None:
         """Workers or the data path have changed."""

@@ -49,8 +49,8 @@ class CniDirectories(NamedTuple):
 class Steering(NamedTuple):
     """The eBPF data path: the workloads' cgroup, that of Weft's own processes, where it is pinned,
     and where this node's pods are recorded. `mode`: "auto" sends to workloads by redirect if the
-    self-test says so, "kernel" insists on it, "proxy" never does. `pairs`: where it does, requests
-    may pass by the proxy. `mtls`: the node has an authority. `cni`: where
+    self-test says so, "kernel" insists on it, "proxy" never does. `http`, likewise: whether
+    requests may pass by the proxy; "on" insists. `mtls`: the node has an authority. `cni`: where
     its plugin is to be installed."""
 
     cgroup: Path
@@ -58,9 +58,14 @@ class Steering(NamedTuple):
     pins: Path
     pods: Path
     mode: Literal["auto", "kernel", "proxy"]
-    pairs: bool = False
+    http: Literal["auto", "on", "off"] = "off"
     mtls: bool = False
     cni: CniDirectories | None = None
+
+    @property
+    def pairs(self) -> bool:
+        """Requests are to pass by the proxy where this kernel does it right."""
+        return self.http != "off" and self.mode != "proxy"
 
     @property
     def nested(self) -> bool:
@@ -116,7 +121,7 @@ def parse(arguments: list[str]) -> AgentOptions:
     parser.add_argument("--cni-conf-dir", type=Path)
     parser.add_argument("--netns-dir", type=Path, default=NETNS_DIR)
     parser.add_argument("--datapath", choices=("auto", "kernel", "proxy"), default="auto")
-    parser.add_argument("--http-in-kernel", choices=("on", "off"), default="off")
+    parser.add_argument("--http-in-kernel", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--flow-buffer", type=int, default=DEFAULT_CAPACITY)
     parser.add_argument("--authority", type=Path)
     parser.add_argument("--policy-audit", choices=("on", "off"), default="off")
@@ -160,10 +165,10 @@ def steering(args: argparse.Namespace) -> Steering | None:
         return None
     run_dir = RunDir(args.run_dir)
     pins = args.pins or run_dir.pins
-    pairs = _pairs(args)
+    http = _http_in_kernel(args)
     mtls = args.authority is not None
     return Steering(
-        args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, pairs, mtls, cni
+        args.steer, args.proxy_cgroup, pins, run_dir.pods, args.datapath, http, mtls, cni
     )
 
 
@@ -176,10 +181,10 @@ def _cni(args: argparse.Namespace) -> CniDirectories | None:
     return CniDirectories(*given, args.netns_dir)
 
 
-def _pairs(args: argparse.Namespace) -> bool:
-    """OptionError: there is nothing that requests could pass by."""
-    wanted = getattr(args, "http_in_kernel", "off") == "on"
-    if wanted and (not _steered(args) or args.datapath == "proxy"):
+def _http_in_kernel(args: argparse.Namespace) -> Literal["auto", "on", "off"]:
+    """OptionError: it is insisted on, and there is nothing that requests could pass by."""
+    wanted: Literal["auto", "on", "off"] = getattr(args, "http_in_kernel", "auto")
+    if wanted == "on" and (not _steered(args) or args.datapath == "proxy"):
         raise OptionError("--http-in-kernel=on goes with --steer, and not with --datapath=proxy")
     return wanted
 
@@ -210,8 +215,12 @@ def plane_options(args: argparse.Namespace) -> Options:
         addresses=tuple(check_pool(pool) for pool in args.address_pool),
         bind_address=bind_address,
         advertise=advertise or reached_at(bind_address),
+        # Until the self-test says no.
         settings=msgspec.structs.replace(
-            read_settings(args.settings, access_log=args.access_log), http_in_kernel=_pairs(args)
+            read_settings(args.settings, access_log=args.access_log),
+            http_in_kernel=_http_in_kernel(args) != "off"
+            and _steered(args)
+            and args.datapath != "proxy",
         ),
         node=args.node or (socket.gethostname().lower() if _steered(args) else ""),
         mesh_addresses=mesh_addresses(args),

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +29,12 @@ from bpf.reasons import Reason
 from bpf.structs import Passed, PassedKey, Passing
 from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut
+from l7proxy.begun import shown
+from l7proxy.forwarding import said_id
 from l7proxy.series import Series, SeriesReader
 from mesh.agent.flows import FlowStore
 from mesh.model.flow import Flow, HttpFlow, Peer
+from mesh.model.statuses import code
 
 _log = logging.getLogger("weft.agent")
 
@@ -41,6 +44,8 @@ _BATCH = 512
 # How often what is left of sockets that are gone is looked for, in seconds.
 _SWEEP_S = 5.0
 _NS, _MS = 1e-9, 1e-6
+# So often metrics are read until both sides fit.
+_READS = 3
 
 # By the name of a sample and its labels.
 _Key = tuple[str, frozenset[tuple[str, str]]]
@@ -67,7 +72,7 @@ class PassedBy:
         self._maps: PassedMaps | None = None
         self._leftovers: Leftovers | None = None
         self._reader = SeriesReader(metrics_dir)
-        # Metrics are collected in threads.
+        # Metrics are collected, and leftovers swept, in threads.
         self._lock = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -92,20 +97,29 @@ class PassedBy:
         for timer in (self._timer, self._sweep_timer):
             if timer is not None:
                 timer.cancel()
-        if self._leftovers is not None:
-            self._leftovers.close()
-            self._leftovers = None
         if self._log is not None:
             self._log.close()
         with self._lock:
+            if self._leftovers is not None:
+                self._leftovers.close()
+                self._leftovers = None
             if self._maps is not None:
                 self._maps.close()
                 self._maps = None
 
     def _sweep(self) -> None:
-        assert self._leftovers is not None
-        self._leftovers.sweep()
-        self._sweep_timer = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, self._sweep_now)
+        self._sweep_timer = loop.call_later(_SWEEP_S, self._sweep)
+
+    def _sweep_now(self) -> None:
+        """In a thread: there may be very many."""
+        with self._lock:
+            if self._leftovers is not None:
+                try:
+                    self._leftovers.sweep()
+                except OSError as error:
+                    _log.error("what sockets have left in the maps of pairs: %s", error.strerror)
 
     # --- counters ---------------------------------------------------------------------------------
 
@@ -123,10 +137,18 @@ class PassedBy:
                     self._maps.forget(key)
         return found
 
-    def merged(self, others: Iterable[Metric]) -> Iterator[Metric]:
+    def merged(self, others: Callable[[], Iterable[Metric]]) -> Iterator[Metric]:
         """Metrics of the workers, and the same of what has passed by them."""
         lost: Any = metrics.LOG_LOST
-        return merged(others, self.counted(), lost._value.get())
+        there = {one.key for one in self.counted()}
+        for _ in range(_READS):
+            found = list(others())
+            counted = self.counted()
+            before, there = there, {one.key for one in counted}
+            if before <= there:
+                break
+            # Meanwhile a worker has added what was counted here to what it counts itself.
+        return merged(found, counted, lost._value.get())
 
     # --- single requests --------------------------------------------------------------------------
 
@@ -163,18 +185,15 @@ class _Line:
         self._passing = passing
         self._series = series
         self._time_ns = epoch_ns + passing.started_ns
-        head = passing.head[: passing.shown]
-        line, _, fields = head.partition(b"\r\n")
-        self._method, _, rest = line.partition(b" ")
-        self._path = rest.removesuffix(b" HTTP/1.1")
         # Where no more is known.
-        self._fields = dict[bytes, bytes]()
-        for field in fields.split(b"\r\n")[:-1]:
-            name, _, value = field.partition(b":")
-            self._fields[name.lower()] = value.strip(b" \t")
+        self._shown = shown(passing.head[: passing.shown])
 
     def _field(self, name: bytes) -> str:
-        return cut(self._fields.get(name, b""), MAX_NAME)
+        return cut(self._shown.fields.get(name, b""), MAX_NAME)
+
+    @property
+    def _request_id(self) -> str:
+        return said_id(self._shown.fields.get(b"x-request-id", b""))
 
     def flow(self) -> Flow:
         passing, series = self._passing, self._series
@@ -187,13 +206,14 @@ class _Line:
             ),
             service=series.service,
             http=HttpFlow(
-                method=cut(self._method, MAX_NAME),
+                method=cut(self._shown.method, MAX_NAME),
                 host=self._field(b"host"),
-                path=cut(self._path),
+                path=cut(self._shown.target),
                 status=passing.status,
                 latency_ms=round(passing.elapsed_ns * _MS, 3),
                 bytes_in=passing.bytes_in,
                 bytes_out=passing.bytes_out,
+                request_id=self._request_id,
             ),
             route=series.route,
             policy=series.policy(passing.egress, passing.ingress),
@@ -206,15 +226,15 @@ class _Line:
         return AccessLogEntry(
             time=ended.isoformat(timespec="milliseconds"),
             client=series.client,
-            method=cut(self._method, MAX_NAME),
+            method=cut(self._shown.method, MAX_NAME),
             host=self._field(b"host"),
-            path=cut(self._path),
+            path=cut(self._shown.target),
             protocol="HTTP/1.1",
             status=passing.status,
             duration_ms=round(passing.elapsed_ns * _MS, 3),
             bytes_in=passing.bytes_in,
             bytes_out=passing.bytes_out,
-            request_id="",
+            request_id=self._request_id,
             gateway=series.gateway,
             listener=series.listener,
             route=series.route,
@@ -279,7 +299,7 @@ def _samples(one: Counted) -> Iterator[tuple[str, str, dict[str, str], float]]:
     def counter(metric: Any, labels: dict[str, str], value: float) -> Any:
         return metric._name, f"{metric._name}_total", labels, value
 
-    route = place | {"route": series.route, "rule": series.rule, "code": str(key.status)}
+    route = place | {"route": series.route, "rule": series.rule, "code": code(key.status)}
     yield counter(metrics.REQUESTS, route, passed.requests)
     if passed.bytes_in:
         yield counter(metrics.REQUEST_BYTES, place, passed.bytes_in)

@@ -35,7 +35,8 @@ def automaton(
             options = {**options, "mesh_address": DEFAULT_MESH_ADDRESSES}
         sections = load(manifests, plane(options)).config.sections
         items = [
-            {**msgspec.to_builtins(one), "in_force": None} for one in describe(sections, *named)
+            {**msgspec.to_builtins(one), "in_force": None, "refused": ""}
+            for one in describe(sections, *named)
         ]
     if output != "text":
         dump({"items": items}, output)
@@ -48,6 +49,8 @@ def automaton(
 
 def _shown(one: dict[str, Any]) -> str:
     force = {True: "in force", False: "not in force", None: "not asked for"}[one["in_force"]]
+    if one["refused"]:
+        force += f": {one['refused']}"
     lines = [
         f"service:    {one['service']}",
         f"listener:   {one['listener'] or 'none: no route is about it'}",

@@ -120,11 +120,12 @@ def cli() -> None:
 )
 @click.option(
     "--http-in-kernel",
-    type=click.Choice(["on", "off"]),
-    default="off",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
     show_default=True,
-    help="on, with --steer: after a connection's first request later ones go straight from workload"
-    " to workload of this node, routed and judged in the kernel. Experimental.",
+    help="Whether after a connection's first request later ones go straight from workload to"
+    " workload of this node, routed and judged in the kernel, with --steer: if this kernel passes"
+    " the self-test and --datapath is not proxy, always, or never.",
 )
 @click.option(
     "--authority",

@@ -37,8 +37,14 @@ def _show(status: dict[str, Any]) -> None:
         click.echo(f"steered:    workloads in {status['steered']}")
     elif status["notSteered"] is not None:
         click.echo(f"steered:    {status['notSteered']}")
-    if status["kernelRules"] is not None:
+    if status["notInKernel"] is not None:
+        click.echo(f"kernel:     no requests: {status['notInKernel']}")
+    elif status["kernelRules"] is not None:
         _show_rules(status["kernelRules"])
+    if full := status["pairSeriesFull"]:
+        click.echo(
+            f"            {full} workers have no room to count further clients' requests there"
+        )
     objects = ", ".join(f"{count} {kind}" for kind, count in sorted(status["objects"].items()))
     click.echo(f"objects:    {objects or 'none'}")
     problems = status["problems"]

@@ -33,7 +33,7 @@
                                   # effect at once. Gateways listen on the nodes' addresses
     trustDomain: cluster.local    # of the lab's authority, and how long its SVIDs are valid; these
     svidLife: 1h                  # are the defaults
-    httpInKernel: false           # true: the nodes' Weft runs with --http-in-kernel=on
+    httpInKernel: true            # false: the nodes' Weft runs with --http-in-kernel=off
 
 Field names and meanings are those of Kubernetes' Pod and Service where it has them. Pods share
 files and process ids with the host; network, cgroup, host name and /etc/resolv.conf are their own.
@@ -158,7 +158,7 @@ class LabConfig(Model, frozen=True, kw_only=True):
     namespaces: tuple[NamespaceConfig, ...] = ()
     manifests: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
     trust_domain: str = "cluster.local"
-    http_in_kernel: bool = False
+    http_in_kernel: bool = True
     svid_life: s.Duration = "1h"
 
 

@@ -86,7 +86,7 @@ class NodeWeft:
             *(f"--mesh-address={address}" for address in self._node.addresses),
             f"--steer={self._node.cgroup}",
             f"--proxy-cgroup={self._node.proxy_cgroup}",
-            f"--http-in-kernel={'on' if self._plan.http_in_kernel else 'off'}",
+            f"--http-in-kernel={'auto' if self._plan.http_in_kernel else 'off'}",
         ]
 
     async def keep(self) -> None:

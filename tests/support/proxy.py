@@ -59,7 +59,7 @@ class WorkerProcess:
         self.config = NodeConfig.empty()
         self._reader = FrameReader()
         # What is added to the metrics of the worker.
-        self.merge: Callable[[Iterable[Metric]], Iterable[Metric]] | None = None
+        self.merge: Callable[[Callable[[], Iterable[Metric]]], Iterable[Metric]] | None = None
         self._messages: deque[Any] = deque()
         self._flows: deque[Flows] = deque()
         self._channel_out: asyncio.StreamWriter | None = None
@@ -181,9 +181,7 @@ class WorkerProcess:
         registry = CollectorRegistry()
         collector: Any = MultiProcessCollector
         collector(registry, path=self.metrics_dir)
-        found = registry.collect()
-        if self.merge is not None:
-            found = self.merge(found)
+        found = registry.collect() if self.merge is None else self.merge(registry.collect)
         return {
             sample.name + _labels(sample.labels): sample.value
             for metric in found

@@ -180,6 +180,8 @@ def _evidence(
         queue=watch.queue,
         redirect_queue=watch.redirect_queue,
         counts={node.name: counters(files.weft(node.name).pins) for node in plan.nodes},
+        passing={client.node for client in clients}
+        & {pod.node for pod in plan.pods for one in scene.targets if one.passes(pod.key)},
     )
 
 

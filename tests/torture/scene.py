@@ -81,6 +81,11 @@ class Target(NamedTuple):
     def host(self) -> str:
         return self.text.partition("/")[0]
 
+    def passes(self, pod: str) -> bool:
+        """Whether requests to a pod of its own node may pass by the proxy, as what reaches it by
+        redirect may."""
+        return self.redirected is True and pod in self.pods
+
 
 class Scene(NamedTuple):
     """`config` is a lab.yaml; `clients` are pods, NAMESPACE/NAME."""
@@ -178,7 +183,6 @@ def make_scene(programs: Programs, directory: Path, name: str) -> Scene:
     )
     config = {
         "name": name,
-        "httpInKernel": True,
         "nodes": [{"name": "a"}, {"name": "b"}],
         "pods": scene.pods,
         "services": scene.services,

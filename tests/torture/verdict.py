@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from bpf.constants import LARGE_RESPONSE_MAX
@@ -34,7 +34,8 @@ class Paths(NamedTuple):
 class Evidence(NamedTuple):
     """`said_wrong` by clients and pods, in words; `mixed`: connections that had bytes both ways.
     `paths` and `pairs` (messages of the loopback pair) by pod. `queue`: the longest receive queue
-    in bytes, and whose; `redirect_queue`: of those filled by redirect. `counts` by node."""
+    in bytes, and whose; `redirect_queue`: of those filled by redirect. `counts` by node.
+    `passing`: nodes whose clients ask pods of the same node for what may pass by the proxy."""
 
     totals: Totals
     said_wrong: Sequence[str]
@@ -46,6 +47,7 @@ class Evidence(NamedTuple):
     queue: tuple[int, str]
     redirect_queue: tuple[int, str]
     counts: Mapping[str, Mapping[Reason, int]]
+    passing: Set[str]
 
     @property
     def wrong(self) -> list[str]:
@@ -100,6 +102,8 @@ def problems(evidence: Evidence, targets: Sequence[Target]) -> Iterator[str]:
         for reason in _NEVER:
             if counts[reason]:
                 yield f"node {node}: {reason.name} {counts[reason]}: {reason.meaning}"
+        if node in evidence.passing and not counts[Reason.PAIR_REQUEST]:
+            yield f"node {node}: no request has passed by the proxy"
     # The proxy learns of a reset by a send that misses, once for each connection.
     missed = sum(counts[Reason.REDIRECT_MISSED] for counts in evidence.counts.values())
     meant = evidence.totals.broken + evidence.broken_by_us

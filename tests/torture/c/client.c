@@ -145,6 +145,11 @@ static void plan_transfer(struct session *session)
 				     .piece_max = some_size(random, 16) + t->plan.request / 1000 };
 	t->last = session->planned == session->total;
 	t->close = t->last && chance(random, 25);
+	/* Half are as most requests are, so that many pass by the proxy. */
+	if (chance(random, 50)) {
+		t->plan.chunked = t->plan.at_once = t->outlet.chunked = false;
+		t->plan.piece_max = t->outlet.piece_max = ROOM / 4;
+	}
 	if (chance(random, 6))
 		plan_fate(session, t);
 	if (t->last)
