@@ -11,8 +11,8 @@ Two pairs of nodes of the same shape, a client pod on the near one and a backend
 `direct` is neither proxied nor encrypted. Both others are a process with one worker on each node,
 which speak TLS 1.3 with certificates of ECDSA P-256 on both sides and verify each other's name.
 Scenarios: `mtls` and `mtls-1MiB` are HTTP requests on connections that last; `mtls-connect` opens
-a connection for each request, to a port whose protocol nobody declares, so that each makes a TLS
-handshake of its own. CPU and memory are those of both hops.
+a connection for each request, to a port whose protocol nobody declares: Envoy then makes a TLS
+handshake for each, Weft where no tunnel rests. CPU and memory are those of both hops.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _check_tunnels(lab: LabDir) -> None:
                 f"weft-kernel: no connection of the client was counted as {reason.name}:"
                 f"{tail(lab.weft_log('weft-near'))}"
             )
-    # HTTP's tunnels stay; those of the other port have ended, and have left records at both ends.
+    # HTTP's tunnels stay; connections to the other port have ended, and have left records.
     for node, end in (("weft-near", "out"), ("weft-far", "in")):
         run_dir = lab.weft(node).path
         until(
