@@ -1,12 +1,14 @@
 """The supervisor with real children: ports, restarts, draining, the run directory."""
 
 import errno
+import fcntl
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -294,6 +296,18 @@ def test_the_run_directory_is_locked_by_its_process(tmp_path):
     finally:
         os.close(lock)
     assert run_dir.holder() is None
+
+
+def test_who_asks_for_the_holder_does_not_become_it(tmp_path):
+    """`RunDir.holder` has a share of the lock for a moment, in which a gateway may start."""
+    run_dir = RunDir(tmp_path)
+    with ThreadPoolExecutor() as threads, open(run_dir.lock_file, "w") as asker:
+        fcntl.flock(asker, fcntl.LOCK_SH)
+        taken = threads.submit(run_dir.lock, {})
+        with pytest.raises(TimeoutError):
+            taken.result(timeout=0.1)
+        asker.close()
+        os.close(taken.result(timeout=20))
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path):

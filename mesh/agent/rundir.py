@@ -11,6 +11,7 @@ import json
 import os
 import pwd
 import shutil
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 KEPT_DEAD = 100
 # What a file for metrics takes at first (prometheus_client), bytes.
 _METRICS_FILE = 65536
+# After which the lock is tried again where somebody only asks for it, in seconds.
+_ASKING_S = 0.001
 
 
 class RunDirError(Exception):
@@ -36,6 +39,23 @@ def name_process(name: str) -> None:
     """What ps, top and "port in use by" call this process: Python's own name says little."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name)
+
+
+def _locked(fd: int) -> bool:
+    """Whether the lock is ours now. Who only asks whether somebody has it (`RunDir.holder`) shares
+    it for a moment, and is waited for."""
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            pass
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        time.sleep(_ASKING_S)
 
 
 class RunDir:
@@ -84,9 +104,7 @@ class RunDir:
                 f"cannot use {self.path} as run directory: {error.strerror}: choose another one "
                 "with --run-dir, or run as root"
             ) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(fd):
             pid = (self.holder() or {}).get("pid", "unknown")
             os.close(fd)
             raise RunDirError(
