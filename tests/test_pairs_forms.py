@@ -159,9 +159,12 @@ async def ready(here: Node, port: int) -> None:
 
 
 async def pair(own: Paired) -> None:
-    own.writer.write(request("size", 1).head.replace(b"/size/", b"/first/"))
-    assert await answer(own, "GET") == (200, b"n")
-    await own.offered()
+    """And one request passes: else others are not let pass for a while, after eight whose responses
+    could not."""
+    for _ in "12":
+        own.writer.write(request("size", 1).head.replace(b"/size/", b"/first/"))
+        assert await answer(own, "GET") == (200, b"n")
+        await own.offered()
 
 
 async def answer(own: Paired, method: str) -> tuple[int, bytes]:
@@ -218,7 +221,7 @@ def test_any_form_behind_any_other(world, at_once):
                     await asyncio.sleep(0)
             await check(own, backend, two)
         # Those in one message are the proxy's.
-        assert at_once or counts.since[0] > len(FORMS) ** 2 / 2
+        assert at_once or counts.since[0] > len(FORMS) ** 2 * 3 / 2
 
     with_node(world, test)
 
