@@ -16,7 +16,7 @@ from typing import ClassVar
 from bpf import constants, layout, syscall
 from bpf.maps import open_pinned, possible_cpus
 from bpf.ringbuf import RingBuffer
-from bpf.structs import Passed, PassedKey, Passing
+from bpf.structs import Number, Paired, Passed, PassedKey, Passing
 
 
 class PassedMaps:
@@ -82,12 +82,17 @@ class Leftovers:
     def sweep(self) -> int:
         """Delete what was left the last time, too: by now the proxy has read it, and no program
         counts in it any more. How many."""
-        gone = {
-            (name, key)
-            for name, fd in self._fds.items()
-            for key, _ in syscall.entries(fd, layout.U64.size, self._MAPS[name])
-            if syscall.lookup(self._sockets, key, layout.U64.size) is None
-        }
+        gone = set[tuple[str, bytes]]()
+        # Whose request may still be answered, though they are gone: the proxy reads of it then.
+        asked = set[bytes]()
+        for name, fd in self._fds.items():
+            for key, value in syscall.entries(fd, layout.U64.size, self._MAPS[name]):
+                if syscall.lookup(self._sockets, key, layout.U64.size) is None:
+                    gone.add((name, key))
+                elif name == "paired":
+                    client = layout.PAIRED.unpack(Paired, value).client
+                    asked.add(layout.U64.pack(Number(client)))
+        gone -= {("exchanges", client) for client in asked}
         old = gone & self._gone
         self._gone = gone - old
         return sum(syscall.delete(self._fds[name], key) for name, key in old)

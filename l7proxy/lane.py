@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from l7proxy.entry import Entry
 from l7proxy.forwarding import ClientAddress, new_request_id, said_id
 from l7proxy.http1_codec import date
-from l7proxy.http1_head import parse_request
+from l7proxy.http1_head import parse_fields, parse_request
 from l7proxy.lease import Lease
 from l7proxy.message import RequestHead
 from l7proxy.record import Record
@@ -233,8 +233,11 @@ class Lane:
     def hand_over(self, received: bytes = b"") -> None:
         """Let the exchange go on. `received` is what has come of the response."""
         server = self.server
-        size = len(self._request) - self._body
-        head, _ = parse_request(self._request[:size], server.scheme, server.settings)
+        size, end = len(self._request) - self._body, self._found[9] - 2
+        # What was added counts against no limit of the client's.
+        head, _ = parse_request(self._request[:end] + b"\r\n", server.scheme, server.settings)
+        added = self._request[end : size - 2]
+        head.headers += parse_fields(added, added.count(b"\r\n"))
         self.busy = False
         stream = self._connection.take_over(head, received)
         lease = Lease(self._cluster, self._member, self._pool, stream, self._end.way, reused=True)

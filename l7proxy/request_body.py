@@ -52,14 +52,15 @@ class MirrorFeed:
 
 
 class RequestBody:
-    """Reads a stream's body on behalf of one attempt at a time; `whole`: it has been read."""
+    """Reads a stream's body on behalf of one attempt at a time; `whole`: it has been read, or it is
+    none of the proxy's any more (b"")."""
 
-    def __init__(self, stream: ServerStream, whole: bytes = b"") -> None:
+    def __init__(self, stream: ServerStream, whole: bytes | None = None) -> None:
         self._stream = stream
         self._length = stream.head.body if isinstance(stream.head.body, int) else None
         self._kept = [whole] if whole else []
-        self._kept_size = self.received = len(whole)
-        self._whole = bool(whole)
+        self._kept_size = self.received = len(whole or b"")
+        self._whole = whole is not None
         self._feeds: list[MirrorFeed] = []
         self._reading: asyncio.Task[None] | None = None
         self.repeatable = True

@@ -111,6 +111,7 @@ class SeriesNumbers:
                 return None
             self._next += 1
             self._numbers[series] = number
+        self._unused.discard(number)
         found = self._held.get(number)
         if found is None:
             found = self._held[number] = Numbered(number, series)
@@ -140,9 +141,10 @@ class SeriesNumbers:
         }
 
     async def forget(self, unused: Collection[int]) -> None:
-        """Let numbers go that still nobody holds, and on which nothing is counted any more."""
+        """Let numbers go that nobody has held since, and on which nothing is counted any more."""
         if not self._path:
             return
+        unused = self._unused.intersection(unused)
         self._numbers = {
             series: number
             for series, number in self._numbers.items()

@@ -119,6 +119,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.heads: list[bytes] = []
+        self.connections = 0
         self.bodies: list[bytes] = []
         self.port = 0
         self.gate = asyncio.Event()
@@ -127,6 +128,7 @@ class Backend:
         self.sent = 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             self.heads.append(head)
@@ -461,6 +463,39 @@ async def test_a_body_goes_along_and_is_kept_for_another_try(fast):
             assert backend.bodies[-1] == b"abc"
             assert (backend.heads[-1] == head) is (fast and name == "plain")
         assert backend.bodies == [b"abc"] * 3
+
+
+@both
+async def test_an_empty_body_is_whole_for_another_try(fast):
+    """Nobody waits for more of it, so that the connection of that try can be used again."""
+    async with scene(fast=fast) as (_, port, backend), connected(port) as (reader, writer):
+        before = backend.connections
+        async with asyncio.timeout(5):
+            for name in ("plain", "nothing-once", "plain", "plain"):
+                head = f"DELETE /{name} HTTP/1.1\r\nHost: web\r\nContent-Length: 0\r\n\r\n"
+                writer.write(head.encode())
+                message = await read_message(reader)
+                assert message is not None
+                assert message.status == 200
+        # That of the other try.
+        assert backend.connections == before + 1
+
+
+@both
+async def test_what_is_added_is_no_field_of_the_client_s(fast):
+    """As many as there may be, and a response that is not the lane's to read."""
+    async with (
+        scene(fast=fast, door="outside") as (_, port, backend),
+        connected(port) as (reader, writer),
+    ):
+        fields = "".join(f"X-{number}: y\r\n" for number in range(99))
+        async with asyncio.timeout(5):
+            for name in ("plain", "chunked", "plain"):
+                writer.write(f"GET /{name} HTTP/1.1\r\nHost: web\r\n{fields}\r\n".encode())
+                message = await read_message(reader)
+                assert message is not None
+                assert message.status == 200
+        assert all(b"\r\nx-forwarded-for: " in head.lower() for head in backend.heads)
 
 
 @both

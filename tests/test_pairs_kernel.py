@@ -1448,6 +1448,31 @@ def test_what_is_left_of_sockets_that_are_gone_is_swept_away(world):
     with_backend(world, test)
 
 
+def test_a_request_whose_client_is_gone_is_told_of_however_long_it_takes(world):
+    """What is swept away meanwhile is not what tells of it."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        leftovers = passed_maps.Leftovers(world.pin)
+        exchanges = maps.PinnedMap(world.pin, "exchanges", Number, Exchange)
+        async with paired(world) as own:
+            own.writer.write(get("/slow/1", "web").encode())
+            await backend.reached.wait()
+        await own.offered(stands=False)
+        for _ in range(3):
+            leftovers.sweep()
+        assert exchanges.get(Number(own.cookie)) is not None
+        backend.go_on.set()
+        await logged(here, "/slow/1")
+        async with asyncio.timeout(5):
+            while exchanges.get(Number(own.cookie)) is not None:
+                leftovers.sweep()
+                await asyncio.sleep(0.01)
+        exchanges.close()
+        leftovers.close()
+
+    with_backend(world, test)
+
+
 def test_an_offer_to_another_socket_is_none(world):
     """Its memory may have become another's between being found and being read."""
 

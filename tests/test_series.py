@@ -112,3 +112,16 @@ def test_a_reader_follows_a_file_that_is_written_anew(tmp_path: Path) -> None:
     assert third is not None
     assert [reader.get(one.number) for one in (third, second)] == [series(2), series(1)]
     assert reader.get(number) is None
+
+
+def test_a_number_that_was_used_meanwhile_stays(tmp_path: Path) -> None:
+    """Since it was found unused something may have been counted under it."""
+    numbers, reader = SeriesNumbers(str(tmp_path), limit=4), SeriesReader(tmp_path)
+    number = getattr(numbers.number(series(0)), "number", 0)
+    assert numbers.unused() == {}
+    unused = numbers.unused()
+    assert unused == {number: series(0)}
+    assert numbers.number(series(0)) is not None  # and nobody holds it any more
+    asyncio.run(numbers.forget(unused))
+    assert reader.get(number) == series(0)
+    assert getattr(numbers.number(series(0)), "number", 0) == number

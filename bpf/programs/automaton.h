@@ -187,7 +187,8 @@ static __always_inline int automaton_facts(const struct automaton *automaton,
 	u64 events = walk->count >> AUTOMATON_EVENT_SHIFT;
 	u64 twice = 0;
 
-	if (events > AUTOMATON_EVENTS)
+	/* The next place is written to by whatever follows, a body too: it must not be the first one. */
+	if (events >= AUTOMATON_EVENTS)
 		return -1;
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < AUTOMATON_EVENTS; i++) {
