@@ -149,7 +149,8 @@ class Node:
 
     def __enter__(self):
         self.weft = self.running.__enter__()
-        self.weft.await_status(lambda status: status["ready"])
+        # Its port may have been taken by another connection for a moment: it is tried again.
+        self.weft.await_status(lambda status: status["ready"] and not status["problems"])
         return self
 
     def __exit__(self, *error):
