@@ -60,6 +60,9 @@ async def test_cilium_policies_show_conditions_beside_those_of_others(world):
         if one["type"] == "Programmed"
     )
     assert "node b: there is no mesh on this node, so no policy is enforced" in said
+    # What was still to be written of that is written before what comes after it.
+    world.server.create(policy("CiliumNetworkPolicy", "next"))
+    await world.until(lambda: conditions(world, "ciliumnetworkpolicies", "next"))
     written = _writes(world, "p")
     assert written
     world.server.change(policy("CiliumNetworkPolicy"), {"metadata": {"labels": {"a": "b"}}})
