@@ -248,7 +248,10 @@ class Pairing:
                 brought += len(more)
                 kept.bring(more)
                 self._moved_at = time.monotonic()
-            if passed.outstanding:
+            # What a backend sends is counted before it comes here, unless its socket was enrolled
+            # before the program was attached: then this is the response, and nobody counts it.
+            uncounted = bool(passed.outstanding and kept.unread and not passed.left)
+            if passed.outstanding and not uncounted:
                 failure = self._failure(kept, cut=ended() and passed.unsent != brought)
                 # Where it went is sure only if it was not just then on its way there.
                 if failure is not None and self._handles.passed(self._client) == passed:
@@ -269,7 +272,7 @@ class Pairing:
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
-            handed = passed.handed != self._before.handed
+            handed = uncounted or passed.handed != self._before.handed
             if not moved and not handed:
                 # A request could be passing just now, by the offer as it was; by numbers it could
                 # not if the client had sent something here, or a response had come here.
@@ -299,11 +302,11 @@ class Pairing:
                 return follower.broken(begun, "upstream_reset", "the response did not end")
             if handed:
                 # What is left of the request may pass or come here: nobody could tell it apart.
-                self.lost = passed.unsent != brought
+                self.lost = uncounted or passed.unsent != brought
                 begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
                 self._held.remove(last)
                 self._keep_good()
-                last_one = passed.parted != last.parted
+                last_one = uncounted or passed.parted != last.parted
                 return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed

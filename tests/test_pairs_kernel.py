@@ -23,7 +23,7 @@ from support.proxy import Message, get, ok, read_body, read_message, rule, to
 from support.two_nodes import Authority, life
 from test_mesh_kernel import Node, node, scenario, served
 
-from bpf import layout, maps
+from bpf import attach, layout, maps
 from bpf import passed as passed_maps
 from bpf.automaton import Automata
 from bpf.constants import EXCHANGES_MAX
@@ -1469,6 +1469,29 @@ def test_a_request_whose_client_is_gone_is_told_of_however_long_it_takes(world):
                 await asyncio.sleep(0.01)
         exchanges.close()
         leftovers.close()
+
+    with_backend(world, test)
+
+
+def test_a_backend_s_socket_from_before_the_programs_answers_too(world):
+    """They are attached once the self-test has passed, which need not be its first try."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        attach.detach_pairs(world.pin)
+        async with paired(world, first=False) as own:
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+        attach.attach_pairs(world.pin)
+        counts = Counts(world)
+        async with paired(world) as own:
+            message = await own.ask(get("/b", "web"))
+            assert message.body == b"/b"
+            assert ("connection", "close") in message.headers
+            assert await own.ended()
+        assert counts.since == (1, 0, 0)
+        await logged(here, "/b")
+        async with paired(world) as own:
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+        assert counts.since == (2, 1, 0)
 
     with_backend(world, test)
 
