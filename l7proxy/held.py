@@ -28,7 +28,6 @@ class Allowed(NamedTuple):
     ingress: int
     rule: int
     expires_ns: int
-    made_ns: int
     series: Numbered
     response_max: int
     timeout_s: float | None

@@ -23,6 +23,7 @@ from bpf.proxy import Offer
 from bpf.structs import Exchange
 from l7proxy import metrics
 from l7proxy.begun import Begun, begun
+from l7proxy.changes import Changes
 from l7proxy.handles import Handles
 from l7proxy.held import Follower, Held, Place, to_offer
 from l7proxy.message import RequestHead
@@ -46,6 +47,7 @@ class Pairing:
         self,
         handles: Handles,
         client: int,
+        changes: Changes,
         opened: Callable[[Pairing], None],
         closed: Callable[[Pairing], None],
         settled: Callable[[], Awaitable[None]],
@@ -60,6 +62,7 @@ class Pairing:
         self.active: Callable[[], None] = lambda: None
         self._handles = handles
         self._client = client
+        self._changes = changes
         self._opened = opened
         self._closed = closed
         self._settled = settled
@@ -67,6 +70,7 @@ class Pairing:
         self._held: list[Held] = []  # the first was offered first
         self._missed = False  # a request that is served comes from the others' share
         self._gone = False  # the client is
+        self._offer: Offer | None = None  # what stands
         self._before = _NOTHING  # when it was offered
         self._seen = _NOTHING  # when it was last looked at, and what had changed since
         self._moved_at = 0.0
@@ -126,7 +130,7 @@ class Pairing:
             handed=passed.handed,
             until=passed.forwarded + min(_MANY if most is None else most, _MANY),
             expires_ns=min(one.expires_ns for one in allowed),
-            made_ns=newest.made_ns,
+            made_ns=self._changes.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
         for held in self._held:
@@ -140,6 +144,7 @@ class Pairing:
             self._forget(self._held)
             self._let_go(passed if not passed.outstanding else None)
             return sent
+        self._offer = offer
         self._before = self._seen = passed
         self.offered = True
         self.due = False
@@ -183,11 +188,20 @@ class Pairing:
         if self._held:
             self._let_go(self._handles.passed(self._client))
 
+    def changed(self) -> None:
+        """Another configuration is in force, by which what is offered may still be right."""
+        if not all(held.follower.current() for held in self._held):
+            self.dissolve()
+        elif self._offer is not None:
+            self._offer = self._offer._replace(made_ns=self._changes.made_ns)
+            if not self._handles.offer(self._offer):
+                self.dissolve()
+
     def dissolve(self) -> None:
         """No request passes any more, and `take_over` is due; what is held while a request is
         served is let go."""
         if self.offered:
-            self._handles.withdraw(self._client)
+            self._withdraw()
             self._be_due()
         else:
             self._keep([])
@@ -196,7 +210,7 @@ class Pairing:
         """The client's connection is gone; `ended`: the client had said that it sends no more."""
         self._gone = True
         if self.offered:
-            self._handles.withdraw(self._client)
+            self._withdraw()
             self._withdrawn()
             # Now that no response passes any more: it is told of here, or the kernel has.
             passed = self._handles.passed(self._client)
@@ -228,7 +242,7 @@ class Pairing:
         before. `moved`: the client has sent something here since the offer, or its end; `ended`:
         its end. `take` gives what it has sent, up to so many bytes: the rest of a request that has
         begun; what `give` is told is sent to it: the rest of a response."""
-        self._handles.withdraw(self._client)
+        self._withdraw()
         wait_s = _FIRST_LOOK_S
         brought = 0
         asked = moved
@@ -443,6 +457,10 @@ class Pairing:
         self.due = True
         self._happened.set()
         self.wake()
+
+    def _withdraw(self) -> None:
+        self._offer = None
+        self._handles.withdraw(self._client)
 
     def _withdrawn(self) -> None:
         self.offered = self.due = False
