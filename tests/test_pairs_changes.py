@@ -23,7 +23,6 @@ from mesh.model.nodeconfig import (
     NodeSection,
     Section,
     Settings,
-    WorkloadSection,
 )
 from mesh.model.policyconfig import CidrSection
 from mesh.model.section import (
