@@ -7,13 +7,14 @@ kernel together; nothing of what passes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from bpf.constants import PAIR_SHARES, PAIR_WAYS
-from bpf.structs import Way
+from bpf.constants import PAIR_SHARES, PAIR_WAYS, RESPONSE_MAX
+from bpf.structs import Exchange, Way
 from l7proxy.begun import Begun
+from l7proxy.handles import Handles
 from l7proxy.pool import IDLE_S
 from l7proxy.series import Numbered
 from l7proxy.streams import ClientStream, Handler, Kept
@@ -108,9 +109,96 @@ class Held:
         kept.let_go(reusable=not useless, used=self.used)
 
 
-def to_offer(held: Sequence[Held]) -> list[Held]:
+def to_offer(held: Iterable[Held]) -> list[Held]:
     """Those that can be offered together: the newest, and what is decided by the same as that."""
     good = [one for one in held if one.good]
     return [one for one in good if one.follower.allowed[:3] == good[-1].follower.allowed[:3]][
         -PAIR_WAYS:
     ]
+
+
+class Holding:
+    """All that are held for a client's socket, the first was offered first. `emptied` is called
+    when the last one was let go."""
+
+    def __init__(self, handles: Handles, client: int, emptied: Callable[[], None]) -> None:
+        self._handles = handles
+        self._client = client
+        self._emptied = emptied
+        self._all: list[Held] = []
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def current(self) -> bool:
+        """Nothing has changed that any of these was decided by."""
+        return all(one.follower.current() for one in self._all)
+
+    @property
+    def large(self) -> bool:
+        """Responses may take more memory than most may."""
+        return any(one.follower.allowed.response_max > RESPONSE_MAX for one in self._all)
+
+    @property
+    def timeout_s(self) -> float | None:
+        """Of a request: the shortest there is."""
+        times = (one.follower.allowed.timeout_s for one in self._all)
+        return min((one for one in times if one is not None), default=None)
+
+    def last(self, passed: Exchange) -> Held:
+        """The one that the last request has gone to."""
+        cookie = passed.backend
+        return next((one for one in self._all if one.kept.cookie == cookie), self._all[-1])
+
+    def others_unfit(self, last: Held) -> list[Held]:
+        """Those but `last` that cannot be offered any more."""
+        return [one for one in self._all if one is not last and not one.good]
+
+    def add(self, held: Held) -> None:
+        self._all.append(held)
+
+    def take(self, held: Held) -> None:
+        """It is somebody else's from now on."""
+        self._all.remove(held)
+
+    def keep(self, held: list[Held]) -> None:
+        """Of what is held, and not offered, these; the others are let go."""
+        if len(held) != len(self._all):
+            passed = self._handles.passed(self._client)
+            parted = 0 if passed is None else passed.parted
+            gone, self._all = [one for one in self._all if one not in held], held
+            for one in gone:
+                one.let_go(parted)
+        if not held:
+            self._emptied()
+
+    def keep_good(self) -> None:
+        self.keep([one for one in self._all if one.good])
+
+    def drop(self, gone: Collection[Held], parted: int) -> None:
+        """Let these go, which were offered."""
+        self._all = [one for one in self._all if one not in gone]
+        self.forget(gone)
+        for one in gone:
+            one.let_go(parted)
+
+    def forget(self, gone: Collection[Held] | None = None) -> None:
+        """No response of these (None: of any) passes any more."""
+        for one in self._all if gone is None else gone:
+            one.note(self._handles.forget(one.kept.cookie))
+            if one.answered:
+                one.follower.answered()
+
+    def let_go(self, passed: Exchange | None) -> None:
+        """All. `passed` None: none is used again, nobody knows what is on its way there."""
+        gone, self._all = self._all, []
+        for one in gone:
+            if passed is None:
+                one.kept.let_go(reusable=False)
+            else:
+                one.let_go(passed.parted)
+        self._emptied()

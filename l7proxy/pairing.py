@@ -17,7 +17,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable
 
-from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
@@ -25,7 +24,7 @@ from l7proxy import metrics
 from l7proxy.begun import Begun, begun
 from l7proxy.changes import Changes
 from l7proxy.handles import Handles
-from l7proxy.held import Follower, Held, Place, to_offer
+from l7proxy.held import Follower, Held, Holding, Place, to_offer
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -64,10 +63,9 @@ class Pairing:
         self._client = client
         self._changes = changes
         self._opened = opened
-        self._closed = closed
         self._settled = settled
         self._proposal: tuple[Kept, Follower] | None = None
-        self._held: list[Held] = []  # the first was offered first
+        self._held = Holding(handles, client, lambda: closed(self))
         self._missed = False  # a request that is served comes from the others' share
         self._gone = False  # the client is
         self._offer: Offer | None = None  # what stands
@@ -86,7 +84,7 @@ class Pairing:
 
     @property
     def proposed(self) -> bool:
-        return (self._proposal is not None or bool(self._held)) and not self.offered
+        return (self._proposal is not None or len(self._held) > 0) and not self.offered
 
     def taken(self, rule: Hashable) -> Collection[Place]:
         """Those of a rule that the request to be served is not for: they have had their share."""
@@ -98,18 +96,17 @@ class Pairing:
     def leave(self, endpoint: str) -> None:
         """A request that is served is to go there: what is held might be the last connection that
         it can have."""
-        self._keep([held for held in self._held if held.follower.place.endpoint != endpoint])
+        self._held.keep([one for one in self._held if one.follower.place.endpoint != endpoint])
 
     @property
     def large(self) -> bool:
         """Responses may take more memory than most may."""
-        return any(held.follower.allowed.response_max > RESPONSE_MAX for held in self._held)
+        return self._held.large
 
     @property
     def timeout_s(self) -> float | None:
         """Of a request, if it passes by the proxy: the shortest there is."""
-        times = (held.follower.allowed.timeout_s for held in self._held)
-        return min((one for one in times if one is not None), default=None)
+        return self._held.timeout_s
 
     def offer(self, received: int, send: Callable[[], bool], most: int | None = None) -> bool:
         """A request was served but for the last bytes of its response, which `send` gives to the
@@ -141,8 +138,8 @@ class Pairing:
         if not sent or not (room := self._handles.offer(offer)):
             if ready and not room:
                 metrics.PAIRS_REFUSED.inc()
-            self._forget(self._held)
-            self._let_go(passed if not passed.outstanding else None)
+            self._held.forget()
+            self._held.let_go(passed if not passed.outstanding else None)
             return sent
         self._offer = offer
         self._before = self._seen = passed
@@ -161,23 +158,10 @@ class Pairing:
             # A backend that answers what it has not read would be sent more and more: the kernel
             # looks at the sender's own queue only.
             if kept.held and not self._handles.queued(kept.cookie):
-                self._held.append(Held(*proposal, parted))
+                self._held.add(Held(*proposal, parted))
             else:
                 kept.let_go(reusable=True)
-        self._keep(to_offer(self._held))
-
-    def _keep(self, held: list[Held]) -> None:
-        """Of what is held, and not offered, these; the others are let go."""
-        if len(held) != len(self._held):
-            passed = self._handles.passed(self._client) or _NOTHING
-            gone, self._held = [one for one in self._held if one not in held], held
-            for one in gone:
-                one.let_go(passed.parted)
-        if not held:
-            self._closed(self)
-
-    def _keep_good(self) -> None:
-        self._keep([held for held in self._held if held.good])
+        self._held.keep(to_offer(self._held))
 
     def decline(self) -> None:
         """There will be no offer after this request."""
@@ -186,11 +170,11 @@ class Pairing:
             self._proposal = None
         self._missed = False
         if self._held:
-            self._let_go(self._handles.passed(self._client))
+            self._held.let_go(self._handles.passed(self._client))
 
     def changed(self) -> None:
         """Another configuration is in force, by which what is offered may still be right."""
-        if not all(held.follower.current() for held in self._held):
+        if not self._held.current:
             self.dissolve()
         elif self._offer is not None:
             self._offer = self._offer._replace(made_ns=self._changes.made_ns)
@@ -204,7 +188,7 @@ class Pairing:
             self._withdraw()
             self._be_due()
         else:
-            self._keep([])
+            self._held.keep([])
 
     def close(self, *, ended: bool) -> None:
         """The client's connection is gone; `ended`: the client had said that it sends no more."""
@@ -216,9 +200,9 @@ class Pairing:
             passed = self._handles.passed(self._client)
             whole = passed is not None and not self._under_way(passed)
             if passed is not None and not whole:
-                follower = self._last(passed).follower
+                follower = self._held.last(passed).follower
                 follower.over(self._begun(passed, follower), "client_gone", "the connection ended")
-            self._let_go(passed if ended and whole else None)
+            self._held.let_go(passed if ended and whole else None)
         else:
             self.decline()
 
@@ -251,9 +235,9 @@ class Pairing:
             if passed is None:  # nobody can tell what came before and what comes now
                 self.lost = True
                 self._withdrawn()
-                self._let_go(None)
+                self._held.let_go(None)
                 return None
-            last = self._last(passed)
+            last = self._held.last(passed)
             kept, follower = last.kept, last.follower
             # What has been received by now was sent after all that has passed of the request: the
             # kernel passes no more of it once something has come here.
@@ -271,7 +255,7 @@ class Pairing:
                 if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
                     self._withdrawn()
-                    self._let_go(None)
+                    self._held.let_go(None)
                     begun = self._begun(passed, follower)
                     if not failure[0]:
                         follower.over(begun, *failure[1:])
@@ -279,7 +263,7 @@ class Pairing:
                     if begun.status:
                         return follower.broken(begun, *failure[1:])
                     return follower.fail(begun, *failure)
-                if any(held is not last and not held.good for held in self._held):
+                if self._held.others_unfit(last):
                     await self._settled()
                     self._drop_others()
                     continue
@@ -299,8 +283,8 @@ class Pairing:
             self._withdrawn()
             self.count = passed.forwarded - self._before.forwarded & _U32
             if handed and passed.left:
-                self._held.remove(last)
-                self._let_go(passed)
+                self._held.take(last)
+                self._held.let_go(passed)
                 begun = self._begun(passed, follower)
                 missing = await self._bring_back(passed, last, give)
                 if not missing:
@@ -318,36 +302,25 @@ class Pairing:
                 # What is left of the request may pass or come here: nobody could tell it apart.
                 self.lost = uncounted or passed.unsent != brought
                 begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
-                self._held.remove(last)
-                self._keep_good()
+                self._held.take(last)
+                self._held.keep_good()
                 last_one = uncounted or passed.parted != last.parted
                 return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
             if asked:
-                self._keep_good()
+                self._held.keep_good()
             else:
-                self._let_go(passed)
+                self._held.let_go(passed)
             return None
         return None  # the client is gone
-
-    def _last(self, passed: Exchange) -> Held:
-        """The one that the last request has gone to."""
-        cookie = passed.backend
-        return next((held for held in self._held if held.kept.cookie == cookie), self._held[-1])
 
     def _drop_others(self) -> None:
         """Let go what cannot be offered any more and what is outstanding has not gone to; nothing
         passes by the offer any more."""
         passed = self._handles.passed(self._client)
-        if passed is None or not self.offered:
-            return
-        last = self._last(passed)
-        gone = [held for held in self._held if held is not last and not held.good]
-        self._held = [held for held in self._held if held not in gone]
-        self._forget(gone)
-        for held in gone:
-            held.let_go(passed.parted)
+        if passed is not None and self.offered:
+            self._held.drop(self._held.others_unfit(self._held.last(passed)), passed.parted)
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
@@ -406,10 +379,10 @@ class Pairing:
         whose body has not gone on for so long; what nothing has passed over for too long is not
         held any more."""
         if not self.offered:
-            self._keep_good()
+            self._held.keep_good()
             return
         passed = self._handles.passed(self._client)
-        if passed is None or not all(held.follower.current() for held in self._held):
+        if passed is None or not self._held.current:
             self._be_due()
             return
         if self._used(passed):
@@ -423,7 +396,7 @@ class Pairing:
             if any(held.old for held in self._held):
                 self._be_due()
             return
-        last = self._last(passed)
+        last = self._held.last(passed)
         last.used = now
         allowed = last.follower.allowed
         timeout_s = allowed.timeout_s
@@ -451,7 +424,7 @@ class Pairing:
         if self.offered:
             self._be_due()
         else:
-            self._keep_good()
+            self._held.keep_good()
 
     def _be_due(self) -> None:
         self.due = True
@@ -464,23 +437,7 @@ class Pairing:
 
     def _withdrawn(self) -> None:
         self.offered = self.due = False
-        self._forget(self._held)
-
-    def _forget(self, gone: Collection[Held]) -> None:
-        for held in gone:
-            held.note(self._handles.forget(held.kept.cookie))
-            if held.answered:
-                held.follower.answered()
-
-    def _let_go(self, passed: Exchange | None) -> None:
-        """`passed` None: no connection is used again, nobody knows what is on its way there."""
-        gone, self._held = self._held, []
-        for held in gone:
-            if passed is None:
-                held.kept.let_go(reusable=False)
-            else:
-                held.let_go(passed.parted)
-        self._closed(self)
+        self._held.forget()
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))
