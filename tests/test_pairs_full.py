@@ -19,7 +19,7 @@ from support.proxy import get
 from test_mesh_kernel import Node
 from test_pairs_kernel import Backend, Counts, paired, with_backend
 
-from bpf import maps, syscall
+from bpf import maps, pins, syscall
 from bpf.passed import Leftovers
 from bpf.reasons import Reason
 from bpf.structs import Exchange, Number
@@ -169,5 +169,27 @@ def test_requests_of_which_nobody_could_be_told_are_counted_as_lost_flows(
                     await asyncio.sleep(0.01)
             assert store.lost["kernel"] == untold
             passed.close()
+
+    with_backend(world, test)
+
+
+def test_an_agent_that_cannot_see_what_passes_holds_nothing_and_tries_again(world, tmp_path):
+    async def test(here: Node, backend: Backend) -> None:
+        passed = agent_passed.PassedBy(
+            world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None
+        )
+        ring = pins.map_path(world.pin, "passings")
+        ring.rename(ring.with_name("away"))
+        before = os.listdir("/proc/self/fd")
+        passed.start()
+        assert os.listdir("/proc/self/fd") == before
+        ring.with_name("away").rename(ring)
+        passed.start()
+        async with paired(world) as own:
+            await own.ask(get("/a", "web"))
+            async with asyncio.timeout(5):
+                while not passed.counted():
+                    await asyncio.sleep(0.01)
+        passed.close()
 
     with_backend(world, test)
