@@ -226,6 +226,7 @@ TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), Fa
             "node a: UNPAIRED 2: a message of the proxy came before",
         ),
         ({"passing": {"a", "b"}}, "node b: no request has passed by the proxy"),
+        ({"totals": GOOD.totals._replace(complete=11)}, "only 1 requests have passed by the proxy"),
     ],
 )
 def test_what_is_not_as_it_should_be_is_told(change: dict[str, Any], problem: str | None) -> None:
