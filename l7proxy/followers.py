@@ -79,6 +79,7 @@ def follower(
         Place((match.route, rule.index), rule.backends.index(backend), lease.endpoint_id, share),
         record.head.authority,
         current=lambda: not (lease.ejected or pairs.changes.since(version, about)),
+        pool=lease.pool,
         resume=resumed,
         fail=lambda begun, *why: resume(sent(begun, Reply(*why))),
         broken=lambda begun, *why: resume(sent(begun, Reply(502, *why))),

@@ -90,13 +90,12 @@ class Pairing:
         """Those of a rule that the request to be served is not for: they have had their share."""
         if not self._missed:
             return ()
-        places = (held.follower.place for held in self._held)
+        places = (one.place for one in self._held.followers)
         return [place for place in places if place.rule == rule]
 
     def leave(self, endpoint: str) -> None:
-        """A request that is served is to go there: what is held might be the last connection that
-        it can have."""
-        self._held.keep([one for one in self._held if one.follower.place.endpoint != endpoint])
+        """A request that is served is to go there."""
+        self._held.leave(endpoint)
 
     @property
     def large(self) -> bool:
@@ -116,14 +115,16 @@ class Pairing:
         self._choose(passed.parted)
         if not self._held:
             return False
-        allowed = [held.follower.allowed for held in self._held]
+        allowed = [one.allowed for one in self._held.followers]
         newest = allowed[-1]
         offer = Offer(
             self._client,
             *newest[:3],
-            ways=tuple(held.way for held in self._held),
+            ways=tuple(way for held in self._held for way in held.ways),
             client_received=received,
-            backends_received=tuple(held.kept.received for held in self._held),
+            backends_received=tuple(
+                held.kept.received for held in self._held for _ in held.followers
+            ),
             handed=passed.handed,
             until=passed.forwarded + min(_MANY if most is None else most, _MANY),
             expires_ns=min(one.expires_ns for one in allowed),
@@ -158,7 +159,7 @@ class Pairing:
             # A backend that answers what it has not read would be sent more and more: the kernel
             # looks at the sender's own queue only.
             if kept.held and not self._handles.queued(kept.cookie):
-                self._held.add(Held(*proposal, parted))
+                self._held.add(*proposal, parted)
             else:
                 kept.let_go(reusable=True)
         self._held.keep(to_offer(self._held))
@@ -200,7 +201,7 @@ class Pairing:
             passed = self._handles.passed(self._client)
             whole = passed is not None and not self._under_way(passed)
             if passed is not None and not whole:
-                follower = self._held.last(passed).follower
+                follower = self._held.last(passed).last(passed)
                 follower.over(self._begun(passed, follower), "client_gone", "the connection ended")
             self._held.let_go(passed if ended and whole else None)
         else:
@@ -238,7 +239,7 @@ class Pairing:
                 self._held.let_go(None)
                 return None
             last = self._held.last(passed)
-            kept, follower = last.kept, last.follower
+            kept, follower = last.kept, last.last(passed)
             # What has been received by now was sent after all that has passed of the request: the
             # kernel passes no more of it once something has come here.
             left = passed.unsent - brought if passed.outstanding else 0
@@ -326,7 +327,8 @@ class Pairing:
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
     ) -> int:
         """The rest of a response that has begun past the proxy; how many bytes have not come."""
-        left, kept, timeout_s = passed.left, last.kept, last.follower.allowed.timeout_s
+        left, kept = passed.left, last.kept
+        timeout_s = last.last(passed).allowed.timeout_s
         while left:
             more = kept.take(left)
             late = timeout_s is not None and (
@@ -398,7 +400,7 @@ class Pairing:
             return
         last = self._held.last(passed)
         last.used = now
-        allowed = last.follower.allowed
+        allowed = last.last(passed).allowed
         timeout_s = allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
             self._overdue = allowed.late

@@ -9,23 +9,26 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from bpf_world import needs_bpf
 from redirect_world import World, redirect_world
-from support.proxy import get
+from support.mesh import mesh_route
+from support.proxy import get, rule, to
 from test_mesh_kernel import Node
-from test_pairs_kernel import Backend, Counts, paired, with_backend
+from test_pairs_kernel import Backend, Counts, change, paired, with_backend
 
 from bpf import maps, pins, syscall
+from bpf.constants import PAIR_WAYS
 from bpf.passed import Leftovers
 from bpf.reasons import Reason
 from bpf.structs import Exchange, Number
 from mesh.agent import passed as agent_passed
 from mesh.agent.flow_peers import Peers
 from mesh.agent.flows import FlowStore
+from mesh.model.routeconfig import PathMatch, RouteMatch
 
 pytestmark = needs_bpf
 # Cookies of sockets that were never there.
@@ -191,5 +194,32 @@ def test_an_agent_that_cannot_see_what_passes_holds_nothing_and_tries_again(worl
                 while not passed.counted():
                     await asyncio.sleep(0.01)
         passed.close()
+
+    with_backend(world, test)
+
+
+def test_more_rules_than_ways(world):
+    """The newest have theirs, and the others' requests go through the proxy."""
+    count = PAIR_WAYS + 8
+
+    async def test(here: Node, backend: Backend) -> None:
+        matches = [RouteMatch(PathMatch("PathPrefix", f"/a/{number}")) for number in range(count)]
+        rules = [rule(to("web"), matches=(match,)) for match in (*matches, RouteMatch())]
+        await change(here, mesh_route("r", *rules[:16]) | mesh_route("r2", *rules[16:32]))
+        await change(here, mesh_route("r3", *rules[32:]))
+        async with paired(world) as own:
+
+            async def ask(numbers: Iterable[int]) -> int:
+                counts = Counts(world)
+                for number in numbers:
+                    assert (await own.ask(get(f"/a/{number}", "web"))).body == b"/a/%d" % number
+                    await own.offered()
+                return counts.since[1]
+
+            assert await ask(range(count)) == 0
+            assert await ask(range(8, count)) == PAIR_WAYS
+            assert await ask(range(8)) == 0
+            assert await ask(range(8)) == 8
+            assert await ask(range(16, count)) == PAIR_WAYS - 8
 
     with_backend(world, test)
