@@ -4,8 +4,10 @@ decided by, and no others. A real worker, real programs, workloads' real sockets
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from bpf_world import needs_bpf
 from redirect_world import NODE, OTHER, VIP, World, redirect_world
@@ -119,6 +121,24 @@ def test_what_is_about_a_pair_ends_it(world, which):
             assert counts.since == (1, 1, 0)
             await in_force(here, *changes(here.own_port)[which])  # type: ignore[attr-defined]
             await own.ask(get("/a", "web"))
+            assert counts.since == (1, 1, 0)
+
+    with_backend(world, test)
+
+
+def test_an_agent_that_comes_after_another_ends_nothing(world):
+    """It sends the whole, and nothing of it is another."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        async with paired(world) as own:
+            counts = Counts(world)
+            here.proxy.config = msgspec.structs.replace(
+                here.proxy.config, made_ns=time.monotonic_ns()
+            )
+            await here.proxy.connect()
+            with contextlib.closing(Generation(world.pin)) as generation:
+                generation.end_offers(here.proxy.config.made_ns)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
             assert counts.since == (1, 1, 0)
 
     with_backend(world, test)
