@@ -18,11 +18,12 @@ from typing import NamedTuple
 import pytest
 from bpf_world import needs_bpf
 from redirect_world import NODE, OTHER, VIP, World, redirect_world
-from support.mesh import mesh_route
+from support.mesh import mesh_route, workload
 from support.proxy import ok, rule, to
 from test_mesh_kernel import Node, node, scenario, served
 from test_pairs_kernel import Counts, configure
 
+from bpf.settings import Generation
 from mesh.model.nodeconfig import ClusterSection, Endpoint, EntryBackend, Section
 from mesh.model.routeconfig import PathMatch, RouteMatch
 from mesh.model.section import cluster_key
@@ -248,12 +249,16 @@ class Client:
 
 
 async def change(here: Node, until: float) -> int:
-    """Now and then something else is in force that comes to the same."""
+    """Now and then something else is in force: that comes to the same, or is about others."""
     number = 0
-    while time.monotonic() < until:
-        await asyncio.sleep(0.1)
-        number += 1
-        assert await here.proxy.apply(route(f"n{number % 2}")) == {}
+    with contextlib.closing(Generation(here.world.pin)) as generation:
+        while time.monotonic() < until:
+            await asyncio.sleep(0.02)
+            number += 1
+            others = workload("x", "10.244.9.9", "front", node="far", identity=400 + number % 2)
+            put = route(f"n{number % 2}") if number % 5 == 0 else others
+            assert await here.proxy.apply(put) == {}
+            generation.end_offers(here.proxy.config.made_ns)
     return number
 
 
