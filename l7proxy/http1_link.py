@@ -118,7 +118,8 @@ class Link(asyncio.Protocol):
     @property
     def gone(self) -> bool:
         """Nothing can be written any more: it is lost, or about to be."""
-        return self.lost or self.transport is None or self.transport.is_closing()
+        transport = self.transport
+        return self.lost or transport is None or transport.is_closing()
 
     # --- from the event loop ---------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A connection's transport: what waits to be sent goes out before the end, whatever else happens."""
+"""A connection's transport: what waits to be sent goes out before the end."""
 
 from __future__ import annotations
 
