@@ -64,11 +64,16 @@ async def test_the_receiver_is_asked_only_every_so_many_bytes():
     assert questions == 0
     queue.sent(1)
     assert (questions, queue.full) == (1, False)
-    queue.sent(LONG)
+    queue.sent(2 * LONG)  # it held none
     assert questions == 1
+    unread = LONG
+    queue.sent(1)
+    assert (questions, queue.full) == (2, False)
+    queue.sent(LONG)
+    assert questions == 2
     unread = LONG + 1
     queue.sent(1)
-    assert (questions, queue.full, changes) == (2, True, [True])
+    assert (questions, queue.full, changes) == (3, True, [True])
     # While it is full, the clock asks, ever more rarely.
     waits = []
     for step in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.02, 0.02):
