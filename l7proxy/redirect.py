@@ -2,8 +2,8 @@
 
 A workload's enrolled socket takes whatever the proxy sends, and writability never ends. So every so
 many bytes the proxy asks how much the receiver holds unread, and sends nothing while that is much.
-Between two answers no more is sent than makes twice LONG with what was held at the first: so much,
-and one write, is the most that a receiver holds that does not read. Knows bytes, no protocol.
+Between two answers no more is sent than makes MOST with what was held at the first: so much, and
+one write, is what a receiver holds at most that does not read. Knows bytes, no protocol.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-# A receiver that holds more than so many bytes is not sent to.
-LONG = 256 * 1024
+# A receiver that holds more than so many bytes is not sent to, and what one may hold. TCP, which
+# holds up to 6 MiB for a receiver (tcp_rmem), asks nobody and need not wait for a timer.
+LONG = 768 * 1024
+MOST = 1024 * 1024
 # A message takes 1 KiB of the kernel's memory besides its bytes (struct sk_msg), charged to nobody,
 # so a receiver does not hold more than so many; which ones it has read is known once that is all.
 MESSAGES = 1024
@@ -76,7 +78,7 @@ class RedirectQueue:
         if not unread:
             self._messages = 0
         self._known = self._messages
-        self._unasked = 2 * LONG - unread
+        self._unasked = MOST - unread
         return unread > LONG or self._messages > MESSAGES
 
     def _look(self) -> None:
