@@ -37,7 +37,7 @@ def attach(
         cgroups[Place.PROXIES] = proxy_cgroup
         _attach_to_sockets(directory, "verdict", "proxy_sockets")
         if pairs:
-            _attach_to_sockets(directory, "exchange", "workload_sockets")
+            attach_pairs(directory)
         else:
             detach_pairs(directory)
     for path in cgroups.values():
@@ -45,6 +45,11 @@ def attach(
     for name, program in sorted(PROGRAMS.items(), key=lambda one: not one[1].stays):
         if program.place in cgroups:
             _attach(directory, name, cgroups[program.place])
+
+
+def attach_pairs(directory: Path) -> None:
+    """What workloads' sockets that are enrolled from now on send may go past the proxy."""
+    _attach_to_sockets(directory, "exchange", "workload_sockets")
 
 
 def detach_pairs(directory: Path) -> None:

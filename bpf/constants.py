@@ -80,9 +80,9 @@ TOLD_MAX, TOLD_FROM_HOST_MAX = 500, 50
 # response, except of LARGE_PAIRS of a worker, whose responses have been longer; both ends have read
 # all before: so that responses hold no more than 512 MiB, and as much for each worker.
 PAIRS_MAX = 1 << 13
-# To so many backends the pairs of one client's connection may lead; requests of a rule are shared
-# out in so many parts.
-PAIR_WAYS, PAIRED_MAX = 8, 1 << 15
+# A client's connection may have so many ways from a rule to a backend; the requests of a rule are
+# shared out in so many parts.
+PAIR_WAYS, PAIRED_MAX = 32, 1 << 15
 PAIR_SHARES = 1 << 31
 EXCHANGES_MAX = SOCKETS_MAX
 RESPONSE_MAX, REQUEST_MAX = 64 * 1024, 64 * 1024

@@ -24,13 +24,12 @@ class PassedMaps:
 
     def __init__(self, directory: Path) -> None:
         """DatapathError: the maps are not there."""
-        self._counted = open_pinned(directory, "passed")
-        try:
+        with contextlib.ExitStack() as opened:
+            self._counted = open_pinned(directory, "passed")
+            opened.callback(os.close, self._counted)
             ring = open_pinned(directory, "passings")
-        except BaseException:
-            os.close(self._counted)
-            raise
-        self._ring = RingBuffer(ring, constants.PASSING_PAGES * 4096)
+            self._ring = RingBuffer(ring, constants.PASSING_PAGES * 4096)
+            opened.pop_all()
 
     def close(self) -> None:
         os.close(self._counted)

@@ -7,8 +7,8 @@ worker keeps them. No I/O.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import suppress
 
 from l7proxy.automaton_plan import HttpRules, Plan, plan
 from l7proxy.credentials import Credentials
@@ -27,6 +27,8 @@ from mesh.model.nodeconfig import (
 from mesh.model.policyconfig import CidrSection, PolicySection
 from mesh.model.routeconfig import RouteSection
 from mesh.model.section import SETTINGS_KEY, SectionKey, service_listener
+
+_log = logging.getLogger("weft.automata")
 
 _KINDS = (
     Settings,
@@ -61,8 +63,12 @@ class Plans:
         for key in remove:
             kinds.add(self._remove(key))
         for key, section in put.items():
-            with suppress(Refused):
+            try:
                 self._put(key, section)
+            except Refused:
+                pass
+            except Exception:  # of this section; the others must not wait for its mending
+                _log.exception("section %s cannot be planned", key)
         self._policies.told()
         if Settings in kinds:
             self._plans.clear()

@@ -150,7 +150,7 @@ class _Exchange:
         self.info = info
         self._went = sent
         # Of what follows: the configuration may change before the response is there.
-        self._version = shared.pairs.version if sent is None else sent.version
+        self._version = shared.pairs.changes.number if sent is None else sent.version
         self._body = RequestBody(stream, sent.body if sent is not None else None)
         self._responded = False
         self.record = shared.record(entry, info, stream.head, sent)

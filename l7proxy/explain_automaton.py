@@ -78,7 +78,7 @@ def kernel_words(
         names = [(one.result.route, one.result.rule.index) for one in plan.rules]
         number = names.index((match.route, match.rule.index)) + 1
     automaton = compile_rules(plan.ordered, plan.limits)
-    why = _why(plan, automaton, number)
+    why = reason(plan, automaton, number)
     if not why and not available() and Native(automaton.table).judge(head).rule != number:
         why = "something in this request's head is the proxy's to read"
     if why:
@@ -114,15 +114,22 @@ def _described(service: ServiceSection, plan: Plan) -> ExplainedAutomaton:
                 number,
                 one.result.route.label if plan.listener else "",
                 one.result.rule.label,
-                _why(plan, automaton, number),
+                why,
             )
-            for number, one in enumerate(plan.rules, 1)
+            for number, (one, why) in enumerate(
+                zip(plan.rules, reasons(plan, automaton), strict=True), 1
+            )
         ),
     )
 
 
-def _why(plan: Plan, automaton: Automaton, number: int) -> str:
-    """The kernel leaves a rule to the proxy."""
+def reasons(plan: Plan, automaton: Automaton) -> list[str]:
+    """Of each rule."""
+    return [reason(plan, automaton, number) for number in range(1, len(plan.rules) + 1)]
+
+
+def reason(plan: Plan, automaton: Automaton, number: int) -> str:
+    """Why the kernel leaves a rule to the proxy; "": it does not."""
     if why := plan.rules[number - 1].why:
         return why
     own = [at for at, rule in enumerate(plan.ordered[0]) if rule.verdict == number]

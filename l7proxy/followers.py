@@ -15,6 +15,7 @@ from l7proxy.lease import Lease
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.pairs import Pairs, Refusal
 from l7proxy.peers import Caller
+from l7proxy.policies import plain
 from l7proxy.record import Record
 from l7proxy.routing import CompiledBackend
 from l7proxy.sent import Sent
@@ -34,13 +35,15 @@ def follower(
     tell: Callable[[Sent, RequestHead, str, str], None],
 ) -> Follower | None:
     """For requests like the one that `backend` has answered so, by `lease`, to the same endpoint.
-    `version`: `pairs` had it when that was chosen. `resume`: what serves one; `tell`: as
+    `version`: the number of changes when that was chosen. `resume`: what serves one; `tell`: as
     `Exchanges.tell`. None: they come to the proxy."""
     match = selected.match
-    if match is None or not lease.endpoint.name or pairs.version != version:
+    if match is None or not lease.endpoint.name:
         return None
     rule, ends = match.rule, (caller.client, lease.endpoint_id)
-    if pairs.handed.left(ends):
+    clusters = (one.cluster for one in rule.backends if one.cluster is not None)
+    about = frozenset((caller.client, plain(lease.endpoint.address), *clusters))
+    if pairs.changes.since(version, about) or pairs.handed.left(ends):
         return None
     allowed = pairs.allowed(
         selected,
@@ -75,7 +78,8 @@ def follower(
         allowed,
         Place((match.route, rule.index), rule.backends.index(backend), lease.endpoint_id, share),
         record.head.authority,
-        current=lambda: pairs.version == version and not lease.ejected,
+        current=lambda: not (lease.ejected or pairs.changes.since(version, about)),
+        pool=lease.pool,
         resume=resumed,
         fail=lambda begun, *why: resume(sent(begun, Reply(*why))),
         broken=lambda begun, *why: resume(sent(begun, Reply(502, *why))),

@@ -136,7 +136,10 @@ class Lanes:
         self.responses: native.Responses
         self._peers = peers
         self._policies = exchanges.policies
-        self._available = not native.available()
+        missing = native.available()
+        if missing:
+            _log.warning("requests take longer: %s", missing)
+        self._available = not missing
         self._plans: dict[tuple[str, Asked], Plan | None] = {}
         self._tables: dict[int, native.Table] = {}
         self._wanted: dict[int, int] = {}  # requests, by generation

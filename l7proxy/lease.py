@@ -77,6 +77,11 @@ class Lease:
         return self._member.endpoint
 
     @property
+    def pool(self) -> object:
+        """Whose connections requests like this one go over."""
+        return self._pool
+
+    @property
     def ejected(self) -> bool:
         """The endpoint is left alone for a while."""
         return self._member.ejected

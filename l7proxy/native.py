@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import shutil
 import struct
 import subprocess
@@ -24,10 +25,12 @@ from l7proxy.automaton_table import HEADER_SIZE, WORDS
 
 _HERE = Path(__file__).parent
 _SOURCES = (_HERE / "native.c", layout.AUTOMATON_SOURCE)
-LIBRARY = _HERE / "libweft.so"
 _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11", "-Wall", "-Wextra", "-Werror")
 # clang's pragmas are the kernel's half.
 _QUIET = ("-Wno-unknown-pragmas", "-Wno-override-init")
+# One of other sources would not judge as the kernel does: its name says what it is made of.
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
+LIBRARY = _HERE / f"libweft-{_DIGEST}.so"
 
 # struct request: table, lists, told; then policy rules, target, host, request id, method's end.
 _QUESTION = struct.Struct("=Q3I4x")
@@ -149,10 +152,9 @@ def available() -> str:
 
 
 def build() -> str:
-    """Compiles the library unless it is newer than its sources. Why not, if it cannot; else ""."""
+    """Compiles the library unless there is one of these sources. Why not, if it cannot; else ""."""
     compiler = shutil.which("cc") or shutil.which("gcc")
-    newest = max(path.stat().st_mtime_ns for path in _SOURCES)
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime_ns > newest:
+    if LIBRARY.exists():
         return ""
     if compiler is None:
         return "no C compiler (apt-get install gcc libc6-dev)"
@@ -162,6 +164,8 @@ def build() -> str:
     if done.returncode:
         return f"{' '.join(command)}: {done.stderr.strip()}"
     draft.rename(LIBRARY)
+    for other in set(_HERE.glob("libweft*.so")) - {LIBRARY}:
+        other.unlink()
     return ""
 
 

@@ -17,14 +17,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Hashable
 
-from bpf.constants import RESPONSE_MAX
 from bpf.layout import EXCHANGE
 from bpf.proxy import Offer
 from bpf.structs import Exchange
 from l7proxy import metrics
 from l7proxy.begun import Begun, begun
+from l7proxy.changes import Changes
 from l7proxy.handles import Handles
-from l7proxy.held import Follower, Held, Place, to_offer
+from l7proxy.held import Follower, Held, Holding, Place, to_offer
 from l7proxy.message import RequestHead
 from l7proxy.streams import ClientStream, Handler, Kept
 
@@ -46,6 +46,7 @@ class Pairing:
         self,
         handles: Handles,
         client: int,
+        changes: Changes,
         opened: Callable[[Pairing], None],
         closed: Callable[[Pairing], None],
         settled: Callable[[], Awaitable[None]],
@@ -60,13 +61,14 @@ class Pairing:
         self.active: Callable[[], None] = lambda: None
         self._handles = handles
         self._client = client
+        self._changes = changes
         self._opened = opened
-        self._closed = closed
         self._settled = settled
         self._proposal: tuple[Kept, Follower] | None = None
-        self._held: list[Held] = []  # the first was offered first
+        self._held = Holding(handles, client, lambda: closed(self))
         self._missed = False  # a request that is served comes from the others' share
         self._gone = False  # the client is
+        self._offer: Offer | None = None  # what stands
         self._before = _NOTHING  # when it was offered
         self._seen = _NOTHING  # when it was last looked at, and what had changed since
         self._moved_at = 0.0
@@ -82,30 +84,28 @@ class Pairing:
 
     @property
     def proposed(self) -> bool:
-        return (self._proposal is not None or bool(self._held)) and not self.offered
+        return (self._proposal is not None or len(self._held) > 0) and not self.offered
 
     def taken(self, rule: Hashable) -> Collection[Place]:
         """Those of a rule that the request to be served is not for: they have had their share."""
         if not self._missed:
             return ()
-        places = (held.follower.place for held in self._held)
+        places = (one.place for one in self._held.followers)
         return [place for place in places if place.rule == rule]
 
     def leave(self, endpoint: str) -> None:
-        """A request that is served is to go there: what is held might be the last connection that
-        it can have."""
-        self._keep([held for held in self._held if held.follower.place.endpoint != endpoint])
+        """A request that is served is to go there."""
+        self._held.leave(endpoint)
 
     @property
     def large(self) -> bool:
         """Responses may take more memory than most may."""
-        return any(held.follower.allowed.response_max > RESPONSE_MAX for held in self._held)
+        return self._held.large
 
     @property
     def timeout_s(self) -> float | None:
         """Of a request, if it passes by the proxy: the shortest there is."""
-        times = (held.follower.allowed.timeout_s for held in self._held)
-        return min((one for one in times if one is not None), default=None)
+        return self._held.timeout_s
 
     def offer(self, received: int, send: Callable[[], bool], most: int | None = None) -> bool:
         """A request was served but for the last bytes of its response, which `send` gives to the
@@ -115,18 +115,20 @@ class Pairing:
         self._choose(passed.parted)
         if not self._held:
             return False
-        allowed = [held.follower.allowed for held in self._held]
+        allowed = [one.allowed for one in self._held.followers]
         newest = allowed[-1]
         offer = Offer(
             self._client,
             *newest[:3],
-            ways=tuple(held.way for held in self._held),
+            ways=tuple(way for held in self._held for way in held.ways),
             client_received=received,
-            backends_received=tuple(held.kept.received for held in self._held),
+            backends_received=tuple(
+                held.kept.received for held in self._held for _ in held.followers
+            ),
             handed=passed.handed,
             until=passed.forwarded + min(_MANY if most is None else most, _MANY),
             expires_ns=min(one.expires_ns for one in allowed),
-            made_ns=newest.made_ns,
+            made_ns=self._changes.made_ns,
         )
         # The client's next request may come at once: what can be done before goes first.
         for held in self._held:
@@ -137,9 +139,10 @@ class Pairing:
         if not sent or not (room := self._handles.offer(offer)):
             if ready and not room:
                 metrics.PAIRS_REFUSED.inc()
-            self._forget(self._held)
-            self._let_go(passed if not passed.outstanding else None)
+            self._held.forget()
+            self._held.let_go(passed if not passed.outstanding else None)
             return sent
+        self._offer = offer
         self._before = self._seen = passed
         self.offered = True
         self.due = False
@@ -156,23 +159,10 @@ class Pairing:
             # A backend that answers what it has not read would be sent more and more: the kernel
             # looks at the sender's own queue only.
             if kept.held and not self._handles.queued(kept.cookie):
-                self._held.append(Held(*proposal, parted))
+                self._held.add(*proposal, parted)
             else:
                 kept.let_go(reusable=True)
-        self._keep(to_offer(self._held))
-
-    def _keep(self, held: list[Held]) -> None:
-        """Of what is held, and not offered, these; the others are let go."""
-        if len(held) != len(self._held):
-            passed = self._handles.passed(self._client) or _NOTHING
-            gone, self._held = [one for one in self._held if one not in held], held
-            for one in gone:
-                one.let_go(passed.parted)
-        if not held:
-            self._closed(self)
-
-    def _keep_good(self) -> None:
-        self._keep([held for held in self._held if held.good])
+        self._held.keep(to_offer(self._held))
 
     def decline(self) -> None:
         """There will be no offer after this request."""
@@ -181,30 +171,39 @@ class Pairing:
             self._proposal = None
         self._missed = False
         if self._held:
-            self._let_go(self._handles.passed(self._client))
+            self._held.let_go(self._handles.passed(self._client))
+
+    def changed(self) -> None:
+        """Another configuration is in force, by which what is offered may still be right."""
+        if not self._held.current:
+            self.dissolve()
+        elif self._offer is not None:
+            self._offer = self._offer._replace(made_ns=self._changes.made_ns)
+            if not self._handles.offer(self._offer):
+                self.dissolve()
 
     def dissolve(self) -> None:
         """No request passes any more, and `take_over` is due; what is held while a request is
         served is let go."""
         if self.offered:
-            self._handles.withdraw(self._client)
+            self._withdraw()
             self._be_due()
         else:
-            self._keep([])
+            self._held.keep([])
 
     def close(self, *, ended: bool) -> None:
         """The client's connection is gone; `ended`: the client had said that it sends no more."""
         self._gone = True
         if self.offered:
-            self._handles.withdraw(self._client)
+            self._withdraw()
             self._withdrawn()
             # Now that no response passes any more: it is told of here, or the kernel has.
             passed = self._handles.passed(self._client)
             whole = passed is not None and not self._under_way(passed)
             if passed is not None and not whole:
-                follower = self._last(passed).follower
+                follower = self._held.last(passed).last(passed)
                 follower.over(self._begun(passed, follower), "client_gone", "the connection ended")
-            self._let_go(passed if ended and whole else None)
+            self._held.let_go(passed if ended and whole else None)
         else:
             self.decline()
 
@@ -228,7 +227,7 @@ class Pairing:
         before. `moved`: the client has sent something here since the offer, or its end; `ended`:
         its end. `take` gives what it has sent, up to so many bytes: the rest of a request that has
         begun; what `give` is told is sent to it: the rest of a response."""
-        self._handles.withdraw(self._client)
+        self._withdraw()
         wait_s = _FIRST_LOOK_S
         brought = 0
         asked = moved
@@ -237,10 +236,10 @@ class Pairing:
             if passed is None:  # nobody can tell what came before and what comes now
                 self.lost = True
                 self._withdrawn()
-                self._let_go(None)
+                self._held.let_go(None)
                 return None
-            last = self._last(passed)
-            kept, follower = last.kept, last.follower
+            last = self._held.last(passed)
+            kept, follower = last.kept, last.last(passed)
             # What has been received by now was sent after all that has passed of the request: the
             # kernel passes no more of it once something has come here.
             left = passed.unsent - brought if passed.outstanding else 0
@@ -248,13 +247,16 @@ class Pairing:
                 brought += len(more)
                 kept.bring(more)
                 self._moved_at = time.monotonic()
-            if passed.outstanding:
+            # What a backend sends is counted before it comes here, unless its socket was enrolled
+            # before the program was attached: then this is the response, and nobody counts it.
+            uncounted = bool(passed.outstanding and kept.unread and not passed.left)
+            if passed.outstanding and not uncounted:
                 failure = self._failure(kept, cut=ended() and passed.unsent != brought)
                 # Where it went is sure only if it was not just then on its way there.
                 if failure is not None and self._handles.passed(self._client) == passed:
                     self.lost = True
                     self._withdrawn()
-                    self._let_go(None)
+                    self._held.let_go(None)
                     begun = self._begun(passed, follower)
                     if not failure[0]:
                         follower.over(begun, *failure[1:])
@@ -262,14 +264,14 @@ class Pairing:
                     if begun.status:
                         return follower.broken(begun, *failure[1:])
                     return follower.fail(begun, *failure)
-                if any(held is not last and not held.good for held in self._held):
+                if self._held.others_unfit(last):
                     await self._settled()
                     self._drop_others()
                     continue
                 await self._wait(wait_s)
                 wait_s = min(2 * wait_s, _LAST_LOOK_S)
                 continue
-            handed = passed.handed != self._before.handed
+            handed = uncounted or passed.handed != self._before.handed
             if not moved and not handed:
                 # A request could be passing just now, by the offer as it was; by numbers it could
                 # not if the client had sent something here, or a response had come here.
@@ -282,8 +284,8 @@ class Pairing:
             self._withdrawn()
             self.count = passed.forwarded - self._before.forwarded & _U32
             if handed and passed.left:
-                self._held.remove(last)
-                self._let_go(passed)
+                self._held.take(last)
+                self._held.let_go(passed)
                 begun = self._begun(passed, follower)
                 missing = await self._bring_back(passed, last, give)
                 if not missing:
@@ -299,44 +301,34 @@ class Pairing:
                 return follower.broken(begun, "upstream_reset", "the response did not end")
             if handed:
                 # What is left of the request may pass or come here: nobody could tell it apart.
-                self.lost = passed.unsent != brought
+                self.lost = uncounted or passed.unsent != brought
                 begun = self._begun(passed._replace(unsent=passed.unsent - brought), follower)
-                self._held.remove(last)
-                self._keep_good()
-                last_one = passed.parted != last.parted
+                self._held.take(last)
+                self._held.keep_good()
+                last_one = uncounted or passed.parted != last.parted
                 return follower.resume(begun, kept.resume(self.head, last=last_one))
             # What follows is served here, and then these are offered again, with one more.
             self._missed = passed.missed != self._before.missed
             if asked:
-                self._keep_good()
+                self._held.keep_good()
             else:
-                self._let_go(passed)
+                self._held.let_go(passed)
             return None
         return None  # the client is gone
-
-    def _last(self, passed: Exchange) -> Held:
-        """The one that the last request has gone to."""
-        cookie = passed.backend
-        return next((held for held in self._held if held.kept.cookie == cookie), self._held[-1])
 
     def _drop_others(self) -> None:
         """Let go what cannot be offered any more and what is outstanding has not gone to; nothing
         passes by the offer any more."""
         passed = self._handles.passed(self._client)
-        if passed is None or not self.offered:
-            return
-        last = self._last(passed)
-        gone = [held for held in self._held if held is not last and not held.good]
-        self._held = [held for held in self._held if held not in gone]
-        self._forget(gone)
-        for held in gone:
-            held.let_go(passed.parted)
+        if passed is not None and self.offered:
+            self._held.drop(self._held.others_unfit(self._held.last(passed)), passed.parted)
 
     async def _bring_back(
         self, passed: Exchange, last: Held, give: Callable[[bytes], Awaitable[None]]
     ) -> int:
         """The rest of a response that has begun past the proxy; how many bytes have not come."""
-        left, kept, timeout_s = passed.left, last.kept, last.follower.allowed.timeout_s
+        left, kept = passed.left, last.kept
+        timeout_s = last.last(passed).allowed.timeout_s
         while left:
             more = kept.take(left)
             late = timeout_s is not None and (
@@ -389,10 +381,10 @@ class Pairing:
         whose body has not gone on for so long; what nothing has passed over for too long is not
         held any more."""
         if not self.offered:
-            self._keep_good()
+            self._held.keep_good()
             return
         passed = self._handles.passed(self._client)
-        if passed is None or not all(held.follower.current() for held in self._held):
+        if passed is None or not self._held.current:
             self._be_due()
             return
         if self._used(passed):
@@ -406,9 +398,9 @@ class Pairing:
             if any(held.old for held in self._held):
                 self._be_due()
             return
-        last = self._last(passed)
+        last = self._held.last(passed)
         last.used = now
-        allowed = last.follower.allowed
+        allowed = last.last(passed).allowed
         timeout_s = allowed.timeout_s
         if timeout_s is not None and now - passed.started_ns * _NS > timeout_s:
             self._overdue = allowed.late
@@ -434,32 +426,20 @@ class Pairing:
         if self.offered:
             self._be_due()
         else:
-            self._keep_good()
+            self._held.keep_good()
 
     def _be_due(self) -> None:
         self.due = True
         self._happened.set()
         self.wake()
 
+    def _withdraw(self) -> None:
+        self._offer = None
+        self._handles.withdraw(self._client)
+
     def _withdrawn(self) -> None:
         self.offered = self.due = False
-        self._forget(self._held)
-
-    def _forget(self, gone: Collection[Held]) -> None:
-        for held in gone:
-            held.note(self._handles.forget(held.kept.cookie))
-            if held.answered:
-                held.follower.answered()
-
-    def _let_go(self, passed: Exchange | None) -> None:
-        """`passed` None: no connection is used again, nobody knows what is on its way there."""
-        gone, self._held = self._held, []
-        for held in gone:
-            if passed is None:
-                held.kept.let_go(reusable=False)
-            else:
-                held.let_go(passed.parted)
-        self._closed(self)
+        self._held.forget()
 
 
 _NOTHING = EXCHANGE.unpack(Exchange, bytes(EXCHANGE.size))

@@ -2,21 +2,23 @@
 
 After a request of a workload to a workload of this node the sockets at both far ends are offered to
 the kernel as a pair (`pairing`). This module decides whether, by the automaton's plan of the
-destination, and takes all pairs back when anything in force has changed: each connection's next
-request comes to the proxy, and what is right then is offered anew. It looks after pairs now and
-then: what takes too long is given up. Knows sections, no sockets.
+destination, and takes pairs back when something has changed that they were decided by: each
+connection's next request comes to the proxy, and what is right then is offered anew. It looks after
+pairs now and then: what takes too long is given up. Knows sections, no sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
 
 from bpf.constants import LARGE_PAIRS, LARGE_RESPONSE_MAX, RESPONSE_HEAD_MAX, RESPONSE_MAX
 from l7proxy.automaton_plan import HttpRules, Plan, plan
+from l7proxy.changes import Changes
 from l7proxy.entry import Selection
 from l7proxy.handles import Kernel
 from l7proxy.held import Allowed
@@ -31,7 +33,8 @@ from l7proxy.series import Series
 from l7proxy.series_room import SeriesRoom
 from l7proxy.streams import ConnectionInfo
 from l7proxy.tasks import spawn
-from mesh.model.nodeconfig import Endpoint, Settings
+from mesh.model.nodeconfig import Endpoint, Section, Settings
+from mesh.model.section import SectionKey
 
 # How often pairs are looked after, in seconds: four times in the shortest timeout of a request.
 # Each look takes some 10 µs.
@@ -60,10 +63,9 @@ class Pairs:
         room: SeriesRoom,
     ) -> None:
         self.settings = Settings()
-        self.version = 0  # of all that pairs are decided by
+        self.changes = Changes()
         # By client and endpoint id: whose responses the kernel leaves to the proxy.
         self.handed = HoldOff()
-        self._made_ns = 0  # as in Delta
         self._kernel = kernel
         self._routes = routes
         self._policies = policies
@@ -82,15 +84,16 @@ class Pairs:
             return None
         if handles is None or info.tls:
             return None
-        return Pairing(handles, steered.cookie, self._opened, self._closed, self._settled)
+        made = self.changes, self._opened, self._closed, self._settled
+        return Pairing(handles, steered.cookie, *made)
 
-    def changed(self, made_ns: int) -> None:
-        """Another configuration is in force: all requests come to the proxy again."""
-        self.version += 1
-        self._made_ns = made_ns
+    def changed(self, made_ns: int, sections: Iterable[tuple[SectionKey, Section]]) -> None:
+        """Another configuration is in force: requests that were decided by one of these, as it was
+        or is, come to the proxy again."""
+        self.changes.note(made_ns, sections)
         self._plans.clear()
         for pairing in tuple(self._open):
-            pairing.dissolve()
+            pairing.changed()
 
     def allowed(
         self,
@@ -152,7 +155,6 @@ class Pairs:
             ingress,
             number,
             expires_ns,
-            self._made_ns,
             counted,
             self._response_max(length),
             *min(limits, default=(None, _REQUEST_LATE)),

@@ -155,9 +155,12 @@ class Proxy:
         else:
             gone = {key for key in delta.remove if key in state.keys}
         stale_tls: set[Bind] = set()
+        changed: list[tuple[SectionKey, Section]] = []
         for key, section in sorted(delta.put.items(), key=_position):
-            if state.keys.get(key) == section and key not in state.refused:
+            before = state.keys.get(key)
+            if before == section and key not in state.refused:
                 continue
+            changed += [(key, one) for one in (before, section) if one is not None]
             try:
                 stale_tls |= self._put(key, section)
             except (Refused, TLSRefused) as error:
@@ -173,7 +176,9 @@ class Proxy:
                 state.refused.pop(key, None)
                 state.keys[key] = section
         for key in gone:
-            stale_tls |= self._remove(key, state.keys.pop(key))
+            section = state.keys.pop(key)
+            changed.append((key, section))
+            stale_tls |= self._remove(key, section)
         known = delta.put.keys() - set(delta.remove) if delta.base is None else None
         for key in [
             key
@@ -186,7 +191,7 @@ class Proxy:
         self._policies.told()
         self._peers.told()
         self.tunnels.changed((*delta.put, *gone))
-        self._pairs.changed(delta.made_ns)
+        self._pairs.changed(delta.made_ns, changed)
         self._lanes.changed(state.settings)
         self._exchanges.version = delta.version
         return dict(state.refused)

@@ -15,7 +15,7 @@ class Sent(NamedTuple):
     response, or the reply if there will be none. It `started` then, by time.monotonic(), and
     `policy` let it pass; of its body `bytes_in` have gone; of its response `status` (0: nothing
     has come) and `bytes_out` of the body. `told`: who asks, where all of it is known, its `body`
-    too, so that it could be sent again. `version`: of all that it was chosen by (`Pairs.version`;
+    too, so that it could be sent again. `version`: of all that it was chosen by (`Changes.number`;
     -1: an older one)."""
 
     selected: Selection

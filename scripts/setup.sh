@@ -64,7 +64,7 @@ fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$python is $("$python" --version), Weft needs 3.11 or newer (Debian 12 has it)"
 
-# What is compiled for the proxy, if it is not newer than its sources; the proxy goes on without.
+# What is compiled for the proxy, unless it is there; the proxy goes on without.
 compile() {
     "$venv/bin/python" -m l7proxy.native || true
     "$venv/bin/python" -m mesh.cni.shim || true

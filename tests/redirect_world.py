@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -64,21 +65,24 @@ class World:
     def run(self, scenario: Callable[[World], None]) -> None:
         """In a process of its own; what goes wrong there fails here."""
         sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                enter(self.workloads)
-                self._addresses()
-                self.balancer = Balancer(self.pin)
-                self.know(True)
-                scenario(self)
-                code = 0
-            except BaseException:
-                traceback.print_exc(file=sys.__stderr__)
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
+        with tempfile.TemporaryDirectory() as temporary:
+            Path(temporary).chmod(0o711)  # workers have no rights
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    tempfile.tempdir = temporary
+                    enter(self.workloads)
+                    self._addresses()
+                    self.balancer = Balancer(self.pin)
+                    self.know(True)
+                    scenario(self)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc(file=sys.__stderr__)
+                finally:
+                    os._exit(code)
+            _, status = os.waitpid(pid, 0)
         assert status == 0, "the scenario failed; its traceback is on stderr"
 
     def _addresses(self) -> None:

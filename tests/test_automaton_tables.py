@@ -32,8 +32,16 @@ from mesh.model.nodeconfig import (
     WorkloadSection,
 )
 from mesh.model.policyconfig import Direction, HttpRule, PolicyRule, PolicySection
-from mesh.model.routeconfig import Attachment, PathMatch, RouteMatch, RouteRule, RouteSection
+from mesh.model.routeconfig import (
+    Attachment,
+    PathMatch,
+    RouteMatch,
+    RouteRule,
+    RouteSection,
+    ValueMatch,
+)
 from mesh.model.routeconfig import WeightedBackend as Backend
+from mesh.model.section import SETTINGS_KEY
 
 LIMITS = Limits(8000, 100, None)
 CLUSTER = "cluster/Service/shop/cart/80"
@@ -239,6 +247,54 @@ async def test_what_the_kernel_does_not_take_is_not_said_to_be_in_force(real):
     work.cancel()
     automata.close()
     os.close(places)
+
+
+@needs_bpf
+async def test_what_cannot_be_planned_or_compiled_is_the_proxys_and_all_else_is_not(real):
+    automata = KernelAutomata(real.directory)
+    automata.open()
+    work = asyncio.create_task(automata.run())  # noqa: TID251
+    automata.publish(SECTIONS, ())
+    asked = of_worker(SECTIONS)
+    await _until(lambda: asked in automata.in_force)
+    automata.publish({SETTINGS_KEY: Settings(max_head_bytes="many")}, ())
+    await _until(lambda: automata.failed)
+    assert automata.in_force == set()
+    assert real.judge(asked, GET) == Judged()
+
+    automata.publish({SETTINGS_KEY: Settings(max_headers="many")}, ())
+    await _until(lambda: len(automata.refused) == 2)
+    assert (automata.in_force, automata.failed) == (set(), "")
+    (why,) = automata.rules().values()
+    assert why.startswith("it cannot be compiled: ")
+
+    # A section that cannot be taken keeps none of the others.
+    broken = {"policy/shop/cart-0": policy("\ud800")}
+    automata.publish({SETTINGS_KEY: Settings(), **broken}, ())
+    await _until(lambda: asked in automata.in_force)
+    assert automata.rules() == {"HTTPRoute/shop/cart rule 0": ""}
+    work.cancel()
+    automata.close()
+
+
+@needs_bpf
+async def test_rules_that_are_not_all_in_the_tables_are_not_said_to_be_the_kernels(real):
+    """Nor by an agent that comes after the one that compiled them."""
+    match = RouteMatch(headers=(ValueMatch("cookie", "a=1"),))
+    rule = RouteRule((match,), backends=(Backend(CLUSTER),))
+    attachment = Attachment(LISTENER, ("*",))
+    cookie = RouteSection("HTTPRoute", "shop", "cart", "", (attachment,), (rule,))
+    sections = {**SECTIONS, "route/HTTPRoute/shop/cart": cookie}
+    for _ in range(2):
+        automata = KernelAutomata(real.directory)
+        automata.open()
+        work = asyncio.create_task(automata.run())  # noqa: TID251
+        automata.publish(sections, ())
+        await _until(lambda found=automata: any(found.rules().values()))
+        why = automata.rules()["HTTPRoute/shop/cart rule 0"]
+        assert why.startswith("header cookie is a=1 is not for tables: ")
+        work.cancel()
+        automata.close()
 
 
 async def _until(holds) -> None:

@@ -58,8 +58,8 @@ class Runtime:
         draft.rename(self.conf / "10-net.conflist")
 
     def listed(self):
-        """What the first list says."""
-        first = min(self.conf.glob("*.conf*"))
+        """What the first list says; files that are about to be one have another suffix."""
+        first = min(self.conf.glob("*.conflist"))
         return json.loads(first.read_text())
 
     def types(self):

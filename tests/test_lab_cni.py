@@ -65,7 +65,8 @@ def pod(config: cni.CniConfig) -> Iterator[str]:
         with IPRoute() as netlink:
             netlink.link("set", index=1, state="up")
             netlink.addr("add", index=1, address="10.8.0.1", prefixlen=32)
-            netlink.addr("add", index=1, address="fd08::1", prefixlen=128)
+            # It could not be a source before the kernel has looked for another one's (DAD).
+            netlink.addr("add", index=1, address="fd08::1", prefixlen=128, flags=cni.NODAD)
         stack.callback(cni.delete, ID, "eth0", config)
         yield str(pod)
 

@@ -17,6 +17,7 @@ import uvloop
 from loops import on_both_loops
 from support.http1 import raw_backend, reset, shutdown
 from support.mesh import CLIENT, MeshProxy, connected, mesh_proxy
+from support.running import free_port
 from test_mesh_flows import agent_of
 
 from l7proxy.dial import RECEIVE_BUFFER
@@ -216,9 +217,7 @@ async def test_resets_are_passed_on_as_resets():
 @on_both_loops
 async def test_what_cannot_be_connected_to_is_reset():
     async with mesh_proxy() as mesh, agent_of(mesh) as agent:
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            nobody = closed.getsockname()[1]
-        mesh.origins.steer("127.0.1.1", backend=("127.0.0.1", nobody))
+        mesh.origins.steer("127.0.1.1", backend=("127.0.0.1", free_port()))
         mesh.origins.steer("127.0.1.2")
         port = mesh.serve(kind="relay")
         for client in ("127.0.1.1", "127.0.1.2"):

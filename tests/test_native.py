@@ -164,6 +164,28 @@ def test_published_smuggling_is_read_as_the_parser_does(requests):
             check_request(requests, data[: end + 1])
 
 
+def test_a_library_of_other_sources_is_none(tmp_path):
+    for package in ("bpf", "l7proxy"):
+        shutil.copytree(
+            Path(native.__file__).parents[1] / package,
+            tmp_path / package,
+            ignore=shutil.ignore_patterns("*.so"),
+        )
+
+    def run(code: str) -> str:
+        command = (sys.executable, "-c", f"from l7proxy import native; {code}")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert "no compiled automaton" in run("print(native.available())")
+    assert run("print(native.build() + native.available())") == ""
+    with open(tmp_path / "l7proxy/native.c", "a") as source:
+        source.write("/* judges otherwise */\n")
+    assert "no compiled automaton" in run("print(native.available())")
+    assert run("print(native.build() + native.available())") == ""
+    assert len(list((tmp_path / "l7proxy").glob("*.so"))) == 1
+
+
 _SANITIZED = """
 import random, sys
 from pathlib import Path

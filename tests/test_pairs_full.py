@@ -9,23 +9,26 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from bpf_world import needs_bpf
 from redirect_world import World, redirect_world
-from support.proxy import get
+from support.mesh import mesh_route
+from support.proxy import get, rule, to
 from test_mesh_kernel import Node
-from test_pairs_kernel import Backend, Counts, paired, with_backend
+from test_pairs_kernel import Backend, Counts, change, paired, with_backend
 
-from bpf import maps, syscall
+from bpf import maps, pins, syscall
+from bpf.constants import PAIR_WAYS
 from bpf.passed import Leftovers
 from bpf.reasons import Reason
 from bpf.structs import Exchange, Number
 from mesh.agent import passed as agent_passed
 from mesh.agent.flow_peers import Peers
 from mesh.agent.flows import FlowStore
+from mesh.model.routeconfig import PathMatch, RouteMatch
 
 pytestmark = needs_bpf
 # Cookies of sockets that were never there.
@@ -169,5 +172,54 @@ def test_requests_of_which_nobody_could_be_told_are_counted_as_lost_flows(
                     await asyncio.sleep(0.01)
             assert store.lost["kernel"] == untold
             passed.close()
+
+    with_backend(world, test)
+
+
+def test_an_agent_that_cannot_see_what_passes_holds_nothing_and_tries_again(world, tmp_path):
+    async def test(here: Node, backend: Backend) -> None:
+        passed = agent_passed.PassedBy(
+            world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None
+        )
+        ring = pins.map_path(world.pin, "passings")
+        ring.rename(ring.with_name("away"))
+        before = os.listdir("/proc/self/fd")
+        passed.start()
+        assert os.listdir("/proc/self/fd") == before
+        ring.with_name("away").rename(ring)
+        passed.start()
+        async with paired(world) as own:
+            await own.ask(get("/a", "web"))
+            async with asyncio.timeout(5):
+                while not passed.counted():
+                    await asyncio.sleep(0.01)
+        passed.close()
+
+    with_backend(world, test)
+
+
+def test_more_rules_than_ways(world):
+    """The newest have theirs, and the others' requests go through the proxy."""
+    count = PAIR_WAYS + 8
+
+    async def test(here: Node, backend: Backend) -> None:
+        matches = [RouteMatch(PathMatch("PathPrefix", f"/a/{number}")) for number in range(count)]
+        rules = [rule(to("web"), matches=(match,)) for match in (*matches, RouteMatch())]
+        await change(here, mesh_route("r", *rules[:16]) | mesh_route("r2", *rules[16:32]))
+        await change(here, mesh_route("r3", *rules[32:]))
+        async with paired(world) as own:
+
+            async def ask(numbers: Iterable[int]) -> int:
+                counts = Counts(world)
+                for number in numbers:
+                    assert (await own.ask(get(f"/a/{number}", "web"))).body == b"/a/%d" % number
+                    await own.offered()
+                return counts.since[1]
+
+            assert await ask(range(count)) == 0
+            assert await ask(range(8, count)) == PAIR_WAYS
+            assert await ask(range(8)) == 0
+            assert await ask(range(8)) == 8
+            assert await ask(range(16, count)) == PAIR_WAYS - 8
 
     with_backend(world, test)

@@ -10,6 +10,7 @@ import re
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from support.proxy import Message, get, ok, read_body, read_message, rule, to
 from support.two_nodes import Authority, life
 from test_mesh_kernel import Node, node, scenario, served
 
-from bpf import layout, maps
+from bpf import attach, layout, maps
 from bpf import passed as passed_maps
 from bpf.automaton import Automata
 from bpf.constants import EXCHANGES_MAX
@@ -1263,9 +1264,59 @@ def test_the_last_connection_that_an_endpoint_may_have_is_held_from_nobody(world
             for path in ("/b", "/b", "/a", "/a"):
                 assert (await own.ask(get(path, "web"))).body == path.encode()
                 await own.offered()
-            assert counts.since == (2, 2, 0)
+            assert counts.since == (3, 3, 0)
 
     with_backend(world, test, connect_timeout_s=1)
+
+
+def test_several_rules_pass_over_one_connection_to_an_endpoint(world):
+    """Each with its own timeout, and counted for itself."""
+    names = ("/slow", "/b", "/first", "/")
+
+    async def test(here: Node, backend: Backend) -> None:
+        rules = [
+            rule(
+                to("web"),
+                matches=(RouteMatch(PathMatch("PathPrefix", name)),),
+                request_timeout_ms=500 if name == "/slow" else None,
+            )
+            for name in names
+        ]
+        await change(here, mesh_route("r", *rules))
+        passed = PassedBy(world.pin, Path(here.proxy.metrics_dir), FlowStore(Peers()), None)
+        passed.start()
+        backend.go_on.set()
+        async with paired(world) as own:
+            for path in ("/slow", "/b", "/a"):
+                assert (await own.ask(get(path, "web"))).body == path.encode()
+                await own.offered()
+            counts = Counts(world)
+            for number in range(30):
+                for path in ("/a", "/b", "/slow", "/first"):
+                    target = f"{path}/{number}"
+                    assert (await own.ask(get(target, "web"))).body == target.encode()
+            assert counts.since == (120, 120, 0)
+            by_rule = Counter[str]()
+            for one in passed.counted():
+                by_rule[one.series.rule] += one.passed.requests
+            assert by_rule == dict.fromkeys("0123", 30)
+            # What comes to the proxy in between changes nothing.
+            assert (await own.ask(get("/chunked", "web"))).body == b"abc"
+            await own.offered()
+            own.writer.write(get("/b", "web").encode()[:9])
+            await own.offered(stands=False)
+            assert (await own.ask(get("/b", "web")[9:])).body == b"/b"
+            await own.offered()
+            counts = Counts(world)
+            for path in ("/a", "/b", "/slow", "/first"):
+                assert (await own.ask(get(path, "web"))).body == path.encode()
+            assert counts.since == (4, 4, 0)
+            backend.go_on.clear()
+            assert (await own.ask(get("/slow", "web"))).status == 504
+            assert counts.since[0] == 5
+        passed.close()
+
+    with_backend(world, test)
 
 
 def test_a_connection_that_others_wait_for_is_held_no_longer(world):
@@ -1469,6 +1520,29 @@ def test_a_request_whose_client_is_gone_is_told_of_however_long_it_takes(world):
                 await asyncio.sleep(0.01)
         exchanges.close()
         leftovers.close()
+
+    with_backend(world, test)
+
+
+def test_a_backend_s_socket_from_before_the_programs_answers_too(world):
+    """They are attached once the self-test has passed, which need not be its first try."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        attach.detach_pairs(world.pin)
+        async with paired(world, first=False) as own:
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+        attach.attach_pairs(world.pin)
+        counts = Counts(world)
+        async with paired(world) as own:
+            message = await own.ask(get("/b", "web"))
+            assert message.body == b"/b"
+            assert ("connection", "close") in message.headers
+            assert await own.ended()
+        assert counts.since == (1, 0, 0)
+        await logged(here, "/b")
+        async with paired(world) as own:
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+        assert counts.since == (2, 1, 0)
 
     with_backend(world, test)
 

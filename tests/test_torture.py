@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from bpf_world import needs_bpf
 from lab_world import lab_of, needs_root
+from support.running import free_port
 from torture.clients import Client, Loss, Totals, unexplained
 from torture.kills import Kill
 from torture.programs import Programs, build
@@ -98,8 +99,7 @@ def _relay(port: int, request: Change, response: Change) -> Iterator[int]:
 @contextlib.contextmanager
 def _backend(programs: Programs, *options: str) -> Iterator[tuple[int, list[str]]]:
     """Its port, and, afterwards, what it said was wrong."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     said: list[str] = []
     with subprocess.Popen(
         [programs.backend, *options, str(port)], stdout=subprocess.PIPE, text=True
@@ -226,6 +226,7 @@ TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), Fa
             "node a: UNPAIRED 2: a message of the proxy came before",
         ),
         ({"passing": {"a", "b"}}, "node b: no request has passed by the proxy"),
+        ({"totals": GOOD.totals._replace(complete=11)}, "only 1 requests have passed by the proxy"),
     ],
 )
 def test_what_is_not_as_it_should_be_is_told(change: dict[str, Any], problem: str | None) -> None:

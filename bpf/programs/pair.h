@@ -78,6 +78,8 @@ static __always_inline u32 choose_way(const struct pair *pair, u32 rule)
 
 #pragma unroll
 	for (at = 0; at < PAIR_WAYS; at++) {
+		if (!pair->ways[at].rule)
+			return PAIR_WAYS;
 		if (pair->ways[at].rule != rule)
 			continue;
 		if (chance < pair->ways[at].share)

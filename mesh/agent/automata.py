@@ -22,6 +22,7 @@ from bpf.errors import DatapathError
 from l7proxy.automaton import compile_rules
 from l7proxy.automaton_plan import Plan
 from l7proxy.automaton_plans import Plans
+from l7proxy.explain_automaton import reasons
 from mesh.model.nodeconfig import Section
 from mesh.model.section import SectionKey
 
@@ -31,16 +32,20 @@ _Step: TypeAlias = tuple[Mapping[SectionKey, Section], tuple[SectionKey, ...]]
 
 
 class KernelAutomata:
-    """`in_force`: generations that the kernel judges by; `refused`: those that it did not take, and
-    why: not tried again before the configuration changes."""
+    """`in_force`: generations that the kernel judges by; `refused`: those that it did not take, or
+    that could not be compiled, and why: not tried again before the configuration changes. `failed`:
+    why nothing is planned, so that all requests are the proxy's; "": it is."""
 
     def __init__(self, directory: Path) -> None:
         """The pin directory."""
         self.in_force: set[int] = set()
         self.refused: dict[int, str] = {}
+        self.failed = ""
         self._directory = directory
         self._plans = Plans()
-        self._wanted: dict[int, Plan] = {}
+        self._wanted: dict[int, Plan] | None = None  # not known yet
+        # Why rules are the proxy's, in the order of a generation's plan: once it is compiled.
+        self._reasons: dict[int, list[str]] = {}
         self._maps: Automata | None = None
         self._steps: list[_Step] = []
         self._stepped = asyncio.Event()
@@ -53,14 +58,16 @@ class KernelAutomata:
 
     def rules(self) -> dict[str, str]:
         """The rules of routes between this node's workloads, "<kind>/<ns>/<name> rule <label>", and
-        why each is the proxy's; "": it is not."""
-        return {
-            f"{one.result.route.label} rule {one.result.rule.label}": one.why or refused
-            for plan in self._wanted.values()
-            for one in plan.rules
-            if plan.listener
-            for refused in (self.refused.get(plan.generation, ""),)
-        }
+        why each is the proxy's, for some requests at least; "": it is not."""
+        found: dict[str, str] = {}
+        for plan in (self._wanted or {}).values():
+            reasons = self._reasons.get(plan.generation) or [one.why for one in plan.rules]
+            refused = self.refused.get(plan.generation, "")
+            for one, why in zip(plan.rules, reasons, strict=True):
+                if plan.listener:
+                    name = f"{one.result.route.label} rule {one.result.rule.label}"
+                    found[name] = found.get(name) or why or refused
+        return found
 
     def open(self) -> None:
         """The maps are there, maybe with what an agent before this one left."""
@@ -89,7 +96,13 @@ class KernelAutomata:
             await self._stepped.wait()
             self._stepped.clear()
             steps, self._steps = self._steps, []
-            planned = await asyncio.to_thread(self._planned, steps)
+            try:
+                planned = await asyncio.to_thread(self._planned, steps)
+                self.failed = ""
+            except Exception as error:  # the next step may mend it
+                _log.exception("no request is judged in the kernel")
+                self.failed = f"a fault of the agent's, its log has it: {error!r}"
+                planned = {}
             if planned is not None:
                 self._wanted = planned
                 self.refused = {}  # what goes may leave room
@@ -106,30 +119,44 @@ class KernelAutomata:
             await self._again.wait()
             self._again.clear()
             while self._maps is not None and (missing := self._missing()) is not None:
-                automaton = await asyncio.to_thread(
-                    compile_rules, missing.ordered, missing.limits, missing.generation
-                )
+                try:
+                    automaton = await asyncio.to_thread(
+                        compile_rules, missing.ordered, missing.limits, missing.generation
+                    )
+                except Exception as error:  # of this one; the others must not wait for its mending
+                    _log.exception("an automaton of requests cannot be compiled")
+                    self.refused[missing.generation] = f"it cannot be compiled: {error!r}"
+                    continue
                 # The configuration may have changed meanwhile.
-                if missing.generation in self._wanted:
-                    self._put(missing.generation, automaton.table)
+                generation = missing.generation
+                if generation in (self._wanted or {}) and self._put(generation, automaton.table):
+                    self._reasons[generation] = reasons(missing, automaton)
 
     def _missing(self) -> Plan | None:
-        there = self.in_force | self.refused.keys()
-        missing = [one for number, one in self._wanted.items() if number not in there]
+        """Also what an agent before this one has put in force: what it leaves out is not known."""
+        there = self._reasons.keys() | self.refused.keys()
+        missing = [one for number, one in (self._wanted or {}).items() if number not in there]
         return min(missing, key=lambda one: sum(map(len, one.ordered)), default=None)
 
-    def _put(self, generation: int, table: bytes) -> None:
+    def _put(self, generation: int, table: bytes) -> bool:
+        """Whether the kernel judges by it."""
         assert self._maps is not None
+        if generation in self.in_force:
+            return True
         try:
             self._maps.put(generation, table)
         except (Full, OSError) as error:
             self.refused[generation] = f"the kernel does not take its table: {error}"
             _log.error("an automaton of requests is not in the kernel: %s", error)
-        else:
-            self.in_force.add(generation)
+            return False
+        self.in_force.add(generation)
+        return True
 
     def _let_go(self) -> None:
-        if self._maps is None or not self._wanted:
+        if self._wanted is None:
+            return
+        self._reasons = {key: one for key, one in self._reasons.items() if key in self._wanted}
+        if self._maps is None:
             return
         for generation in self.in_force - self._wanted.keys():
             try:

@@ -359,6 +359,8 @@ class Node:
             refusals = self.datapath.refused
             result += [f"{key} is refused by eBPF: {why}" for key, why in refusals.items()]
             result += self.datapath.failures
+        if self.automata is not None and self.automata.failed:
+            result.append(f"all requests go through the proxy: {self.automata.failed}")
         if self.cni is not None:
             result += self.cni.failures
         if self.kernel is not None and self.kernel.failure is not None:

@@ -8,6 +8,7 @@ Counters are exact, whoever lives, and are added to those of the workers under t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -83,10 +84,13 @@ class PassedBy:
         if self._maps is not None:
             return
         try:
-            self._untold = maps.counters(self._pins)[Reason.PAIR_UNTOLD]
-            self._leftovers = Leftovers(self._pins)
-            self._maps = PassedMaps(self._pins)
-        except DatapathError as error:
+            with contextlib.ExitStack() as opened:
+                self._untold = maps.counters(self._pins)[Reason.PAIR_UNTOLD]
+                leftovers = opened.enter_context(contextlib.closing(Leftovers(self._pins)))
+                self._maps = PassedMaps(self._pins)
+                self._leftovers = leftovers
+                opened.pop_all()
+        except (DatapathError, OSError) as error:
             _log.error("requests that pass by the proxy are not seen: %s", error)
             return
         self._take()
@@ -118,8 +122,8 @@ class PassedBy:
             if self._leftovers is not None:
                 try:
                     self._leftovers.sweep()
-                except OSError as error:
-                    _log.error("what sockets have left in the maps of pairs: %s", error.strerror)
+                except Exception:
+                    _log.exception("what sockets have left in the maps of pairs stays there")
 
     # --- counters ---------------------------------------------------------------------------------
 
@@ -153,6 +157,7 @@ class PassedBy:
     # --- single requests --------------------------------------------------------------------------
 
     def _take(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_TAKE_S, self._take)
         assert self._maps is not None
         epoch_ns = time.time_ns() - time.monotonic_ns()
         taken = self._maps.take(_BATCH)
@@ -167,7 +172,6 @@ class PassedBy:
                 log.write(line.entry())
         if taken:
             self._note_lost()
-        self._timer = asyncio.get_running_loop().call_later(_TAKE_S, self._take)
 
     def _note_lost(self) -> None:
         untold = maps.counters(self._pins)[Reason.PAIR_UNTOLD]

@@ -35,7 +35,7 @@ GATEWAYS = ("169.254.1.1", "fe80::1")
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _LENGTHS = (32, 128)
-_NODAD = 0x02  # IFA_F_NODAD: usable at once; nobody else can have these addresses
+NODAD = 0x02  # IFA_FNODAD: usable at once; nobody else can have these addresses
 _UP = 0x10001  # IFF_UP and IFF_LOWER_UP: the other end is up as well
 _MAIN_TABLE = 254
 # What a pod sends from its own address is routed as ever, all else from it is refused.
@@ -255,7 +255,7 @@ def _unguarded(node: Any, host: str, config: CniConfig, cookie: int) -> str | No
 
 
 def _flags(family: int) -> int:
-    return _NODAD if family == socket.AF_INET6 else 0
+    return NODAD if family == socket.AF_INET6 else 0
 
 
 def _mac(netlink: Any, index: int) -> str:

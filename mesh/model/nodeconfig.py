@@ -277,7 +277,7 @@ class Settings(msgspec.Struct, frozen=True, omit_defaults=True, tag="settings"):
     access_log: Literal["json", "text", "off"] = "json"
     # Who a Gateway's proxy is toward workloads of other nodes; "": nobody, and it connects plainly.
     gateway_spiffe_id: str = ""
-    # Whether requests between workloads of this node may pass by the proxy (experimental).
+    # Whether requests between workloads of this node may pass by the proxy.
     http_in_kernel: bool = False
 
 

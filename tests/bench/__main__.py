@@ -23,6 +23,7 @@ from acceptance.gateway import GatewayFailed
 
 from bench import automaton, cluster, mtls, policies, routes, table
 from bench.peers import CONNECTIONS, WORKS, Row, compare
+from bench.processes import awake
 from bench.world import HOPS, PROGRAMS, BenchFailed
 from bench.wrk import LoadFailed
 from mesh.lab.errors import LabError
@@ -47,6 +48,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     peers.add_argument("--seconds", type=float, default=3.0, help="of each run (default 3)")
     peers.add_argument("--rounds", type=int, default=3, help="the median is reported (default 3)")
+    peers.add_argument(
+        "--awake", action="store_true", help="processors do not halt when they are idle"
+    )
     peers.add_argument("--lab", default="bench", help="name of the lab (default bench)")
     routes.add_options(parser.add_argument_group("routes"))
     args = parser.parse_args(arguments)
@@ -120,14 +124,15 @@ def main() -> int:
         print(f"bench: not installed: {', '.join(missing)}: run scripts/setup.sh bench")
         return 1
     rows: list[Row] = []
+    kept = awake if args.awake else contextlib.nullcontext
     try:
         if args.what in ("peers", "all"):
-            with scratch() as directory:
+            with scratch() as directory, kept():
                 rows += run_peers(args, directory)
             if not args.only:
                 write("bench.json", [row.published() for row in rows])
         if args.what in ("mtls", "all"):
-            with scratch() as directory:
+            with scratch() as directory, kept():
                 rows += run_mtls(args, directory)
             if not args.only:
                 write("bench.json", [row.published() for row in rows])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -23,9 +24,11 @@ WAIT_S = 60
 
 
 def free_port(address="127.0.0.1"):
-    """A port that nobody had a moment ago."""
-    with socket.create_server((address, 0)) as sock:
-        return sock.getsockname()[1]
+    """A port that nobody had a moment ago, below those that the kernel gives to connections."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with contextlib.suppress(OSError), socket.create_server((address, port)):
+            return port
 
 
 class Running:

@@ -27,6 +27,8 @@ CONNECTIONS = 40
 # net.ipv4.tcp_rmem, which is for IPv6 too, of all pods: see verdict.QUEUE_BOUND.
 TCP_RMEM = "4096 131072 1048576"
 _LOOK_S = 0.2
+# So many more times targets are asked whose requests may pass by the proxy of the client's node.
+_OWN = 6
 # Pauses end, then whatever is under way does.
 _END_S = 60.0
 # Which process ends next; on both nodes in turn.
@@ -93,9 +95,14 @@ async def torture(
     try:
         async with asyncio.TaskGroup() as tasks:
             for number, client in enumerate(clients, 1):
+                own = [
+                    target
+                    for target in scene.targets
+                    if any(node_of[pod] == client.node and target.passes(pod) for pod in node_of)
+                ]
                 command = (
                     *(programs.client, str(number), str(seed), str(CONNECTIONS // len(clients))),
-                    *(target.text for target in scene.targets),
+                    *(target.text for target in (*scene.targets, *_OWN * own)),
                 )
                 await client.start(
                     tasks, lab.arguments("exec", client.pod, "--", *map(str, command))

@@ -20,6 +20,8 @@ QUEUE_BOUND = 4 << 20
 # What comes by redirect is bounded by the proxy (l7proxy.redirect): twice LONG and one write, as
 # sock_diag charges it; what passes by the proxy by one response.
 REDIRECT_BOUND = 4 * LONG + LARGE_RESPONSE_MAX
+# Of all that is complete, so much must have passed by the proxies.
+LEAST_PASSED = 0.1
 # Each is a bug wherever it happens.
 _NEVER = (Reason.UNPAIRED, Reason.ENROL_FAILED, Reason.STALE_TABLE, Reason.NO_ORIGIN)
 
@@ -104,6 +106,10 @@ def problems(evidence: Evidence, targets: Sequence[Target]) -> Iterator[str]:
                 yield f"node {node}: {reason.name} {counts[reason]}: {reason.meaning}"
         if node in evidence.passing and not counts[Reason.PAIR_REQUEST]:
             yield f"node {node}: no request has passed by the proxy"
+    passed = sum(counts[Reason.PAIR_REQUEST] for counts in evidence.counts.values())
+    if evidence.passing and passed < evidence.totals.complete * LEAST_PASSED:
+        complete = evidence.totals.complete
+        yield f"only {passed} requests have passed by the proxy, and {complete} were complete"
     # The proxy learns of a reset by a send that misses, once for each connection.
     missed = sum(counts[Reason.REDIRECT_MISSED] for counts in evidence.counts.values())
     meant = evidence.totals.broken + evidence.broken_by_us

@@ -21,7 +21,7 @@
 #define WINDOW 8
 #define FILES 13
 #define FILE_KEY (1ull << 62)
-#define TARGETS 32
+#define TARGETS 64
 
 struct target {
 	char name[64], letters[8];
@@ -145,8 +145,8 @@ static void plan_transfer(struct session *session)
 				     .piece_max = some_size(random, 16) + t->plan.request / 1000 };
 	t->last = session->planned == session->total;
 	t->close = t->last && chance(random, 25);
-	/* Half are as most requests are, so that many pass by the proxy. */
-	if (chance(random, 50)) {
+	/* Most are as most requests are, so that many pass by the proxy. */
+	if (chance(random, 75)) {
 		t->plan.chunked = t->plan.at_once = t->outlet.chunked = false;
 		t->plan.piece_max = t->outlet.piece_max = ROOM / 4;
 	}
@@ -398,8 +398,8 @@ static void *work(void *seed)
 			continue;
 		}
 		session.link = link_new(fd, below(&random, SPLICE), draw(&random));
-		session.total = some_size(&random, 5);
-		if (may(&session, 'p') && chance(&random, 25))
+		session.total = some_size(&random, 7);
+		if (may(&session, 'p') && chance(&random, 15))
 			session.window = 2 + below(&random, WINDOW - 1);
 		link_close(session.link, run_session(&session));
 	}
