@@ -14,7 +14,7 @@ from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, cut, protocol
 from l7proxy.handles import Destination
 from l7proxy.peers import identities
-from l7proxy.record import Record
+from l7proxy.record import Ends, Record
 from l7proxy.streams import ConnectionInfo
 from mesh.model.channel import encode_frame
 from mesh.model.flow import Encryption, Flow, Flows, HttpFlow, Peer, Verdict
@@ -57,46 +57,38 @@ class FlowLog:
 
     def request(self, record: Record, info: ConnectionInfo) -> None:
         """A request that has ended, its record closed."""
-        if not self.wanted:
+        # Of a batch that has begun all is made: it is sent, or lost, as a whole.
+        if not self._records and not self.wanted:
             self.lose()
             return
-        endpoint, way = record.destination, record.way
-        own, other = identities(way)
-        if endpoint is not None:
-            destination = _peer(endpoint.address, endpoint.port, endpoint.name, other)
-        else:
-            asked = info.steered.asked if info.steered is not None else Destination(*info.local)
-            destination = _peer(asked.address, asked.port)
-        address, port = info.peer
+        ends = record.ends
+        if ends is None:
+            ends = record.ends = _ends(record, info)
+        head = record.head
+        http = HttpFlow(
+            cut(head.method, MAX_NAME),
+            cut(record.host, MAX_NAME),
+            cut(record.path),
+            record.status,
+            protocol(head.version),
+            round(record.elapsed * 1000, 3),
+            record.bytes_in,
+            record.bytes_out,
+            record.request_id,
+        )
         self._add(
             Flow(
-                time=time.time_ns(),
-                verdict=record.verdict,
-                # Behind proxies of ours the client is another, and its port unknown.
-                source=_peer(
-                    record.client,
-                    port if record.client == address else 0,
-                    "",
-                    own if info.steered is not None else "",
-                ),
-                destination=destination,
+                time.time_ns(),
+                record.verdict,
+                ends.source,
+                ends.destination,
                 reason=record.reason,
                 service=record.service,
-                http=HttpFlow(
-                    method=cut(record.head.method, MAX_NAME),
-                    host=cut(record.host, MAX_NAME),
-                    path=cut(record.path),
-                    status=record.status,
-                    protocol=protocol(record.head.version),
-                    latency_ms=round(record.elapsed * 1000, 3),
-                    bytes_in=record.bytes_in,
-                    bytes_out=record.bytes_out,
-                    request_id=record.request_id,
-                ),
-                gateway=record.gateway if info.steered is None else "",
+                http=http,
+                gateway=ends.gateway,
                 route=record.route,
                 policy=record.policy,
-                encryption=record.encryption or (way.encryption if way is not None else "none"),
+                encryption=ends.encryption,
             )
         )
 
@@ -149,6 +141,25 @@ class FlowLog:
             return
         lost, self._lost = self._lost, 0
         self._transport.write(encode_frame(Flows(tuple(records), lost)))
+
+
+def _ends(record: Record, info: ConnectionInfo) -> Ends:
+    endpoint, way, steered = record.destination, record.way, info.steered
+    own, other = identities(way)
+    if endpoint is not None:
+        destination = _peer(endpoint.address, endpoint.port, endpoint.name, other)
+    else:
+        asked = steered.asked if steered is not None else Destination(*info.local)
+        destination = _peer(asked.address, asked.port)
+    address, port = info.peer
+    # Behind proxies of ours the client is another, and its port unknown.
+    of_peer = port if record.client == address else 0
+    return Ends(
+        _peer(record.client, of_peer, "", own if steered is not None else ""),
+        destination,
+        record.gateway if steered is None else "",
+        record.encryption or (way.encryption if way is not None else "none"),
+    )
 
 
 @lru_cache(maxsize=4096)

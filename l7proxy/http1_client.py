@@ -60,7 +60,9 @@ class Http1Client(Link):
 
     @property
     def capacity(self) -> int:
-        return 0 if self.active or self.closed else 1
+        if self._stream is not None or self._lane is not None or self.held or self.closed:
+            return 0
+        return 1
 
     @property
     def closed(self) -> bool:

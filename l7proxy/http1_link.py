@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import cast
+from weakref import WeakKeyDictionary
 
 from l7proxy.dial import reset_on_close
 from l7proxy.halves import end_half
 from l7proxy.redirect import RedirectQueue
+
+_log = logging.getLogger("weft.link")
 
 # Received bytes beyond which reading pauses, and written ones beyond which writers wait.
 READ_AHEAD = 64 * 1024
@@ -64,6 +68,21 @@ class Deadline:
             self._timer = self._loop.call_at(self._at, self._tick)
 
 
+# Of each event loop: those that have something to send once it has handed out what has come.
+_sending: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Link]] = WeakKeyDictionary()
+
+
+def _send_all(waiting: list[Link]) -> None:
+    links = waiting.copy()
+    waiting.clear()
+    for link in links:
+        try:
+            link.send_now()
+        except Exception:
+            _log.exception("what waited to be sent was not")
+            link.abort()
+
+
 class Link(asyncio.Protocol):
     """A connection's transport. `lost`: it is gone; `eof`: the peer sends no more.
 
@@ -89,6 +108,7 @@ class Link(asyncio.Protocol):
         self._stall = Deadline(self.loop, self._check_progress)
         self._waiting_bytes = 0
         self._soon = b""  # to be written once the event loop has handed out what has come
+        self._sending = _sending.setdefault(self.loop, [])
 
     def paced_by(self, unread: Callable[[], int] | None) -> None:
         """What is sent goes by redirect, where `unread` is given."""
@@ -98,7 +118,8 @@ class Link(asyncio.Protocol):
     @property
     def gone(self) -> bool:
         """Nothing can be written any more: it is lost, or about to be."""
-        return self.lost or self.transport is None or self.transport.is_closing()
+        transport = self.transport
+        return self.lost or transport is None or transport.is_closing()
 
     # --- from the event loop ---------------------------------------------------------------------
 
@@ -196,7 +217,7 @@ class Link(asyncio.Protocol):
         """Hand bytes to the transport; only while there is one."""
         assert self.transport is not None
         if self._soon:
-            self._write_soon()
+            self.send_now()
         self.transport.writelines(pieces)
         if self._redirect is not None:
             self._redirect.sent(sum(map(len, pieces)))
@@ -207,11 +228,14 @@ class Link(asyncio.Protocol):
         waking costs the sender more than sending."""
         if self._soon or len(data) > _SMALL:
             self.write((data,))
-        else:
-            self._soon = data
-            self.loop.call_soon(self._write_soon)
+            return
+        self._soon = data
+        if not self._sending:
+            self.loop.call_soon(_send_all, self._sending)
+        self._sending.append(self)
 
-    def _write_soon(self) -> None:
+    def send_now(self) -> None:
+        """What waits for the event loop (see `send`)."""
         data, self._soon = self._soon, b""
         if data and self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
@@ -220,7 +244,7 @@ class Link(asyncio.Protocol):
 
     def write_through(self, data: bytes) -> bool:
         """Hand bytes to the kernel now, all of them, or none (False). Not for TLS."""
-        self._write_soon()
+        self.send_now()
         transport = self.transport
         if transport is None or self.gone or self.write_paused or transport.get_write_buffer_size():
             return False
@@ -256,9 +280,11 @@ class Link(asyncio.Protocol):
 
     def _flushed(self) -> bool:
         """As far as it goes without waiting: whether that was all."""
-        if self.transport is None or self.gone or self.tls:
+        if self.transport is None or self.gone:
             return True
-        self._write_soon()
+        self.send_now()
+        if self.tls:
+            return True
         if self._redirect is not None:  # it gets no more, so it need not have read
             self._redirect.close()
             self._check_room()
@@ -296,7 +322,7 @@ class Link(asyncio.Protocol):
 
     def close_now(self) -> None:
         """Close in good order if everything is sent; bytes that still wait would never end it."""
-        self._write_soon()
+        self.send_now()
         if self.transport is not None:
             if self.transport.get_write_buffer_size():
                 self.transport.abort()

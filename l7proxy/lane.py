@@ -20,7 +20,7 @@ from l7proxy.forwarding import ClientAddress, new_request_id, said_id
 from l7proxy.http1_codec import date
 from l7proxy.http1_head import parse_fields, parse_request
 from l7proxy.lease import Lease
-from l7proxy.message import RequestHead
+from l7proxy.message import Headers, RequestHead
 from l7proxy.record import Record
 from l7proxy.routing import pick_backend
 from l7proxy.sent import Sent
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 # What was found is looked up again after this long: certificates end, and whatever else is
 # remembered of a destination's use wants to hear of it.
 _FRESH_S = 10.0
-# Authorities of one connection that are remembered.
+# Authorities of one connection that are remembered, and kinds of requests to an endpoint.
 _HOSTS = 8
+_KINDS = 64
 _HOST = re.compile(rb"\r\nhost:[ \t]*([^\r \t]+)[ \t]*\r", re.IGNORECASE)
 _USER_AGENT = re.compile(rb"\r\nuser-agent:[ \t]*([^\r]*)", re.IGNORECASE)
 _GONE = "the connection ended"
@@ -130,7 +131,7 @@ class Lane:
             if fresh is None:
                 return False
             end = self._ends[member] = fresh
-        if end.asked != aim.asked:
+        if end.asked is not aim.asked and end.asked != aim.asked:
             # This endpoint has other policies: they are looked at from now on.
             aim = shared.aim(self._entry, self.info, authority, end.asked)
             if aim is None or aim.requests.judge(data) != number:
@@ -225,7 +226,7 @@ class Lane:
     def _finish(self) -> None:
         self._cluster.count_answer(self._member, self._status)
         self._leave(reusable=self._reusable)
-        self._close(self._record())
+        self._close_whole()
         self.server.carried()
 
     # --- other endings ----------------------------------------------------------------------------
@@ -293,14 +294,34 @@ class Lane:
 
     # --- what is told -----------------------------------------------------------------------------
 
+    def _close_whole(self) -> None:
+        """Of a request that was answered. Those of a kind have one record, one after the other."""
+        found, records = self._found, self._end.records
+        kind = self._chosen, self._backend.label, self._status, found[0], found[1]
+        record = records.get(kind)
+        if record is None:
+            if len(records) >= _KINDS:
+                records.clear()
+            record = records[kind] = self._record()
+        else:
+            data = self._request
+            record.again(
+                data[: found[8]],
+                data[found[4] : found[5]],
+                data[found[2] : found[3]],
+                self._headers(),
+                self._request_id(),
+                self._started,
+                self._body,
+                self._out,
+            )
+        self._close(record)
+
     def _record(self) -> Record:
         data, found, end = self._request, self._found, self._end
-        headers = []
-        if self._shared.log.wanted and (agent := _USER_AGENT.search(data)) is not None:
-            headers.append((b"user-agent", agent[1].strip(b" \t")))
         head = RequestHead(
             data[: found[8]], b"http", data[found[4] : found[5]], data[found[2] : found[3]], None,
-            headers,
+            self._headers(),
         )  # fmt: skip
         told = ClientAddress(end.told, self._request_id(), False)
         record = Record(head, told, self._entry.gateway)
@@ -312,6 +333,11 @@ class Lane:
         record.way, record.policy = end.way, self._policy()
         record.status, record.bytes_in, record.bytes_out = self._status, self._body, self._out
         return record
+
+    def _headers(self) -> Headers:
+        """Those that are logged."""
+        agent = _USER_AGENT.search(self._request) if self._shared.log.wanted else None
+        return [(b"user-agent", agent[1].strip(b" \t"))] if agent is not None else []
 
     def _request_id(self) -> str:
         if self._new_id:

@@ -12,7 +12,8 @@ import asyncio
 import itertools
 import logging
 import time
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from l7proxy import native
 from l7proxy.automaton import compile_rules
@@ -30,6 +31,7 @@ from mesh.model.nodeconfig import Settings
 if TYPE_CHECKING:
     from l7proxy.exchange import Exchanges
     from l7proxy.peers import Peers
+    from l7proxy.record import Record
 
 _log = logging.getLogger("weft.lanes")
 
@@ -43,9 +45,12 @@ _TABLES = 64
 # What the two ends' policies ask of requests.
 Asked: TypeAlias = tuple[HttpRules, HttpRules]
 _NOTHING: Asked = ((), ())
+# A request's rule, its backend, status, and the policy rules that let it pass.
+Kind: TypeAlias = tuple["Chosen", str, int, int, int]
 
 
-class Chosen(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
     """What a request gets. `only`: the rule's backend where there is one; `timeout_s`: how long
     it may take, with its response."""
 
@@ -55,10 +60,12 @@ class Chosen(NamedTuple):
     timeout_s: float | None
 
 
-class End(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class End:
     """A client and an endpoint. `key`: of the connections between them; `client`: among whose
     requests they are shared; `told`: the client's address; `asked`: by policies, and `unasked`:
-    those that let all requests pass; `until`, by time.monotonic: the identities are valid."""
+    those that let all requests pass; `until`, by time.monotonic: the identities are valid;
+    `records`: of requests that were answered, by what they have in common with others."""
 
     way: Direct | Tunnelled
     key: PoolKey
@@ -67,6 +74,7 @@ class End(NamedTuple):
     asked: Asked
     unasked: tuple[str | None, str | None]
     until: float
+    records: dict[Kind, Record] = field(default_factory=dict)
 
     def policy(self, egress: int, ingress: int) -> str:
         """What record.policy is, as the policy rules of these numbers let the request pass."""
@@ -223,6 +231,8 @@ class Lanes:
         asked = self._policies.for_kernel(asker, endpoint.address, endpoint.port, pod=pod)
         if asked is None:
             return None
+        if asked == aim.asked:  # so that lanes see it at once
+            asked = aim.asked
         unasked = self._policies.unasked(asker, endpoint.address, endpoint.port, pod=pod)
         if any(one is None and not rules for one, rules in zip(unasked, asked, strict=True)):
             return None

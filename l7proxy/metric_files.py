@@ -42,13 +42,14 @@ class AllocatedDict(MmapedDict):
             return 0.0, 0.0
         return super().read_value(key)  # type: ignore[no-untyped-call,no-any-return]
 
-    def write_value(self, key: str, value: float, timestamp: float) -> None:
+    def place(self, key: str) -> int:
+        """Where the value of `key` is in the file; 0: there is no room for it now."""
         position = self._positions.get(key)
         if position is None:
             if time.monotonic() < self._retry_at or not self._placed(key):
-                return
+                return 0
             position = self._positions[key]
-        _pack_into(self._m, position, value, timestamp)
+        return position
 
     def _placed(self, key: str) -> bool:
         """Make the file, and give `key` a place in it; whether there is room."""
@@ -114,14 +115,24 @@ class FileValue:
         self._file = self._files[kind]
         self._key = mmap_key(metric_name, name, list(labelnames), list(labelvalues), help_text)
         self._value, _time = self._file.read_value(self._key)
+        self._position = 0  # in the file, once it has one
 
     def inc(self, amount: float) -> None:
         self._value += amount
-        self._file.write_value(self._key, self._value, 0.0)
+        if self._position:  # as `_write`, of which there are several for each request
+            _pack_into(self._file._m, self._position, self._value, 0.0)
+        else:
+            self._write(0.0)
 
     def set(self, value: float, timestamp: float | None = None) -> None:
         self._value = value
-        self._file.write_value(self._key, value, timestamp or 0.0)
+        self._write(timestamp or 0.0)
+
+    def _write(self, timestamp: float) -> None:
+        if not self._position:
+            self._position = self._file.place(self._key)
+        if self._position:
+            _pack_into(self._file._m, self._position, self._value, timestamp)
 
     def get(self) -> float:
         return self._value

@@ -139,7 +139,7 @@ class Pool:
     def lend(self, client: str, *, sure: bool = True) -> ClientConnection | None:
         """The same before a stream is opened; one must be, or what stands for it, at once. Not
         `sure`: the endpoint may have closed it a moment ago, and the request can be repeated."""
-        while self._ready and self._may_take(client):
+        while self._ready and (self._shared or self._shares.may_take(client)):
             connection, _ = self._ready.popitem()
             if connection.capacity > 0:
                 if not sure or not self._connections[connection].poll(0):
@@ -255,8 +255,9 @@ class Pool:
             self._serve(connection, used=True)
 
     def _serve(self, connection: ClientConnection, *, used: bool) -> None:
-        active = connection.active
-        self._kept.pop(connection, None)
+        active = connection.active > 0
+        if self._kept:
+            self._kept.pop(connection, None)
         if connection.held:
             self._kept[connection] = None
         if not active:
@@ -264,7 +265,8 @@ class Pool:
                 self._shares.give(holder)
             if self._retired:
                 connection.close()
-        if connection.closed:
+        capacity = connection.capacity
+        if not capacity and connection.closed:
             self._ready.pop(connection, None)
             if not active:
                 self._connections.pop(connection, None)
@@ -273,25 +275,22 @@ class Pool:
             return
         if self._retired:
             return
-        while (
-            self._line and connection.capacity > 0 and (waiting := self._line.next(self._may_take))
-        ):
+        while self._line and capacity and (waiting := self._line.next(self._may_take)):
             client, waiter = waiting
             if not waiter.done():
                 self._hold(connection, client)
                 waiter.set_result((connection.open(), used))
-                used = True
-        if connection.capacity > 0:
-            # Moves to the end: used last, used first.
-            self._ready.pop(connection, None)
-            if connection.active:
+                capacity = connection.capacity
+                active = used = True
+        # Moves to the end: used last, used first.
+        self._ready.pop(connection, None)
+        if capacity:
+            if active:
                 self._ready[connection] = _BUSY
             else:
                 since = self._loop.time() if connection.used is None else connection.used
                 self._ready[connection] = since
                 self._sweep_at(since + IDLE_S)
-        else:
-            self._ready.pop(connection, None)
         if self._line:
             self._connect_more()
 

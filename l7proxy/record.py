@@ -13,11 +13,11 @@ from l7proxy import metrics
 from l7proxy.accesslog import MAX_NAME, AccessLog, AccessLogEntry, cut, protocol
 from l7proxy.entry import Selection
 from l7proxy.forwarding import ClientAddress
-from l7proxy.message import RequestHead
+from l7proxy.message import Headers, RequestHead
 from l7proxy.peers import Direct, Tunnelled, identities
 from l7proxy.route_compile import NO_ROUTE
 from l7proxy.series import Series
-from mesh.model.flow import Encryption, Verdict
+from mesh.model.flow import Encryption, Peer, Verdict
 from mesh.model.nodeconfig import Endpoint
 from mesh.model.statuses import code
 
@@ -44,14 +44,54 @@ def _series(known: dict[tuple[str, ...], Any], metric: Any, *labels: str) -> Any
     return series
 
 
-class _Counted(NamedTuple):
-    """The values that requests of one kind change. `bounds`: of `buckets`."""
+class _Counted:
+    """The values that requests of one kind change. `_bounds`: of `_buckets`."""
 
-    requests: Any
-    sum: Any
-    buckets: Sequence[Any]
-    bounds: Sequence[float]
-    by_policy: Any
+    __slots__ = ("_bounds", "_buckets", "_by_policy", "_in", "_out", "_place", "_requests", "_sum")
+
+    def __init__(self, key: _Key) -> None:
+        gateway, backend, route, rule, status, own, other, policy = key
+        requests = _series(_requests, metrics.REQUESTS, gateway, route, rule, backend, status)
+        durations = _series(_durations, metrics.DURATION, gateway, backend)
+        by_policy = _series(_by_policy, metrics.BY_POLICY, own, other, policy, f"{status[0]}xx")
+        self._requests = requests._value
+        self._sum = durations._sum
+        self._buckets: Sequence[Any] = durations._buckets
+        self._bounds: Sequence[float] = durations._upper_bounds
+        self._by_policy = by_policy._value
+        self._place = gateway, backend
+        self._in: Any = None
+        self._out: Any = None
+
+    def add(self, elapsed: float, bytes_in: int, bytes_out: int) -> None:
+        """One of them."""
+        self._requests.inc(1.0)
+        # As the histogram's observe() does, which looks at one bucket after the other.
+        self._sum.inc(elapsed)
+        self._buckets[bisect_left(self._bounds, elapsed)].inc(1.0)
+        self._by_policy.inc(1.0)
+        self._add_bytes(bytes_in, bytes_out)
+
+    def add_passed(self, passed: Passed) -> None:
+        """Those that the kernel has counted."""
+        self._requests.inc(passed.requests)
+        self._sum.inc(passed.elapsed_ns * 1e-9)
+        faster = memoryview(passed.faster).cast("Q").tolist()
+        slower = passed.requests - sum(faster)
+        for bucket, count in zip(self._buckets, (*faster, slower), strict=True):
+            bucket.inc(count)
+        self._by_policy.inc(passed.requests)
+        self._add_bytes(passed.bytes_in, passed.bytes_out)
+
+    def _add_bytes(self, bytes_in: int, bytes_out: int) -> None:
+        if bytes_in:
+            if self._in is None:
+                self._in = _series(_bytes_in, metrics.REQUEST_BYTES, *self._place)._value
+            self._in.inc(bytes_in)
+        if bytes_out:
+            if self._out is None:
+                self._out = _series(_bytes_out, metrics.RESPONSE_BYTES, *self._place)._value
+            self._out.inc(bytes_out)
 
 
 # Gateway, backend, route, rule, code, both ends' identities, policy.
@@ -60,19 +100,11 @@ _counted: dict[_Key, _Counted] = {}
 
 
 def _found(key: _Key) -> _Counted:
-    gateway, backend, route, rule, status, own, other, policy = key
-    requests = _series(_requests, metrics.REQUESTS, gateway, route, rule, backend, status)
-    durations = _series(_durations, metrics.DURATION, gateway, backend)
-    by_policy = _series(_by_policy, metrics.BY_POLICY, own, other, policy, f"{status[0]}xx")
-    found = _Counted(
-        requests._value,
-        durations._sum,
-        durations._buckets,
-        durations._upper_bounds,
-        by_policy._value,
-    )
-    if len(_counted) < _MAX_SERIES:
-        _counted[key] = found
+    found = _counted.get(key)
+    if found is None:
+        found = _Counted(key)
+        if len(_counted) < _MAX_SERIES:
+            _counted[key] = found
     return found
 
 
@@ -81,26 +113,27 @@ def count_passed(series: Series, key: PassedKey, passed: Passed) -> None:
     place = series.gateway, series.backend
     ends = series.client_identity, series.endpoint_identity
     policy = series.policy(key.egress, key.ingress)
-    counted = _found((*place, series.route, series.rule, code(key.status), *ends, policy))
-    counted.requests.inc(passed.requests)
-    counted.sum.inc(passed.elapsed_ns * 1e-9)
-    faster = memoryview(passed.faster).cast("Q").tolist()
-    slower = passed.requests - sum(faster)
-    for bucket, count in zip(counted.buckets, (*faster, slower), strict=True):
-        bucket.inc(count)
-    counted.by_policy.inc(passed.requests)
-    _series(_bytes_in, metrics.REQUEST_BYTES, *place)._value.inc(passed.bytes_in)
-    _series(_bytes_out, metrics.RESPONSE_BYTES, *place)._value.inc(passed.bytes_out)
+    kind = *place, series.route, series.rule, code(key.status), *ends, policy
+    _found(kind).add_passed(passed)
+
+
+class Ends(NamedTuple):
+    """Whom the flow of a request names."""
+
+    source: Peer
+    destination: Peer
+    gateway: str
+    encryption: Encryption
 
 
 class Record:
     """Filled in while the exchange goes on; `close` counts and logs it."""
 
     __slots__ = (
-        "attempts", "backend", "bytes_in", "bytes_out", "client", "destination", "detail",
-        "elapsed", "encryption", "endpoint", "gateway", "head", "host", "listener", "path",
-        "policy", "reason", "request_id", "route", "rule", "service", "started", "status",
-        "verdict", "way",
+        "_counted", "attempts", "backend", "bytes_in", "bytes_out", "client", "destination",
+        "detail", "elapsed", "encryption", "endpoint", "ends", "gateway", "head", "host",
+        "listener", "path", "policy", "reason", "request_id", "route", "rule", "service", "started",
+        "status", "verdict", "way",
     )  # fmt: skip
 
     def __init__(self, head: RequestHead, client: ClientAddress, gateway: str) -> None:
@@ -129,6 +162,9 @@ class Record:
         self.detail = ""
         self.policy = ""
         self.encryption: Encryption | None = None
+        # What it has in common with others, once it is closed (`again`).
+        self._counted: _Counted | None = None
+        self.ends: Ends | None = None
 
     def selected(self, selected: Selection) -> None:
         self.listener = selected.listener
@@ -171,27 +207,41 @@ class Record:
             encryption=self.encryption or (self.way.encryption if self.way else "none"),
         )
 
+    def _kind(self) -> _Key:
+        ends = identities(self.way)
+        place = self.gateway, self.backend
+        return *place, self.route, self.rule, code(self.status), *ends, self.policy
+
+    def again(
+        self,
+        method: bytes,
+        host: bytes,
+        path: bytes,
+        headers: Headers,
+        request_id: str,
+        started: float,
+        bytes_in: int,
+        bytes_out: int,
+    ) -> None:
+        """It is closed: let it be that of another request, which differs in this."""
+        head = self.head
+        head.method, head.headers = method, headers
+        self.host, self.path = host, path
+        self.request_id = request_id
+        self.started = started
+        self.bytes_in, self.bytes_out = bytes_in, bytes_out
+
     def close(self, log: AccessLog) -> None:
         """Count the request, write its line. A client gone before a response counts as code 499."""
         self.elapsed = elapsed = time.monotonic() - self.started
-        way = self.way
-        own, other = identities(way)
-        place = self.gateway, self.backend
-        key = (*place, self.route, self.rule, code(self.status), own, other, self.policy)
-        counted = _counted.get(key)
+        counted = self._counted
         if counted is None:
-            counted = _found(key)
-        counted.requests.inc(1.0)
-        # As the histogram's observe() does, which looks at one bucket after the other.
-        counted.sum.inc(elapsed)
-        counted.buckets[bisect_left(counted.bounds, elapsed)].inc(1.0)
-        counted.by_policy.inc(1.0)
-        if self.bytes_in:
-            _series(_bytes_in, metrics.REQUEST_BYTES, *place)._value.inc(self.bytes_in)
-        if self.bytes_out:
-            _series(_bytes_out, metrics.RESPONSE_BYTES, *place)._value.inc(self.bytes_out)
+            counted = self._counted = _found(self._kind())
+        counted.add(elapsed, self.bytes_in, self.bytes_out)
         if not log.wanted:
             return
+        way = self.way
+        own, other = identities(way)
         agent = next((value for name, value in self.head.headers if name == b"user-agent"), b"")
         log.write(
             AccessLogEntry(

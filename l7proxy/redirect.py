@@ -2,8 +2,8 @@
 
 A workload's enrolled socket takes whatever the proxy sends, and writability never ends. So every so
 many bytes the proxy asks how much the receiver holds unread, and sends nothing while that is much.
-Between two answers at most LONG and one write are sent, so that a receiver that does not read holds
-at most twice LONG and one write of ours. Knows bytes, no protocol.
+Between two answers no more is sent than makes MOST with what was held at the first: so much, and
+one write, is what a receiver holds at most that does not read. Knows bytes, no protocol.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-# A receiver that holds more than so many bytes is not sent to; sent without asking are as many.
-LONG = 256 * 1024
+# A receiver that holds more than so many bytes is not sent to, and what one may hold. TCP, which
+# holds up to 6 MiB for a receiver (tcp_rmem), asks nobody and need not wait for a timer.
+LONG = 768 * 1024
+MOST = 1024 * 1024
 # A message takes 1 KiB of the kernel's memory besides its bytes (struct sk_msg), charged to nobody,
 # so a receiver does not hold more than so many; which ones it has read is known once that is all.
 MESSAGES = 1024
@@ -33,6 +35,7 @@ class RedirectQueue:
         "_on_change",
         "_sent",
         "_timer",
+        "_unasked",
         "_wait_s",
         "full",
         "unread",
@@ -44,6 +47,7 @@ class RedirectQueue:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
         self._sent = 0  # since the receiver was last known not to hold much
+        self._unasked = LONG  # bytes that may be sent then
         self._messages = 0  # since it was last known to hold nothing
         self._known = 0  # of these, when it was last asked
         self._wait_s = _FIRST_LOOK_S
@@ -59,7 +63,7 @@ class RedirectQueue:
         self._sent += size
         self._messages += 1
         few = self._messages - self._known <= _UNASKED_MESSAGES
-        if self.full or (few and self._sent <= LONG):
+        if self.full or (few and self._sent <= self._unasked):
             return
         if not self._holds_much():
             self._sent = 0
@@ -74,6 +78,7 @@ class RedirectQueue:
         if not unread:
             self._messages = 0
         self._known = self._messages
+        self._unasked = MOST - unread
         return unread > LONG or self._messages > MESSAGES
 
     def _look(self) -> None:

@@ -19,7 +19,7 @@ from support.proxy import WorkerProcess, get, ok, read_message, rule, to
 from bpf import settings
 from bpf.proxy import HANDLES, PAIR_HANDLES, descriptors
 from bpf.reasons import Reason
-from l7proxy.redirect import LONG
+from l7proxy.redirect import LONG, MOST
 from mesh.model.channel import Handles, Listen, PortAddress, send_control
 from mesh.model.nodeconfig import (
     MESH_HTTP_PORT,
@@ -186,13 +186,13 @@ def test_memory_of_a_client_that_does_not_read_is_bounded(world):
                     now = handles.queued(cookie)
                     still = still + 1 if now == most and now else 0
                     most = max(most, now)
-                assert LONG < most < 4 * LONG
+                assert LONG < most < 2 * MOST
                 received = 0
                 while received < 64 * MIB:
                     data = await loop.sock_recv(own, MIB)
                     assert data
                     received += len(data)
-                    assert handles.queued(cookie) < 4 * LONG
+                    assert handles.queued(cookie) < 2 * MOST
 
     scenario(world, test)
 
@@ -212,7 +212,7 @@ def test_a_client_that_never_reads_is_cut_off(world):
                 with contextlib.suppress(ConnectionResetError):
                     while data := await loop.sock_recv(own, MIB):
                         received += len(data)
-                assert received < 4 * LONG
+                assert received < 2 * MOST
 
     scenario(world, test)
 

@@ -17,7 +17,7 @@ from support.proxy import backend, cluster, get, ok, read_message
 
 from bpf.structs import Target
 from l7proxy import metrics
-from l7proxy.redirect import LONG, MESSAGES, RedirectQueue
+from l7proxy.redirect import LONG, MESSAGES, MOST, RedirectQueue
 from mesh.model.nodeconfig import Settings
 from mesh.model.section import SETTINGS_KEY
 
@@ -59,16 +59,21 @@ async def test_the_receiver_is_asked_only_every_so_many_bytes():
 
     changes: list[bool] = []
     queue = RedirectQueue(ask_it, lambda: changes.append(queue.full))
-    for _ in range(LONG // 1024):
-        queue.sent(1024)
+    for _ in range(LONG // 4096):
+        queue.sent(4096)
     assert questions == 0
     queue.sent(1)
     assert (questions, queue.full) == (1, False)
-    queue.sent(LONG)
+    queue.sent(MOST)  # it held none
     assert questions == 1
+    unread = LONG
+    queue.sent(1)
+    assert (questions, queue.full) == (2, False)
+    queue.sent(MOST - LONG)
+    assert questions == 2
     unread = LONG + 1
     queue.sent(1)
-    assert (questions, queue.full, changes) == (2, True, [True])
+    assert (questions, queue.full, changes) == (3, True, [True])
     # While it is full, the clock asks, ever more rarely.
     waits = []
     for step in (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.02, 0.02):
@@ -79,7 +84,7 @@ async def test_the_receiver_is_asked_only_every_so_many_bytes():
         waits.append(questions - before)
     assert waits == [1] * 8
     queue.sent(5)
-    assert queue.overdrawn == LONG + 6
+    assert queue.overdrawn == MOST - LONG + 6
     unread = LONG
     advance(0.021)
     while queue.full:
