@@ -213,7 +213,7 @@ TARGETS = (Target("echo/80", ("r/echo",), True), Target("off/80", ("r/off",), Fa
         ({"queue": (QUEUE_BOUND + 1, "r/echo")}, "a connection of r/echo was charged for 4096 KiB"),
         (
             {"redirect_queue": (REDIRECT_BOUND + 1, "r/echo")},
-            "a connection of r/echo was charged for 3072 KiB that came by redirect",
+            "a connection of r/echo was charged for 4096 KiB that came by redirect",
         ),
         ({"mixed": ["r/c: 5 bytes"]}, "by redirect and by TCP: r/c: 5 bytes"),
         ({"totals": GOOD.totals._replace(by_redirect=0)}, "no client got anything by redirect"),

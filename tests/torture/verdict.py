@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bpf.constants import LARGE_RESPONSE_MAX
 from bpf.reasons import Reason
-from l7proxy.redirect import LONG
+from l7proxy.redirect import MOST
 from torture.clients import Loss, Totals, unexplained
 from torture.kills import Kill
 from torture.scene import Target
@@ -17,9 +17,9 @@ from torture.scene import Target
 # kept far below it, by run.TCP_RMEM in pods and by the proxy for its own sockets (l7proxy.dial), so
 # that what is more has come by redirect or to a proxy that lets it.
 QUEUE_BOUND = 4 << 20
-# What comes by redirect is bounded by the proxy (l7proxy.redirect): twice LONG and one write, as
-# sock_diag charges it; what passes by the proxy by one response.
-REDIRECT_BOUND = 4 * LONG + LARGE_RESPONSE_MAX
+# What comes by redirect is bounded by the proxy (l7proxy.redirect): MOST and one write, which
+# sock_diag charges for twice; what passes by the proxy by one response.
+REDIRECT_BOUND = 2 * MOST + LARGE_RESPONSE_MAX
 # Of all that is complete, so much must have passed by the proxies.
 LEAST_PASSED = 0.1
 # Each is a bug wherever it happens.
