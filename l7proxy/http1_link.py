@@ -202,8 +202,11 @@ class Link(asyncio.Protocol):
             self.hold(not self._read_paused)
 
     def hold(self, paused: bool) -> None:
-        """Stop receiving, or go on."""
+        """Stop receiving, or go on. After the peer's end there is nothing to stop, and who goes on
+        is told of it again."""
         if paused is self._read_paused or self.transport is None or self.gone:
+            return
+        if paused and self.eof:
             return
         self._read_paused = paused
         if paused:
