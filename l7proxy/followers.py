@@ -15,7 +15,7 @@ from l7proxy.lease import Lease
 from l7proxy.message import RequestHead, ResponseHead
 from l7proxy.pairs import Pairs, Refusal
 from l7proxy.peers import Caller
-from l7proxy.policies import plain
+from l7proxy.policies import NOWHERE, plain
 from l7proxy.record import Record
 from l7proxy.routing import CompiledBackend
 from l7proxy.sent import Sent
@@ -42,7 +42,9 @@ def follower(
         return None
     rule, ends = match.rule, (caller.client, lease.endpoint_id)
     clusters = (one.cluster for one in rule.backends if one.cluster is not None)
-    about = frozenset((caller.client, plain(lease.endpoint.address), *clusters))
+    # A client that nobody has told of is judged by what stands at NOWHERE.
+    ends_at = map(plain, (caller.client, lease.endpoint.address))
+    about = frozenset((*ends_at, NOWHERE, *clusters))
     if pairs.changes.since(version, about) or pairs.handed.left(ends):
         return None
     allowed = pairs.allowed(

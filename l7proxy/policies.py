@@ -29,7 +29,7 @@ from mesh.model.section import SectionKey
 
 _REMEMBERED = 4096
 # The address that no pod has: what is in force there is for pods that nobody has told of.
-_NOWHERE = "::"
+NOWHERE = "::"
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -209,7 +209,7 @@ class Policies:
         workload = self._peers.at(address)
         # An address is given out again: who has it here need not be who had it elsewhere.
         if workload is None or workload.local == caller.proven:
-            unknown = self._at.get(_NOWHERE) if not caller.proven else None
+            unknown = self._at.get(NOWHERE) if not caller.proven else None
             return Asker((int(Reserved.INIT),), unknown and unknown.egress, address)
         pod = self._at.get(address)
         egress = pod.egress if pod is not None else None
@@ -233,7 +233,7 @@ class Policies:
         somebody says that it is a pod's. One that nobody has told of is judged as the kernel does
         it: as `init`, whatever ranges say, by what is denied by default."""
         if pod and not self._is_inside(address):
-            return (int(Reserved.INIT),), self._at.get(_NOWHERE)
+            return (int(Reserved.INIT),), self._at.get(NOWHERE)
         return (self.identity(address),), self._at.get(address)
 
     def connection(

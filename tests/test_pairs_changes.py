@@ -142,3 +142,20 @@ def test_an_agent_that_comes_after_another_ends_nothing(world):
             assert counts.since == (1, 1, 0)
 
     with_backend(world, test)
+
+
+def test_what_pods_nobody_has_told_of_may_do_ends_their_pairs(world):
+    """They are judged by what stands at the address that no pod has."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        await in_force(here, {}, (workload_key("front", "client"),))
+        async with paired(world) as own:
+            counts = Counts(world)
+            assert (await own.ask(get("/a", "web"))).body == b"/a"
+            assert counts.since == (1, 1, 0)
+            unknown = policies.policy("", "::", 2, egress=policies.closed(), namespace="")
+            await in_force(here, unknown)
+            assert (await own.ask(get("/a", "web"))).status == 403
+            assert counts.since == (1, 1, 0)
+
+    with_backend(world, test)
