@@ -187,12 +187,15 @@ class Holding:
 
     def add(self, kept: Kept, follower: Follower, parted: int) -> None:
         """Other rules' requests may go on over the connection, if they could before."""
-        place = follower.place
+        place, series = follower.place, follower.allowed.series
         before = self._former.get(place.endpoint, ())
         others = [
             one
             for one in before
-            if one.pool is follower.pool and one.place[:2] != place[:2] and one.current()
+            if one.pool is follower.pool
+            and one.place[:2] != place[:2]
+            and one.allowed.series is not series  # by which `Held.last` tells them apart
+            and one.current()
         ]
         self._former.clear()
         self._all.append(Held(kept, [*others, follower], parted))

@@ -1633,3 +1633,24 @@ def test_smuggling(world):
         assert [one for one in backend.targets if not expected.fullmatch(one)] == []
 
     with_backend(world, test)
+
+
+def test_rules_of_one_label_over_one_connection_have_their_own_timeouts(world):
+    """One that is named as another one is numbered."""
+
+    async def test(here: Node, backend: Backend) -> None:
+        slow, rest = (RouteMatch(PathMatch("PathPrefix", one)) for one in ("/slow", "/"))
+        rules = (
+            rule(to("web"), matches=(slow,), request_timeout_ms=300, name="1"),
+            rule(to("web"), matches=(rest,)),
+        )
+        await change(here, mesh_route("r", *rules))
+        backend.go_on.set()
+        async with paired(world) as own:
+            assert (await own.ask(get("/slow", "web"))).body == b"/slow"
+            await own.offered()
+            backend.go_on.clear()
+            async with asyncio.timeout(5):
+                assert (await own.ask(get("/slow", "web"))).status == 504
+
+    with_backend(world, test)
