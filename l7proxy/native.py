@@ -29,7 +29,8 @@ _FLAGS = ("-O2", "-shared", "-fPIC", "-std=gnu11", "-Wall", "-Wextra", "-Werror"
 # clang's pragmas are the kernel's half.
 _QUIET = ("-Wno-unknown-pragmas", "-Wno-override-init")
 # One of other sources would not judge as the kernel does: its name says what it is made of.
-_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:12]
+_MADE_OF = (*(path.read_bytes() for path in _SOURCES), repr((_FLAGS, _QUIET)).encode())
+_DIGEST = hashlib.sha256(b"".join(_MADE_OF)).hexdigest()[:12]
 LIBRARY = _HERE / f"libweft-{_DIGEST}.so"
 
 # struct request: table, lists, told; then policy rules, target, host, request id, method's end.
